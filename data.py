@@ -1,0 +1,1112 @@
+"""mixmag data: slide files, the synthetic cohort, the tiler, and the data sets that training reads.
+
+    python data.py synth  --out data/synthetic                                 a cohort with seven planted biomarkers
+    python data.py tile   --slides slides/ --out data/mine --encoder texture   whole-slide images -> slide files
+    python data.py verify data/mine                                            checksums, values, tasks, leakage
+
+Shape letters as in mixmag.py, and C cells of a slide, W windows (regions) of it. Lengths in `_px` are level-0 pixels unless
+the comment says otherwise; mpp is micrometres per pixel; a place on a lattice is (col, row).
+"""
+import argparse
+import contextlib
+import csv
+import functools
+import hashlib
+import importlib
+import json
+import os
+import re
+import signal
+import sys
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+
+def parse() -> argparse.Namespace:
+    """The command line. It stands first, and is parsed before the heavy imports, so that --help answers at once."""
+    parser = argparse.ArgumentParser(prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, summary, example):
+        return commands.add_parser(name, help=summary, description=summary, epilog=f"example: {example}",
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    p = command("synth", "make a synthetic cohort: embedding pyramids with seven planted biomarkers",
+                "python data.py synth --out data/synthetic --scale quick")
+    p.add_argument("--out", default="data/synthetic", help="folder to write")
+    p.add_argument("--scale", choices=("quick", "full"), default="quick",
+                   help="full: the paper's case and slide counts; quick: a twentieth, with floors that keep every split rankable")
+    p.add_argument("--dim", type=int, default=64, help="width of an embedding (Virchow2 has 1280)")
+    p.add_argument("--regions", type=int, default=4, help="3 x 3 regions of tissue per slide, on average; at least 2")
+    p.add_argument("--images", type=int, default=0, metavar="N", help="write N H&E-like pyramidal TIFFs instead, for the tiler")
+    p.add_argument("--seed", type=int, default=0, help="everything follows from it")
+
+    p = command("tile", "turn whole-slide images into slide files: tissue, cells on one lattice in exact mpp, embeddings",
+                "python data.py tile --slides slides/ --out data/mine --encoder texture --mpp 0.5")
+    p.add_argument("--slides", nargs="+", required=True, metavar="DIR|FILE", help="slides, or folders of them")
+    p.add_argument("--out", required=True, help="DATA folder to write slides/<slide_id>.safetensors into")
+    p.add_argument("--encoder", default="texture", metavar="texture|module:factory",
+                   help="texture is a weight-free stand-in; factory() returns a callable (B, 224, 224, 3) uint8 -> (B, D)")
+    p.add_argument("--mpp", type=float, help="micrometres per level-0 pixel, for slides that do not say (default: their own)")
+    p.add_argument("--region", type=int, default=3, help="cells per side of the windows that are accepted or not as a whole")
+    p.add_argument("--magnifications", type=int, nargs="+", default=[5, 10, 20], help="a run of doublings")
+    p.add_argument("--min-tissue", type=float, default=0.25, help="least share of tissue in a window (assumed)")
+    p.add_argument("--shard", default="0/1", metavar="i/n", help="do the i-th of n shares of the slides")
+    p.add_argument("--batch-size", type=int, default=256, help="tiles per call of the encoder")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
+    p.add_argument("--dry-run", action="store_true", help="plan only: mpp, windows, tokens and bytes of each slide")
+
+    p = command("verify", "check slide files and task tables; print every finding; exit 1 if there is any",
+                "python data.py verify data/mine")
+    p.add_argument("data", help="DATA folder")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGS = parse()
+
+import numpy as np                                                                                          # noqa: E402
+import openslide                                                                                            # noqa: E402
+import safetensors                                                                                          # noqa: E402
+import safetensors.numpy                                                                                    # noqa: E402
+import torch                                                                                                # noqa: E402
+import torch.nn.functional as F                                                                             # noqa: E402
+from PIL import Image                                                                                       # noqa: E402
+from tqdm import tqdm                                                                                       # noqa: E402
+
+from mixmag import Geometry, removal_count                                                                  # noqa: E402
+
+TILE_PX = 224                                                     # paper 4.1: the same at every magnification
+SPLITS = ("train", "tune", "test")
+
+
+# -------------------------------------------------------------------------------------------- errors, signals, whole files
+
+class MixmagError(Exception):
+    """An input that is refused: the command prints this one line and ends with exit code 1."""
+
+
+class Stopped(Exception):
+    """A signal asked for the end and everything worth keeping is saved."""
+
+
+STOP_SIGNALS = []                                                 # those received so far
+
+
+def catch_signals() -> None:
+    """SIGTERM, SIGINT and SIGUSR1 only raise a flag that the loops poll; the second one of them acts at once."""
+    def note(signum, frame):
+        STOP_SIGNALS.append(signum)
+        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(s, signal.SIG_DFL)
+    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(s, note)
+
+
+def run_command(function, args) -> int:
+    """Call function(args) and turn its end into the exit code that the README promises."""
+    catch_signals()
+    try:
+        return function(args) or 0
+    except MixmagError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Stopped:
+        print("stopped by a signal; what was done is saved, and the same command goes on from there", file=sys.stderr)
+        return 130 if signal.SIGINT in STOP_SIGNALS else 75
+    except BrokenPipeError:                                       # `| head` closed our stdout: there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def progress(items=None, **settings):
+    """A tqdm bar on stderr, silent where that is no terminal."""
+    return tqdm(items, disable=None, dynamic_ncols=True, **settings)
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Write a file whole or not at all: yields a temporary name in the same folder, which takes the final name at the end."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # its suffix keeps a killed writer's rest out of every `*.suffix`
+    try:
+        yield temporary
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text: str) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value) -> None:
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_csv(path, header, rows) -> None:
+    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
+        writer = csv.writer(f)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def read_csv(path, columns) -> list[dict]:
+    """Rows as dicts of stripped strings. Raises MixmagError for a missing file or column."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            reader = csv.DictReader(f)
+            missing = [c for c in columns if c not in (reader.fieldnames or [])]
+            if missing:
+                raise MixmagError(f"{path}: column {', '.join(missing)} is missing; found {reader.fieldnames}")
+            return [{c: (row[c] or "").strip() for c in columns} for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise MixmagError(f"{path}: cannot be read as a UTF-8 CSV ({error})") from None
+
+
+# ------------------------------------------------------------------------------------------------------- the slide file
+
+FORMAT = "mixmag/1"
+TEXT_FIELDS = ("format", "slide_id", "encoder", "created", "sha256")
+FIELDS = (*TEXT_FIELDS, "magnifications", "tile_px", "mpp", "cell_px", "origin", "width", "height", "n_bad")
+
+
+@dataclass
+class Slide:
+    """One slide file, its features left on disk. valid is True where a token holds an embedding."""
+    path: Path
+    meta: dict
+    cells: np.ndarray                                             # (C, 2) int32: col, row on the lowest magnification's lattice
+    valid: np.ndarray                                             # (C, T) bool
+    dim: int
+    offset: int                                                   # of the features in the file, bytes
+
+    @property
+    def slide_id(self) -> str:
+        return self.meta["slide_id"]
+
+    @property
+    def features(self) -> np.ndarray:
+        """(C, T, D) float16, a memory map."""
+        return _map_features(self.path, self.offset, (*self.valid.shape, self.dim))
+
+
+@functools.lru_cache(maxsize=256)                                 # each map holds a file descriptor: not one per slide of a cohort
+def _map_features(path, offset, shape):
+    if 0 in shape:
+        return np.zeros(shape, np.float16)
+    return np.memmap(path, np.float16, "r", offset, shape)
+
+
+def checksum(features, cells, valid, metadata: dict) -> str:
+    """sha256 over the tensors' bytes and all metadata but itself."""
+    digest = hashlib.sha256()
+    for array in (features, cells, valid):
+        digest.update(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data)
+    others = {k: v for k, v in metadata.items() if k != "sha256"}
+    digest.update(json.dumps(others, sort_keys=True, separators=(",", ":")).encode("utf-8"))
+    return digest.hexdigest()
+
+
+def write_slide(path, features, cells, valid, meta: dict) -> None:
+    """features (C, T, D) float16, cells (C, 2) int32, valid (C, T) bool, meta: every field but format, created and sha256."""
+    C, T, _ = features.shape
+    if (features.dtype, cells.dtype, valid.dtype) != (np.float16, np.int32, bool) or cells.shape != (C, 2) or valid.shape != (C, T):
+        raise ValueError("a slide is float16 (C, T, D), int32 (C, 2) and bool (C, T); found "
+                         f"{features.dtype}{features.shape}, {cells.dtype}{cells.shape}, {valid.dtype}{valid.shape}")
+    meta = {"format": FORMAT, "created": datetime.now(timezone.utc).isoformat(timespec="seconds"), **meta}
+    text = {k: v if k in TEXT_FIELDS else json.dumps(v) for k, v in meta.items()}
+    text["sha256"] = checksum(features, cells, valid, text)
+    with whole_file(path) as temporary:
+        safetensors.numpy.save_file({"features": np.ascontiguousarray(features), "cells": cells, "valid": valid}, temporary, text)
+
+
+def read_slide(path) -> Slide:
+    """Check structure and metadata (not the checksum: `verify` does that). Raises MixmagError saying what is wrong."""
+    path = Path(path)
+    try:
+        with safetensors.safe_open(path, "numpy") as f:           # validates the header against the file's size
+            text, names = f.metadata() or {}, set(f.keys())
+            if names != {"features", "cells", "valid"}:
+                raise MixmagError(f"{path}: expected tensors features, cells, valid; found {sorted(names)}")
+            cells, valid = f.get_tensor("cells"), f.get_tensor("valid")
+        with open(path, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            entry = json.loads(f.read(length))["features"]
+    except (OSError, safetensors.SafetensorError) as error:
+        raise MixmagError(f"{path}: cannot be read as a slide file ({error})") from None
+    missing = [k for k in FIELDS if k not in text]
+    if missing or text["format"] != FORMAT:
+        raise MixmagError(f"{path}: not a {FORMAT} file (missing metadata: {missing}, format {text.get('format')!r})")
+    try:
+        meta = {k: v if k in TEXT_FIELDS else json.loads(v) for k, v in text.items()}
+        T = Geometry(1, meta["magnifications"]).tokens_per_cell
+    except (ValueError, TypeError) as error:
+        raise MixmagError(f"{path}: metadata cannot be read ({error})") from None
+    C, shape = len(cells), entry["shape"]
+    found = (cells.dtype, cells.shape, valid.dtype, valid.shape, entry["dtype"], shape[:2], len(shape))
+    if found != (np.int32, (C, 2), np.bool_, (C, T), "F16", [C, T], 3):
+        raise MixmagError(f"{path}: {meta['magnifications']} and {C} cells ask for features F16 [{C}, {T}, D], cells int32 ({C}, 2), "
+                          f"valid bool ({C}, {T}); found {entry['dtype']} {shape}, {cells.dtype} {cells.shape}, {valid.dtype} {valid.shape}")
+    return Slide(path, meta, cells, valid, shape[2], 8 + length + entry["data_offsets"][0])
+
+
+def read_slides(data, ids=None) -> list[Slide]:
+    """The slides of DATA, by id. All must agree on encoder, width and magnifications: MixmagError names the first that does not."""
+    folder = Path(data) / "slides"
+    paths = sorted(folder.glob("*.safetensors")) if ids is None else [folder / f"{i}.safetensors" for i in sorted(ids)]
+    absent = [p.stem for p in paths if not p.exists()]
+    if absent or not paths:
+        raise MixmagError(f"{folder}: " + (f"{len(absent)} slides have no file, such as {absent[0]!r}" if absent else
+                                           "no slide files (make them with data.py tile, or data.py synth)"))
+    slides = [read_slide(p) for p in paths]
+    for s in slides:
+        if s.slide_id != s.path.stem:
+            raise MixmagError(f"{s.path}: holds slide {s.slide_id!r}; a slide file is named after its slide")
+        if kind(s) != kind(slides[0]):
+            raise MixmagError(f"{s.path}: made with {kind(s)}, but {slides[0].slide_id} with {kind(slides[0])}")
+    return slides
+
+
+def kind(slide: Slide) -> str:
+    """What slides must share to be used together."""
+    return f"encoder {slide.meta['encoder']}, width {slide.dim}, magnifications {slide.meta['magnifications']}"
+
+
+# ------------------------------------------------------------------------------------------------- tasks, splits, verify
+
+@dataclass
+class Case:
+    case_id: str
+    label: int
+    split: str
+    slide_ids: list
+
+
+def task_names(data) -> list[str]:
+    return sorted(p.stem for p in (Path(data) / "tasks").glob("*.csv"))
+
+
+def task_findings(path) -> tuple[list[Case], list[str]]:
+    """The cases of a task table, and everything that is wrong with it."""
+    findings, cases, seen = [], {}, set()
+    for number, row in enumerate(read_csv(path, ("case_id", "slide_id", "label", "split")), start=2):
+        where = f"{path}: line {number}: "
+        if not row["case_id"] or not row["slide_id"]:
+            findings.append(f"{where}case_id or slide_id is empty")
+        elif row["label"] not in ("0", "1"):
+            findings.append(f"{where}label of case {row['case_id']!r} is {row['label']!r}, expected 0 or 1")
+        elif row["split"] not in SPLITS:
+            findings.append(f"{where}split of case {row['case_id']!r} is {row['split']!r}, expected one of {', '.join(SPLITS)}")
+        elif row["slide_id"] in seen:
+            findings.append(f"{where}slide {row['slide_id']!r} stands in more than one row")
+        else:
+            seen.add(row["slide_id"])
+            case = cases.setdefault(row["case_id"], Case(row["case_id"], int(row["label"]), row["split"], []))
+            if case.split != row["split"]:
+                findings.append(f"{where}case {row['case_id']!r} is in two splits, {case.split} and {row['split']}")
+            if case.label != int(row["label"]):
+                findings.append(f"{where}case {row['case_id']!r} has two labels, {case.label} and {row['label']}")
+            case.slide_ids.append(row["slide_id"])
+    return list(cases.values()), findings
+
+
+def read_task(data, task) -> list[Case]:
+    """Raises MixmagError for an unknown task, or with the first of the table's faults and their number."""
+    path = Path(data) / "tasks" / f"{task}.csv"
+    if not path.exists():
+        raise MixmagError(f"{path}: no such task; found {', '.join(task_names(data)) or 'none'}")
+    cases, findings = task_findings(path)
+    if findings:
+        raise MixmagError(findings[0] + (f" (and {len(findings) - 1} more: see data.py verify)" if findings[1:] else ""))
+    return cases
+
+
+def evaluation_slides(data) -> set:
+    """Slides in the tune or test split of any task: pretraining never sees them."""
+    return {s for task in task_names(data) for c in read_task(data, task) if c.split != "train" for s in c.slide_ids}
+
+
+def pretraining_ids(data) -> list[str]:
+    """The slides of pretrain.csv; without it, every slide that is in no tune or test split."""
+    listed = Path(data) / "pretrain.csv"
+    if listed.exists():
+        return [row["slide_id"] for row in read_csv(listed, ("slide_id",))]
+    held = evaluation_slides(data)
+    return [p.stem for p in sorted((Path(data) / "slides").glob("*.safetensors")) if p.stem not in held]
+
+
+def slide_findings(path) -> tuple[Slide | None, list[str]]:
+    """Everything that is wrong with one slide file."""
+    try:
+        slide = read_slide(path)
+    except MixmagError as error:
+        return None, [str(error)]
+    findings, meta, features = [], slide.meta, slide.features
+    with safetensors.safe_open(path, "numpy") as f:
+        if checksum(features, slide.cells, slide.valid, f.metadata()) != meta["sha256"]:
+            findings.append(f"{path}: checksum differs: the file changed after it was written")
+    if slide.slide_id != Path(path).stem:
+        findings.append(f"{path}: holds slide {slide.slide_id!r}")
+    bad = (~np.isfinite(features) & slide.valid[..., None]).any(axis=(1, 2))
+    if bad.any():
+        findings.append(f"{path}: NaN or infinite features in {bad.sum()} of {len(bad)} cells, first at (col, row) {slide.cells[bad][0].tolist()}")
+    if len(np.unique(slide.cells, axis=0)) != len(slide.cells):
+        findings.append(f"{path}: a cell stands in it twice")
+    if (slide.cells < 0).any():
+        findings.append(f"{path}: negative cell positions")
+    return slide, findings
+
+
+def verify(data) -> list[str]:
+    """Every finding in DATA, one line each: files, values, tables, leakage."""
+    data, findings, slides = Path(data), [], {}
+    paths = sorted((data / "slides").glob("*.safetensors"))
+    if not paths:
+        findings.append(f"{data / 'slides'}: no slide files")
+    for path in progress(paths, desc="slides"):
+        slide, found = slide_findings(path)
+        findings += found
+        if slide:
+            slides[path.stem] = slide
+    kinds = Counter(map(kind, slides.values()))
+    usual = kinds.most_common(1)[0][0] if kinds else None
+    findings += [f"{s.path}: {kind(s)}; expected {usual} as in the {kinds[usual]} others" for s in slides.values() if kind(s) != usual]
+    held = set()
+    for task in task_names(data):
+        path = data / "tasks" / f"{task}.csv"
+        try:
+            cases, found = task_findings(path)
+        except MixmagError as error:
+            findings.append(str(error))
+            continue
+        findings += found
+        content = defaultdict(dict)                               # features' digest -> split -> slide
+        for case in cases:
+            held |= set(case.slide_ids) if case.split != "train" else set()
+            for i in case.slide_ids:
+                if i in slides and len(slides[i].cells):
+                    content[hashlib.sha256(slides[i].features.tobytes()).digest()].setdefault(case.split, i)
+                elif i not in slides and not (data / "slides" / f"{i}.safetensors").exists():
+                    findings.append(f"{path}: slide {i!r} of case {case.case_id!r} has no file in {data / 'slides'}")
+        findings += [f"{path}: the same content in two splits: {splits}" for splits in content.values() if len(splits) > 1]
+        for split in SPLITS:
+            if len({c.label for c in cases if c.split == split}) < 2:
+                findings.append(f"{path}: split {split} does not hold both classes, so it has no AUROC")
+    if (data / "pretrain.csv").exists():
+        listed = pretraining_ids(data)
+        findings += [f"{data / 'pretrain.csv'}: slide {i!r} has no file" for i in listed if not (data / "slides" / f"{i}.safetensors").exists()]
+        findings += [f"{data / 'pretrain.csv'}: slide {i!r} is in a tune or test split" for i in listed if i in held]
+    return findings
+
+
+def verify_command(args) -> int:
+    findings = verify(args.data)
+    for line in findings:
+        print(line)
+    print(f"{len(findings)} findings in {args.data}" if findings else f"{args.data}: nothing wrong found")
+    return 1 if findings else 0
+
+
+# -------------------------------------------------------------------------------------------------- the synthetic cohort
+#
+# What a frozen tile encoder might see, simplified to what the method is about. The embedding of a token is
+#     its magnification's mean + tissue (smooth in space, shared by parent and children, seen differently at each magnification)
+#     + one of four patterns of its magnification + a site's and a stain's shift + noise of its own.
+# The tiles of a cell mostly show the same pattern, and patterns of different magnifications keep company: each often comes with
+# its namesake below. In every task two patterns are rare, and what they do in a handful of cells is the mechanism:
+#     alone      positive slides hold the pattern, negative ones do not
+#     together   positive slides hold both patterns in the same cells; negative ones hold the first, and half of them the second as
+#                well, as often, but in other regions: the second alone tells a little, only the two together tell all
+#     adjacent   the same with two patterns of one magnification, side by side or in different regions
+# Stain shifts move along the patterns' own directions by more than a handful of cells moves a slide's mean, so pooling by a plain
+# mean is fooled. The mechanisms were fixed before methods were compared on them.
+
+MECHANISMS = {                                                    # kind, (level, pattern), (level, pattern), in words
+    "breast_cdh1": ("alone", (2, 0), (2, 0), "a 20x pattern: visible at 20x only"),
+    "bladder_fgfr": ("alone", (1, 0), (1, 0), "a 10x pattern: visible at 10x only"),
+    "colon_msi": ("alone", (0, 0), (0, 0), "a 5x pattern: visible at 5x only"),
+    "endometrial_pten": ("together", (0, 1), (2, 2), "a 5x and a 20x pattern in the same cell"),
+    "gastric_her2": ("together", (1, 1), (2, 3), "a 10x and a 20x pattern in the same cell"),
+    "lung_egfr": ("adjacent", (1, 2), (1, 3), "two 10x patterns in tiles side by side: a spatial arrangement"),
+    "skin_braf": ("together", (0, 3), (2, 1), "a 5x and a 20x pattern in the same cell (other patterns than PTEN's)"),
+}
+COHORT = {                                                        # paper, supplementary table: split -> cases, slides, positive
+    "breast_cdh1": {"train": (648, 673, 0.15), "tune": (214, 219, 0.14), "test": (214, 228, 0.15)},
+    "colon_msi": {"train": (2008, 2268, 0.10), "tune": (335, 381, 0.12), "test": (331, 373, 0.13)},
+    "bladder_fgfr": {"train": (518, 540, 0.26), "tune": (255, 271, 0.31), "test": (254, 265, 0.28)},
+    "endometrial_pten": {"train": (975, 1027, 0.48), "tune": (162, 168, 0.43), "test": (164, 178, 0.41)},
+    "lung_egfr": {"train": (2129, 2773, 0.28), "tune": (345, 437, 0.30), "test": (352, 446, 0.28)},
+    "gastric_her2": {"train": (967, 967, 0.19), "tune": (169, 169, 0.23), "test": (160, 160, 0.18)},
+    "skin_braf": {"train": (320, 343, 0.23), "tune": (55, 58, 0.11), "test": (54, 62, 0.13)},
+}
+QUICK_FLOORS = {"train": (120, 40), "tune": (60, 20), "test": (200, 60)}            # least cases, least of them positive
+PATTERNS, TISSUES, SITES, STAINS, LATENT = 4, 8, 4, 4, 64
+PATTERN_SIZE, STAIN_SIZE, NOISE_VARIANCE = 2.6, 1.2, 0.5          # lengths of the vectors; variance of the noise per dimension
+RARE_CELLS, RARE_SHARE = (3, 7), 6                                # cells of an `alone` pattern: from, below; cells of 9 in the other kinds
+KEEPS, USUAL = 0.85, 0.6                                          # a tile shows its cell's pattern; a cell's patterns are namesakes
+
+
+def synth_world(dim: int, seed: int) -> dict:
+    """The directions that everything is made of, shared by all slides of a cohort. Latent vectors of LATENT entries are carried
+    into `dim` dimensions by one isometry, so that a cohort is equally hard at any width."""
+    if dim < LATENT:
+        raise MixmagError(f"--dim {dim}: a synthetic embedding needs at least {LATENT} dimensions")
+    rng = np.random.default_rng([seed, 0])
+
+    def directions(*shape, variance):
+        v = rng.standard_normal((*shape, LATENT))
+        return v / np.linalg.norm(v, axis=-1, keepdims=True) * np.sqrt(variance * LATENT)
+
+    isometry = np.linalg.qr(rng.standard_normal((dim, LATENT)))[0].T * np.sqrt(dim / LATENT)                    # (64, D)
+    pattern = directions(3, PATTERNS, variance=1 / LATENT) * PATTERN_SIZE                                       # (3, 4, 64)
+    stain = rng.standard_normal((STAINS, 3 * PATTERNS)) @ pattern.reshape(-1, LATENT)
+    return {"mean": directions(3, variance=0.2), "site": directions(SITES, variance=0.04), "isometry": isometry,
+            "tissue": directions(TISSUES, variance=0.05) + directions(3, TISSUES, variance=0.1),                # (3, Q, 64)
+            "pattern": pattern, "stain": stain / np.linalg.norm(stain, axis=-1, keepdims=True) * STAIN_SIZE}
+
+
+def synth_cells(rng, regions: int) -> np.ndarray:
+    """(C, 2) row, col: `regions` 3 x 3 windows grown into one connected piece of tissue."""
+    windows = {(0, 0)}
+    while len(windows) < regions:
+        row, col = sorted(windows)[rng.integers(len(windows))]
+        dr, dc = ((0, 1), (1, 0), (0, -1), (-1, 0))[rng.integers(4)]
+        windows.add((row + dr, col + dc))
+    corners = np.array(sorted(windows))
+    corners = 3 * (corners - corners.min(axis=0))
+    return np.concatenate([corners + (i, j) for i in range(3) for j in range(3)])
+
+
+def synth_patterns(rng, cells, task: str, positive: bool) -> list:
+    """The pattern of every tile: int arrays (rows, cols), (2 rows, 2 cols), (4 rows, 4 cols) for 5x, 10x, 20x."""
+    mechanism, first, second, _ = MECHANISMS[task]
+    rows, cols = cells.max(axis=0) + 1
+    common = [[q for q in range(PATTERNS) if (k, q) not in (first, second)] for k in range(3)]
+    of_cell = [rng.choice(c, size=(rows, cols), p=rng.dirichlet([2.0] * len(c))) for c in common]
+    for k in (1, 2):                                              # patterns of different magnifications keep company
+        usual = np.isin(of_cell[k - 1], common[k]) & (rng.random((rows, cols)) < USUAL)
+        of_cell[k] = np.where(usual, of_cell[k - 1], of_cell[k])
+    if mechanism == "alone":
+        here = elsewhere = cells[rng.permutation(len(cells))[:rng.integers(*RARE_CELLS)]]
+    else:                                                         # some cells in each of a few regions, and in as many other regions
+        corners = rng.permutation(np.unique(cells // 3, axis=0))
+        half = len(corners) // 2
+        here, elsewhere = (np.concatenate([3 * c + np.argwhere(np.ones((3, 3)))[rng.permutation(9)[:RARE_SHARE]] for c in some])
+                           for some in (corners[:half], corners[half:2 * half]))
+        elsewhere = elsewhere[:len(elsewhere) * rng.integers(2)]  # in half of the negative slides the second pattern is absent
+    if mechanism == "alone" and positive:
+        of_cell[first[0]][tuple(here.T)] = first[1]
+    elif mechanism == "together":
+        of_cell[first[0]][tuple(here.T)] = first[1]
+        of_cell[second[0]][tuple((here if positive else elsewhere).T)] = second[1]
+    tiles = [np.kron(p, np.ones((2 ** k, 2 ** k), int)) for k, p in enumerate(of_cell)]
+    for k in (1, 2):
+        tiles[k] = np.where(rng.random(tiles[k].shape) < KEEPS, tiles[k], rng.choice(common[k], size=tiles[k].shape))
+    if mechanism == "adjacent":
+        ring = np.array([(0, 0), (0, 1), (1, 1), (1, 0)])         # the four 10x tiles of a cell: successive ones touch
+        turn, other = rng.integers(4, size=len(here)), here if positive else elsewhere
+        tiles[1][tuple((2 * here + ring[turn]).T)] = first[1]
+        tiles[1][tuple((2 * other + ring[(turn + 1) % 4][:len(other)]).T)] = second[1]
+    return tiles
+
+
+def synth_slide(world: dict, rng, task: str, positive: bool, regions: int) -> tuple:
+    """features (C, 21, D) float16, cells (C, 2) int32, and (3,) the least MEM loss per magnification that the noise allows."""
+    cells = synth_cells(rng, regions)
+    rows, cols = cells.max(axis=0) + 1
+    smooth = torch.from_numpy(rng.standard_normal((1, TISSUES, 2 + 2 * rows // 3, 2 + 2 * cols // 3)))
+    field = F.interpolate(smooth, size=(4 * rows, 4 * cols), mode="bicubic", align_corners=True)[0].argmax(0)   # at 20x
+    tissue = np.eye(TISSUES)[field.numpy()]                                                                     # (., ., Q)
+    shift = world["site"][rng.integers(SITES)] + rng.standard_normal(STAINS) @ world["stain"]                   # (64,)
+    patterns, levels = synth_patterns(rng, cells, task, positive), []
+    for k in range(3):
+        side = 2 ** k
+        share = tissue.reshape(rows * side, 4 // side, cols * side, 4 // side, TISSUES).mean(axis=(1, 3))       # (., ., Q)
+        x = world["mean"][k] + share @ world["tissue"][k] + world["pattern"][k][patterns[k]] + shift
+        x = x.reshape(rows, side, cols, side, LATENT).transpose(0, 2, 1, 3, 4)                  # (rows, cols, s, s, 64)
+        levels.append(x[cells[:, 0], cells[:, 1]].reshape(len(cells), side * side, LATENT))
+    clean = np.concatenate(levels, axis=1)                                                                      # (C, 21, 64)
+    seen = clean + rng.standard_normal(clean.shape) * np.sqrt(NOISE_VARIANCE)
+    cosine = (clean * seen).sum(-1) / np.linalg.norm(clean, axis=-1) / np.linalg.norm(seen, axis=-1)            # (C, 21)
+    floor = 1 - np.array([cosine[:, 0].mean(), cosine[:, 1:5].mean(), cosine[:, 5:].mean()])
+    return (seen @ world["isometry"]).astype(np.float16), cells[:, ::-1].astype(np.int32), floor
+
+
+def synth_plan(scale: str, seed: int) -> dict:
+    """task -> [(case_id, slide_id, label, split, whether this slide shows the label)]."""
+    plan = {}
+    for number, (task, splits) in enumerate(COHORT.items()):
+        rng, rows = np.random.default_rng([seed, 1, number]), []
+        for split, (cases, slides, share) in splits.items():
+            least, least_positive = QUICK_FLOORS[split] if scale == "quick" else (0, 0)
+            count = cases if scale == "full" else max(least, round(cases / 20))
+            positives = max(least_positive, round(share * count))
+            extra = round(count * (slides / cases - 1))                                                # second slides
+            labels = rng.permutation([1] * positives + [0] * (count - positives))
+            several = set(rng.permutation(count)[:extra].tolist())
+            for i, label in enumerate(labels.tolist()):
+                case, shows = f"{task}-{split}-{i:04d}", rng.integers(2)                               # which slide shows it
+                for j in range(2 if i in several else 1):
+                    rows.append((case, f"{case}-{'ab'[j]}", label, split, bool(label) and (i not in several or j == shows)))
+        plan[task] = rows
+    return plan
+
+
+def synthetic_facts(path) -> dict:
+    """What synthetic.json says of a synthetic cohort; empty for any other data."""
+    about = Path(path) / "synthetic.json"
+    return json.loads(about.read_text("utf-8")) if about.exists() else {}
+
+
+def synth_cohort(out, scale="quick", dim=64, regions=4, seed=0) -> None:
+    """Write DATA/slides, DATA/tasks and DATA/synthetic.json. A function of the arguments alone; files already whole are kept."""
+    out, world, plan = Path(out), synth_world(dim, seed), synth_plan(scale, seed)
+    settings = {"synthetic": True, "scale": scale, "dim": dim, "regions": regions, "seed": seed}
+    about, facts = out / "synthetic.json", synthetic_facts(out)
+    if facts and (found := {k: facts.get(k) for k in settings}) != settings:
+        raise MixmagError(f"{about}: holds a cohort of {found}, asked for {settings}; give another --out")
+    if not facts:
+        write_json(about, {**settings, "complete": False})
+    geometry = {"encoder": f"synthetic-{seed}", "magnifications": [5, 10, 20], "tile_px": TILE_PX, "mpp": 0.5, "cell_px": 896.0,
+                "origin": [0.0, 0.0], "n_bad": 0, "created": "2000-01-01T00:00:00+00:00"}              # fixed: same seed, same bytes
+    floors = []
+    for task, rows in plan.items():
+        for number, (_, slide_id, _, _, shows) in enumerate(progress(rows, desc=f"synthetic {task}")):
+            if STOP_SIGNALS:
+                raise Stopped
+            rng = np.random.default_rng([seed, 2, list(plan).index(task), number])
+            features, cells, floor = synth_slide(world, rng, task, shows, max(2, regions + int(rng.integers(-1, 2))))
+            floors.append(floor)
+            width, height = ((cells.max(axis=0) + 1) * 896).tolist()
+            path = out / "slides" / f"{slide_id}.safetensors"
+            if not path.exists():
+                write_slide(path, features, cells, np.ones(features.shape[:2], bool),
+                            {**geometry, "slide_id": slide_id, "width": width, "height": height})
+        write_csv(out / "tasks" / f"{task}.csv", ("case_id", "slide_id", "label", "split"), [row[:4] for row in rows])
+    write_json(about, {**settings, "complete": True, "mechanisms": {task: m[3] for task, m in MECHANISMS.items()},
+                       "least_mem_loss": dict(zip(("5", "10", "20"), np.mean(floors, axis=0).tolist()))})
+
+
+def synth_picture(rng, height: int, width: int) -> np.ndarray:
+    """(height, width, 3) uint8: purple nuclei in pink stroma on white glass, in the manner of H&E at 0.5 um/px; synthetic."""
+    def smooth(px):                                               # a random field with features of about px pixels
+        small = torch.from_numpy(rng.standard_normal((1, 1, height // px + 4, width // px + 4)).astype(np.float32))
+        return F.interpolate(small, size=(height, width), mode="bicubic", align_corners=True)[0, 0]
+
+    y, x = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)[None]
+    tissue = ((y ** 2 + x ** 2) + 0.25 * smooth(700) < 0.75).float()
+    crowding = torch.sigmoid(2 * smooth(300))                     # where nuclei are dense
+    centres = (torch.from_numpy(rng.random((height, width), np.float32)) < 0.004 * crowding).float()[None, None]
+    nuclei = F.avg_pool2d(F.avg_pool2d(F.max_pool2d(centres, 13, 1, 6), 7, 1, 3), 5, 1, 2)[0, 0]
+    eosin = 0.35 + 0.12 * smooth(24) + 0.15 * smooth(120)
+    hematoxylin = nuclei * (0.9 + 0.2 * smooth(6)) + 0.03
+    density = (tissue * torch.stack([c * hematoxylin + e * eosin.clamp(min=0.02)                       # Beer-Lambert per channel
+                                     for c, e in ((1.25, 0.12), (1.35, 0.95), (0.55, 0.45))]))
+    light = 244 * torch.exp(-density.clamp(min=0)) + 2 * torch.from_numpy(rng.standard_normal((3, height, width)).astype(np.float32))
+    return light.clamp(0, 255).byte().permute(1, 2, 0).numpy()
+
+
+def synth_images(out, count: int, seed: int) -> None:
+    """Write `count` pyramidal TIFFs (tiled, deflate, box-averaged levels, 0.5 um/px) that OpenSlide opens."""
+    import tifffile                                               # wanted nowhere else
+    for i in progress(range(count), desc="synthetic images"):
+        rng = np.random.default_rng([seed, 3, i])
+        picture = synth_picture(rng, *(256 * rng.integers(14, 22, size=2)).tolist())
+        with whole_file(Path(out) / f"synthetic-{i:03d}.tiff") as temporary, tifffile.TiffWriter(temporary) as tiff:
+            for level in range(4):
+                tiff.write(picture, tile=(256, 256), photometric="rgb", compression="zlib", subfiletype=int(level > 0),
+                           resolution=(2e4 / 2 ** level, 2e4 / 2 ** level), resolutionunit="CENTIMETER")
+                h, w = picture.shape[0] // 2, picture.shape[1] // 2
+                picture = picture[:2 * h, :2 * w].reshape(h, 2, w, 2, 3).mean(axis=(1, 3)).round().astype(np.uint8)
+
+
+def synth_command(args) -> int:
+    if args.images:
+        synth_images(args.out, args.images, args.seed)
+        print(f"{args.images} synthetic images in {args.out}")
+    else:
+        synth_cohort(args.out, args.scale, args.dim, args.regions, args.seed)
+        print(f"synthetic cohort, {args.scale} scale, in {args.out}: " + ", ".join(task_names(args.out)))
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------- the tiler
+
+class Reader:
+    """A slide behind OpenSlide. After a failed read OpenSlide refuses every later one on that handle, so it is opened anew, once
+    per failure. Raises MixmagError where the file is no slide."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        if not self.path.is_file() or self.path.stat().st_size == 0:
+            raise MixmagError(f"{path}: " + ("is empty (0 bytes)" if self.path.is_file() else "no such file"))
+        try:
+            if openslide.OpenSlide.detect_format(self.path) is None:
+                raise MixmagError(f"{path}: not a slide format that OpenSlide knows")
+            self.open()
+        except openslide.OpenSlideError as error:
+            raise MixmagError(f"{path}: OpenSlide cannot open it ({error})") from None
+
+    def open(self) -> None:
+        self.slide = openslide.OpenSlide(self.path)
+
+    def level_for(self, downsample: float) -> int:
+        """The coarsest level that is still at least as fine; pyramids are often 4.0001 or 3.9998 where 4 is meant."""
+        return max(i for i, d in enumerate(self.slide.level_downsamples) if d <= downsample * 1.01 or i == 0)
+
+    def read(self, level: int, box: tuple) -> tuple[Image.Image, tuple]:
+        """box (left, top, right, bottom) in level-0 px, floats -> the RGB picture of the level's pixels that cover it, over
+        white, and where in that picture the box lies. Raises openslide.OpenSlideError if it fails twice."""
+        scale = self.slide.level_downsamples[level]
+        left, top = int(box[0] / scale), int(box[1] / scale)
+        right, bottom = (min(-int(-edge // scale), size) for edge, size in zip(box[2:], self.slide.level_dimensions[level]))
+        place = (round(left * scale), round(top * scale)), level, (right - left, bottom - top)
+        try:
+            rgba = self.slide.read_region(*place)
+        except openslide.OpenSlideError:
+            self.slide.close()
+            self.open()
+            rgba = self.slide.read_region(*place)
+        rgb = Image.new("RGB", rgba.size, "white")
+        rgb.paste(rgba, mask=rgba.getchannel("A"))
+        within = tuple(min(max(edge / scale - start, 0), size) for edge, start, size in
+                       zip(box, (left, top, left, top), (*rgb.size, *rgb.size)))
+        return rgb, within
+
+
+def slide_mpp(slide, given: float | None) -> tuple[float, str]:
+    """Micrometres per level-0 pixel and who says so. Raises MixmagError: nothing is guessed."""
+    said = {k: slide.properties.get(k) for k in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)}
+    try:
+        x, y = (float(v.replace(",", ".")) for v in said.values())
+    except (AttributeError, ValueError):
+        x = y = float("nan")
+    plausible = 0.1 <= min(x, y) and max(x, y) <= 4 and abs(x - y) <= 0.02 * (x + y) / 2
+    if given is None and not plausible:
+        raise MixmagError(f"mpp is {said}, expected 0.1 to 4 um/px and the same in x and y; give the true value with --mpp")
+    if given is not None and plausible and abs(given - (x + y) / 2) > 0.02 * given:
+        raise MixmagError(f"--mpp says {given}, the slide says {said}; leave --mpp out for this slide")
+    return (given, "--mpp") if given is not None else ((x + y) / 2, openslide.PROPERTY_NAME_MPP_X)
+
+
+def otsu(values: np.ndarray) -> int:
+    """The threshold of uint8 values that parts them into two classes of the largest variance between (Otsu 1979): the upper
+    class is > threshold. 0 where all values are the same."""
+    count = np.bincount(values.reshape(-1), minlength=256).astype(np.float64)
+    below, total = count.cumsum(), (count * np.arange(256)).cumsum()
+    above = below[-1] - below
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = below * above * (total / below - (total[-1] - total) / above) ** 2
+    return int(np.nan_to_num(between).argmax())
+
+
+TISSUE_UM = 16.0                                                  # resolution of the tissue mask
+TISSUE_CHROMA = (12, 40)                                          # assumed: glass is below, stained tissue above, Otsu decides between
+
+
+def tissue_mask(reader: Reader, mpp: float) -> np.ndarray:
+    """(h, w) bool at TISSUE_UM: where the colour is too strong for glass. Read in bands, so memory does not grow with the slide."""
+    width, height = reader.slide.dimensions
+    shrink = TISSUE_UM / mpp
+    w, h = max(1, round(width / shrink)), max(1, round(height / shrink))
+    level, chroma = reader.level_for(shrink), np.empty((h, w), np.uint8)
+    step = max(1, round(2048 * reader.slide.level_downsamples[level] / shrink))
+    for top in range(0, h, step):
+        rows = min(step, h - top)
+        picture, within = reader.read(level, (0, top * height / h, width, (top + rows) * height / h))
+        rgb = np.asarray(picture.resize((w, rows), Image.Resampling.BOX, box=within))
+        chroma[top:top + rows] = rgb.max(axis=2) - rgb.min(axis=2)
+    return chroma > np.clip(otsu(chroma), *TISSUE_CHROMA)
+
+
+@dataclass
+class TilePlan:
+    """What will be read of a slide: the lattice in level-0 pixels and the accepted windows with their whole cells."""
+    mpp: float
+    mpp_source: str
+    cell_px: float
+    origin: tuple
+    windows: list                                                 # (col, row, cols, rows) in cells
+    candidates: int                                               # windows looked at
+    levels: dict                                                  # magnification -> pyramid level it is read from
+
+    @property
+    def cells(self) -> int:
+        return sum(w[2] * w[3] for w in self.windows)
+
+
+def plan_slide(reader: Reader, args) -> TilePlan:
+    """Lattice of cells in exact mpp from the slide's (or its bounds') corner; windows of region x region cells on a lattice of
+    that stride; a window is accepted by its tissue, with those of its cells that lie wholly on the slide."""
+    slide = reader.slide
+    mpp, source = slide_mpp(slide, args.mpp)
+    finest = 10.0 / args.magnifications[-1]                       # 20x is 0.5 um/px, 10x is 1.0, 5x is 2.0
+    if mpp > 1.05 * finest:
+        raise MixmagError(f"its {mpp:g} um/px are coarser than {args.magnifications[-1]}x ({finest:g} um/px), and nothing is "
+                          f"upsampled; --magnifications can name coarser ones")
+    cell_px = TILE_PX * 10.0 / args.magnifications[0] / mpp
+    left, top, width, height = (int(slide.properties.get(f"openslide.bounds-{k}", default)) for k, default in
+                                zip(("x", "y", "width", "height"), (0, 0, *slide.dimensions)))
+    cols, rows = int(width / cell_px), int(height / cell_px)
+    mask, R = tissue_mask(reader, mpp), args.region
+    share = np.array(mask.shape[::-1]) / slide.dimensions         # mask pixels per level-0 pixel: x, y
+    windows, candidates = [], 0
+    for row in range(0, rows, R):
+        for col in range(0, cols, R):
+            box = np.array([left, top] * 2) + np.array([col, row, min(col + R, cols), min(row + R, rows)]) * cell_px
+            x0, y0, x1, y1 = np.round(box.reshape(2, 2) * share).astype(int).reshape(-1)
+            candidates += 1
+            if mask[y0:max(y1, y0 + 1), x0:max(x1, x0 + 1)].mean() >= args.min_tissue:
+                windows.append((col, row, min(R, cols - col), min(R, rows - row)))
+    levels = {m: reader.level_for(10.0 / m / mpp) for m in args.magnifications}
+    return TilePlan(mpp, source, cell_px, (float(left), float(top)), windows, candidates, levels)
+
+
+def read_window(reader: Reader, plan: TilePlan, window: tuple) -> np.ndarray:
+    """(cells, T, 224, 224, 3) uint8: the tiles of a window, cell-major, in the slide file's token order. A pyramid level is read
+    once for all magnifications that it serves. (A box filter would be off by up to half a pixel where the scale is nearly 1.)"""
+    col, row, cols, rows = window
+    box = tuple(plan.origin[i % 2] + edge * plan.cell_px for i, edge in enumerate((col, row, col + cols, row + rows)))
+    pictures = {level: reader.read(level, box) for level in set(plan.levels.values())}
+    tiles = []
+    for k, level in enumerate(plan.levels.values()):
+        picture, within = pictures[level]
+        side = 2 ** k
+        size = (cols * side * TILE_PX, rows * side * TILE_PX)
+        array = np.asarray(picture.resize(size, Image.Resampling.BILINEAR, box=within))       # widened by the scale: no aliasing
+        array = array.reshape(rows, side, TILE_PX, cols, side, TILE_PX, 3).transpose(0, 3, 1, 4, 2, 5, 6)
+        tiles.append(array.reshape(rows * cols, side * side, TILE_PX, TILE_PX, 3))
+    return np.concatenate(tiles, axis=1)
+
+
+def texture(tiles: torch.Tensor) -> torch.Tensor:
+    """A stand-in for a tile foundation model: 46 fixed colour and texture statistics, no weights, the same for a turned tile.
+
+    tiles (B, 224, 224, 3) uint8 RGB -> (B, 46) float32: it makes the whole chain runnable anywhere; it is no substitute for a
+    trained encoder.
+    """
+    rgb = tiles.permute(0, 3, 1, 2).float()                                                             # (B, 3, 224, 224)
+    density = -torch.log10((rgb + 1) / 256)                       # optical density, Beer-Lambert
+    stains = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])                 # Ruifrok & Johnston 2001
+    stained = torch.einsum("sc,bchw->bshw", stains.to(density), density)                                # (B, 3, 224, 224)
+    flat = stained.flatten(2)
+    quantiles = flat.quantile(torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]).to(flat), dim=2).permute(1, 2, 0)     # (B, 3, 5)
+    features = [flat.mean(2), flat.std(2), quantiles.flatten(1)]                                        # 3 + 3 + 15
+    for scale in (1, 2, 4, 8, 16):                                # how much varies between neighbours, and within, at each scale
+        coarse = F.avg_pool2d(stained[:, :2], scale)
+        steps = coarse.diff(dim=2).abs().mean((2, 3)) + coarse.diff(dim=3).abs().mean((2, 3))           # (B, 2)
+        features += [2 * steps, coarse.std((2, 3))]                                                     # 5 * 4
+    chroma = (rgb.amax(1) - rgb.amin(1)) / 255
+    features += [chroma.mean((1, 2))[:, None], chroma.std((1, 2))[:, None]]                             # 2
+    centred = flat[:, :2] - flat[:, :2].mean(2, keepdim=True)
+    features += [10 * centred.prod(1).mean(1, keepdim=True), (rgb.mean(1) > 220).float().mean((1, 2))[:, None],
+                 rgb.mean((2, 3))[:, :1] / 255]                                                         # 3
+    return torch.cat(features, dim=1)
+
+
+def tile_encoder(name: str, device):
+    """The callable (B, 224, 224, 3) uint8 -> (B, D) that `name` stands for; tiles come to it on `device`. Raises MixmagError if there is none."""
+    if name == "texture":
+        return texture
+    module, _, factory = name.partition(":")
+    if not module or not factory:
+        raise MixmagError(f"--encoder {name}: expected texture or module:factory")
+    sys.path.insert(0, os.getcwd())
+    try:
+        encoder = getattr(importlib.import_module(module), factory)()
+    except (ImportError, AttributeError) as error:
+        raise MixmagError(f"--encoder {name}: {error}") from None
+    return encoder.to(device).eval() if isinstance(encoder, torch.nn.Module) else encoder
+
+
+def encode(encoder, tiles: np.ndarray, batch_size: int, device) -> np.ndarray:
+    """tiles (..., 224, 224, 3) uint8 -> (..., D) float16. Raises MixmagError for an output that is no (B, D) of finite numbers."""
+    flat = torch.from_numpy(tiles.reshape(-1, *tiles.shape[-3:]))
+    with torch.inference_mode():
+        out = torch.cat([encoder(batch.to(device)).float().cpu() for batch in flat.split(batch_size)])
+    if out.ndim != 2 or len(out) != len(flat):
+        raise MixmagError(f"the encoder made {tuple(out.shape)} of {tuple(flat.shape)}, expected ({len(flat)}, D)")
+    half = out.half()
+    if not torch.isfinite(half).all():
+        raise MixmagError(f"the encoder returned NaN, or values beyond float16, for {int((~half.isfinite()).any(1).sum())} of {len(half)} tiles")
+    return half.numpy().reshape(*tiles.shape[:-3], -1)
+
+
+MAX_BAD_WINDOWS = 0.01                                            # a slide of which more cannot be read has failed
+
+
+def tile_slide(reader: Reader, plan: TilePlan, encoder, dim: int, args) -> tuple:
+    """features (C, T, D), cells (C, 2), and how many windows were dropped because their pixels could not be read."""
+    features, cells, bad = [], [], 0
+    for window in progress(plan.windows, desc=reader.path.stem[:24], leave=False):
+        if STOP_SIGNALS:
+            raise Stopped
+        try:
+            tiles = read_window(reader, plan, window)
+        except openslide.OpenSlideError as error:
+            bad += 1
+            if bad > MAX_BAD_WINDOWS * len(plan.windows):
+                raise MixmagError(f"{bad} of {len(plan.windows)} windows cannot be read, more than {MAX_BAD_WINDOWS:.0%} ({error})") from None
+            continue
+        col, row, cols, rows = window
+        features.append(encode(encoder, tiles, args.batch_size, args.device))
+        cells += [(col + c, row + r) for r in range(rows) for c in range(cols)]
+    T = Geometry(1, args.magnifications).tokens_per_cell
+    return (np.concatenate(features) if features else np.zeros((0, T, dim), np.float16),
+            np.array(cells, np.int32).reshape(-1, 2), bad)
+
+
+SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".dcm", ".czi")
+
+
+def find_slides(places) -> list[Path]:
+    """Slide files, named or found in folders, sorted. Raises MixmagError where two would have the same slide id."""
+    paths = []
+    for place in map(Path, places):
+        paths += sorted(p for p in place.rglob("*") if p.suffix.lower() in SLIDE_SUFFIXES) if place.is_dir() else [place]
+    by_id = defaultdict(list)
+    for path in paths:
+        by_id[path.stem.lower()].append(str(path))
+    clashes = [same for same in by_id.values() if len(same) > 1]
+    if clashes or not paths:
+        raise MixmagError(f"two slides with one id: {', '.join(clashes[0])}; rename one" if clashes else
+                          f"no slides in {', '.join(map(str, places))} (suffixes: {' '.join(SLIDE_SUFFIXES)})")
+    return paths
+
+
+def tile_one(path: Path, encoder, dim: int, args) -> str:
+    """Tile one slide into its file; the line that reports it. Raises MixmagError if it cannot be done."""
+    if not path.exists():
+        raise MixmagError(f"{path}: no such file")
+    out = Path(args.out) / "slides" / f"{path.stem}.safetensors"
+    settings = {"region": args.region, "min_tissue": args.min_tissue, "mpp": args.mpp, "source_bytes": path.stat().st_size}
+    if out.exists():
+        found = read_slide(out).meta
+        there = (found["encoder"], found["magnifications"], found.get("settings"))
+        if there != (args.encoder, args.magnifications, settings):
+            raise MixmagError(f"{out} was made with {there}, now asked for {(args.encoder, args.magnifications, settings)}; give another --out")
+        return f"{path.stem}: done before"
+    reader = Reader(path)
+    plan = plan_slide(reader, args)
+    T = Geometry(1, args.magnifications).tokens_per_cell
+    whole = sum(w[2] * w[3] == args.region ** 2 for w in plan.windows)
+    report = (f"{path.stem}: {plan.mpp:.4g} um/px ({plan.mpp_source}), levels {plan.levels}, {len(plan.windows)} of {plan.candidates} windows "
+              f"hold tissue ({whole} with all {args.region ** 2} cells), {plan.cells} cells, {plan.cells * T} tokens, {plan.cells * T * dim * 2 / 1e6:.2f} MB")
+    if not args.dry_run:
+        features, cells, bad = tile_slide(reader, plan, encoder, dim, args)
+        width, height = reader.slide.dimensions
+        write_slide(out, features, cells, np.ones(features.shape[:2], bool),
+                    {"slide_id": path.stem, "encoder": args.encoder, "magnifications": args.magnifications, "tile_px": TILE_PX, "mpp": plan.mpp,
+                     "cell_px": plan.cell_px, "origin": plan.origin, "width": width, "height": height, "n_bad": bad, "settings": settings})
+        report += f", {bad} windows dropped as unreadable" if bad else ""
+    return report + ("" if plan.windows else "; nothing to embed")
+
+
+def tile_command(args) -> int:
+    try:
+        Geometry(args.region, args.magnifications)
+    except ValueError as error:
+        raise MixmagError(str(error)) from None
+    share, shares = (int(part) for part in args.shard.split("/")) if re.fullmatch(r"\d+/\d+", args.shard) else (1, 0)
+    if share >= shares:
+        raise MixmagError(f"--shard {args.shard}: expected i/n with 0 <= i < n")
+    args.device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
+    paths = find_slides(args.slides)[share::shares]
+    encoder = tile_encoder(args.encoder, args.device)
+    dim = encode(encoder, np.full((1, TILE_PX, TILE_PX, 3), 255, np.uint8), 1, args.device).shape[1]
+    failed = []
+    for path in progress(paths, desc="slides"):
+        if STOP_SIGNALS:
+            raise Stopped
+        try:
+            print(tile_one(path, encoder, dim, args), flush=True)
+        except (MixmagError, openslide.OpenSlideError, OSError, ValueError, RuntimeError) as error:
+            failed.append((path.stem, "tile", f"{type(error).__name__}: {error}" if not isinstance(error, MixmagError) else str(error)))
+            print(f"{path.stem}: FAILED: {error}", file=sys.stderr)
+    listed = Path(args.out) / ("failed.csv" if shares == 1 else f"failed-{share}-of-{shares}.csv")
+    if not args.dry_run:
+        listed.unlink(missing_ok=True)
+    if failed and not args.dry_run:
+        write_csv(listed, ("slide_id", "stage", "reason"), failed)
+    print(f"{len(paths) - len(failed)} slides done, {len(failed)} failed" + (f" (see {listed})" if failed and not args.dry_run else ""))
+    return 3 if failed else 0
+
+
+# --------------------------------------------------------------------------------------------------------- windows, batches
+
+def windows(cells: np.ndarray, region: int, stride: int, min_cover: float) -> tuple[np.ndarray, np.ndarray]:
+    """Windows of region x region cells that hold at least the share `min_cover` of their cells.
+
+    cells (C, 2) -> (W, R*R) the row of each of the window's cells in `cells`, row-major, -1 where there is none, and (W, 2) the
+    windows' corners (col, row), row-major. Windows lie on one lattice of `stride`, or at every cell offset with stride 1.
+    """
+    if not len(cells):
+        return np.zeros((0, region * region), np.int64), np.zeros((0, 2), np.int64)
+    cells = cells.astype(np.int64)
+    inside = np.stack(np.divmod(np.arange(region * region), region)[::-1], axis=1)                      # (R*R, 2) col, row
+
+    def key(places):
+        return (places[..., 1] << 32) + places[..., 0]
+
+    corners = (cells[:, None] - inside).reshape(-1, 2)
+    corners = corners[(corners % stride == 0).all(axis=1)]
+    corners = corners[np.unique(key(corners), return_index=True)[1]]
+    order = np.argsort(key(cells), kind="stable")
+    wanted, have = key(corners[:, None] + inside), key(cells)[order]                                    # (W, R*R), (C,)
+    at = np.searchsorted(have, wanted).clip(max=len(have) - 1)
+    rows = np.where(have[at] == wanted, order[at], -1)
+    kept = (rows >= 0).mean(axis=1) >= min_cover
+    return rows[kept], corners[kept]
+
+
+def gather(slide: Slide, rows: np.ndarray, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """rows (W, R*R) of `windows`, entries (n,) or (W, n): which of a window's R*R*T cell-major entries -> x (W, n, D) float16 and
+    valid (W, n) bool. One gather from the memory map; nothing else is read."""
+    T = slide.valid.shape[1]
+    cell = np.take_along_axis(rows, np.broadcast_to(entries // T, (len(rows), entries.shape[-1])), axis=1)      # (W, n)
+    token = np.where(cell >= 0, cell * T + entries % T, 0)
+    valid = (cell >= 0) & slide.valid.reshape(-1)[token]
+    x = slide.features.reshape(-1, slide.dim)[token]                                                    # (W, n, D)
+    return x if valid.all() else np.where(valid[..., None], x, np.float16(0)), valid
+
+
+def as_batch(x: np.ndarray, valid: np.ndarray) -> tuple:
+    """Tensors; the validity mask is None where nothing is invalid, and then no mask is ever built."""
+    return torch.from_numpy(x), None if valid.all() else torch.from_numpy(valid)
+
+
+class RegionDataset(torch.utils.data.Dataset):
+    """Random windows for pretraining, turned, with what is to be removed. Sample i is a function of (seed, i) alone: epoch i // W
+    is a permutation of all W windows.
+
+    views 2 draws the second window from a `source` x `source` window around the first (paper 3.1.2): of all windows inside a
+    random source window that holds the first one, which is thereby a random one of them too. mask is the removal ratio.
+    """
+
+    def __init__(self, slides, geometry: Geometry, seed: int, mask: float, views: int = 1, source: int = 0, stride: int = 1,
+                 min_cover: float = 1.0, turn: bool = True):
+        self.slides, self.geometry, self.seed, self.views, self.turn = slides, geometry, seed, views, turn
+        self.removed_tokens = removal_count(geometry.num_tokens, mask)                                  # M
+        self.reach = (source or geometry.region) - geometry.region
+        self.order, self.turns = geometry.cell_order().numpy(), geometry.dihedral().numpy()
+        found = [windows(s.cells, geometry.region, stride, min_cover) for s in slides]
+        self.per_slide = [len(rows) for rows, _ in found]
+        self.first = np.concatenate([[0], np.cumsum(self.per_slide)])                                   # a slide's first window
+        self.rows, self.corners = (np.concatenate(part) for part in zip(*found))
+        self.slide_of = np.repeat(np.arange(len(slides)), self.per_slide)                               # (W,)
+        self.shuffled = (None, None)                                                                    # an epoch and its order
+
+    def __len__(self) -> int:
+        return len(self.slide_of)
+
+    def order_of(self, epoch: int) -> np.ndarray:
+        if self.shuffled[0] != epoch:
+            self.shuffled = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self)))
+        return self.shuffled[1]
+
+    def partner(self, window: int, rng) -> int:
+        """The second view of a window."""
+        slide, corner = self.slide_of[window], self.corners[window]
+        mine = slice(self.first[slide], self.first[slide + 1])
+        start = corner - rng.integers(0, self.reach + 1, size=2)                                        # of the source window
+        inside = ((self.corners[mine] >= start) & (self.corners[mine] <= start + self.reach)).all(axis=1)
+        return int(self.first[slide] + rng.choice(inside.nonzero()[0]))
+
+    def draw(self, i: int) -> list:
+        """Sample i as [(window, turn, removed (M,))] for each view."""
+        epoch, position = divmod(i, len(self))
+        rng = np.random.default_rng([self.seed, epoch, position])
+        first = int(self.order_of(epoch)[position])
+        chosen = [first, self.partner(first, rng)][:self.views] if self.views == 2 else [first]
+        return [(w, int(rng.integers(8)) if self.turn else 0, rng.permutation(self.geometry.num_tokens)[:self.removed_tokens]) for w in chosen]
+
+    def __getitems__(self, indices) -> dict:
+        """x (B, N, D) float16, removed (B, M), valid (B, N) or None, slide (B,); with two views each has a leading axis of 2."""
+        draws = [view for views in zip(*(self.draw(i) for i in indices)) for view in views]             # view-major
+        x = np.empty((len(draws), self.geometry.num_tokens, self.slides[0].dim), np.float16)
+        valid = np.empty(x.shape[:2], bool)
+        for j, (window, turn, _) in enumerate(draws):
+            x[j:j + 1], valid[j:j + 1] = gather(self.slides[self.slide_of[window]], self.rows[window:window + 1], self.order[self.turns[turn]])
+        x, valid = as_batch(x, valid)
+        batch = {"x": x, "removed": torch.from_numpy(np.stack([removed for *_, removed in draws])), "valid": valid,
+                 "slide": torch.tensor([int(self.slide_of[window]) for window, *_ in draws])}
+        if self.views == 2:
+            batch = {k: v if v is None else v.unflatten(0, (2, -1)) for k, v in batch.items()}
+        return batch
+
+
+class CaseDataset(torch.utils.data.Dataset):
+    """The cases of a split as ragged bags: a case has slides, a slide has regions, a region the chosen tokens.
+
+    index (n,): which of a region's tokens are read (Geometry.select). Slides without a region that holds `min_cover` of its cells,
+    and cases without such slides, are left out and named in `dropped`.
+    """
+
+    def __init__(self, slides: dict, cases: list, geometry: Geometry, index, min_cover: float = 0.5):
+        self.slides, self.entries = slides, geometry.cell_order().numpy()[np.asarray(index)]
+        self.rows, self.cases, self.dropped = {}, [], []
+        for case in cases:
+            for slide_id in case.slide_ids:
+                rows, _ = windows(slides[slide_id].cells, geometry.region, geometry.region, min_cover)
+                if len(rows) and gather_valid(slides[slide_id], rows, self.entries).any():
+                    self.rows[slide_id] = rows
+            usable = [i for i in case.slide_ids if i in self.rows]
+            self.dropped += [i for i in case.slide_ids if i not in self.rows]
+            if usable:
+                self.cases.append(Case(case.case_id, case.label, case.split, usable))
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitems__(self, indices) -> dict:
+        """x (W, n, D) float16, valid (W, n) or None, regions (S,) of each slide, case (S,) which of the batch's cases it
+        belongs to, label (cases,) float."""
+        chosen = [self.cases[i] for i in indices]
+        slide_ids = [i for case in chosen for i in case.slide_ids]
+        parts = [gather(self.slides[i], self.rows[i], self.entries) for i in slide_ids]
+        x, valid = as_batch(*(np.concatenate(part) for part in zip(*parts)))
+        return {"x": x, "valid": valid, "regions": torch.tensor([len(self.rows[i]) for i in slide_ids]), "slide_ids": slide_ids,
+                "case": torch.repeat_interleave(torch.arange(len(chosen)), torch.tensor([len(c.slide_ids) for c in chosen])),
+                "label": torch.tensor([float(case.label) for case in chosen])}
+
+
+def gather_valid(slide: Slide, rows: np.ndarray, entries: np.ndarray) -> np.ndarray:
+    """valid (W, n) of `gather`, without reading a feature."""
+    T = slide.valid.shape[1]
+    cell = rows[:, entries // T]
+    return (cell >= 0) & slide.valid.reshape(-1)[np.where(cell >= 0, cell * T + entries % T, 0)]
+
+
+def feature_statistics(slides, limit: int = 20000) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """mean (D,) and std (D,) over the tokens of evenly spread cells (at most about `limit`), and (K, D) the mean direction of each
+    magnification: the constant prediction that minimises Eq. 2."""
+    share = max(1, -(-sum(len(s.cells) for s in slides) // limit))
+    count, total, squares, directions = 0, 0.0, 0.0, []
+    starts = Geometry(1, slides[0].meta["magnifications"]).cell_table()[:, 0].numpy()                   # (T,) level of each entry
+    sums = np.zeros((starts.max() + 1, slides[0].dim))
+    for slide in slides:
+        x, valid = np.asarray(slide.features[::share], np.float64), slide.valid[::share]                # (C', T, D)
+        tokens = x[valid]
+        count, total, squares = count + len(tokens), total + tokens.sum(0), squares + (tokens ** 2).sum(0)
+        x = np.where(valid[..., None], x, 0)
+        unit = x / np.linalg.norm(x, axis=-1, keepdims=True).clip(min=1e-12)
+        np.add.at(sums, starts, unit.sum(axis=0))
+    mean = total / max(count, 1)
+    std = np.sqrt((squares / max(count, 1) - mean ** 2).clip(min=0))
+    return tuple(torch.from_numpy(a).float() for a in (mean, std, sums / np.linalg.norm(sums, axis=1, keepdims=True).clip(min=1e-12)))
+
+
+COMMANDS = {"synth": synth_command, "tile": tile_command, "verify": verify_command}
+
+if __name__ == "__main__":
+    sys.exit(run_command(COMMANDS[ARGS.command], ARGS))
