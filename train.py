@@ -1,0 +1,1035 @@
+"""mixmag training: masked pretraining of the mixing encoder, fine-tuning to AUROC, and the tables.
+
+    python train.py demo                             the whole story on a synthetic cohort, in minutes
+    python train.py pretrain --mask 0.5              masked embedding modelling (MEM); with --source 7 contrastive too (CMEM)
+    python train.py finetune --task skin_braf        gated attention MIL on the encoder's outputs
+    python train.py table                            every row of the paper's tables 1 and 2
+
+Shape letters as in mixmag.py. Results go to stdout, everything else to stderr. A run folder holds config.json, metrics.jsonl,
+last.pt and prev.pt (checkpoints), what came out, and result.json once it is finished.
+"""
+import argparse
+import copy
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+DEFAULT_DATA = "data/synthetic"
+PRESETS = {     # what a flag that is not given means; `paper` numbers are the assumed ones of README
+    "small": {"pretrain": {"batch_size": 16, "blr": 0.032, "steps": 800}, "finetune": {"batch_size": 16, "lr": 3e-3, "epochs": 15}},
+    "paper": {"pretrain": {"batch_size": 4096, "blr": 1.5e-4, "epochs": 100}, "finetune": {"batch_size": 32, "lr": 1e-4, "epochs": 20}},
+}
+
+
+def parse(argv=None) -> argparse.Namespace:
+    """The command line. It stands first, and is parsed before the heavy imports, so that --help answers at once."""
+    def positive(text):
+        if int(text) < 1:
+            raise ValueError
+        return int(text)
+
+    def magnification(text):
+        return text if text == "all" else positive(text)
+
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, summary, example):
+        p = commands.add_parser(name, help=summary, description=summary, epilog=f"example: {example}",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        p.add_argument("--seed", type=int, default=0, help="everything random follows from it")
+        p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
+        return p
+
+    def training(p, steps):
+        p.add_argument("--data", default=DEFAULT_DATA, help="DATA folder; the default is made first if it is not there")
+        p.add_argument("--out", help="run folder (default: a name made of the settings, under runs/)")
+        p.add_argument("--preset", choices=PRESETS, default="small", help="small: 1 M parameters, for two CPU cores; paper: as assumed there")
+        p.add_argument("--region", type=positive, default=3, help="cells per region side (assumed)")
+        p.add_argument("--batch-size", type=positive, help="global batch size (default: the preset's)")
+        p.add_argument("--epochs", type=positive, help="passes over the data (default: the preset's)")
+        if steps:
+            p.add_argument("--steps", type=positive, help="optimizer steps, instead of epochs (default: the preset's)")
+        p.add_argument("--lr", type=float, help="peak learning rate (default: the preset's)")
+        p.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises (assumed)")
+        p.add_argument("--weight-decay", type=float, default=0.05, help="on matrices only (assumed)")
+        p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (assumed)")
+        p.add_argument("--amp", choices=("auto", "off", "fp16", "bf16"), default="auto", help="auto: bf16 where the device computes it, else fp16 on a GPU")
+        p.add_argument("--workers", type=int, default=0, help="processes that load data")
+        p.add_argument("--resume", choices=("auto", "off"), default="auto", help="auto: go on where a run of the same settings stopped")
+
+    p = command("pretrain", "masked embedding modelling, without labels", "python train.py pretrain --mask 0.5 --source 7")
+    training(p, steps=True)
+    p.add_argument("--mask", type=float, default=0.5, help="removal ratio (paper: 0.25, 0.50, 0.75)")
+    p.add_argument("--source", type=positive, metavar="S", help="add the contrastive term on two views of an S x S source window (paper: 3, 7, 11)")
+    p.add_argument("--blr", type=float, help="base rate: lr = blr * batch / 256 (default: the preset's)")
+    p.add_argument("--micro-batch", type=positive, default=64, help="regions per forward pass; gradients accumulate to the batch")
+    p.add_argument("--min-cover", type=float, default=1.0, help="share of its cells that a window must hold")
+    p.add_argument("--holdout", type=float, default=0.05, help="share of cases kept out, to measure the loss on")
+    p.add_argument("--save-every", type=positive, default=100, help="steps between checkpoints")
+
+    p = command("finetune", "train slide-level prediction of a biomarker and score its test set once",
+                "python train.py finetune --task skin_braf --init runs/mem-0.50 --tokens cls")
+    training(p, steps=False)
+    p.add_argument("--task", required=True, help="name of a table in DATA/tasks")
+    p.add_argument("--init", metavar="RUN|random|none", help="pretraining run, random weights, or none: AB-MIL on the tile embeddings "
+                   "(default: the newest pretraining run)")
+    p.add_argument("--tokens", choices=("patch", "cls"), default="patch", help="contextualized (table 1) or compressed (table 2) outputs")
+    p.add_argument("--magnification", type=magnification, default="all", help="all, or the only one whose embeddings are read")
+    p.add_argument("--hidden", type=positive, default=256, help="width of the AB-MIL attention (assumed)")
+    p.add_argument("--dropout", type=float, default=0.2, help="on what is pooled and on the pooled vector (assumed)")
+    p.add_argument("--smoothing", type=float, default=0.1, help="label smoothing (assumed)")
+    p.add_argument("--layer-decay", type=float, default=0.75, help="each layer's rate against the one above (paper 4.3)")
+    p.add_argument("--encoder-rate", type=float, default=0.3, help="the encoder's rate against the aggregator's (assumed)")
+    p.add_argument("--case-score", choices=("auto", "max", "mean"), default="auto",
+                   help="a case's score from its slides'; auto: whichever ranks the tune split better, max on a tie")
+    p.add_argument("--min-cover", type=float, default=0.5, help="share of its cells that a region must hold")
+
+    p = command("predict", "score slides with a fine-tuned run", "python train.py predict --run runs/skin_braf-mem-0.50-patch-all --data data/mine")
+    p.add_argument("--run", required=True, help="fine-tuning run")
+    p.add_argument("--data", required=True, help="DATA folder")
+    p.add_argument("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
+    p.add_argument("--out", help="CSV to write (default: RUN/predict.csv)")
+
+    p = command("embed", "write contextualized or compressed outputs as HDF5 that MIL tools read",
+                "python train.py embed --init runs/mem-0.50 --tokens cls --out embeddings")
+    p.add_argument("--init", required=True, metavar="RUN", help="pretraining run, or an exported encoder folder")
+    p.add_argument("--tokens", choices=("patch", "cls"), default="cls", help="contextualized: one row per tile; compressed: one row per region")
+    p.add_argument("--data", default=DEFAULT_DATA, help="DATA folder")
+    p.add_argument("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
+    p.add_argument("--out", required=True, help="folder to write")
+    p.add_argument("--min-cover", type=float, default=0.5, help="share of its cells that a region must hold")
+
+    p = command("table", "run rows x tasks x seeds of the paper's tables 1 and 2, skipping what is done", "python train.py table --rows abmil-20 mem-0.50-patch --tasks skin_braf")
+    p.add_argument("--data", default=DEFAULT_DATA, help="DATA folder; the default is made first if it is not there")
+    p.add_argument("--out", default="runs/table", help="folder of the runs and of SUMMARY.md")
+    p.add_argument("--rows", nargs="+", help="such as abmil-20, random-all-patch, mem-0.50-cls, cmem-7-patch (default: all 24)")
+    p.add_argument("--tasks", nargs="+", help="tables in DATA/tasks (default: all)")
+    p.add_argument("--seeds", type=positive, default=1, help="number of seeds, from --seed on")
+    p.add_argument("--preset", choices=PRESETS, default="small", help="for every run")
+    p.add_argument("--steps", type=positive, help="pretraining steps (default: the preset's)")
+    p.add_argument("--epochs", type=positive, help="fine-tuning epochs (default: the preset's)")
+
+    p = command("demo", "a synthetic cohort, MEM pretraining, fine-tuning, a small table and a figure, in minutes on two cores", "python train.py demo")
+    p.add_argument("--data", default=DEFAULT_DATA, help="DATA folder; the default is made first if it is not there")
+    p.add_argument("--out", default="runs/demo", help="folder of the runs, SUMMARY.md and demo.png")
+
+    command("doctor", "versions, device, threads, bf16, disk: what this machine offers and what will go wrong", "python train.py doctor")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    ARGS = parse()
+
+import numpy as np                                                                                          # noqa: E402
+import torch                                                                                                # noqa: E402
+import torch.nn.functional as F                                                                             # noqa: E402
+from scipy import stats                                                                                     # noqa: E402
+from sklearn.metrics import average_precision_score, roc_auc_score                                          # noqa: E402
+from safetensors.torch import save_file                                                                     # noqa: E402
+
+import data                                                                                                 # noqa: E402
+import mixmag                                                                                               # noqa: E402
+from data import MixmagError, Stopped, progress, whole_file, write_csv, write_json, write_text              # noqa: E402
+
+
+def log(*words) -> None:
+    print(*words, file=sys.stderr, flush=True)
+
+
+# -------------------------------------------------------------------------------------- one optimizer step, and its parts
+
+def lr_at(step: int, total: int, warmup: int) -> float:
+    """The factor on the peak rate at a step: 1. a linear rise whose first step is not zero, 2. a cosine to zero. A pure function
+    of the step, so there is no scheduler to save. Source: paper 4.2, SGDR."""
+    if step < warmup:
+        return (step + 1) / warmup                                                                              # 1
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))                             # 2
+
+
+def layer_of(name: str, depth: int) -> int:
+    """0 for what stands before the blocks, i + 1 for block i, depth + 1 for what follows. ValueError for an unknown name."""
+    for pattern, layer in ((r"encoder\.(cls|pos)$|encoder\.input\.", 0), (r"encoder\.blocks\.(\d+)\.", None),
+                           (r"encoder\.norm\.|(decoder|projector|pool|head)\.", depth + 1)):
+        if found := re.match(pattern, name):
+            return int(found[1]) + 1 if layer is None else layer
+    raise ValueError(f"parameter {name!r} belongs to no layer: say in layer_of where it stands")
+
+
+def parameter_groups(model: torch.nn.Module, depth: int, weight_decay: float, layer_decay: float = 1.0, encoder_rate: float = 1.0) -> list[dict]:
+    """AdamW groups with `lr_scale` = layer_decay ** (layers above), times encoder_rate inside the encoder. No decay on norms and biases (paper 4.2), nor on class and
+    mask tokens and positions (assumed, as MAE). Every parameter is in exactly one group. Source: paper 4.3, BEiT, MAE."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        decays = parameter.ndim > 1 and not name.endswith((".cls", ".pos"))
+        scale = layer_decay ** (depth + 1 - layer_of(name, depth)) * (encoder_rate if name.startswith("encoder.") else 1.0)
+        group = groups.setdefault((scale, decays), {"params": [], "lr_scale": scale, "weight_decay": weight_decay * decays})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def amp_dtype(mode: str, device: torch.device, width: int) -> torch.dtype | None:
+    """The precision of autocast, None for full. auto: bf16 on a GPU that has it, fp16 on an older one (the paper's V100); on a CPU
+    bf16 where the processor has the instructions and the model is wide enough to gain by it (at small widths it loses)."""
+    if mode != "auto":
+        return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[mode]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if width >= 512 and torch.cpu._is_avx512_bf16_supported() else None
+
+
+def machine(args, width: int) -> SimpleNamespace:
+    """Where and in which precision to compute: .device, .autocast() and .scaler (which does nothing unless in fp16)."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise MixmagError("several processes were started, but training runs in one: start it without torchrun")
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise MixmagError(f"--device {name}: torch {torch.__version__} sees no GPU here")
+    device = torch.device(name)
+    dtype = amp_dtype(getattr(args, "amp", "auto"), device, width)
+    return SimpleNamespace(device=device, dtype=dtype, scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+                           autocast=lambda: torch.autocast(device.type, dtype) if dtype else nullcontext())
+
+
+def to_device(batch: dict, device) -> dict:
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def as_is(batch):
+    """The data sets make whole batches, so there is nothing to collate."""
+    return batch
+
+
+def optimizer_step(model, optimizer, scaler, rate: float, clip: float) -> float:
+    """Unscale, clip, step at `rate` times each group's lr_scale, update the scale, clear. Returns the gradient's norm; under fp16
+    a step with an infinite one is skipped and the scale halved."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)
+
+
+# ------------------------------------------------------------------------------------------------------- a run on disk
+
+class Run:
+    """A run folder. Two starts with the same settings are one run; with other settings the second is refused."""
+
+    def __init__(self, folder, config: dict, resume: str):
+        self.folder, self.config = Path(folder), config
+        self.metrics = self.folder / "metrics.jsonl"
+        stored = self.folder / "config.json"
+        if stored.exists() and resume == "auto":
+            found = json.loads(stored.read_text("utf-8"))
+            differing = sorted(k for k in found.keys() | config.keys() if found.get(k) != config.get(k))
+            if differing:
+                raise MixmagError(f"{self.folder} holds a run with other settings: "
+                                  + ", ".join(f"{k} {found.get(k)!r} there, {config.get(k)!r} now" for k in differing)
+                                  + "; give another --out, or --resume off to begin anew")
+        elif stored.exists():
+            for name in ("config.json", "result.json", "next.pt", "last.pt", "prev.pt", "metrics.jsonl", "slides.csv", "model.safetensors", "predictions.csv",
+                         "encoder/config.json", "encoder/model.safetensors"):
+                (self.folder / name).unlink(missing_ok=True)
+        write_json(stored, config)
+
+    def result(self) -> dict | None:
+        done = self.folder / "result.json"
+        return json.loads(done.read_text("utf-8")) if done.exists() else None
+
+    def save(self, state: dict) -> None:
+        """Write last.pt; the one before stays as prev.pt. Plain types and tensors only."""
+        last = self.folder / "last.pt"
+        with whole_file(self.folder / "next.pt") as temporary:
+            torch.save(state, temporary)
+        if last.exists():
+            os.replace(last, self.folder / "prev.pt")
+        os.replace(self.folder / "next.pt", last)
+
+    def load(self) -> dict | None:
+        """The newest whole checkpoint, if any; nothing is unpickled. The metrics are cut back to where it was written."""
+        for name in ("next.pt", "last.pt", "prev.pt"):
+            path = self.folder / name
+            if path.exists():
+                try:
+                    state = torch.load(path, map_location="cpu", weights_only=True)
+                except Exception as error:          # whatever a damaged file makes torch raise: say so, take the one before
+                    log(f"{path}: not a whole checkpoint, trying the one before ({str(error).splitlines()[0]})")
+                    continue
+                lines = self.metrics.read_text("utf-8").splitlines() if self.metrics.exists() else []
+                write_text(self.metrics, "".join(line + "\n" for line in lines[:state["lines"]]))
+                log(f"going on from {path}, {state['done']} done")
+                return state
+        write_text(self.metrics, "")
+        return None
+
+    def note(self, **values) -> None:
+        """One line of metrics, rounded so that it reads well; times are left out, so equal runs have equal files."""
+        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+        with open(self.metrics, "a", encoding="utf-8") as f:
+            f.write(json.dumps(rounded, allow_nan=False) + "\n")
+
+    def lines(self) -> int:
+        return len(self.metrics.read_text("utf-8").splitlines())
+
+
+def settings(args, slides, *files) -> dict:
+    """What decides a run's outcome: the arguments, and by their checksums the slides and any other files that it reads."""
+    digest = hashlib.sha256("".join(s.meta["sha256"] for s in slides).encode("utf-8"))
+    for path in files:
+        digest.update(Path(path).read_bytes())
+    chosen = {k: v for k, v in vars(args).items() if k not in ("out", "device", "workers", "resume", "save_every")}
+    return {**chosen, "tile_encoder": slides[0].meta["encoder"], "inputs_sha256": digest.hexdigest()}
+
+
+def ensure_data(path) -> Path:
+    """The DATA folder; the default one is made on the spot."""
+    path = Path(path)
+    if str(path) == DEFAULT_DATA and not data.synthetic_facts(path).get("complete"):
+        log(f"{path} is not there: making the quick synthetic cohort first (data.py synth --out {path})")
+        data.synth_cohort(path)
+    if not (path / "slides").is_dir():
+        raise MixmagError(f"{path}: no slides folder; make one with data.py tile or data.py synth")
+    return path
+
+
+def fill_in(args, kind: str) -> None:
+    """Give the flags that were left out the preset's values."""
+    for name, value in PRESETS[args.preset][kind].items():
+        if getattr(args, name) is None and not (name in ("steps", "epochs") and (getattr(args, "steps", None) or args.epochs)):
+            if not (name == "blr" and args.lr is not None):
+                setattr(args, name, value)
+
+
+def model_config(args, slides) -> mixmag.Config:
+    make = mixmag.Config.small if args.preset == "small" else mixmag.Config.paper
+    return make(slides[0].dim, region=args.region, magnifications=tuple(slides[0].meta["magnifications"]))
+
+
+def parameters(model) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+
+
+# ---------------------------------------------------------------------------------------------------------- pretraining
+
+def pretraining_split(path: Path, holdout: float) -> tuple[list, list]:
+    """Slide ids to train on and to measure on. Whole cases are held out, chosen by a hash of their name: the choice moves with
+    nothing else."""
+    case_of = {s: c.case_id for task in data.task_names(path) for c in data.read_task(path, task) for s in c.slide_ids}
+    ids = data.pretraining_ids(path)
+    cases = sorted({case_of.get(i, i) for i in ids}, key=lambda c: hashlib.sha256(c.encode("utf-8")).digest())
+    held = set(cases[:round(holdout * len(cases))])
+    return [i for i in ids if case_of.get(i, i) not in held], [i for i in ids if case_of.get(i, i) in held]
+
+
+def level_table(model, dataset, mean, compute, batch_size: int = 64) -> dict:
+    """predictor -> (K,) mean of 1 - cosine per magnification on the same removed tokens of every window of `dataset`: the model,
+    and what needs no network. A parent of 5x and children of 20x do not exist: nan there."""
+    geometry, sums = model.encoder.geometry, {}
+    model.eval()
+    for start in progress(range(0, len(dataset), batch_size), desc="held-out", leave=False):
+        batch = to_device(dataset.__getitems__(range(start, min(start + batch_size, len(dataset)))), compute.device)
+        x, removed, valid = batch["x"], batch["removed"], batch["valid"]
+        with torch.no_grad(), compute.autocast():
+            predictions = {"model": mixmag.MaskedEmbeddingModel.forward(model, x, removed, valid).pred.float()}
+        predictions.update(mixmag.trivial_predictions(geometry, x, removed, mean.to(compute.device), valid))
+        target = mixmag.take(x, removed).float()
+        for name, pred in predictions.items():
+            total, count = mixmag.level_losses(geometry, pred, target, removed, valid)
+            sums[name] = sums.get(name, 0) + torch.stack([total, count]).double().cpu()
+    model.train()
+    losses = {name: (total / count).tolist() for name, (total, count) in sums.items()}
+    losses["parent"][0] = losses["children"][-1] = math.nan
+    return losses
+
+
+def format_levels(losses: dict, magnifications, least: dict | None) -> str:
+    """A Markdown table of `level_table`, the model last but for the least loss that a synthetic cohort allows."""
+    names = {"mean": "mean embedding", "parent": "visible parent", "children": "visible children", "neighbours": "visible neighbours",
+             "model": "**mixing encoder**"}
+    rows = [(title, losses[name]) for name, title in names.items()]
+    if least:
+        rows.append(("least possible (synthetic)", [least[str(m)] for m in magnifications]))
+    cell = lambda v: "-" if math.isnan(v) else f"{v:.3f}"                                      # noqa: E731
+    head = "| predictor of the removed tokens | " + " | ".join(f"{m}x" for m in magnifications) + " | all |"
+    return "\n".join([head, "|---" * (len(magnifications) + 2) + "|"] +
+                     [f"| {title} | " + " | ".join(map(cell, values)) + f" | {cell(sum(values) / len(values))} |" for title, values in rows])
+
+
+def default_run(args) -> str:
+    name = f"mem-{args.mask:.2f}" if args.source is None else f"cmem-{args.source}-{args.mask:.2f}"
+    return name + (f"-r{args.region}" if args.region != 3 else "") + (f"-s{args.seed}" if args.seed else "")
+
+
+def pretrain_step(model, batch: dict, micro: int, compute) -> tuple[float, dict]:
+    """Forward and backward over one global batch, `micro` regions at a time; gradients add up to the batch's mean. The negatives of
+    NT-Xent are those of a micro-batch. Returns the loss and the sums that are logged."""
+    axis, total = batch["x"].ndim - 3, 0.0                         # with two views the regions are on axis 1
+    B, logged = batch["x"].shape[axis], {}
+    for i in range(0, B, micro):
+        x, removed, valid = (None if batch[k] is None else batch[k].narrow(axis, i, min(micro, B - i)) for k in ("x", "removed", "valid"))
+        with compute.autocast():
+            out = model(x, removed, valid)
+        share = x.shape[axis] / B
+        compute.scaler.scale(out.loss * share).backward()
+        total += out.loss.item() * share
+        for name in ("mem", "contrastive"):
+            if hasattr(out, name):
+                logged[name] = logged.get(name, 0.0) + getattr(out, name).item() * share
+        logged["levels"] = logged.get("levels", 0) + torch.stack([(out.per_level * out.per_level_count).nan_to_num(), out.per_level_count]).cpu()
+    return total, logged
+
+
+def pretrain(args) -> dict:
+    """MEM or CMEM (paper 3.1) on every slide that is in no tune or test split. Returns result.json."""
+    fill_in(args, "pretrain")
+    path = ensure_data(args.data)
+    ids, held_ids = pretraining_split(path, args.holdout)
+    slides = data.read_slides(path, ids)
+    config = model_config(args, slides)
+    geometry = config.geometry()
+    try:
+        mixmag.removal_count(geometry.num_tokens, args.mask)
+    except ValueError as error:
+        raise MixmagError(f"--mask: {error}") from None
+    if args.source is not None and args.source < args.region:
+        raise MixmagError(f"--source {args.source} is smaller than the region of {args.region} cells")
+    compute = machine(args, config.width)
+    views = 1 if args.source is None else 2
+    dataset = data.RegionDataset(slides, geometry, args.seed, args.mask, views, args.source or 0, min_cover=args.min_cover)
+    if not len(dataset):
+        raise MixmagError(f"no window of {args.region} x {args.region} cells is {args.min_cover:.0%} covered in any of {len(slides)} slides (the largest "
+                          f"has {max(len(s.cells) for s in slides)} cells); try --min-cover 0.5 or --region {max(1, args.region - 1)}")
+    run = Run(args.out or Path("runs") / default_run(args), {"kind": "pretrain", **settings(args, slides), "model": config.to_dict()}, args.resume)
+    if run.result():
+        log(f"{run.folder}: done before")
+        return run.result()
+    torch.manual_seed(args.seed)
+    model = (mixmag.MaskedEmbeddingModel if views == 1 else mixmag.ContrastiveEmbeddingModel)(config)
+    mean, std, directions = data.feature_statistics(slides)
+    model.encoder.standardize.fit(mean, std)
+    write_csv(run.folder / "slides.csv", ("slide_id", "role"), [(i, "train") for i in ids] + [(i, "held-out") for i in held_ids])
+    facts = pretrain_loop(args, run, model.to(compute.device), dataset, compute)
+    export_encoder(run, model.encoder, slides[0])
+    return finish_pretraining(run, model, path, held_ids, directions, compute, args, facts)
+
+
+def pretrain_loop(args, run: Run, model, dataset, compute) -> dict:
+    """All optimizer steps, from the last checkpoint on. Returns how many there were and how long they took."""
+    config = model.config
+    total = args.steps or math.ceil(args.epochs * len(dataset) / args.batch_size)
+    warmup = round(args.warmup * total)
+    peak = args.lr or args.blr * args.batch_size / 256                                          # linear scaling rule
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.depth, args.weight_decay), lr=peak, betas=(0.9, 0.95))     # assumed
+    log(f"{run.folder}: {parameters(model)}, {len(dataset.slides)} slides with {len(dataset)} windows, batch {args.batch_size} in parts of "
+        f"{min(args.micro_batch, args.batch_size)}, {total} steps, peak rate {peak:.2e}, {compute.device}, {compute.dtype or 'fp32'}")
+    state, start = run.load(), 0
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        compute.scaler.load_state_dict(state["scaler"])
+        start = state["done"]
+    batches = [range(step * args.batch_size, (step + 1) * args.batch_size) for step in range(start, total)]
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, collate_fn=as_is,
+                                         pin_memory=compute.device.type == "cuda")
+    began, tokens, bar = time.time(), 0, progress(total=total, initial=start, desc="pretrain")
+    for step, batch in enumerate(loader, start=start):
+        rate = peak * lr_at(step, total, warmup)
+        loss, logged = pretrain_step(model, to_device(batch, compute.device), args.micro_batch, compute)
+        if not math.isfinite(loss):
+            names = [dataset.slides[i].slide_id for i in batch["slide"].flatten().tolist()[:5]]
+            raise MixmagError(f"{run.folder}: the loss is {loss} at step {step} (rate {rate:.2e}, slides {', '.join(names)}, ...); the last good "
+                              f"checkpoint stays. A smaller --lr, or data.py verify, may help")
+        norm = optimizer_step(model, optimizer, compute.scaler, rate, args.clip)
+        tokens += batch["x"].shape[:-1].numel()
+        bar.update()
+        bar.set_postfix(loss=f"{loss:.3f}")
+        if (step + 1) % 10 == 0 or step + 1 == total:
+            sums, counts = logged.pop("levels")
+            run.note(step=step + 1, loss=loss, **logged, rate=rate, norm=norm if math.isfinite(norm) else None,
+                     **{f"{m}x": v if math.isfinite(v) else None for m, v in zip(config.magnifications, (sums / counts).tolist())})
+        if (step + 1) % args.save_every == 0 or step + 1 == total or data.STOP_SIGNALS:
+            run.save({"done": step + 1, "lines": run.lines(), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                      "scaler": compute.scaler.state_dict()})
+        if data.STOP_SIGNALS:
+            raise Stopped
+    bar.close()
+    seconds = time.time() - began
+    log(f"{tokens / max(seconds, 1e-9):,.0f} tokens per second over {seconds:.0f} s")
+    return {"steps": total, "seconds": round(seconds, 1)}
+
+
+def export_encoder(run: Run, encoder, slide) -> None:
+    """RUN/encoder: weights and config, which mixmag.load_encoder reads. The config comes last: its presence says it is whole."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    (run.folder / "encoder").mkdir(exist_ok=True)
+    with whole_file(run.folder / "encoder" / "model.safetensors") as temporary:
+        save_file(weights, temporary)
+    write_json(run.folder / "encoder" / "config.json", {"model": encoder.config.to_dict(), "tile_encoder": slide.meta["encoder"],
+               "licence": "the terms of the tile encoder's outputs pass on to these weights (Virchow2: CC-BY-NC-ND 4.0)"})
+
+
+def finish_pretraining(run: Run, model, path, held_ids, directions, compute, args, facts: dict) -> dict:
+    """Measure on the held-out slides beside what needs no network, draw the curve, write result.json."""
+    config, losses = model.config, None
+    if held_ids:
+        held = data.RegionDataset(data.read_slides(path, held_ids), config.geometry(), args.seed, args.mask, stride=config.region,
+                                  min_cover=args.min_cover, turn=False)
+        if len(held):
+            losses = level_table(model, held, directions, compute)
+    least = data.synthetic_facts(path).get("least_mem_loss")
+    text = format_levels(losses, config.magnifications, least) if losses else "no held-out window: the loss was not measured on unseen slides"
+    data_words = "synthetic cohort" if data.synthetic_facts(path) else str(path)
+    write_text(run.folder / "SUMMARY.md", f"# {run.folder.name}: loss (1 - cosine) on held-out slides, {data_words}\n\n{text}\n")
+    draw_pretraining(run, losses, config.magnifications, least, data_words)
+    plain = {name: [None if math.isnan(v) else v for v in values] for name, values in losses.items()} if losses else None
+    result = {"kind": "pretrain", **facts, "held_out": plain}
+    write_json(run.folder / "result.json", result)
+    print(text)
+    return result
+
+
+def plot(width=6.4, height=3.6):
+    """A figure and its axis; matplotlib is imported where something is drawn."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axis = pyplot.subplots(figsize=(width, height), layout="constrained")
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure, axis
+
+
+def save_figure(figure, path) -> None:
+    from matplotlib import pyplot
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+    pyplot.close(figure)
+
+
+def draw_pretraining(run: Run, losses, magnifications, least, data_words: str) -> None:
+    """RUN/curve.png: the loss of each magnification over the steps, and where the trivial predictors and the noise lie."""
+    lines = [json.loads(line) for line in run.metrics.read_text("utf-8").splitlines()]
+    figure, axis = plot()
+    for m, colour in zip(magnifications, ("tab:blue", "tab:orange", "tab:green", "tab:red")):
+        pairs = [(line["step"], line[f"{m}x"]) for line in lines if line[f"{m}x"] is not None]
+        axis.plot(*zip(*pairs), color=colour, lw=1, label=f"{m}x, training batches")
+    if losses:
+        for name, style, title in (("mean", ":", "mean embedding, held out"), ("neighbours", "--", "visible neighbours, held out"), ("model", "-", "mixing encoder, held out")):
+            axis.axhline(np.mean(losses[name]), color="black", ls=style, lw=1, label=title)
+    if least:
+        axis.axhline(np.mean(list(least.values())), color="grey", lw=3, alpha=0.4, label="least possible")
+    axis.set(xlabel="optimizer step", ylabel="1 - cosine at removed tokens", title=f"{run.folder.name}, {data_words}")
+    axis.legend(fontsize=7, frameon=False, ncols=2)
+    save_figure(figure, run.folder / "curve.png")
+
+
+# ---------------------------------------------------------------------------------------------------------- fine-tuning
+
+def auroc(labels, scores) -> float:
+    """Area under the ROC curve by scikit-learn. Raises MixmagError where only one class is present."""
+    if len(set(labels)) < 2:
+        raise MixmagError(f"AUROC needs both classes, found {len(labels)} cases all labelled {set(labels)}")
+    return float(roc_auc_score(labels, scores))
+
+
+def bootstrap_aurocs(labels, scores, seed: int, resamples: int = 1000) -> np.ndarray | None:
+    """(resamples,) AUROCs of cases drawn with replacement within each class; None with fewer than two cases of a class."""
+    labels, scores = np.asarray(labels), np.asarray(scores)
+    positive, negative = scores[labels == 1], scores[labels == 0]
+    if min(len(positive), len(negative)) < 2:
+        return None
+
+    def area(p, n, axis):                                          # the Mann-Whitney form of the AUROC, over many resamples at once
+        ranks = stats.rankdata(np.concatenate([p, n], axis=axis), axis=axis)
+        P, N = p.shape[axis], n.shape[axis]
+        return (np.take(ranks, range(P), axis=axis).sum(axis=axis) - P * (P + 1) / 2) / (P * N)
+
+    return stats.bootstrap((positive, negative), area, n_resamples=resamples, batch=100, vectorized=True, method="percentile",
+                           rng=np.random.default_rng(seed)).bootstrap_distribution
+
+
+def interval(samples) -> list | None:
+    return None if samples is None else [float(v) for v in np.percentile(samples, [2.5, 97.5])]
+
+
+def newest_pretraining() -> Path:
+    done = [p.parent for p in Path("runs").glob("*/result.json") if json.loads(p.read_text("utf-8"))["kind"] == "pretrain"]
+    if not done:
+        raise MixmagError("no finished pretraining run under runs/: make one with `python train.py pretrain --mask 0.5`, or say --init random or --init none")
+    return max(done, key=lambda p: (p / "result.json").stat().st_mtime)
+
+
+def encoder_folder(run) -> Path:
+    """The exported encoder of a run, or the folder itself where it is one."""
+    for folder in (Path(run) / "encoder", Path(run)):
+        if (folder / "model.safetensors").exists() and (folder / "config.json").exists():
+            return folder
+    raise MixmagError(f"{run}: no exported encoder (encoder/model.safetensors and encoder/config.json); the run may not be finished")
+
+
+def read_encoder(run, slides) -> mixmag.MixingEncoder:
+    """The pretrained encoder, refused where it was trained on another tile encoder's embeddings than the slides hold."""
+    folder = encoder_folder(run)
+    try:
+        encoder = mixmag.load_encoder(folder)
+        trained_on = json.loads((folder / "config.json").read_text("utf-8"))["tile_encoder"]
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise MixmagError(f"{folder}: {error}") from None
+    found = (slides[0].meta["encoder"], slides[0].dim, tuple(slides[0].meta["magnifications"]))
+    if found != (trained_on, encoder.config.dim, encoder.config.magnifications):
+        raise MixmagError(f"{folder} was trained on {(trained_on, encoder.config.dim, encoder.config.magnifications)}, the slides hold {found}")
+    return encoder
+
+
+def refuse_seen(run, cases) -> None:
+    """An encoder that saw tune or test slides in pretraining gives scores that mean nothing."""
+    listed = encoder_folder(run).parent / "slides.csv" if run not in ("none", "random") else Path("none")
+    if listed.exists():
+        seen = {row["slide_id"] for row in data.read_csv(listed, ("slide_id", "role")) if row["role"] == "train"}
+        leaked = [s for c in cases if c.split != "train" for s in c.slide_ids if s in seen]
+        if leaked:
+            raise MixmagError(f"{run} was pretrained on {len(leaked)} tune or test slides of this task, such as {leaked[0]!r}; pretrain without them")
+
+
+def make_classifier(args, slides, train_slides) -> mixmag.SlideClassifier:
+    """Encoder from `args.init` (a run, random or none) under a fresh AB-MIL. Input constants come from the training slides unless
+    the encoder brings its own."""
+    torch.manual_seed(args.seed)
+    if args.init in ("none", "random"):
+        config = model_config(args, slides)
+        encoder = mixmag.MixingEncoder(config) if args.init == "random" else None
+    else:
+        encoder = read_encoder(args.init, slides)
+        config = encoder.config
+    try:
+        model = mixmag.SlideClassifier(config, encoder, args.tokens, args.magnification, args.hidden, args.dropout)
+    except ValueError as error:
+        raise MixmagError(f"--tokens {args.tokens} --magnification {args.magnification} --init {args.init}: {error}") from None
+    if args.init in ("none", "random"):
+        mean, std, _ = data.feature_statistics(train_slides)
+        (encoder or model).standardize.fit(mean, std)
+    return model
+
+
+def score_cases(model, dataset, compute, batch_size: int) -> list[np.ndarray]:
+    """The probability of each slide, case by case; no label is looked at."""
+    model.eval()
+    scores = []
+    for start in range(0, len(dataset), batch_size):
+        batch = to_device(dataset.__getitems__(range(start, min(start + batch_size, len(dataset)))), compute.device)
+        with torch.no_grad(), compute.autocast():
+            logit, _ = model(batch["x"], batch["regions"], batch["valid"])
+        probability = torch.sigmoid(logit.float()).cpu().double().numpy()
+        case = batch["case"].cpu().numpy()
+        scores += [probability[case == c] for c in range(case.max() + 1)]
+        if data.STOP_SIGNALS:
+            raise Stopped
+    model.train()
+    return scores
+
+
+CASE_SCORES = {"max": np.max, "mean": np.mean}        # Eq. 9 needs the label, so it cannot choose a slide at test time
+
+
+def best_case_score(labels, slide_scores, wanted: str) -> tuple[str, float]:
+    """The label-free rule that makes a case's score of its slides' and its AUROC; auto takes the better one, max on a tie."""
+    rules = CASE_SCORES if wanted == "auto" else {wanted: CASE_SCORES[wanted]}
+    found = {name: auroc(labels, [rule(s) for s in slide_scores]) for name, rule in rules.items()}
+    return max(found.items(), key=lambda item: item[1])
+
+
+def finetune_epoch(model, optimizer, dataset, compute, args, epoch: int, steps: int, bar) -> float:
+    """One pass over the training cases in an order that follows from the seed and the epoch. Returns the mean loss."""
+    if model.encoder is not None:
+        model.encoder.requires_grad_(epoch > 0)                    # frozen for one epoch, paper 4.3
+    order, total = np.random.default_rng([args.seed, 4, epoch]).permutation(len(dataset)), 0.0
+    batches = [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, collate_fn=as_is,
+                                         pin_memory=compute.device.type == "cuda")
+    for i, batch in enumerate(loader):
+        step = epoch * len(batches) + i
+        batch = to_device(batch, compute.device)
+        torch.manual_seed(1_000_003 * args.seed + step)              # for dropout: a function of the step, so a resumed run has the same
+        with compute.autocast():
+            logit, _ = model(batch["x"], batch["regions"], batch["valid"])
+        target = batch["label"] * (1 - args.smoothing) + args.smoothing / 2                             # (cases,)
+        loss = F.binary_cross_entropy_with_logits(logit, target[batch["case"]], reduction="none")       # (S,)
+        loss = mixmag.min_slide_loss(loss, batch["case"]).mean()                                        # Eq. 9
+        if not math.isfinite(loss.item()):
+            raise MixmagError(f"the loss is {loss.item()} at step {step}, slides {', '.join(batch['slide_ids'][:5])}, ...; data.py verify, or a smaller --lr, may help")
+        compute.scaler.scale(loss).backward()
+        optimizer_step(model, optimizer, compute.scaler, args.lr * lr_at(step, steps, round(args.warmup * steps)), args.clip)
+        total += loss.item() * len(batch["label"])
+        bar.update()
+        if data.STOP_SIGNALS:
+            raise Stopped
+    return total / len(dataset)
+
+
+
+
+def finetune(args) -> dict:
+    """Train on the train split, keep the epoch that ranks the tune split best, score the test split once (paper 4.3). Returns
+    result.json."""
+    fill_in(args, "finetune")
+    path = ensure_data(args.data)
+    args.init = args.init or str(newest_pretraining())
+    cases = data.read_task(path, args.task)
+    by_id = {s.slide_id: s for s in data.read_slides(path, {i for c in cases for i in c.slide_ids})}
+    slides = list(by_id.values())
+    refuse_seen(args.init, cases)
+    compute_width = mixmag.Config.small(1).width if args.preset == "small" else mixmag.Config.paper().width
+    model = make_classifier(args, slides, [by_id[i] for c in cases if c.split == "train" for i in c.slide_ids])
+    config = model.config
+    compute = machine(args, config.width if model.encoder is not None else compute_width)
+    sets = {split: data.CaseDataset(by_id, [c for c in cases if c.split == split], config.geometry(), model.index, args.min_cover) for split in data.SPLITS}
+    labels = {split: [c.label for c in s.cases] for split, s in sets.items()}
+    for split in ("train", "tune"):
+        if len(set(labels[split])) < 2:
+            raise MixmagError(f"task {args.task}: the {split} split has {len(labels[split])} usable cases with labels {sorted(set(labels[split]))}; both classes are needed")
+    dropped = sorted(i for s in sets.values() for i in s.dropped)
+    if dropped:
+        log(f"{len(dropped)} slides without a region of which {args.min_cover:.0%} is tissue are left out, such as {dropped[0]}")
+    name = f"abmil-{args.magnification}" if args.init == "none" else f"{Path(args.init).name}-{args.tokens}-{args.magnification}"
+    files = [path / "tasks" / f"{args.task}.csv"] + ([encoder_folder(args.init) / "model.safetensors"] if args.init not in ("none", "random") else [])
+    run = Run(args.out or Path("runs") / f"{args.task}-{name}{f'-s{args.seed}' if args.seed else ''}",
+              {"kind": "finetune", **settings(args, slides, *files), "model": config.to_dict()}, args.resume)
+    if run.result():
+        log(f"{run.folder}: done before")
+        return run.result()
+    model.to(compute.device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.depth, args.weight_decay, args.layer_decay, args.encoder_rate), lr=args.lr)
+    per_epoch = math.ceil(len(sets["train"]) / args.batch_size)
+    log(f"{run.folder}: {parameters(model)}, cases " + ", ".join(f"{k} {len(v)} ({sum(labels[k])} positive)" for k, v in sets.items())
+        + f", {args.epochs} epochs of {per_epoch} steps, {compute.device}, {compute.dtype or 'fp32'}")
+
+    state = run.load() or {"done": 0, "best": None, "best_auroc": -1.0, "best_epoch": -1, "case_score": "max"}
+    if state["done"]:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        compute.scaler.load_state_dict(state["scaler"])
+    bar = progress(total=args.epochs * per_epoch, initial=state["done"] * per_epoch, desc=f"finetune {args.task}")
+    for epoch in range(state["done"], args.epochs):
+        loss = finetune_epoch(model, optimizer, sets["train"], compute, args, epoch, args.epochs * per_epoch, bar)
+        rule, tune = best_case_score(labels["tune"], score_cases(model, sets["tune"], compute, args.batch_size), args.case_score)
+        if tune > state["best_auroc"]:
+            state.update(best=copy.deepcopy({k: v.cpu() for k, v in model.state_dict().items()}), best_auroc=tune, best_epoch=epoch, case_score=rule)
+        run.note(epoch=epoch, loss=loss, tune_auroc=tune, case_score=rule)
+        bar.set_postfix(loss=f"{loss:.3f}", tune=f"{tune:.3f}")
+        state.update(done=epoch + 1, lines=run.lines(), model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=compute.scaler.state_dict())
+        run.save(state)
+    bar.close()
+    model.load_state_dict(state["best"])
+    return finish_finetuning(run, model, sets, labels, state, compute, args, dropped)
+
+
+def finish_finetuning(run: Run, model, sets, labels, state: dict, compute, args, dropped: list) -> dict:
+    """Save the best epoch's classifier, score tune and test with it, write predictions.csv and result.json."""
+    with whole_file(run.folder / "model.safetensors") as temporary:
+        save_file({k: v.contiguous() for k, v in state["best"].items()}, temporary)
+    rule, rows, scores = CASE_SCORES[state["case_score"]], [], {}
+    for split in ("tune", "test"):
+        scores[split] = [float(rule(s)) for s in score_cases(model, sets[split], compute, args.batch_size)]
+        rows += [(c.case_id, c.label, repr(score), split) for c, score in zip(sets[split].cases, scores[split])]
+    write_csv(run.folder / "predictions.csv", ("case_id", "label", "score", "split"), rows)
+    result = {"kind": "finetune", "task": args.task, "init": args.init, "tokens": args.tokens, "magnification": args.magnification, "seed": args.seed,
+              "cases": {split: [len(v), sum(v)] for split, v in labels.items()}, "slides_left_out": dropped, "best_epoch": state["best_epoch"],
+              "tune_auroc": state["best_auroc"], "case_score": state["case_score"], "auroc": None, "interval": None, "average_precision": None}
+    if len(set(labels["test"])) == 2:
+        result.update(auroc=auroc(labels["test"], scores["test"]), interval=interval(bootstrap_aurocs(labels["test"], scores["test"], args.seed)),
+                      average_precision=float(average_precision_score(labels["test"], scores["test"])))
+    else:
+        result["reason"] = f"the test split has {len(labels['test'])} usable cases with labels {sorted(set(labels['test']))}: no AUROC"
+    write_json(run.folder / "result.json", result)
+    return result
+
+
+def finetune_command(args) -> int:
+    result = finetune(args)
+    if result["auroc"] is None:
+        print(f"{result['task']}: {result['reason']}")
+    else:
+        low, high = result["interval"] or (math.nan, math.nan)
+        print(f"{result['task']}: test AUROC {result['auroc']:.3f} (95% over cases: {low:.3f} to {high:.3f}), average precision {result['average_precision']:.3f}, "
+              f"{result['cases']['test'][0]} cases; tune AUROC {result['tune_auroc']:.3f} at epoch {result['best_epoch'] + 1}")
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------ predict, embed
+
+def read_classifier(folder) -> tuple[mixmag.SlideClassifier, dict]:
+    """The fine-tuned model of a run and its config."""
+    folder = Path(folder)
+    if not (folder / "result.json").exists() or not (folder / "model.safetensors").exists():
+        raise MixmagError(f"{folder}: not a finished fine-tuning run (result.json and model.safetensors are wanted)")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    model_settings = mixmag.Config.from_dict(config["model"])
+    encoder = None if config["init"] == "none" else mixmag.MixingEncoder(model_settings)
+    model = mixmag.SlideClassifier(model_settings, encoder, config["tokens"], config["magnification"], config["hidden"])
+    model.load_state_dict(mixmag.read_safetensors(folder / "model.safetensors"), strict=True)
+    return model.eval(), config
+
+
+def predict_command(args) -> int:
+    model, config = read_classifier(args.run)
+    compute = machine(args, model.config.width)
+    slides = {s.slide_id: s for s in data.read_slides(args.data, args.slides)}
+    one = next(iter(slides.values()))
+    wanted = (config["tile_encoder"], model.config.dim, model.config.magnifications)
+    if (one.meta["encoder"], one.dim, tuple(one.meta["magnifications"])) != wanted:
+        raise MixmagError(f"{args.run} was trained on {wanted}; {args.data} holds {data.kind(one)}")
+    cases = [data.Case(i, 0, "", [i]) for i in slides]
+    dataset = data.CaseDataset(slides, cases, model.config.geometry(), model.index, config["min_cover"])
+    scores = score_cases(model.to(compute.device), dataset, compute, config["batch_size"])
+    out = Path(args.out or Path(args.run) / "predict.csv")
+    write_csv(out, ("slide_id", "score"), [(case.case_id, repr(float(s[0]))) for case, s in zip(dataset.cases, scores)])
+    print(f"{len(dataset)} slides scored in {out}" + (f"; {len(dataset.dropped)} without a usable region left out: {', '.join(dataset.dropped[:5])}" if dataset.dropped else ""))
+    return 3 if dataset.dropped else 0
+
+
+def write_trident(path, slide, features: np.ndarray, coords: np.ndarray, side_px: float, patch_px: int, magnification, name: str) -> None:
+    """One HDF5 file in TRIDENT's shape: features (N, d) float32, coords (N, 2) int64 level-0 top-left corners, and the attributes
+    that its readers look for."""
+    import h5py                                                    # wanted only where other tools' files are written
+    attributes = {"patch_size": patch_px, "patch_size_level0": round(side_px), "level0_magnification": round(10 / slide.meta["mpp"]),
+                  "target_magnification": magnification, "overlap": 0, "name": slide.slide_id, "savetodir": str(path.parent),
+                  "level0_width": slide.meta["width"], "level0_height": slide.meta["height"]}
+    with whole_file(path) as temporary, h5py.File(temporary, "w") as f:
+        f.create_dataset("features", data=features.astype(np.float32)).attrs.update(name=slide.slide_id, savetodir=str(path.parent), encoder=name)
+        f.create_dataset("coords", data=coords.astype(np.int64)).attrs.update(attributes)
+
+
+def embed_slide(encoder, slide, tokens: str, out: Path, min_cover: float, compute) -> list[int]:
+    """Write one slide's outputs; how many rows each file holds. `cls`: one file, a row per region; `patch`: one file per
+    magnification, a row per valid tile, in folders named as TRIDENT names them."""
+    geometry, meta = encoder.geometry, slide.meta
+    R, low = geometry.region, geometry.magnifications[0]
+    rows, corners = data.windows(slide.cells, R, R, min_cover)
+    x, valid = data.gather(slide, rows, geometry.cell_order().numpy())
+    parts = []
+    for i in range(0, len(rows), 64):
+        batch, mask = data.as_batch(x[i:i + 64], valid[i:i + 64])
+        with torch.inference_mode(), compute.autocast():
+            cls, contextual = encoder(batch.to(compute.device), valid=None if mask is None else mask.to(compute.device))
+        parts.append((cls.flatten(1) if tokens == "cls" else contextual).float().cpu().numpy())
+    width = encoder.config.width * (encoder.config.cls_tokens if tokens == "cls" else 1)
+    made = np.concatenate(parts) if parts else np.zeros((0, *(() if tokens == "cls" else (geometry.num_tokens,)), width), np.float32)
+    origin, counts = np.array(meta["origin"]), []
+    if tokens == "cls":
+        side, px = R * meta["cell_px"], R * meta["tile_px"]
+        write_trident(out / f"{low}x_{px}px_0px_overlap" / "features_mixmag_cls" / f"{slide.slide_id}.h5", slide, made,
+                      np.round(origin + corners * meta["cell_px"]), side, px, low, "mixmag_cls")
+        return [len(made)]
+    table = geometry.token_table().numpy()
+    for k, magnification in enumerate(geometry.magnifications):
+        level, side = table[:, 0] == k, meta["cell_px"] / 2 ** k
+        place = corners[:, None] * 2 ** k + table[None, level][..., [2, 1]]                                     # (W, n, 2) col, row
+        keep = valid[:, level]
+        write_trident(out / f"{magnification}x_{meta['tile_px']}px_0px_overlap" / "features_mixmag_patch" / f"{slide.slide_id}.h5", slide,
+                      made[:, level][keep], np.round(origin + place[keep] * side), side, meta["tile_px"], magnification, "mixmag_patch")
+        counts.append(int(keep.sum()))
+    return counts
+
+
+def embed_command(args) -> int:
+    slides = data.read_slides(ensure_data(args.data), args.slides)
+    encoder = read_encoder(args.init, slides)
+    compute = machine(args, encoder.config.width)
+    encoder.to(compute.device)
+    empty, totals = [], 0
+    for slide in progress(slides, desc="embed"):
+        if data.STOP_SIGNALS:
+            raise Stopped
+        counts = embed_slide(encoder, slide, args.tokens, Path(args.out), args.min_cover, compute)
+        totals = np.add(totals, counts)
+        if not sum(counts):
+            empty.append(slide.slide_id)
+    rows = ", ".join(f"{n} at {m}x" for n, m in zip(np.atleast_1d(totals), encoder.geometry.magnifications)) if args.tokens == "patch" else f"{totals[0]} regions"
+    R = encoder.geometry.region
+    print(f"{len(slides)} slides, {args.tokens} outputs in {args.out}: {rows}" + (f"; {len(empty)} slides have no {R} x {R} region of which {args.min_cover:.0%} is tissue, "
+          f"so their files hold no rows: {', '.join(empty[:5])}" if empty else ""))
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------- the tables
+
+TASK_TITLES = {"breast_cdh1": "Breast CDH1", "bladder_fgfr": "Bladder FGFR", "colon_msi": "Colon MSI", "endometrial_pten": "Endo PTEN",
+               "gastric_her2": "Gastric HER2", "lung_egfr": "Lung EGFR", "skin_braf": "Skin BRAF"}
+PAPER = {       # AUROC x 100 as printed in tables 1 (Patch, and AB-MIL) and 2 (CLS): seven tasks in TASK_TITLES' order, and the average
+    "abmil-5": (94.7, 82.8, 96.6, 81.9, 79.5, 79.2, 86.5, 85.9), "abmil-10": (95.7, 84.4, 97.3, 81.6, 82.5, 80.0, 63.4, 83.6),
+    "abmil-20": (93.1, 83.0, 97.8, 83.6, 82.3, 79.2, 85.5, 86.3), "abmil-all": (90.9, 84.7, 98.0, 82.1, 83.1, 78.6, 88.9, 86.6),
+    "random-5-patch": (94.3, 86.9, 95.8, 85.0, 78.2, 76.8, 85.3, 86.0), "random-10-patch": (91.9, 86.6, 96.1, 86.3, 74.9, 78.3, 89.1, 86.2),
+    "random-20-patch": (97.3, 86.3, 96.8, 85.8, 66.5, 78.5, 95.8, 86.7), "random-all-patch": (96.6, 81.5, 97.8, 85.4, 75.0, 78.4, 94.1, 87.0),
+    "mem-0.25-patch": (97.4, 88.9, 98.2, 85.9, 81.7, 84.4, 94.5, 90.1), "mem-0.50-patch": (96.1, 88.3, 98.7, 86.0, 86.9, 82.1, 93.3, 90.2),
+    "mem-0.75-patch": (97.4, 88.8, 98.2, 85.5, 82.3, 81.6, 93.9, 89.7), "cmem-3-patch": (97.0, 88.6, 97.7, 84.7, 82.6, 83.7, 93.7, 89.7),
+    "cmem-7-patch": (96.8, 89.3, 98.2, 85.9, 86.7, 81.4, 95.6, 90.5), "cmem-11-patch": (97.0, 88.6, 98.2, 86.0, 79.0, 81.2, 95.6, 89.4),
+    "random-5-cls": (89.1, 86.5, 95.5, 86.5, 78.7, 76.3, 85.5, 85.4), "random-10-cls": (93.1, 83.4, 96.5, 84.2, 78.5, 78.3, 91.5, 86.5),
+    "random-20-cls": (95.6, 85.5, 97.5, 84.2, 80.5, 77.5, 94.7, 87.9), "random-all-cls": (96.1, 82.9, 95.3, 83.8, 80.6, 77.9, 95.2, 87.4),
+    "mem-0.25-cls": (94.7, 87.9, 98.2, 85.4, 85.8, 83.5, 95.2, 90.1), "mem-0.50-cls": (95.5, 89.5, 96.5, 84.9, 84.8, 82.6, 89.9, 89.1),
+    "mem-0.75-cls": (95.8, 88.2, 97.9, 85.7, 77.0, 79.6, 94.3, 88.4), "cmem-3-cls": (72.9, 77.9, 97.0, 77.9, 61.9, 75.0, 86.7, 78.5),
+    "cmem-7-cls": (95.0, 83.4, 98.3, 85.4, 76.5, 80.1, 83.2, 86.0), "cmem-11-cls": (91.8, 83.7, 97.2, 85.7, 74.7, 80.4, 89.5, 86.1),
+}
+
+
+def train_row(row: str, task: str, seed: int, args) -> dict:
+    """One cell of a table: the two commands that make it, run here, each skipped where it is done. Returns finetune's result."""
+    method, setting, *tokens = row.split("-")
+    base = ["--data", args.data, "--seed", str(seed), "--device", args.device, "--preset", args.preset]
+    seed_folder, init, magnification = Path(args.out) / f"seed-{seed}", method, "all"
+    if method in ("mem", "cmem"):
+        init = str(seed_folder / f"{method}-{setting}")
+        mask = ["--mask", setting] if method == "mem" else ["--mask", "0.5", "--source", setting]
+        pretrain(parse(["pretrain", *base, *mask, "--out", init, *(["--steps", str(args.steps)] if args.steps else [])]))
+    else:
+        init, magnification = ("none" if method == "abmil" else "random"), setting
+    return finetune(parse(["finetune", *base, "--task", task, "--init", init, "--magnification", magnification, "--tokens", *(tokens or ["patch"]),
+                           "--out", str(seed_folder / f"{task}-{row}"), *(["--epochs", str(args.epochs)] if args.epochs else [])]))
+
+
+def row_title(row: str) -> str:
+    method, setting, *_ = row.split("-")
+    return {"abmil": f"AB-MIL {setting}", "random": f"Random {setting}", "mem": f"MEM {setting}", "cmem": f"CMEM {setting}x{setting}"}[method].replace(
+        f" {setting}", f" {setting}x" if method in ("abmil", "random") and setting != "all" else f" {setting}")
+
+
+def average_interval(runs) -> list | None:
+    """95 % of the mean AUROC over runs [(number of the task, folder)] when the test cases of each task are drawn again; the seeds
+    of a task share its cases, so they share the draw."""
+    samples = []
+    for number, folder in runs:
+        rows = [r for r in data.read_csv(folder / "predictions.csv", ("case_id", "label", "score", "split")) if r["split"] == "test"]
+        samples.append(bootstrap_aurocs([int(r["label"]) for r in rows], [float(r["score"]) for r in rows], number))
+    return None if not samples or any(s is None for s in samples) else interval(np.mean(samples, axis=0))
+
+
+def format_table(rows, tasks, results: dict, out: Path) -> str:
+    """A Markdown table of mean AUROC x 100 over seeds; results[row, task] is a list of finetune's results."""
+    lines = ["| | " + " | ".join(TASK_TITLES.get(t, t) for t in tasks) + " | average, 95 % over cases | tasks | paper, these tasks |", "|---" * (len(tasks) + 4) + "|"]
+    for row in rows:
+        means = []
+        for task in tasks:
+            values = [r["auroc"] for r in results[row, task]]
+            means.append(None if None in values else 100 * float(np.mean(values)))
+        known = [v for v in means if v is not None]
+        low_high = average_interval([(i, out / f"seed-{r['seed']}" / f"{t}-{row}") for i, (t, v) in enumerate(zip(tasks, means)) if v is not None
+                                     for r in results[row, t]])
+        average = ("n/a" if not known else f"**{np.mean(known):.1f}**") + (f" ({100 * low_high[0]:.1f} to {100 * low_high[1]:.1f})" if low_high else "")
+        printed = [PAPER[row][list(TASK_TITLES).index(t)] for t in tasks if t in TASK_TITLES]
+        lines.append(f"| {row_title(row)} | " + " | ".join("n/a" if v is None else f"{v:.1f}" for v in means) + f" | {average} | {len(known)} of {len(tasks)} | "
+                     + (f"{np.mean(printed):.1f}" if len(printed) == len(tasks) else "-") + " |")
+    return "\n".join(lines)
+
+
+def tables(args, rows, tasks) -> str:
+    """Run what is missing and return both tables as Markdown."""
+    path = ensure_data(args.data)
+    seeds, results = range(args.seed, args.seed + args.seeds), {}
+    for seed in seeds:
+        for row in rows:
+            for task in tasks:
+                try:
+                    result = train_row(row, task, seed, args)
+                except MixmagError as error:                       # the other cells do not suffer for this one, which the table shows as n/a
+                    log(f"{task} {row}: {error}")
+                    result = {"auroc": None, "seed": seed}
+                results.setdefault((row, task), []).append(result)
+    words = "synthetic cohort" if data.synthetic_facts(path) else str(path)
+    text = f"AUROC x 100 on the test cases, {words}, {args.preset} preset, mean over {len(seeds)} seed{'s' * (len(seeds) > 1)}. The last column is the paper's, on its own (private) data."
+    for title, wanted in (("Table 1: contextualized outputs (Patch)", [r for r in rows if not r.endswith("-cls")]), ("Table 2: compressed outputs (CLS)", [r for r in rows if r.endswith("-cls")])):
+        if wanted:
+            text += f"\n\n## {title}\n\n" + format_table(wanted, tasks, results, Path(args.out))
+    return text + "\n"
+
+
+def table_command(args) -> int:
+    path = ensure_data(args.data)
+    here = {"all", *map(str, data.read_slides(path)[0].meta["magnifications"])}
+    rows = args.rows or [r for r in PAPER if not r.startswith(("abmil", "random")) or r.split("-")[1] in here]
+    tasks = args.tasks or ([t for t in TASK_TITLES if t in data.task_names(path)] or data.task_names(path))
+    if unknown := [r for r in rows if r not in PAPER] or [t for t in tasks if t not in data.task_names(path)]:
+        raise MixmagError(f"{unknown[0]}: no such row or task; rows are {', '.join(PAPER)}; tasks are {', '.join(data.task_names(path))}")
+    text = tables(args, rows, tasks)
+    write_text(Path(args.out) / "SUMMARY.md", "# The paper's tables, run here\n\n" + text)
+    print(text)
+    return 0
+
+
+DEMO_ROWS, DEMO_TASK = ("abmil-20", "abmil-all", "random-all-patch", "mem-0.50-patch", "mem-0.50-cls"), "skin_braf"
+
+
+def demo_command(args) -> int:
+    """The story in small: a cohort, one pretraining run, five rows of the tables on one task, a table and a figure."""
+    began = time.time()
+    args = SimpleNamespace(**{**vars(args), "preset": "small", "seeds": 1, "steps": 800, "epochs": 12})
+    text = tables(args, DEMO_ROWS, [DEMO_TASK])
+    out = Path(args.out)
+    pretraining = (out / f"seed-{args.seed}" / "mem-0.50" / "SUMMARY.md").read_text("utf-8")
+    write_text(out / "SUMMARY.md", f"# Demo\n\n{text}\n{pretraining.replace('# ', '## ', 1)}")
+    draw_demo(out, args.seed)
+    print(text)
+    print(f"{pretraining}\nin {time.time() - began:.0f} s; see {out}/SUMMARY.md, {out}/demo.png and {out}/seed-{args.seed}/mem-0.50/curve.png")
+    return 0
+
+
+def draw_demo(out: Path, seed: int) -> None:
+    """demo.png: test AUROC and its interval over cases, method by method."""
+    figure, axis = plot(6.8, 2.6)
+    results = [json.loads((out / f"seed-{seed}" / f"{DEMO_TASK}-{row}" / "result.json").read_text("utf-8")) for row in DEMO_ROWS]
+    value, (low, high) = np.array([r["auroc"] for r in results]), np.array([r["interval"] for r in results]).T
+    axis.errorbar(value, range(len(value)), xerr=[value - low, high - value], fmt="o", capsize=3)
+    axis.set(yticks=range(len(DEMO_ROWS)), yticklabels=[row_title(r) + (", CLS" if r.endswith("cls") else ", Patch" if r.endswith("patch") else "") for r in DEMO_ROWS],
+             xlabel="test AUROC, 95 % interval over cases", title=f"{TASK_TITLES[DEMO_TASK]}, synthetic cohort, one seed")
+    axis.axvline(0.5, color="grey", lw=1, ls=":")
+    axis.invert_yaxis()
+    save_figure(figure, out / "demo.png")
+
+
+# --------------------------------------------------------------------------------------------------------------- doctor
+
+def doctor_command(args) -> int:
+    """What there is, one line each; a line that starts with WARNING says what will go wrong and what mends it."""
+    import importlib.metadata
+    import shutil
+    for package in ("torch", "numpy", "openslide-python", "openslide-bin", "scikit-learn", "scipy", "safetensors", "h5py", "tifffile", "matplotlib", "tqdm"):
+        try:
+            print(f"{package:18s} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"WARNING            {package} is not installed: pip install -r requirements.txt")
+    library = data.openslide.__library_version__
+    print(f"{'python':18s} {sys.version.split()[0]}\n{'OpenSlide library':18s} {library}")
+    if tuple(map(int, library.split(".")[:3])) < (4, 0, 1):
+        print("WARNING            OpenSlide below 4.0.1 has known security faults: pip install -U openslide-bin")
+    native = torch.cpu._is_avx512_bf16_supported()
+    print(f"{'processor':18s} {os.cpu_count()} cores, {torch.get_num_threads()} threads in use, bf16 instructions {'yes' if native else 'no'}")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            print(f"{f'GPU {i}':18s} {torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2 ** 30:.0f} GiB")
+    else:
+        print(f"{'GPU':18s} none that torch sees: training runs on the processor")
+    for preset, make in (("small", mixmag.Config.small), ("paper", mixmag.Config.paper)):
+        dtype = amp_dtype("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"), make(64).width)
+        print(f"{'precision, ' + preset:18s} {dtype or 'fp32'}")
+    free = shutil.disk_usage(".").free / 2 ** 30
+    print(f"{'free disk':18s} {free:.1f} GiB" if free >= 2 else f"WARNING            only {free:.1f} GiB of disk are free: checkpoints and slide files may not fit")
+    shared = Path("/dev/shm")
+    if shared.exists() and shutil.disk_usage(shared).total < 2 ** 30:
+        print("WARNING            /dev/shm is below 1 GiB: loading with --workers may fail")
+    if not os.access(".", os.W_OK):
+        print("WARNING            this folder is not writable: give --out elsewhere")
+    return 0
+
+
+COMMANDS = {"pretrain": lambda args: 0 if pretrain(args) else 1, "finetune": finetune_command, "predict": predict_command, "embed": embed_command,
+            "table": table_command, "demo": demo_command, "doctor": doctor_command}
+
+if __name__ == "__main__":
+    sys.exit(data.run_command(COMMANDS[ARGS.command], ARGS))
