@@ -122,8 +122,8 @@ def run_command(function, args) -> int:
 
 
 def progress(items=None, **settings):
-    """A tqdm bar on stderr, silent where that is no terminal."""
-    return tqdm(items, disable=None, dynamic_ncols=True, **settings)
+    """A tqdm bar on stderr, silent where that is no terminal, and in all but the first of several processes."""
+    return tqdm(items, disable=True if int(os.environ.get("RANK", 0)) else None, dynamic_ncols=True, **settings)
 
 
 @contextlib.contextmanager
@@ -1070,7 +1070,9 @@ class CaseDataset(torch.utils.data.Dataset):
 
     def __getitems__(self, indices) -> dict:
         """x (W, n, D) float16, valid (W, n) or None, regions (S,) of each slide, case (S,) which of the batch's cases it
-        belongs to, label (cases,) float."""
+        belongs to, label (cases,) float; nothing for no indices."""
+        if not len(indices):
+            return {}
         chosen = [self.cases[i] for i in indices]
         slide_ids = [i for case in chosen for i in case.slide_ids]
         parts = [gather(self.slides[i], self.rows[i], self.entries) for i in slide_ids]

@@ -319,8 +319,8 @@ def random_removal(B: int, N: int, mask: float, generator: torch.Generator | Non
 
 def complement(removed: Tensor, N: int) -> Tensor:
     """removed (B, M) -> (B, N - M): the other tokens, in ascending order."""
-    keep = torch.ones(removed.shape[0], N, dtype=torch.bool, device=removed.device).scatter(1, removed, False)
-    return keep.nonzero()[:, 1].view(removed.shape[0], -1)
+    gone = torch.zeros(removed.shape[0], N, dtype=torch.uint8, device=removed.device).scatter(1, removed, 1)
+    return gone.argsort(dim=1, stable=True)[:, :N - removed.shape[1]]       # unlike nonzero(), its size is known: a GPU need not wait
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -402,8 +402,7 @@ class MaskedEmbeddingModel(nn.Module):
         """
         geometry = self.encoder.geometry
         removed = mask if torch.is_tensor(mask) else random_removal(*x.shape[:2], mask, generator, x.device)        # 1
-        kept = complement(removed, x.shape[1])                                                          # (B, N - M)
-        cls, tokens = self.encoder(take(x, kept), kept, None if valid is None else valid.gather(1, kept))           # 2
+        kept, cls, tokens = self.encode_kept(x, removed, valid)                                                     # 2
         pred = self.decoder(cls, tokens, kept, removed, valid)                                                      # 3
         target = take(x, removed)                                                                       # (B, M, D)
         if valid is not None:
@@ -411,6 +410,11 @@ class MaskedEmbeddingModel(nn.Module):
         loss = mem_loss(pred, target, removal_weights(geometry, removed, valid))                                    # 4
         total, count = level_losses(geometry, pred.detach(), target, removed, valid)
         return SimpleNamespace(loss=loss, pred=pred, removed=removed, cls=cls, per_level=total / count, per_level_count=count)
+
+    def encode_kept(self, x: Tensor, removed: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, N, D), removed (B, M) -> kept (B, N - M), cls (B, 4, d), tokens (B, N - M, d)."""
+        kept = complement(removed, x.shape[1])
+        return kept, *self.encoder(take(x, kept), kept, None if valid is None else valid.gather(1, kept))
 
 
 # ------------------------------------------------------------------------------------------------ contrastive alignment
@@ -441,14 +445,19 @@ class ContrastiveEmbeddingModel(MaskedEmbeddingModel):
                 generator: torch.Generator | None = None) -> SimpleNamespace:
         """views (2, B, N, D); mask a ratio or removed indices (2, B, M); valid (2, B, N) or None.
 
-        Returns what MEM returns on the 2B regions, with .mem, .contrastive and .loss = mem + weight * contrastive.
+        Returns what MEM returns on the 2B regions, with .mem, .z (2, B, P), .contrastive and .loss = mem + weight * contrastive.
         """
         flat = [t.flatten(0, 1) if torch.is_tensor(t) else t for t in (views, mask, valid)]
         out = super().forward(*flat, generator)
-        z = self.projector(out.cls.flatten(1))                                                # Eq. 6  (2B, P)
-        out.mem, out.contrastive = out.loss, nt_xent(*z.chunk(2), self.config.temperature)
+        out.z = self.projector(out.cls.flatten(1)).unflatten(0, (2, -1))                      # Eq. 6  (2, B, P)
+        out.mem, out.contrastive = out.loss, nt_xent(*out.z, self.config.temperature)
         out.loss = out.mem + self.config.contrastive_weight * out.contrastive
         return out
+
+    def project(self, views: Tensor, removed: Tensor, valid: Tensor | None = None) -> Tensor:
+        """views (2, B, N, D), removed (2, B, M) -> .z (2, B, P) of `forward`, without the decoder."""
+        flat = [None if t is None else t.flatten(0, 1) for t in (views, removed, valid)]
+        return self.projector(self.encode_kept(*flat)[1].flatten(1)).unflatten(0, (2, -1))
 
 
 # ----------------------------------------------------------------------------------------------- supervised aggregation

@@ -18,6 +18,7 @@ import re
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,6 +132,7 @@ if __name__ == "__main__":
 import numpy as np                                                                                          # noqa: E402
 import torch                                                                                                # noqa: E402
 import torch.nn.functional as F                                                                             # noqa: E402
+from torch import distributed                                                                               # noqa: E402
 from scipy import stats                                                                                     # noqa: E402
 from sklearn.metrics import average_precision_score, roc_auc_score                                          # noqa: E402
 from safetensors.torch import save_file                                                                     # noqa: E402
@@ -141,7 +143,9 @@ from data import MixmagError, Stopped, progress, whole_file, write_csv, write_js
 
 
 def log(*words) -> None:
-    print(*words, file=sys.stderr, flush=True)
+    """To stderr, from the first of several processes only."""
+    if process()[0] == 0:
+        print(*words, file=sys.stderr, flush=True)
 
 
 # -------------------------------------------------------------------------------------- one optimizer step, and its parts
@@ -186,16 +190,49 @@ def amp_dtype(mode: str, device: torch.device, width: int) -> torch.dtype | None
 
 
 def machine(args, width: int) -> SimpleNamespace:
-    """Where and in which precision to compute: .device, .autocast() and .scaler (which does nothing unless in fp16)."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise MixmagError("several processes were started, but training runs in one: start it without torchrun")
+    """Where, in which precision and as which of how many processes to compute: .device, .autocast(), .scaler (which does nothing
+    unless in fp16), .rank and .world. Processes are those that torchrun started; they meet here."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise MixmagError(f"--device {name}: torch {torch.__version__} sees no GPU here")
-    device = torch.device(name)
+    rank, world = process()
+    device = torch.device(name if world == 1 or name == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}")
+    if world > 1 and not distributed.is_initialized():
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     dtype = amp_dtype(getattr(args, "amp", "auto"), device, width)
-    return SimpleNamespace(device=device, dtype=dtype, scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+    return SimpleNamespace(device=device, dtype=dtype, scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), rank=rank, world=world,
                            autocast=lambda: torch.autocast(device.type, dtype) if dtype else nullcontext())
+
+
+def process() -> tuple[int, int]:
+    """Which of how many processes this is, as torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def meet(compute) -> None:
+    """All processes wait for each other here."""
+    if compute.world > 1:
+        distributed.barrier()
+
+
+def sum_over_processes(values: torch.Tensor, compute) -> torch.Tensor:
+    if compute.world > 1:
+        distributed.all_reduce(values)
+    return values
+
+
+def stopping(compute) -> bool:
+    """Whether any process was told to stop; asked by all of them at the same place, so that they stop together."""
+    return bool(sum_over_processes(torch.tensor(len(data.STOP_SIGNALS)), compute))
+
+
+def sum_gradients(model, compute) -> None:
+    """Each process has its share of the gradient of the global batch's mean; together they have all of it."""
+    if compute.world > 1:
+        learning = [p for p in model.parameters() if p.requires_grad]
+        flat = sum_over_processes(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learning]), compute)
+        for p, gradient in zip(learning, flat.split([p.numel() for p in learning])):
+            p.grad = gradient.view_as(p)
 
 
 def to_device(batch: dict, device) -> dict:
@@ -207,9 +244,9 @@ def as_is(batch):
     return batch
 
 
-def optimizer_step(model, optimizer, scaler, rate: float, clip: float) -> float:
-    """Unscale, clip, step at `rate` times each group's lr_scale, update the scale, clear. Returns the gradient's norm; under fp16
-    a step with an infinite one is skipped and the scale halved."""
+def optimizer_step(model, optimizer, scaler, rate: float, clip: float) -> torch.Tensor:
+    """Unscale, clip, step at `rate` times each group's lr_scale, update the scale, clear. Returns the gradient's norm, left on its
+    device so that nothing waits for it; under fp16 a step with an infinite one is skipped and the scale halved."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
     scaler.unscale_(optimizer)
@@ -217,17 +254,23 @@ def optimizer_step(model, optimizer, scaler, rate: float, clip: float) -> float:
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return float(norm)
+    return norm
 
 
 # ------------------------------------------------------------------------------------------------------- a run on disk
 
 class Run:
-    """A run folder. Two starts with the same settings are one run; with other settings the second is refused."""
+    """A run folder. Two starts with the same settings are one run; with other settings the second is refused. Of several processes
+    the first one writes, the others only read."""
 
-    def __init__(self, folder, config: dict, resume: str):
-        self.folder, self.config = Path(folder), config
+    def __init__(self, folder, config: dict, resume: str, compute):
+        self.folder, self.compute, self.writes = Path(folder), compute, compute.rank == 0
         self.metrics = self.folder / "metrics.jsonl"
+        if self.writes:
+            self.claim(config, resume)
+        meet(compute)
+
+    def claim(self, config: dict, resume: str) -> None:
         stored = self.folder / "config.json"
         if stored.exists() and resume == "auto":
             found = json.loads(stored.read_text("utf-8"))
@@ -248,6 +291,8 @@ class Run:
 
     def save(self, state: dict) -> None:
         """Write last.pt; the one before stays as prev.pt. Plain types and tensors only."""
+        if not self.writes:
+            return
         last = self.folder / "last.pt"
         with whole_file(self.folder / "next.pt") as temporary:
             torch.save(state, temporary)
@@ -265,21 +310,27 @@ class Run:
                 except Exception as error:          # whatever a damaged file makes torch raise: say so, take the one before
                     log(f"{path}: not a whole checkpoint, trying the one before ({str(error).splitlines()[0]})")
                     continue
-                lines = self.metrics.read_text("utf-8").splitlines() if self.metrics.exists() else []
-                write_text(self.metrics, "".join(line + "\n" for line in lines[:state["lines"]]))
+                self.cut_metrics(state["lines"])
                 log(f"going on from {path}, {state['done']} done")
                 return state
-        write_text(self.metrics, "")
+        self.cut_metrics(0)
         return None
+
+    def cut_metrics(self, count: int) -> None:
+        if self.writes:
+            lines = self.metrics.read_text("utf-8").splitlines() if self.metrics.exists() else []
+            write_text(self.metrics, "".join(line + "\n" for line in lines[:count]))
 
     def note(self, **values) -> None:
         """One line of metrics, rounded so that it reads well; times are left out, so equal runs have equal files."""
+        if not self.writes:
+            return
         rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
         with open(self.metrics, "a", encoding="utf-8") as f:
             f.write(json.dumps(rounded, allow_nan=False) + "\n")
 
     def lines(self) -> int:
-        return len(self.metrics.read_text("utf-8").splitlines())
+        return len(self.metrics.read_text("utf-8").splitlines()) if self.writes else 0
 
 
 def settings(args, slides, *files) -> dict:
@@ -291,12 +342,14 @@ def settings(args, slides, *files) -> dict:
     return {**chosen, "tile_encoder": slides[0].meta["encoder"], "inputs_sha256": digest.hexdigest()}
 
 
-def ensure_data(path) -> Path:
-    """The DATA folder; the default one is made on the spot."""
+def ensure_data(path, compute=None) -> Path:
+    """The DATA folder; the default one is made on the spot, by the first process."""
     path = Path(path)
-    if str(path) == DEFAULT_DATA and not data.synthetic_facts(path).get("complete"):
+    if str(path) == DEFAULT_DATA and not data.synthetic_facts(path).get("complete") and process()[0] == 0:
         log(f"{path} is not there: making the quick synthetic cohort first (data.py synth --out {path})")
         data.synth_cohort(path)
+    if compute is not None:
+        meet(compute)
     if not (path / "slides").is_dir():
         raise MixmagError(f"{path}: no slides folder; make one with data.py tile or data.py synth")
     return path
@@ -310,9 +363,11 @@ def fill_in(args, kind: str) -> None:
                 setattr(args, name, value)
 
 
+PRESET_CONFIG = {"small": mixmag.Config.small, "paper": mixmag.Config.paper}
+
+
 def model_config(args, slides) -> mixmag.Config:
-    make = mixmag.Config.small if args.preset == "small" else mixmag.Config.paper
-    return make(slides[0].dim, region=args.region, magnifications=tuple(slides[0].meta["magnifications"]))
+    return PRESET_CONFIG[args.preset](slides[0].dim, region=args.region, magnifications=tuple(slides[0].meta["magnifications"]))
 
 
 def parameters(model) -> str:
@@ -370,29 +425,54 @@ def default_run(args) -> str:
     return name + (f"-r{args.region}" if args.region != 3 else "") + (f"-s{args.seed}" if args.seed else "")
 
 
-def pretrain_step(model, batch: dict, micro: int, compute) -> tuple[float, dict]:
-    """Forward and backward over one global batch, `micro` regions at a time; gradients add up to the batch's mean. The negatives of
-    NT-Xent are those of a micro-batch. Returns the loss and the sums that are logged."""
-    axis, total = batch["x"].ndim - 3, 0.0                         # with two views the regions are on axis 1
-    B, logged = batch["x"].shape[axis], {}
-    for i in range(0, B, micro):
-        x, removed, valid = (None if batch[k] is None else batch[k].narrow(axis, i, min(micro, B - i)) for k in ("x", "removed", "valid"))
+def pretrain_step(model, batch: dict, micro: int, compute) -> dict:
+    """Forward and backward over this process's share of the global batch, `micro` regions at a time; gradients add up to those of the
+    whole batch's mean. Returns sums to log, left on the device: loss, per level and for CMEM its two terms.
+
+    The negatives of NT-Xent are the whole global batch. Where that does not go through in one pass, all projections are made first,
+    without a graph, and each part is then drawn by its slice of the loss's gradient (Gao et al. 2021)."""
+    axis = batch["x"].ndim - 3                                    # with two views the regions are on axis 1
+    B = batch["x"].shape[axis]
+    parts = [[None if batch[k] is None else batch[k].narrow(axis, i, min(micro, B - i)) for k in ("x", "removed", "valid")] for i in range(0, B, micro)]
+    contrastive, pulls = None, [None] * len(parts)
+    if axis == 1 and (len(parts) > 1 or compute.world > 1):
+        contrastive, pulls = projection_gradients(model, parts, compute)
+    logged = {}
+    for part, pull in zip(parts, pulls):
+        share = part[0].shape[axis] / (B * compute.world)
         with compute.autocast():
-            out = model(x, removed, valid)
-        share = x.shape[axis] / B
-        compute.scaler.scale(out.loss * share).backward()
-        total += out.loss.item() * share
-        for name in ("mem", "contrastive"):
-            if hasattr(out, name):
-                logged[name] = logged.get(name, 0.0) + getattr(out, name).item() * share
-        logged["levels"] = logged.get("levels", 0) + torch.stack([(out.per_level * out.per_level_count).nan_to_num(), out.per_level_count]).cpu()
-    return total, logged
+            out = model(*part)
+        if pull is not None:                                      # the same gradient as that of .contrastive over the whole batch
+            out.contrastive = contrastive
+            out.loss = out.mem + model.config.contrastive_weight * contrastive
+            scaled = out.mem * share + model.config.contrastive_weight * (out.z.float() * pull).sum()
+        else:
+            scaled = out.loss * share
+        compute.scaler.scale(scaled).backward()
+        terms = {name: getattr(out, name).detach() * share for name in ("loss", "mem", "contrastive") if hasattr(out, name)}
+        terms["levels"] = torch.stack([(out.per_level * out.per_level_count).nan_to_num(), out.per_level_count])
+        logged = {name: logged.get(name, 0) + value for name, value in terms.items()}
+    return logged
+
+
+def projection_gradients(model, parts: list, compute) -> tuple[torch.Tensor, tuple]:
+    """NT-Xent of the global batch, and its gradient by the projections of each of this process's parts (2, micro, P)."""
+    with torch.no_grad(), compute.autocast():
+        mine = torch.cat([model.project(*part) for part in parts], dim=1).float()                               # (2, B, P)
+    everyone = mine.new_zeros(2, compute.world, *mine.shape[1:])
+    everyone[:, compute.rank] = mine
+    z = sum_over_processes(everyone, compute).flatten(1, 2).requires_grad_()                                    # (2, world * B, P)
+    loss = mixmag.nt_xent(*z, model.config.temperature)
+    gradient, = torch.autograd.grad(loss, z)
+    own = gradient.unflatten(1, (compute.world, -1))[:, compute.rank]                                           # (2, B, P)
+    return loss.detach(), own.split([part[0].shape[1] for part in parts], dim=1)
 
 
 def pretrain(args) -> dict:
     """MEM or CMEM (paper 3.1) on every slide that is in no tune or test split. Returns result.json."""
     fill_in(args, "pretrain")
-    path = ensure_data(args.data)
+    compute = machine(args, PRESET_CONFIG[args.preset](1).width)
+    path = ensure_data(args.data, compute)
     ids, held_ids = pretraining_split(path, args.holdout)
     slides = data.read_slides(path, ids)
     config = model_config(args, slides)
@@ -403,13 +483,14 @@ def pretrain(args) -> dict:
         raise MixmagError(f"--mask: {error}") from None
     if args.source is not None and args.source < args.region:
         raise MixmagError(f"--source {args.source} is smaller than the region of {args.region} cells")
-    compute = machine(args, config.width)
     views = 1 if args.source is None else 2
+    if args.batch_size % compute.world:
+        raise MixmagError(f"--batch-size {args.batch_size} is the global one and does not divide into {compute.world} processes")
     dataset = data.RegionDataset(slides, geometry, args.seed, args.mask, views, args.source or 0, min_cover=args.min_cover)
     if not len(dataset):
         raise MixmagError(f"no window of {args.region} x {args.region} cells is {args.min_cover:.0%} covered in any of {len(slides)} slides (the largest "
                           f"has {max(len(s.cells) for s in slides)} cells); try --min-cover 0.5 or --region {max(1, args.region - 1)}")
-    run = Run(args.out or Path("runs") / default_run(args), {"kind": "pretrain", **settings(args, slides), "model": config.to_dict()}, args.resume)
+    run = Run(args.out or Path("runs") / default_run(args), {"kind": "pretrain", **settings(args, slides), "model": config.to_dict()}, args.resume, compute)
     if run.result():
         log(f"{run.folder}: done before")
         return run.result()
@@ -417,10 +498,14 @@ def pretrain(args) -> dict:
     model = (mixmag.MaskedEmbeddingModel if views == 1 else mixmag.ContrastiveEmbeddingModel)(config)
     mean, std, directions = data.feature_statistics(slides)
     model.encoder.standardize.fit(mean, std)
-    write_csv(run.folder / "slides.csv", ("slide_id", "role"), [(i, "train") for i in ids] + [(i, "held-out") for i in held_ids])
+    if run.writes:
+        write_csv(run.folder / "slides.csv", ("slide_id", "role"), [(i, "train") for i in ids] + [(i, "held-out") for i in held_ids])
     facts = pretrain_loop(args, run, model.to(compute.device), dataset, compute)
-    export_encoder(run, model.encoder, slides[0])
-    return finish_pretraining(run, model, path, held_ids, directions, compute, args, facts)
+    if run.writes:
+        export_encoder(run, model.encoder, slides[0])
+        finish_pretraining(run, model, path, held_ids, directions, compute, args, facts)
+    meet(compute)
+    return run.result()
 
 
 def pretrain_loop(args, run: Run, model, dataset, compute) -> dict:
@@ -429,43 +514,71 @@ def pretrain_loop(args, run: Run, model, dataset, compute) -> dict:
     total = args.steps or math.ceil(args.epochs * len(dataset) / args.batch_size)
     warmup = round(args.warmup * total)
     peak = args.lr or args.blr * args.batch_size / 256                                          # linear scaling rule
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.depth, args.weight_decay), lr=peak, betas=(0.9, 0.95))     # assumed
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.depth, args.weight_decay), lr=peak, betas=(0.9, 0.95), fused=True)     # assumed
+    share = args.batch_size // compute.world                                                    # of each process
     log(f"{run.folder}: {parameters(model)}, {len(dataset.slides)} slides with {len(dataset)} windows, batch {args.batch_size} in parts of "
-        f"{min(args.micro_batch, args.batch_size)}, {total} steps, peak rate {peak:.2e}, {compute.device}, {compute.dtype or 'fp32'}")
+        f"{min(args.micro_batch, share)}, {total} steps, peak rate {peak:.2e}, {compute.world} x {compute.device.type}, {compute.dtype or 'fp32'}")
     state, start = run.load(), 0
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         compute.scaler.load_state_dict(state["scaler"])
         start = state["done"]
-    batches = [range(step * args.batch_size, (step + 1) * args.batch_size) for step in range(start, total)]
+    batches = [range(step * args.batch_size + compute.rank * share, step * args.batch_size + (compute.rank + 1) * share) for step in range(start, total)]
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, collate_fn=as_is,
                                          pin_memory=compute.device.type == "cuda")
-    began, tokens, bar = time.time(), 0, progress(total=total, initial=start, desc="pretrain")
+    began, recent = time.time(), []
+    bar = progress(total=total, initial=start, desc="pretrain")
     for step, batch in enumerate(loader, start=start):
         rate = peak * lr_at(step, total, warmup)
-        loss, logged = pretrain_step(model, to_device(batch, compute.device), args.micro_batch, compute)
-        if not math.isfinite(loss):
-            names = [dataset.slides[i].slide_id for i in batch["slide"].flatten().tolist()[:5]]
-            raise MixmagError(f"{run.folder}: the loss is {loss} at step {step} (rate {rate:.2e}, slides {', '.join(names)}, ...); the last good "
-                              f"checkpoint stays. A smaller --lr, or data.py verify, may help")
-        norm = optimizer_step(model, optimizer, compute.scaler, rate, args.clip)
-        tokens += batch["x"].shape[:-1].numel()
+        logged = pretrain_step(model, to_device(batch, compute.device), args.micro_batch, compute)
+        sum_gradients(model, compute)
+        recent.append((step, batches[step - start], logged["loss"], optimizer_step(model, optimizer, compute.scaler, rate, args.clip)))
+        last, stop = step + 1 == total, stopping(compute)
+        saves = (step + 1) % args.save_every == 0 or last or stop
+        if saves or (step + 1) % LOG_EVERY == 0:                  # only here does anything wait for the device
+            norm = refuse_non_finite(run, recent, dataset, compute)
+            recent.clear()
+            if (step + 1) % LOG_EVERY == 0 or last:
+                note_pretraining(run, step + 1, logged, rate, norm, config, bar)
         bar.update()
-        bar.set_postfix(loss=f"{loss:.3f}")
-        if (step + 1) % 10 == 0 or step + 1 == total:
-            sums, counts = logged.pop("levels")
-            run.note(step=step + 1, loss=loss, **logged, rate=rate, norm=norm if math.isfinite(norm) else None,
-                     **{f"{m}x": v if math.isfinite(v) else None for m, v in zip(config.magnifications, (sums / counts).tolist())})
-        if (step + 1) % args.save_every == 0 or step + 1 == total or data.STOP_SIGNALS:
+        if saves:
             run.save({"done": step + 1, "lines": run.lines(), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                       "scaler": compute.scaler.state_dict()})
-        if data.STOP_SIGNALS:
+        if stop:
             raise Stopped
     bar.close()
     seconds = time.time() - began
-    log(f"{tokens / max(seconds, 1e-9):,.0f} tokens per second over {seconds:.0f} s")
+    log(f"{(total - start) * args.batch_size * (1 + (args.source is not None)) * config.geometry().num_tokens / max(seconds, 1e-9):,.0f} tokens per second over {seconds:.0f} s")
     return {"steps": total, "seconds": round(seconds, 1)}
+
+
+LOG_EVERY = 10                                                    # steps
+
+
+def refuse_non_finite(run: Run, recent: list, dataset, compute) -> float | None:
+    """recent: (step, indices, loss, norm of the gradient) of the steps since the last call. The last norm, None where fp16's scaler
+    skipped that step. Raises MixmagError for a loss, or without a scaler a gradient, that is not finite."""
+    losses, norms = (torch.stack([r[i].float() for r in recent]).tolist() for i in (2, 3))
+    for (step, indices, *_), loss, norm in zip(recent, losses, norms):
+        if not math.isfinite(loss) or not (math.isfinite(norm) or compute.scaler.is_enabled()):
+            batch = dataset.__getitems__(indices)
+            rows = batch["x"].isfinite().flatten(-2).all(-1).logical_not()
+            names = sorted({dataset.slides[i].slide_id for i in (batch["slide"][rows] if rows.any() else batch["slide"].flatten()).tolist()})
+            raise MixmagError(f"{run.folder}: at step {step} the loss is {loss:.4g} and its gradient's norm {norm:.4g}; " + (
+                f"the embeddings of {', '.join(names[:5])} are not finite (see data.py verify)" if rows.any() else
+                f"all embeddings are finite (slides {', '.join(names[:5])}, ...): try a smaller --lr") + "; the last good checkpoint stays")
+    return norms[-1] if math.isfinite(norms[-1]) else None
+
+
+def note_pretraining(run: Run, step: int, logged: dict, rate: float, norm, config, bar) -> None:
+    """One line of metrics: what this step's sums say over all processes."""
+    logged = {name: sum_over_processes(value.double().cpu(), run.compute) for name, value in logged.items()}
+    sums, counts = logged.pop("levels")
+    logged = {name: value.item() for name, value in logged.items()}
+    run.note(step=step, **logged, rate=rate, norm=norm, **({"scale": run.compute.scaler.get_scale()} if run.compute.scaler.is_enabled() else {}),
+             **{f"{m}x": v if math.isfinite(v) else None for m, v in zip(config.magnifications, (sums / counts).tolist())})
+    bar.set_postfix(loss=f"{logged['loss']:.3f}")
 
 
 def export_encoder(run: Run, encoder, slide) -> None:
@@ -478,7 +591,7 @@ def export_encoder(run: Run, encoder, slide) -> None:
                "licence": "the terms of the tile encoder's outputs pass on to these weights (Virchow2: CC-BY-NC-ND 4.0)"})
 
 
-def finish_pretraining(run: Run, model, path, held_ids, directions, compute, args, facts: dict) -> dict:
+def finish_pretraining(run: Run, model, path, held_ids, directions, compute, args, facts: dict) -> None:
     """Measure on the held-out slides beside what needs no network, draw the curve, write result.json."""
     config, losses = model.config, None
     if held_ids:
@@ -492,10 +605,8 @@ def finish_pretraining(run: Run, model, path, held_ids, directions, compute, arg
     write_text(run.folder / "SUMMARY.md", f"# {run.folder.name}: loss (1 - cosine) on held-out slides, {data_words}\n\n{text}\n")
     draw_pretraining(run, losses, config.magnifications, least, data_words)
     plain = {name: [None if math.isnan(v) else v for v in values] for name, values in losses.items()} if losses else None
-    result = {"kind": "pretrain", **facts, "held_out": plain}
-    write_json(run.folder / "result.json", result)
+    write_json(run.folder / "result.json", {"kind": "pretrain", **facts, "held_out": plain})
     print(text)
-    return result
 
 
 def plot(width=6.4, height=3.6):
@@ -621,20 +732,25 @@ def make_classifier(args, slides, train_slides) -> mixmag.SlideClassifier:
 
 
 def score_cases(model, dataset, compute, batch_size: int) -> list[np.ndarray]:
-    """The probability of each slide, case by case; no label is looked at."""
+    """The probability of each slide, case by case; no label is looked at. Processes share the cases."""
     model.eval()
-    scores = []
-    for start in range(0, len(dataset), batch_size):
-        batch = to_device(dataset.__getitems__(range(start, min(start + batch_size, len(dataset)))), compute.device)
-        with torch.no_grad(), compute.autocast():
-            logit, _ = model(batch["x"], batch["regions"], batch["valid"])
-        probability = torch.sigmoid(logit.float()).cpu().double().numpy()
-        case = batch["case"].cpu().numpy()
-        scores += [probability[case == c] for c in range(case.max() + 1)]
-        if data.STOP_SIGNALS:
+    scores = {}
+    for start in range(0, len(dataset), batch_size * compute.world):
+        mine = range(start, min(start + batch_size * compute.world, len(dataset)))[compute.rank::compute.world]
+        if mine:
+            batch = to_device(dataset.__getitems__(mine), compute.device)
+            with torch.no_grad(), compute.autocast():
+                logit, _ = model(batch["x"], batch["regions"], batch["valid"])
+            probability, case = torch.sigmoid(logit.float()).cpu().double().numpy(), batch["case"].cpu().numpy()
+            scores.update({i: probability[case == c] for c, i in enumerate(mine)})
+        if stopping(compute):
             raise Stopped
+    if compute.world > 1:
+        parts = [None] * compute.world
+        distributed.all_gather_object(parts, scores)
+        scores = {i: s for part in parts for i, s in part.items()}
     model.train()
-    return scores
+    return [scores[i] for i in range(len(dataset))]
 
 
 CASE_SCORES = {"max": np.max, "mean": np.mean}        # Eq. 9 needs the label, so it cannot choose a slide at test time
@@ -647,71 +763,78 @@ def best_case_score(labels, slide_scores, wanted: str) -> tuple[str, float]:
     return max(found.items(), key=lambda item: item[1])
 
 
-def finetune_epoch(model, optimizer, dataset, compute, args, epoch: int, steps: int, bar) -> float:
-    """One pass over the training cases in an order that follows from the seed and the epoch. Returns the mean loss."""
+def finetune_epoch(model, optimizer, dataset, compute, args, epoch: int, steps: int, bar) -> tuple[float, float]:
+    """One pass over the training cases in an order that follows from the seed and the epoch; processes share the cases of a batch.
+    Returns the mean loss and the norm of the last gradient."""
     if model.encoder is not None:
         model.encoder.requires_grad_(epoch > 0)                    # frozen for one epoch, paper 4.3
-    order, total = np.random.default_rng([args.seed, 4, epoch]).permutation(len(dataset)), 0.0
+    order, total = np.random.default_rng([args.seed, 4, epoch]).permutation(len(dataset)), torch.zeros(())
     batches = [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, collate_fn=as_is,
-                                         pin_memory=compute.device.type == "cuda")
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=[b[compute.rank::compute.world] for b in batches], num_workers=args.workers,
+                                         collate_fn=as_is, pin_memory=compute.device.type == "cuda")
     for i, batch in enumerate(loader):
         step = epoch * len(batches) + i
-        batch = to_device(batch, compute.device)
-        torch.manual_seed(1_000_003 * args.seed + step)              # for dropout: a function of the step, so a resumed run has the same
-        with compute.autocast():
-            logit, _ = model(batch["x"], batch["regions"], batch["valid"])
-        target = batch["label"] * (1 - args.smoothing) + args.smoothing / 2                             # (cases,)
-        loss = F.binary_cross_entropy_with_logits(logit, target[batch["case"]], reduction="none")       # (S,)
-        loss = mixmag.min_slide_loss(loss, batch["case"]).mean()                                        # Eq. 9
-        if not math.isfinite(loss.item()):
-            raise MixmagError(f"the loss is {loss.item()} at step {step}, slides {', '.join(batch['slide_ids'][:5])}, ...; data.py verify, or a smaller --lr, may help")
-        compute.scaler.scale(loss).backward()
-        optimizer_step(model, optimizer, compute.scaler, args.lr * lr_at(step, steps, round(args.warmup * steps)), args.clip)
-        total += loss.item() * len(batch["label"])
+        torch.manual_seed((1_000_003 * args.seed + step) * compute.world + compute.rank)      # for dropout: a function of the step, so a resumed run has the same
+        loss = finetune_step(model, to_device(batch, compute.device), args.smoothing, compute, len(batches[i]), step) if batch else torch.zeros(())
+        sum_gradients(model, compute)
+        norm = optimizer_step(model, optimizer, compute.scaler, args.lr * lr_at(step, steps, round(args.warmup * steps)), args.clip)
+        total += loss * len(batches[i])
         bar.update()
-        if data.STOP_SIGNALS:
+        if stopping(compute):
             raise Stopped
-    return total / len(dataset)
+    return sum_over_processes(total, compute).item() / len(dataset), norm.item()
 
 
+def finetune_step(model, batch: dict, smoothing: float, compute, cases: int, step: int) -> torch.Tensor:
+    """Forward and backward over this process's share of a batch of `cases` cases; returns its part of the mean loss, on the CPU."""
+    with compute.autocast():
+        logit, _ = model(batch["x"], batch["regions"], batch["valid"])
+    target = batch["label"] * (1 - smoothing) + smoothing / 2                                           # (cases,)
+    loss = F.binary_cross_entropy_with_logits(logit, target[batch["case"]], reduction="none")           # (S,)
+    loss = mixmag.min_slide_loss(loss, batch["case"]).sum() / cases                                     # Eq. 9
+    compute.scaler.scale(loss).backward()
+    if not math.isfinite(loss.item()):
+        raise MixmagError(f"the loss is {loss.item()} at step {step}, slides {', '.join(batch['slide_ids'][:5])}, ...; data.py verify, or a smaller --lr, may help")
+    return loss.detach().cpu()
 
 
 def finetune(args) -> dict:
     """Train on the train split, keep the epoch that ranks the tune split best, score the test split once (paper 4.3). Returns
     result.json."""
     fill_in(args, "finetune")
-    path = ensure_data(args.data)
+    compute = machine(args, PRESET_CONFIG[args.preset](1).width)
+    path = ensure_data(args.data, compute)
     args.init = args.init or str(newest_pretraining())
     cases = data.read_task(path, args.task)
     by_id = {s.slide_id: s for s in data.read_slides(path, {i for c in cases for i in c.slide_ids})}
     slides = list(by_id.values())
     refuse_seen(args.init, cases)
-    compute_width = mixmag.Config.small(1).width if args.preset == "small" else mixmag.Config.paper().width
-    model = make_classifier(args, slides, [by_id[i] for c in cases if c.split == "train" for i in c.slide_ids])
-    config = model.config
-    compute = machine(args, config.width if model.encoder is not None else compute_width)
-    sets = {split: data.CaseDataset(by_id, [c for c in cases if c.split == split], config.geometry(), model.index, args.min_cover) for split in data.SPLITS}
+    model = make_classifier(args, slides, [by_id[i] for c in cases if c.split == "train" for i in c.slide_ids]).to(compute.device)
+    sets = {split: data.CaseDataset(by_id, [c for c in cases if c.split == split], model.config.geometry(), model.index.cpu(), args.min_cover) for split in data.SPLITS}
     labels = {split: [c.label for c in s.cases] for split, s in sets.items()}
     for split in ("train", "tune"):
         if len(set(labels[split])) < 2:
             raise MixmagError(f"task {args.task}: the {split} split has {len(labels[split])} usable cases with labels {sorted(set(labels[split]))}; both classes are needed")
-    dropped = sorted(i for s in sets.values() for i in s.dropped)
-    if dropped:
-        log(f"{len(dropped)} slides without a region of which {args.min_cover:.0%} is tissue are left out, such as {dropped[0]}")
     name = f"abmil-{args.magnification}" if args.init == "none" else f"{Path(args.init).name}-{args.tokens}-{args.magnification}"
     files = [path / "tasks" / f"{args.task}.csv"] + ([encoder_folder(args.init) / "model.safetensors"] if args.init not in ("none", "random") else [])
     run = Run(args.out or Path("runs") / f"{args.task}-{name}{f'-s{args.seed}' if args.seed else ''}",
-              {"kind": "finetune", **settings(args, slides, *files), "model": config.to_dict()}, args.resume)
+              {"kind": "finetune", **settings(args, slides, *files), "model": model.config.to_dict()}, args.resume, compute)
     if run.result():
         log(f"{run.folder}: done before")
         return run.result()
-    model.to(compute.device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.depth, args.weight_decay, args.layer_decay, args.encoder_rate), lr=args.lr)
+    state = finetune_loop(args, run, model, sets, labels, compute)
+    finish_finetuning(run, model, sets, labels, state, compute, args)
+    meet(compute)
+    return run.result()
+
+
+def finetune_loop(args, run: Run, model, sets: dict, labels: dict, compute) -> dict:
+    """All epochs, from the last checkpoint on. Returns the last state, with the best epoch's weights under "best"."""
+    depth = model.config.depth
+    optimizer = torch.optim.AdamW(parameter_groups(model, depth, args.weight_decay, args.layer_decay, args.encoder_rate), lr=args.lr, fused=True)
     per_epoch = math.ceil(len(sets["train"]) / args.batch_size)
     log(f"{run.folder}: {parameters(model)}, cases " + ", ".join(f"{k} {len(v)} ({sum(labels[k])} positive)" for k, v in sets.items())
-        + f", {args.epochs} epochs of {per_epoch} steps, {compute.device}, {compute.dtype or 'fp32'}")
-
+        + f", {args.epochs} epochs of {per_epoch} steps, {compute.world} x {compute.device.type}, {compute.dtype or 'fp32'}")
     state = run.load() or {"done": 0, "best": None, "best_auroc": -1.0, "best_epoch": -1, "case_score": "max"}
     if state["done"]:
         model.load_state_dict(state["model"])
@@ -719,26 +842,32 @@ def finetune(args) -> dict:
         compute.scaler.load_state_dict(state["scaler"])
     bar = progress(total=args.epochs * per_epoch, initial=state["done"] * per_epoch, desc=f"finetune {args.task}")
     for epoch in range(state["done"], args.epochs):
-        loss = finetune_epoch(model, optimizer, sets["train"], compute, args, epoch, args.epochs * per_epoch, bar)
+        loss, norm = finetune_epoch(model, optimizer, sets["train"], compute, args, epoch, args.epochs * per_epoch, bar)
         rule, tune = best_case_score(labels["tune"], score_cases(model, sets["tune"], compute, args.batch_size), args.case_score)
         if tune > state["best_auroc"]:
             state.update(best=copy.deepcopy({k: v.cpu() for k, v in model.state_dict().items()}), best_auroc=tune, best_epoch=epoch, case_score=rule)
-        run.note(epoch=epoch, loss=loss, tune_auroc=tune, case_score=rule)
+        run.note(epoch=epoch, loss=loss, norm=norm if math.isfinite(norm) else None, tune_auroc=tune, case_score=rule)
         bar.set_postfix(loss=f"{loss:.3f}", tune=f"{tune:.3f}")
         state.update(done=epoch + 1, lines=run.lines(), model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=compute.scaler.state_dict())
         run.save(state)
     bar.close()
-    model.load_state_dict(state["best"])
-    return finish_finetuning(run, model, sets, labels, state, compute, args, dropped)
+    return state
 
 
-def finish_finetuning(run: Run, model, sets, labels, state: dict, compute, args, dropped: list) -> dict:
+def finish_finetuning(run: Run, model, sets, labels, state: dict, compute, args) -> None:
     """Save the best epoch's classifier, score tune and test with it, write predictions.csv and result.json."""
-    with whole_file(run.folder / "model.safetensors") as temporary:
-        save_file({k: v.contiguous() for k, v in state["best"].items()}, temporary)
+    model.load_state_dict(state["best"])
     rule, rows, scores = CASE_SCORES[state["case_score"]], [], {}
     for split in ("tune", "test"):
         scores[split] = [float(rule(s)) for s in score_cases(model, sets[split], compute, args.batch_size)]
+    if not run.writes:
+        return
+    dropped = sorted(i for s in sets.values() for i in s.dropped)
+    if dropped:
+        log(f"{len(dropped)} slides without a region of which {args.min_cover:.0%} is tissue were left out, such as {dropped[0]}")
+    with whole_file(run.folder / "model.safetensors") as temporary:
+        save_file({k: v.contiguous() for k, v in state["best"].items()}, temporary)
+    for split in scores:
         rows += [(c.case_id, c.label, repr(score), split) for c, score in zip(sets[split].cases, scores[split])]
     write_csv(run.folder / "predictions.csv", ("case_id", "label", "score", "split"), rows)
     result = {"kind": "finetune", "task": args.task, "init": args.init, "tokens": args.tokens, "magnification": args.magnification, "seed": args.seed,
@@ -750,11 +879,12 @@ def finish_finetuning(run: Run, model, sets, labels, state: dict, compute, args,
     else:
         result["reason"] = f"the test split has {len(labels['test'])} usable cases with labels {sorted(set(labels['test']))}: no AUROC"
     write_json(run.folder / "result.json", result)
-    return result
 
 
 def finetune_command(args) -> int:
     result = finetune(args)
+    if process()[0]:
+        return 0
     if result["auroc"] is None:
         print(f"{result['task']}: {result['reason']}")
     else:
@@ -958,8 +1088,9 @@ def table_command(args) -> int:
     if unknown := [r for r in rows if r not in PAPER] or [t for t in tasks if t not in data.task_names(path)]:
         raise MixmagError(f"{unknown[0]}: no such row or task; rows are {', '.join(PAPER)}; tasks are {', '.join(data.task_names(path))}")
     text = tables(args, rows, tasks)
-    write_text(Path(args.out) / "SUMMARY.md", "# The paper's tables, run here\n\n" + text)
-    print(text)
+    if process()[0] == 0:
+        write_text(Path(args.out) / "SUMMARY.md", "# The paper's tables, run here\n\n" + text)
+        print(text)
     return 0
 
 
