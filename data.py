@@ -14,6 +14,7 @@ import functools
 import hashlib
 import importlib
 import json
+import math
 import os
 import re
 import signal
@@ -189,6 +190,7 @@ class Slide:
     valid: np.ndarray                                             # (C, T) bool
     dim: int
     offset: int                                                   # of the features in the file, bytes
+    stamp: tuple                                                  # inode and time of change: a file written anew is mapped anew
 
     @property
     def slide_id(self) -> str:
@@ -196,15 +198,17 @@ class Slide:
 
     @property
     def features(self) -> np.ndarray:
-        """(C, T, D) float16, a memory map."""
-        return _map_features(self.path, self.offset, (*self.valid.shape, self.dim))
+        """(C, T, D) float16, a private memory map of the file: nothing is read before it is looked at, nothing is ever written back."""
+        return _map_features(self.path, self.stamp, self.offset, (*self.valid.shape, self.dim))
 
 
-@functools.lru_cache(maxsize=256)                                 # each map holds a file descriptor: not one per slide of a cohort
-def _map_features(path, offset, shape):
-    if 0 in shape:
+@functools.lru_cache(maxsize=30000)                               # Linux gives a process some 65,000 maps
+def _map_features(path, stamp, offset, shape):
+    count = math.prod(shape)
+    if not count:
         return np.zeros(shape, np.float16)
-    return np.memmap(path, np.float16, "r", offset, shape)
+    storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=offset + 2 * count)         # unlike numpy's, holds no file descriptor
+    return torch.empty(0, dtype=torch.float16).set_(storage, offset // 2, shape).numpy()
 
 
 def checksum(features, cells, valid, metadata: dict) -> str:
@@ -240,7 +244,7 @@ def read_slide(path) -> Slide:
                 raise MixmagError(f"{path}: expected tensors features, cells, valid; found {sorted(names)}")
             cells, valid = f.get_tensor("cells"), f.get_tensor("valid")
         with open(path, "rb") as f:
-            length = int.from_bytes(f.read(8), "little")
+            length, status = int.from_bytes(f.read(8), "little"), os.fstat(f.fileno())
             entry = json.loads(f.read(length))["features"]
     except (OSError, safetensors.SafetensorError) as error:
         raise MixmagError(f"{path}: cannot be read as a slide file ({error})") from None
@@ -257,7 +261,7 @@ def read_slide(path) -> Slide:
     if found != (np.int32, (C, 2), np.bool_, (C, T), "F16", [C, T], 3):
         raise MixmagError(f"{path}: {meta['magnifications']} and {C} cells ask for features F16 [{C}, {T}, D], cells int32 ({C}, 2), "
                           f"valid bool ({C}, {T}); found {entry['dtype']} {shape}, {cells.dtype} {cells.shape}, {valid.dtype} {valid.shape}")
-    return Slide(path, meta, cells, valid, shape[2], 8 + length + entry["data_offsets"][0])
+    return Slide(path, meta, cells, valid, shape[2], 8 + length + entry["data_offsets"][0], (status.st_ino, status.st_mtime_ns))
 
 
 def read_slides(data, ids=None) -> list[Slide]:
@@ -969,20 +973,35 @@ def windows(cells: np.ndarray, region: int, stride: int, min_cover: float) -> tu
     return rows[kept], corners[kept]
 
 
-def gather(slide: Slide, rows: np.ndarray, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def gather(slide: Slide, rows: np.ndarray, entries: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """rows (W, R*R) of `windows`, entries (n,) or (W, n): which of a window's R*R*T cell-major entries -> x (W, n, D) float16 and
-    valid (W, n) bool. One gather from the memory map; nothing else is read."""
+    valid (W, n) bool. One gather from the memory map, into `out` where it is given; nothing else is read."""
+    token, valid = tokens_of(slide, rows, entries)
+    x = np.take(slide.features.reshape(-1, slide.dim), token, axis=0, out=out, mode="clip")             # clip: writes to out directly
+    if not valid.all():
+        x[~valid] = 0
+    return x, valid
+
+
+def tokens_of(slide: Slide, rows: np.ndarray, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The row of the slide's (C*T, D) embeddings that `gather` takes for each token (W, n), and whether it is valid."""
     T = slide.valid.shape[1]
     cell = np.take_along_axis(rows, np.broadcast_to(entries // T, (len(rows), entries.shape[-1])), axis=1)      # (W, n)
-    token = np.where(cell >= 0, cell * T + entries % T, 0)
-    valid = (cell >= 0) & slide.valid.reshape(-1)[token]
-    x = slide.features.reshape(-1, slide.dim)[token]                                                    # (W, n, D)
-    return x if valid.all() else np.where(valid[..., None], x, np.float16(0)), valid
+    token = np.maximum(cell * T + entries % T, 0)
+    return token, (cell >= 0) & slide.valid.reshape(-1)[token]
 
 
 def as_batch(x: np.ndarray, valid: np.ndarray) -> tuple:
     """Tensors; the validity mask is None where nothing is invalid, and then no mask is ever built."""
     return torch.from_numpy(x), None if valid.all() else torch.from_numpy(valid)
+
+
+def shared_empty(*shape) -> torch.Tensor:
+    """float16, not filled; in a process that loads for another one in memory that both see, so that nothing is copied between them."""
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.float16)
+    storage = torch.UntypedStorage._new_shared(2 * math.prod(shape))
+    return torch.empty(0, dtype=torch.float16).set_(storage, 0, shape)
 
 
 class RegionDataset(torch.utils.data.Dataset):
@@ -1004,6 +1023,7 @@ class RegionDataset(torch.utils.data.Dataset):
         self.first = np.concatenate([[0], np.cumsum(self.per_slide)])                                   # a slide's first window
         self.rows, self.corners = (np.concatenate(part) for part in zip(*found))
         self.slide_of = np.repeat(np.arange(len(slides)), self.per_slide)                               # (W,)
+        self.all_valid = all(s.valid.all() for s in slides)
         self.shuffled = (None, None)                                                                    # an epoch and its order
 
     def __len__(self) -> int:
@@ -1030,16 +1050,28 @@ class RegionDataset(torch.utils.data.Dataset):
         chosen = [first, self.partner(first, rng)][:self.views] if self.views == 2 else [first]
         return [(w, int(rng.integers(8)) if self.turn else 0, rng.permutation(self.geometry.num_tokens)[:self.removed_tokens]) for w in chosen]
 
+    def tokens_of(self, window, turn) -> tuple[np.ndarray, np.ndarray]:
+        """(B,) windows and how each is turned -> (B, N) the rows of its slide's (C*T, D) embeddings, and which of them are valid."""
+        entries = self.order[self.turns[turn]]                                                          # (B, N)
+        T = self.geometry.tokens_per_cell
+        cell = np.take_along_axis(self.rows[window], entries // T, axis=1)
+        token = np.maximum(cell * T + entries % T, 0)
+        if self.all_valid:
+            return token, cell >= 0
+        return token, (cell >= 0) & np.stack([self.slides[s].valid.reshape(-1)[rows] for s, rows in zip(self.slide_of[window], token)])
+
     def __getitems__(self, indices) -> dict:
         """x (B, N, D) float16, removed (B, M), valid (B, N) or None, slide (B,); with two views each has a leading axis of 2."""
         draws = [view for views in zip(*(self.draw(i) for i in indices)) for view in views]             # view-major
-        x = np.empty((len(draws), self.geometry.num_tokens, self.slides[0].dim), np.float16)
-        valid = np.empty(x.shape[:2], bool)
-        for j, (window, turn, _) in enumerate(draws):
-            x[j:j + 1], valid[j:j + 1] = gather(self.slides[self.slide_of[window]], self.rows[window:window + 1], self.order[self.turns[turn]])
-        x, valid = as_batch(x, valid)
-        batch = {"x": x, "removed": torch.from_numpy(np.stack([removed for *_, removed in draws])), "valid": valid,
-                 "slide": torch.tensor([int(self.slide_of[window]) for window, *_ in draws])}
+        window, turn = np.array([draw[:2] for draw in draws]).T
+        token, valid = self.tokens_of(window, turn)                                                     # (B, N)
+        x = shared_empty(*token.shape, self.slides[0].dim)
+        for slide, rows, out in zip(self.slide_of[window], token, x.numpy()):
+            np.take(self.slides[slide].features.reshape(-1, self.slides[0].dim), rows, axis=0, out=out, mode="clip")     # clip: straight into out
+        if not valid.all():
+            x[torch.from_numpy(~valid)] = 0
+        batch = {"x": x, "removed": torch.from_numpy(np.stack([removed for *_, removed in draws])), "slide": torch.from_numpy(self.slide_of[window]),
+                 "valid": None if valid.all() else torch.from_numpy(valid)}
         if self.views == 2:
             batch = {k: v if v is None else v.unflatten(0, (2, -1)) for k, v in batch.items()}
         return batch
@@ -1058,7 +1090,7 @@ class CaseDataset(torch.utils.data.Dataset):
         for case in cases:
             for slide_id in case.slide_ids:
                 rows, _ = windows(slides[slide_id].cells, geometry.region, geometry.region, min_cover)
-                if len(rows) and gather_valid(slides[slide_id], rows, self.entries).any():
+                if len(rows) and tokens_of(slides[slide_id], rows, self.entries)[1].any():
                     self.rows[slide_id] = rows
             usable = [i for i in case.slide_ids if i in self.rows]
             self.dropped += [i for i in case.slide_ids if i not in self.rows]
@@ -1080,13 +1112,6 @@ class CaseDataset(torch.utils.data.Dataset):
         return {"x": x, "valid": valid, "regions": torch.tensor([len(self.rows[i]) for i in slide_ids]), "slide_ids": slide_ids,
                 "case": torch.repeat_interleave(torch.arange(len(chosen)), torch.tensor([len(c.slide_ids) for c in chosen])),
                 "label": torch.tensor([float(case.label) for case in chosen])}
-
-
-def gather_valid(slide: Slide, rows: np.ndarray, entries: np.ndarray) -> np.ndarray:
-    """valid (W, n) of `gather`, without reading a feature."""
-    T = slide.valid.shape[1]
-    cell = rows[:, entries // T]
-    return (cell >= 0) & slide.valid.reshape(-1)[np.where(cell >= 0, cell * T + entries % T, 0)]
 
 
 def feature_statistics(slides, limit: int = 20000) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -491,6 +491,32 @@ def min_slide_loss(loss: Tensor, case: Tensor) -> Tensor:
     return loss.new_full((cases,), math.inf).scatter_reduce(0, case, loss, "amin")                      # Eq. 9
 
 
+class Whiten(nn.Module):
+    """(h - mean) @ matrix: takes from each output what is always there at its place in the region, and gives all directions about the
+    same size, with constants of the training slides. A trained encoder's outputs vary mostly by place and by what is common; what
+    is rare, and a biomarker often is, is small beside it, and attention pooling on a hundred slides does not find it otherwise.
+
+    places: n output tokens per region (1 for "cls"). The identity until it is fitted.
+    """
+    SHRINK = 0.1                        # assumed: no direction is blown up beyond that of a tenth of the mean variance
+
+    def __init__(self, places: int, width: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(places, width))
+        self.register_buffer("matrix", torch.eye(width))
+
+    def fit(self, mean: Tensor, covariance: Tensor) -> None:
+        """mean (n, d) of each place, covariance (d, d) around those."""
+        variance, directions = torch.linalg.eigh(covariance)
+        self.mean.copy_(mean)
+        self.matrix.copy_(directions * (variance.clamp(min=0) + self.SHRINK * variance.mean()).rsqrt())
+
+    def forward(self, h: Tensor, place: Tensor | None = None) -> Tensor:
+        """h (W, n', d) at place (W, n') (None: all, in order)."""
+        mean = self.mean if place is None else self.mean[place]
+        return (h.float() - mean) @ self.matrix
+
+
 class SlideClassifier(nn.Module):
     """Encoder (or none), gated AB-MIL over everything that a slide yields, one linear unit. Serves every row of both tables.
 
@@ -508,33 +534,41 @@ class SlideClassifier(nn.Module):
         self.register_buffer("index", config.geometry().select(magnification), persistent=False)        # (n,)
         self.standardize = Standardize(config.dim) if encoder is None else None
         width = config.dim if encoder is None else config.width * (config.cls_tokens if tokens == "cls" else 1)
+        self.whiten = Whiten(len(self.index) if tokens == "patch" else 1, width) if encoder is not None else None
         self.dropout = nn.Dropout(dropout)
         self.pool = GatedABMIL(width, hidden)                                                           # assumed: 256
         self.head = nn.Linear(width, 1)
         for part in (self.pool, self.head):
             part.apply(_init_linear)
 
-    def encode(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """x (W, n, D), valid (W, n) or None -> (W, n, d) contextualized or (W, 1, 4d) compressed outputs."""
+    def encode(self, x: Tensor, place: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+        """x (W, n', D) at place (W, n') among the tokens that are read (None: all of them), valid (W, n') or None -> (W, n', d)
+        contextualized or (W, 1, 4d) compressed outputs, not yet whitened."""
         if self.encoder is None:
             return self.standardize(x)
-        cls, tokens = self.encoder(x, self.index.expand(x.shape[0], -1), valid)
+        cls, tokens = self.encoder(x, self.index.expand(x.shape[0], -1) if place is None else self.index[place], valid)
         return tokens if self.tokens == "patch" else cls.flatten(1)[:, None]
 
-    def forward(self, x: Tensor, regions: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, regions: Tensor, valid: Tensor | None = None, mask: float = 0.0) -> tuple[Tensor, Tensor]:
         """x (W, n, D): the regions of all slides one after the other, regions (S,) long how many each has, valid (W, n) bool
-        or None -> logit (S,), attention over the pooled outputs, slide by slide.
+        or None -> logit (S,), attention over the pooled outputs, slide by slide. mask: share of each region's tokens that are
+        left out, drawn anew each time, as in pretraining.
 
         Regions go through the encoder a chunk at a time and are computed again on the way back, so that memory holds the
         outputs of a slide and the activations of one chunk.
         """
         learns = torch.is_grad_enabled() and self.encoder is not None and self.encoder.pos.requires_grad
-        parts = []
+        place, parts = None, []
+        if mask and x.shape[1] > 1:
+            place = complement(random_removal(*x.shape[:2], mask, device=x.device), x.shape[1])
+            x, valid = take(x, place), None if valid is None else valid.gather(1, place)
         for i in range(0, x.shape[0], self.chunk):
-            part = (x[i:i + self.chunk], None if valid is None else valid[i:i + self.chunk])
+            part = [None if t is None else t[i:i + self.chunk] for t in (x, place, valid)]
             again = learns and x.shape[0] > self.chunk
             parts.append(checkpoint(self.encode, *part, use_reentrant=False) if again else self.encode(*part))
-        h = torch.cat(parts)                                                                            # (W, n or 1, d)
+        h = torch.cat(parts)                                                                            # (W, n' or 1, d)
+        if self.whiten is not None:
+            h = self.whiten(h, place if self.tokens == "patch" else None)
         if valid is None or h.shape[1] == 1:
             per_region = torch.full((h.shape[0],), h.shape[1], device=h.device)
             h = h.flatten(0, 1)

@@ -86,6 +86,7 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--magnification", type=magnification, default="all", help="all, or the only one whose embeddings are read")
     p.add_argument("--hidden", type=positive, default=256, help="width of the AB-MIL attention (assumed)")
     p.add_argument("--dropout", type=float, default=0.2, help="on what is pooled and on the pooled vector (assumed)")
+    p.add_argument("--mask", type=float, default=0.5, help="share of a region's tokens that a training step leaves out, drawn anew each time (assumed)")
     p.add_argument("--smoothing", type=float, default=0.1, help="label smoothing (assumed)")
     p.add_argument("--layer-decay", type=float, default=0.75, help="each layer's rate against the one above (paper 4.3)")
     p.add_argument("--encoder-rate", type=float, default=0.3, help="the encoder's rate against the aggregator's (assumed)")
@@ -711,9 +712,9 @@ def refuse_seen(run, cases) -> None:
             raise MixmagError(f"{run} was pretrained on {len(leaked)} tune or test slides of this task, such as {leaked[0]!r}; pretrain without them")
 
 
-def make_classifier(args, slides, train_slides) -> mixmag.SlideClassifier:
-    """Encoder from `args.init` (a run, random or none) under a fresh AB-MIL. Input constants come from the training slides unless
-    the encoder brings its own."""
+def make_classifier(args, slides, train_slides, compute) -> mixmag.SlideClassifier:
+    """Encoder from `args.init` (a run, random or none) under a fresh AB-MIL. Constants of inputs and of what is pooled come from the
+    training slides, unless the encoder brings its own."""
     torch.manual_seed(args.seed)
     if args.init in ("none", "random"):
         config = model_config(args, slides)
@@ -728,7 +729,34 @@ def make_classifier(args, slides, train_slides) -> mixmag.SlideClassifier:
     if args.init in ("none", "random"):
         mean, std, _ = data.feature_statistics(train_slides)
         (encoder or model).standardize.fit(mean, std)
+    model.to(compute.device)
+    if encoder is not None:
+        fit_whitening(model, train_slides, args.min_cover, compute)
+    if compute.world > 1:
+        for tensor in model.state_dict().values():
+            distributed.broadcast(tensor, 0)
     return model
+
+
+def fit_whitening(model, slides, min_cover: float, compute, limit: int = 4000) -> None:
+    """Mean of each output's place and the covariance around it, over evenly spread training slides with at most about `limit` regions."""
+    geometry, entries = model.config.geometry(), model.config.geometry().cell_order()[model.index.cpu()].numpy()
+    rows = [data.windows(s.cells, geometry.region, geometry.region, min_cover)[0] for s in slides]
+    share, count, total, square = max(1, -(-sum(map(len, rows)) // limit)), 0.0, 0.0, 0.0
+    model.eval()
+    for slide, r in list(zip(slides, rows))[::share]:
+        x, valid = data.as_batch(*data.gather(slide, r, entries))
+        x, valid = x.to(compute.device), None if valid is None else valid.to(compute.device)
+        for i in range(0, len(x), model.chunk):
+            part = None if valid is None else valid[i:i + model.chunk]
+            with torch.no_grad(), compute.autocast():
+                h = model.encode(x[i:i + model.chunk], valid=part).double()                                     # (W, n or 1, d)
+            there = (torch.ones(h.shape[:2], dtype=torch.bool, device=h.device) if part is None or h.shape[1] == 1 else part)[..., None]
+            h = h.where(there, 0)
+            count, total, square = count + there.sum(0), total + h.sum(0), square + torch.einsum("wnd,wne->de", h, h)
+    model.train()
+    mean = total / count.clamp(min=1)                                                                           # (n, d)
+    model.whiten.fit(mean.float(), ((square - torch.einsum("nd,ne->de", mean * count, mean)) / count.sum()).float())
 
 
 def score_cases(model, dataset, compute, batch_size: int) -> list[np.ndarray]:
@@ -775,7 +803,7 @@ def finetune_epoch(model, optimizer, dataset, compute, args, epoch: int, steps: 
     for i, batch in enumerate(loader):
         step = epoch * len(batches) + i
         torch.manual_seed((1_000_003 * args.seed + step) * compute.world + compute.rank)      # for dropout: a function of the step, so a resumed run has the same
-        loss = finetune_step(model, to_device(batch, compute.device), args.smoothing, compute, len(batches[i]), step) if batch else torch.zeros(())
+        loss = finetune_step(model, to_device(batch, compute.device), args.smoothing, args.mask, compute, len(batches[i]), step) if batch else torch.zeros(())
         sum_gradients(model, compute)
         norm = optimizer_step(model, optimizer, compute.scaler, args.lr * lr_at(step, steps, round(args.warmup * steps)), args.clip)
         total += loss * len(batches[i])
@@ -785,10 +813,10 @@ def finetune_epoch(model, optimizer, dataset, compute, args, epoch: int, steps: 
     return sum_over_processes(total, compute).item() / len(dataset), norm.item()
 
 
-def finetune_step(model, batch: dict, smoothing: float, compute, cases: int, step: int) -> torch.Tensor:
+def finetune_step(model, batch: dict, smoothing: float, mask: float, compute, cases: int, step: int) -> torch.Tensor:
     """Forward and backward over this process's share of a batch of `cases` cases; returns its part of the mean loss, on the CPU."""
     with compute.autocast():
-        logit, _ = model(batch["x"], batch["regions"], batch["valid"])
+        logit, _ = model(batch["x"], batch["regions"], batch["valid"], mask)
     target = batch["label"] * (1 - smoothing) + smoothing / 2                                           # (cases,)
     loss = F.binary_cross_entropy_with_logits(logit, target[batch["case"]], reduction="none")           # (S,)
     loss = mixmag.min_slide_loss(loss, batch["case"]).sum() / cases                                     # Eq. 9
@@ -809,7 +837,7 @@ def finetune(args) -> dict:
     by_id = {s.slide_id: s for s in data.read_slides(path, {i for c in cases for i in c.slide_ids})}
     slides = list(by_id.values())
     refuse_seen(args.init, cases)
-    model = make_classifier(args, slides, [by_id[i] for c in cases if c.split == "train" for i in c.slide_ids]).to(compute.device)
+    model = make_classifier(args, slides, [by_id[i] for c in cases if c.split == "train" for i in c.slide_ids], compute)
     sets = {split: data.CaseDataset(by_id, [c for c in cases if c.split == split], model.config.geometry(), model.index.cpu(), args.min_cover) for split in data.SPLITS}
     labels = {split: [c.label for c in s.cases] for split, s in sets.items()}
     for split in ("train", "tune"):
