@@ -2,6 +2,7 @@
 
     python data.py synth  --out data/synthetic                                 a cohort with seven planted biomarkers
     python data.py tile   --slides slides/ --out data/mine --encoder texture   whole-slide images -> slide files
+    python data.py import --trident 5x 10x 20x --out data/mine                 other tools' embeddings -> slide files
     python data.py verify data/mine                                            checksums, values, tasks, leakage
 
 Shape letters as in mixmag.py, and C cells of a slide, W windows (regions) of it. Lengths in `_px` are level-0 pixels unless
@@ -15,6 +16,7 @@ import hashlib
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -48,8 +50,9 @@ def parse() -> argparse.Namespace:
                 "python data.py tile --slides slides/ --out data/mine --encoder texture --mpp 0.5")
     p.add_argument("--slides", nargs="+", required=True, metavar="DIR|FILE", help="slides, or folders of them")
     p.add_argument("--out", required=True, help="DATA folder to write slides/<slide_id>.safetensors into")
-    p.add_argument("--encoder", default="texture", metavar="texture|module:factory",
+    p.add_argument("--encoder", default="texture", metavar="texture|virchow2|module:factory",
                    help="texture is a weight-free stand-in; factory() returns a callable (B, 224, 224, 3) uint8 -> (B, D)")
+    p.add_argument("--weights", metavar="FILE", help="virchow2's weights, .safetensors or .pt (default: from the Hugging Face hub)")
     p.add_argument("--mpp", type=float, help="micrometres per level-0 pixel, for slides that do not say (default: their own)")
     p.add_argument("--region", type=int, default=3, help="cells per side of the windows that are accepted or not as a whole")
     p.add_argument("--magnifications", type=int, nargs="+", default=[5, 10, 20], help="a run of doublings")
@@ -58,6 +61,19 @@ def parse() -> argparse.Namespace:
     p.add_argument("--batch-size", type=int, default=256, help="tiles per call of the encoder")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
     p.add_argument("--dry-run", action="store_true", help="plan only: mpp, windows, tokens and bytes of each slide")
+
+    p = command("import", "join the embeddings that TRIDENT or STAMP made at each magnification into slide files",
+                "python data.py import --trident 5x/features_virchow2 10x/features_virchow2 20x/features_virchow2 --out data/mine")
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--trident", nargs="+", metavar="DIR", help="one features_<encoder> folder per magnification, from low to high")
+    source.add_argument("--stamp", nargs="+", metavar="DIR", help="one folder of STAMP's feature files per magnification, from low to high")
+    p.add_argument("--out", required=True, help="DATA folder to write slides/<slide_id>.safetensors into")
+    p.add_argument("--encoder", metavar="NAME", help="the encoder's name, for files that do not say (default: what they say)")
+    p.add_argument("--class-token", action=argparse.BooleanOptionalAction, help="keep the first 1280 of 2560 numbers, Virchow2's class token, "
+                   "or all of them (default: cut where the file says virchow2)")
+    p.add_argument("--mpp", type=float, help="the true micrometres per level-0 pixel of these slides, checked against their files; "
+                   "with STAMP's, which have no pixels, it places them on the slide")
+    p.add_argument("--region", type=int, default=3, help="cells per side of the windows that are counted in import.csv")
 
     p = command("verify", "check slide files and task tables; print every finding; exit 1 if there is any",
                 "python data.py verify data/mine")
@@ -72,6 +88,7 @@ import numpy as np                                                              
 import openslide                                                                                            # noqa: E402
 import safetensors                                                                                          # noqa: E402
 import safetensors.numpy                                                                                    # noqa: E402
+import safetensors.torch                                                                                    # noqa: E402
 import torch                                                                                                # noqa: E402
 import torch.nn.functional as F                                                                             # noqa: E402
 from PIL import Image                                                                                       # noqa: E402
@@ -818,29 +835,41 @@ def texture(tiles: torch.Tensor) -> torch.Tensor:
     return torch.cat(features, dim=1)
 
 
-def tile_encoder(name: str, device):
+def tile_encoder(name: str, device, weights=None):
     """The callable (B, 224, 224, 3) uint8 -> (B, D) that `name` stands for; tiles come to it on `device`. Raises MixmagError if there is none."""
+    if weights and name != "virchow2":
+        raise MixmagError(f"--weights {weights}: only --encoder virchow2 takes weights from a file, not {name}")
     if name == "texture":
         return texture
+    if name == "virchow2":
+        return load_virchow2(device, weights)
     module, _, factory = name.partition(":")
     if not module or not factory:
-        raise MixmagError(f"--encoder {name}: expected texture or module:factory")
+        raise MixmagError(f"--encoder {name}: expected texture, virchow2 or module:factory")
     sys.path.insert(0, os.getcwd())
     try:
         encoder = getattr(importlib.import_module(module), factory)()
-    except (ImportError, AttributeError) as error:
-        raise MixmagError(f"--encoder {name}: {error}") from None
+    except Exception as error:                                    # whatever the user's module raises
+        raise MixmagError(f"--encoder {name}: {type(error).__name__}: {error}") from None
+    if not callable(encoder):
+        raise MixmagError(f"--encoder {name}: {factory}() returned {type(encoder).__name__}, expected a callable (B, 224, 224, 3) uint8 -> (B, D)")
     return encoder.to(device).eval() if isinstance(encoder, torch.nn.Module) else encoder
 
 
-def encode(encoder, tiles: np.ndarray, batch_size: int, device) -> np.ndarray:
-    """tiles (..., 224, 224, 3) uint8 -> (..., D) float16. Raises MixmagError for an output that is no (B, D) of finite numbers."""
-    flat = torch.from_numpy(tiles.reshape(-1, *tiles.shape[-3:]))
+def encode(encoder, tiles: np.ndarray, batch_size: int, device, dim: int | None = None) -> np.ndarray:
+    """tiles (..., 224, 224, 3) uint8 -> (..., D) float16. Raises MixmagError for an output that is no (B, D) of finite floating-point
+    numbers in float16's range, or whose width is not the same in every batch (and `dim`, if given)."""
+    flat, made = torch.from_numpy(tiles.reshape(-1, *tiles.shape[-3:])), []
     with torch.inference_mode():
-        out = torch.cat([encoder(batch.to(device)).float().cpu() for batch in flat.split(batch_size)])
-    if out.ndim != 2 or len(out) != len(flat):
-        raise MixmagError(f"the encoder made {tuple(out.shape)} of {tuple(flat.shape)}, expected ({len(flat)}, D)")
-    half = out.half()
+        for batch in flat.split(batch_size):
+            out = encoder(batch.to(device))
+            is_tensor = isinstance(out, torch.Tensor)
+            if not is_tensor or not out.is_floating_point() or out.ndim != 2 or len(out) != len(batch) or out.shape[1] != (dim or out.shape[1]):
+                raise MixmagError(f"the encoder made {f'{out.dtype} {tuple(out.shape)}' if is_tensor else type(out).__name__} of {len(batch)} tiles, "
+                                  f"expected floating-point numbers ({len(batch)}, {dim or 'D'})")
+            dim = out.shape[1]
+            made.append(out.half().cpu())
+    half = torch.cat(made)
     if not torch.isfinite(half).all():
         raise MixmagError(f"the encoder returned NaN, or values beyond float16, for {int((~half.isfinite()).any(1).sum())} of {len(half)} tiles")
     return half.numpy().reshape(*tiles.shape[:-3], -1)
@@ -863,7 +892,7 @@ def tile_slide(reader: Reader, plan: TilePlan, encoder, dim: int, args) -> tuple
                 raise MixmagError(f"{bad} of {len(plan.windows)} windows cannot be read, more than {MAX_BAD_WINDOWS:.0%} ({error})") from None
             continue
         col, row, cols, rows = window
-        features.append(encode(encoder, tiles, args.batch_size, args.device))
+        features.append(encode(encoder, tiles, args.batch_size, args.device, dim))
         cells += [(col + c, row + r) for r in range(rows) for c in range(cols)]
     T = Geometry(1, args.magnifications).tokens_per_cell
     return (np.concatenate(features) if features else np.zeros((0, T, dim), np.float16),
@@ -926,7 +955,7 @@ def tile_command(args) -> int:
         raise MixmagError(f"--shard {args.shard}: expected i/n with 0 <= i < n")
     args.device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
     paths = find_slides(args.slides)[share::shares]
-    encoder = tile_encoder(args.encoder, args.device)
+    encoder = tile_encoder(args.encoder, args.device, args.weights)
     dim = encode(encoder, np.full((1, TILE_PX, TILE_PX, 3), 255, np.uint8), 1, args.device).shape[1]
     failed = []
     for path in progress(paths, desc="slides"):
@@ -943,6 +972,351 @@ def tile_command(args) -> int:
     if failed and not args.dry_run:
         write_csv(listed, ("slide_id", "stage", "reason"), failed)
     print(f"{len(paths) - len(failed)} slides done, {len(failed)} failed" + (f" (see {listed})" if failed and not args.dry_run else ""))
+    return 3 if failed else 0
+
+
+# -------------------------------------------------------------------------------------------------------------- Virchow2
+
+class Virchow2(torch.nn.Module):
+    """tiles (B, 224, 224, 3) uint8 -> (B, 1280) float32: the class token of Virchow2 (Zimmermann et al. 2024), a ViT-H/14 of 631 M
+    parameters; fp16 autocast on a GPU.
+
+    The model's tokens are class, 4 registers, 256 patches; paper 4.1 uses the class token alone. The constants are ImageNet's, written
+    out: the configuration that timm attaches to a locally built model says 0.5. At 224 px nothing is resized or cropped.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]))
+
+    def forward(self, tiles: torch.Tensor) -> torch.Tensor:
+        pictures = ((tiles / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
+        with torch.autocast(tiles.device.type, torch.float16, enabled=tiles.device.type == "cuda"):
+            return self.model(pictures)[:, 0].float()
+
+
+def load_virchow2(device, weights=None) -> Virchow2:
+    """With the weights of the file, else of the Hugging Face hub. Raises MixmagError saying what to do where it cannot be had."""
+    try:
+        import timm
+        from timm.layers import SwiGLUPacked
+    except (ImportError, RuntimeError) as error:                  # RuntimeError: a torchvision that was built for another torch
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "timm"
+        raise MixmagError(f"--encoder virchow2 needs timm, and " + ("it is not installed" if absent else f"the torchvision beside it does not match torch "
+                          f"{torch.__version__} ({error})") + ": pip install timm torchvision==0.28.0, the one that matches torch 2.13, "
+                          "for the same device (CPU or CUDA) as torch") from None
+    layers = {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU}                                    # no configuration file can say these
+    if weights:
+        with torch.device("meta"):                                # 2.5 GB that need not be drawn at random first
+            model = timm.create_model("vit_huge_patch14_224", img_size=224, init_values=1e-5, num_classes=0, reg_tokens=4, mlp_ratio=5.3375,
+                                      global_pool="", dynamic_img_size=True, **layers)
+        fill(model, weights)
+    else:
+        try:
+            model = timm.create_model("hf-hub:paige-ai/Virchow2", pretrained=True, **layers)
+        except OSError as error:                                  # all that the hub and the network raise; its text may hold what is no one's business
+            refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
+            raise MixmagError("Virchow2 is a gated repository that refused: accept its terms at huggingface.co/paige-ai/Virchow2 and set HF_TOKEN to a token "
+                              "of that account, or give --weights FILE" if refused else
+                              f"Virchow2 cannot be fetched ({error.strerror or type(error).__name__}): without a network give --weights FILE") from None
+    encoder = Virchow2(model).to(device).eval()
+    width = encode(encoder, np.full((2, TILE_PX, TILE_PX, 3), 200, np.uint8), 2, device).shape[1]
+    if width != 1280:
+        raise MixmagError(f"Virchow2 made {width} numbers of a tile, expected 1280")
+    return encoder
+
+
+def fill(model: torch.nn.Module, path) -> None:
+    """Give a model on the meta device the weights of a file, all of them and no others, as fp32. Raises MixmagError naming what does not fit."""
+    try:
+        state = safetensors.torch.load_file(path) if str(path).endswith(".safetensors") else torch.load(path, "cpu", weights_only=True, mmap=True)
+        found = {k: tuple(v.shape) for k, v in state.items()}
+    except Exception as error:                                    # each of the two libraries has half a dozen ways to say it
+        raise MixmagError(f"--weights {path}: cannot be read as a file of named tensors ({type(error).__name__})") from None
+    wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    wrong = {"missing": wanted.keys() - found.keys(), "unexpected": found.keys() - wanted.keys(),
+             "of another shape": {k for k in wanted.keys() & found.keys() if wanted[k] != found[k]}}
+    if any(wrong.values()):
+        said = "; ".join(f"{len(keys)} {what}, such as {', '.join(sorted(keys)[:3])}" for what, keys in wrong.items() if keys)
+        raise MixmagError(f"--weights {path}: does not fit Virchow2: {said}")
+    model.load_state_dict({k: v.float() for k, v in state.items()}, strict=True, assign=True)
+
+
+# --------------------------------------------------------------------------------------------------- import of other tools' files
+
+IMPORT_SECONDS = 60                                               # assumed: a slide that takes longer, and longer than 1 s per MiB, hangs
+SNAP = 0.1                                                        # assumed: how far STAMP's tiles may be off their lattice, in tiles
+ENOUGH_TILES = 16                                                 # assumed: among so many tiles of a slide two are neighbours
+
+
+@dataclass
+class Tiles:
+    """What one file of another tool holds: one slide at one magnification. Its unit is level-0 pixels (TRIDENT) or micrometres (STAMP)."""
+    features: np.ndarray                                          # (n, D) float16
+    corners: np.ndarray                                           # (n, 2) float64: x, y of the top-left corners
+    side: float                                                   # of a tile
+    tile_px: int
+    magnification: float
+    encoder: str
+    name: str | None                                              # of the slide, where the file says it
+    size: tuple                                                   # (width, height) of the slide in level-0 px, None where not said
+
+
+def plain_value(item, name: str, kind=(int, float), needed: bool = False):
+    """An attribute of an HDF5 item: a number >= 0, or a text where kind is str; None where it is absent."""
+    value = None
+    if name in item.attrs:
+        value = item.attrs[name] if item.attrs.get_id(name).shape in ((), (1,)) else "an array"
+        value = value.item() if hasattr(value, "item") else value
+        value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    value = None if value == "None" else value                    # TRIDENT's way to write it
+    if needed and not value or value is not None and (not isinstance(value, kind) or kind is not str and not 0 <= value < math.inf):
+        raise MixmagError(f"attribute {name} is {value!r}, expected {'a text' if kind is str else 'a number'}; found {', '.join(item.attrs) or 'none'}")
+    return value
+
+
+def plain_array(f, name: str, columns: int | None = None):
+    """The data set (n, columns) of an open HDF5 file, unread. Raises MixmagError unless it is plain numbers that lie in this very file,
+    whole and unfiltered: so what is read later is no larger than the file."""
+    import h5py                                                   # wanted only where other tools' files are read
+    links, key = f.id.links, name.encode()
+    if not links.exists(key) or links.get_info(key).type != h5py.h5l.TYPE_HARD or not isinstance(f[name], h5py.Dataset):
+        raise MixmagError(f"holds no data set {name!r} of its own; found {', '.join(map(str, list(f)[:9])) or 'nothing'}")
+    d = f[name]
+    made, there, wanted = d.id.get_create_plist(), d.id.get_storage_size(), math.prod(d.shape or ()) * d.dtype.itemsize
+    if d.dtype.kind not in ("iuf" if columns else "f") or d.dtype.itemsize > 8 or d.ndim != 2 or d.shape[1] != (columns or d.shape[1] or 1):
+        raise MixmagError(f"{name} is {d.dtype} {d.shape}, expected {'numbers' if columns else 'floating-point numbers'} (n, {columns or 'D'})")
+    if made.get_nfilters():
+        raise MixmagError(f"{name} is stored through filter {made.get_filter(0)[0]}, expected none; h5repack -f NONE rewrites the file")
+    if made.get_layout() == h5py.h5d.VIRTUAL or made.get_external_count() or wanted > min(there, os.path.getsize(f.filename)):
+        raise MixmagError(f"{name} claims {wanted} bytes, {d.dtype} {d.shape}, of which {there} are stored here")
+    return d
+
+
+def embeddings(d, encoder: str | None, job: dict) -> dict:
+    """Tiles' features and encoder from a data set (n, D). Virchow2's 2560 numbers, class token and mean patch token, are cut to the class token."""
+    asked, cut = job["encoder"], job["class_token"]
+    if not encoder and not asked or encoder and asked and encoder != asked:
+        raise MixmagError(f"says its encoder is {encoder!r}, --encoder says {asked!r}" if encoder else "does not name its encoder: say it with --encoder")
+    if d.shape[1] == 2560 and cut is None and encoder != "virchow2" or cut and d.shape[1] != 2560:
+        raise MixmagError(f"holds {d.shape[1]} numbers a tile and says its encoder is {encoder!r}: "
+                          + ("--class-token cuts 2560" if cut else "--class-token keeps the first 1280 as for virchow2, --no-class-token all"))
+    with np.errstate(over="ignore"):
+        half = (d[:, :1280] if d.shape[1] == 2560 and cut is not False else d[...]).astype(np.float16)
+    bad = ~np.isfinite(half).all(axis=1) | ~half.any(axis=1)      # HDF5 reads zeros where a row was never written, or its index is damaged
+    if bad.any():
+        raise MixmagError(f"NaN, values beyond float16, or nothing but zeros in {bad.sum()} of {len(bad)} tiles, first in row {bad.argmax()}")
+    return {"features": half, "encoder": encoder or asked}
+
+
+def read_trident(f, job: dict) -> Tiles:
+    """features (n, D), coords (n, 2) in level-0 px with all attributes on it. Layout: trident/IO.py and wsi_objects/WSI.py of mahmoodlab/TRIDENT."""
+    d, coords = plain_array(f, "features"), plain_array(f, "coords", 2)
+    tile_px, side, magnification = (plain_value(coords, k, needed=True) for k in ("patch_size", "patch_size_level0", "target_magnification"))
+    power, overlap, *size = (plain_value(coords, k) for k in ("level0_magnification", "overlap", "level0_width", "level0_height"))
+    if overlap:
+        raise MixmagError(f"overlap is {overlap:g}, expected 0: tiles that overlap are on no lattice")
+    if power and abs(tile_px * power / magnification - side) > 1:
+        raise MixmagError(f"patch_size_level0 is {side:g}, but {tile_px:g} px at {magnification:g}x of {power:g}x are {tile_px * power / magnification:g}")
+    return Tiles(**embeddings(d, plain_value(d, "encoder", str), job), corners=coords[...].astype(np.float64), side=math.floor(side), tile_px=tile_px,
+                 magnification=magnification, name=plain_value(coords, "name", str), size=tuple(size))
+
+
+def read_stamp(f, job: dict) -> Tiles:
+    """feats (n, D), coords (n, 2) in micrometres, attributes on the file. Layout: src/stamp/preprocessing/__init__.py of KatherLab/STAMP."""
+    unit, what = plain_value(f, "unit", str), plain_value(f, "feat_type", str)
+    if unit != "um" or what not in (None, "tile"):
+        raise MixmagError(f"attribute unit is {unit!r}, feat_type {what!r}, expected 'um' and 'tile': a file of STAMP before 2.1, or not of tiles")
+    d, coords = plain_array(f, "feats"), plain_array(f, "coords", 2)
+    side, tile_px = (plain_value(f, k, needed=True) for k in ("tile_size_um", "tile_size_px"))
+    return Tiles(**embeddings(d, plain_value(f, "extractor", str), job), corners=coords[...].astype(np.float64), side=side, tile_px=tile_px,
+                 magnification=round(10 * tile_px / side, 9), name=None, size=(None, None))
+
+
+def read_tiles(path: str, job: dict) -> Tiles:
+    import h5py
+    try:
+        with h5py.File(path, "r") as f:
+            tiles = {"trident": read_trident, "stamp": read_stamp}[job["tool"]](f, job)
+    except Exception as error:                                    # damage shows as any of a dozen types
+        raise MixmagError(f"{path}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+    if len(tiles.features) != len(tiles.corners) or not np.isfinite(tiles.corners).all():
+        raise MixmagError(f"{path}: {len(tiles.features)} embeddings at {len(tiles.corners)} places, expected as many, and finite places")
+    tiles.magnification, tiles.tile_px = (int(v) if v == int(v) else v for v in (tiles.magnification, tiles.tile_px))
+    return tiles
+
+
+def agree(levels: list) -> None:
+    """Raises MixmagError where a slide's files are not of one slide, one encoder and successive doublings."""
+    if any(b.magnification != 2 * a.magnification for a, b in zip(levels, levels[1:])):
+        raise MixmagError(f"its files are at {', '.join(f'{t.magnification}x' for t in levels)}; expected doublings in the folders' order")
+    for what, found in (("patch size", [t.tile_px for t in levels]), ("width of an embedding", [t.features.shape[1] for t in levels]),
+                        ("encoder", [t.encoder for t in levels]), ("slide's name", [t.name for t in levels]), ("slide's size", [t.size for t in levels])):
+        if any(value != found[0] for value in found):
+            raise MixmagError(f"its files do not agree on the {what}: {', '.join(map(str, found))}")
+    if all(levels[0].size) and any((t.corners >= t.size).any() for t in levels):
+        raise MixmagError(f"it has tiles that begin beyond its {levels[0].size[0]} x {levels[0].size[1]} px")
+
+
+def trident_cell(levels: list) -> int:
+    """A cell's side in level-0 px. TRIDENT rounds a tile's side when it cuts and floors it in the attribute, so the truth is the attribute
+    or one more, whichever has the tiles on its lattice. Raises MixmagError where the magnifications do not nest."""
+    shrink = [2 ** (len(levels) - 1 - k) for k in range(len(levels))]
+    nested = [s for s in (levels[-1].side, levels[-1].side + 1) if all(0 <= s * b - t.side <= 1 for t, b in zip(levels, shrink))]
+    if not nested:
+        raise MixmagError(f"its tiles are {', '.join(f'{t.side} px at {t.magnification}x' for t in levels)}; expected each half the one before")
+    return shrink[0] * min(nested, key=lambda s: sum(int((t.corners % (s * b) != 0).sum()) for t, b in zip(levels, shrink)))
+
+
+def lattice_places(t: Tiles, side: float, snap: float, drift: float) -> tuple[np.ndarray, float]:
+    """(n, 2) col, row of the tiles on the lattice of `side`, and the largest distance from it. Raises MixmagError for tiles further off than
+    snap + drift * col or row, in sides, for two in one place, and for a spacing that is not the side."""
+    exact = t.corners / side
+    place = np.rint(exact)
+    wrong = ((np.abs(exact - place) > snap + drift * place) | (place < 0) | (place >= 2 ** 31)).any(axis=1)
+    if wrong.any():
+        raise MixmagError(f"{t.magnification}x: {wrong.sum()} of {len(wrong)} tiles are off the lattice of {side:g}, first {t.corners[wrong][0].tolist()}")
+    place = place.astype(np.int64)
+    step = int(np.gcd.reduce(place.reshape(-1))) if len(place) >= ENOUGH_TILES else 1
+    twice = len(place) - len(np.unique(place, axis=0))
+    if step > 1 or twice:
+        raise MixmagError(f"{t.magnification}x: " + (f"{twice} of {len(place)} tiles stand where another one does" if twice else
+                                                     f"the {len(place)} tiles are {step} x {side:g} apart, so that is not their side"))
+    return place, float(np.abs(t.corners - place * side).max(initial=0))
+
+
+def join(levels: list, placed: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """features (C, T, D), cells (C, 2), valid (C, T) of the tiles at their places; a cell is there where any of its tiles is."""
+    keys = [((place[:, 1] >> k) << 32) + (place[:, 0] >> k) for k, place in enumerate(placed)]
+    cells = np.unique(np.concatenate(keys))
+    features = np.zeros((len(cells), sum(4 ** k for k in range(len(levels))), levels[0].features.shape[1]), np.float16)
+    valid = np.zeros(features.shape[:2], bool)
+    for k, (t, key, place) in enumerate(zip(levels, keys, placed)):
+        at = np.searchsorted(cells, key), (4 ** k - 1) // 3 + place[:, 1] % 2 ** k * 2 ** k + place[:, 0] % 2 ** k
+        features[at], valid[at] = t.features, True
+    return features, np.stack([cells & 0xFFFFFFFF, cells >> 32], axis=1).astype(np.int32), valid
+
+
+def level0(levels: list, job: dict) -> tuple[float, float, str]:
+    """A cell's side in level-0 px, mpp, and who says so: TRIDENT's files know pixels and a nominal magnification, so that mpp follows from
+    the side, or is --mpp where that agrees; STAMP's know micrometres, which become pixels of --mpp, else of the finest magnification."""
+    cell_um, given = 10 * levels[0].tile_px / levels[0].magnification, job["mpp"]
+    if job["tool"] == "trident":
+        cell_px = float(trident_cell(levels))
+        mpp, source = cell_um / cell_px, "nominal, from the tiles' side"
+        if given and abs(given - mpp) > 0.02 * mpp:
+            raise MixmagError(f"--mpp says {given}, but tiles of {cell_px:g} px at {levels[0].magnification}x were cut as if it were {mpp:.4g}")
+    else:
+        mpp, source = given or 10 / levels[-1].magnification, "none: pixels of the finest magnification"
+        cell_px = cell_um / mpp
+        for t in levels:
+            t.corners /= mpp
+    if not 0.1 <= (given or mpp) <= 4:
+        raise MixmagError(f"mpp is {given or mpp:.4g}, expected 0.1 to 4 um/px")
+    return cell_px, given or mpp, "--mpp" if given else source
+
+
+def import_slide(job: dict) -> str:
+    """One slide's files into its slide file; what was done."""
+    settings = {**{k: job[k] for k in ("tool", "mpp", "encoder", "class_token")}, "sources": []}
+    for path in job["paths"]:
+        with open(path, "rb") as f:
+            settings["sources"].append(hashlib.file_digest(f, "sha256").hexdigest())
+    if Path(job["out"]).exists():
+        made = read_slide(job["out"]).meta.get("settings")
+        if made != settings:
+            raise MixmagError(f"{job['out']} was made with {made}, now asked for {settings}; give another --out")
+        return "done before"
+    levels = [read_tiles(path, job) for path in job["paths"]]
+    agree(levels)
+    cell_px, mpp, source = level0(levels, job)
+    snap, drift = (0, 0) if job["tool"] == "trident" else (SNAP, 1 / levels[0].tile_px)                 # STAMP's tiles are up to 1 px too far apart
+    placed, far = zip(*(lattice_places(t, cell_px / 2 ** k, snap, drift) for k, t in enumerate(levels)))
+    features, cells, valid = join(levels, placed)
+    width, height = levels[0].size if all(levels[0].size) else np.ceil((cells.max(axis=0, initial=-1) + 1) * cell_px)
+    write_slide(job["out"], features, cells, valid,
+                {"slide_id": job["slide_id"], "encoder": levels[0].encoder, "magnifications": [t.magnification for t in levels], "tile_px": levels[0].tile_px,
+                 "mpp": mpp, "cell_px": cell_px, "origin": [0.0, 0.0], "width": int(width), "height": int(height), "n_bad": 0, "mpp_source": source,
+                 "residual_um": max(far) * mpp, "settings": settings})
+    return "imported"
+
+
+def import_worker(job: dict) -> tuple[str, str]:
+    """What became of a slide, and why, in a process of its own: a file that brings the HDF5 library down, or hangs it, ends that process.
+    The alarm goes on after the job, so that a worker whose parent was killed ends too."""
+    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):     # the parent hears them, and lets the slide be finished
+        signal.signal(s, signal.SIG_IGN)
+    try:
+        signal.alarm(IMPORT_SECONDS + sum(os.path.getsize(path) for path in job["paths"]) // 2 ** 20)
+        return import_slide(job), ""
+    except MixmagError as error:
+        return "failed", str(error)
+    except Exception as error:                                    # a full disk, no memory
+        return "failed", f"{type(error).__name__}: {error}"
+
+
+def import_folder(place: str, tool: str, encoder: str | None) -> dict[str, Path]:
+    """slide id -> file. TRIDENT's features_<encoder> is found inside the folder above it. Raises MixmagError where two have one id."""
+    inside = sorted(Path(place).glob(f"features_{encoder or '*'}")) if tool == "trident" else []
+    paths = sorted((inside[0] if len(inside) == 1 else Path(place)).glob("*.h5" if tool == "trident" else "**/*.h5"))
+    if not paths:
+        raise MixmagError(f"{place}: no feature files (*.h5)" + "".join(f"; there is {folder}" for folder in inside))
+    found = {}
+    for path in paths:
+        if found.setdefault(path.stem.lower(), path) != path:
+            raise MixmagError(f"two slides with one id: {found[path.stem.lower()]}, {path}; rename one")
+    return {path.stem: path for path in paths}
+
+
+IMPORT_COLUMNS = ("slide_id", "status", "reason", "encoder", "dim", "magnifications", "mpp", "mpp_source", "residual_um", "cells", "tiles", "of",
+                  "without_parent", "missing_children", "whole_windows")
+
+
+def import_row(slide: Slide, region: int) -> tuple:
+    """What import.csv says of a slide file, from encoder on: the tiles that it holds at each magnification, and those that have no partner."""
+    meta, C, alone, missing = slide.meta, len(slide.cells), 0, 0
+    grids = [slide.valid[:, (4 ** k - 1) // 3:(4 ** (k + 1) - 1) // 3].reshape(C, 2 ** k, 2 ** k) for k in range(len(meta["magnifications"]))]
+    for parent, child in zip(grids, grids[1:]):
+        parent = parent.repeat(2, axis=1).repeat(2, axis=2)
+        alone, missing = alone + int((child & ~parent).sum()), missing + int((parent & ~child).sum())
+    return (meta["encoder"], slide.dim, "/".join(f"{m}x" for m in meta["magnifications"]), round(meta["mpp"], 5), meta["mpp_source"],
+            round(meta["residual_um"], 2), C, " ".join(str(g.sum()) for g in grids), " ".join(str(g.size) for g in grids), alone, missing,
+            len(windows(slide.cells, region, region, 1.0)[0]))
+
+
+def import_command(args) -> int:
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+    tool, places, out = "trident" if args.trident else "stamp", args.trident or args.stamp, Path(args.out)
+    if args.region < 1:
+        raise MixmagError(f"--region {args.region}: expected at least 1")
+    folders = [import_folder(place, tool, args.encoder) for place in places]
+    rows, pool = [], None
+    for i in progress(sorted(set().union(*folders)), desc="slides"):
+        if STOP_SIGNALS:
+            raise Stopped
+        job = {"slide_id": i, "paths": [str(files.get(i)) for files in folders], "out": str(out / "slides" / f"{i}.safetensors"), "tool": tool,
+               "mpp": args.mpp, "encoder": args.encoder, "class_token": args.class_token}
+        absent = [place for place, files in zip(places, folders) if i not in files]
+        pool = pool or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))                     # a fork would inherit torch's threads
+        try:
+            status, reason = ("failed", f"no file in {', '.join(absent)}") if absent else pool.submit(import_worker, job).result()
+        except BrokenProcessPool:
+            if STOP_SIGNALS:
+                raise Stopped from None
+            status, reason, pool = "failed", "its files bring the HDF5 library down, or hang it", None
+        found = () if status == "failed" else import_row(read_slide(job["out"]), args.region)
+        rows.append((i, status, reason, *found))
+        said = ", ".join(f"{name} {value}" for name, value in zip(IMPORT_COLUMNS[6:], found[3:]))
+        print(f"{i}: {status}, {said}" if found else f"{i}: FAILED: {reason}", file=sys.stdout if found else sys.stderr, flush=True)
+    failed = [(i, "import", reason) for i, status, reason, *_ in rows if status == "failed"]
+    write_csv(out / "import.csv", IMPORT_COLUMNS, rows)
+    (out / "failed.csv").unlink(missing_ok=True)
+    if failed:
+        write_csv(out / "failed.csv", ("slide_id", "stage", "reason"), failed)
+    print(f"{len(rows) - len(failed)} slides imported, {len(failed)} failed; {out / 'import.csv'} says what did not match")
     return 3 if failed else 0
 
 
@@ -1133,7 +1507,7 @@ def feature_statistics(slides, limit: int = 20000) -> tuple[torch.Tensor, torch.
     return tuple(torch.from_numpy(a).float() for a in (mean, std, sums / np.linalg.norm(sums, axis=1, keepdims=True).clip(min=1e-12)))
 
 
-COMMANDS = {"synth": synth_command, "tile": tile_command, "verify": verify_command}
+COMMANDS = {"synth": synth_command, "tile": tile_command, "import": import_command, "verify": verify_command}
 
 if __name__ == "__main__":
     sys.exit(run_command(COMMANDS[ARGS.command], ARGS))
