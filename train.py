@@ -17,15 +17,16 @@ import os
 import re
 import sys
 import time
-from contextlib import nullcontext
+import uuid
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 DEFAULT_DATA = "data/synthetic"
 PRESETS = {     # what a flag that is not given means; `paper` numbers are the assumed ones of README
-    "small": {"pretrain": {"batch_size": 16, "blr": 0.032, "steps": 800}, "finetune": {"batch_size": 16, "lr": 3e-3, "epochs": 15}},
-    "paper": {"pretrain": {"batch_size": 4096, "blr": 1.5e-4, "epochs": 100}, "finetune": {"batch_size": 32, "lr": 1e-4, "epochs": 20}},
+    "small": {"pretrain": {"batch_size": 16, "blr": 0.032, "steps": 800}, "finetune": {"batch_size": 16, "lr": 2e-2, "encoder_rate": 0.03, "hidden": 64, "epochs": 12}},
+    "paper": {"pretrain": {"batch_size": 4096, "blr": 1.5e-4, "epochs": 100}, "finetune": {"batch_size": 32, "lr": 1e-3, "encoder_rate": 0.1, "hidden": 256, "epochs": 20}},
 }
 
 
@@ -84,15 +85,16 @@ def parse(argv=None) -> argparse.Namespace:
                    "(default: the newest pretraining run)")
     p.add_argument("--tokens", choices=("patch", "cls"), default="patch", help="contextualized (table 1) or compressed (table 2) outputs")
     p.add_argument("--magnification", type=magnification, default="all", help="all, or the only one whose embeddings are read")
-    p.add_argument("--hidden", type=positive, default=256, help="width of the AB-MIL attention (assumed)")
+    p.add_argument("--hidden", type=positive, help="width of the AB-MIL attention (default: the preset's)")
     p.add_argument("--dropout", type=float, default=0.2, help="on what is pooled and on the pooled vector (assumed)")
     p.add_argument("--mask", type=float, default=0.5, help="share of a region's tokens that a training step leaves out, drawn anew each time (assumed)")
     p.add_argument("--smoothing", type=float, default=0.1, help="label smoothing (assumed)")
     p.add_argument("--layer-decay", type=float, default=0.75, help="each layer's rate against the one above (paper 4.3)")
-    p.add_argument("--encoder-rate", type=float, default=0.3, help="the encoder's rate against the aggregator's (assumed)")
+    p.add_argument("--encoder-rate", type=float, help="the encoder's rate against the aggregator's (default: the preset's)")
     p.add_argument("--case-score", choices=("auto", "max", "mean"), default="auto",
                    help="a case's score from its slides'; auto: whichever ranks the tune split better, max on a tie")
     p.add_argument("--min-cover", type=float, default=0.5, help="share of its cells that a region must hold")
+    p.add_argument("--dry-run", action="store_true", help="plan only: cases, tokens, bytes per epoch and the memory that the largest batch will take")
 
     p = command("predict", "score slides with a fine-tuned run", "python train.py predict --run runs/skin_braf-mem-0.50-patch-all --data data/mine")
     p.add_argument("--run", required=True, help="fine-tuning run")
@@ -107,7 +109,16 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--data", default=DEFAULT_DATA, help="DATA folder")
     p.add_argument("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
     p.add_argument("--out", required=True, help="folder to write")
+    p.add_argument("--layout", choices=("trident", "clam"), default="trident", help="folders as TRIDENT names them, or CLAM's h5_files/ and pt_files/")
     p.add_argument("--min-cover", type=float, default=0.5, help="share of its cells that a region must hold")
+
+    p = command("heatmap", "where a fine-tuned run looks on a slide: a picture per magnification, CSV, GeoJSON for QuPath",
+                "python train.py heatmap --run runs/skin_braf-mem-0.50-patch-all --slide S1 --image slides/S1.svs")
+    p.add_argument("--run", required=True, help="fine-tuning run")
+    p.add_argument("--slide", required=True, metavar="ID", help="slide id")
+    p.add_argument("--data", help="DATA folder (default: the run's)")
+    p.add_argument("--image", metavar="SLIDE", help="the slide itself, to draw on and to cut the top regions from (default: a grey ground)")
+    p.add_argument("--out", help="folder to write (default: RUN/heatmap/ID)")
 
     p = command("table", "run rows x tasks x seeds of the paper's tables 1 and 2, skipping what is done", "python train.py table --rows abmil-20 mem-0.50-patch --tasks skin_braf")
     p.add_argument("--data", default=DEFAULT_DATA, help="DATA folder; the default is made first if it is not there")
@@ -339,7 +350,7 @@ def settings(args, slides, *files) -> dict:
     digest = hashlib.sha256("".join(s.meta["sha256"] for s in slides).encode("utf-8"))
     for path in files:
         digest.update(Path(path).read_bytes())
-    chosen = {k: v for k, v in vars(args).items() if k not in ("out", "device", "workers", "resume", "save_every")}
+    chosen = {k: v for k, v in vars(args).items() if k not in ("out", "device", "workers", "resume", "save_every", "dry_run")}
     return {**chosen, "tile_encoder": slides[0].meta["encoder"], "inputs_sha256": digest.hexdigest()}
 
 
@@ -610,14 +621,15 @@ def finish_pretraining(run: Run, model, path, held_ids, directions, compute, arg
     print(text)
 
 
-def plot(width=6.4, height=3.6):
-    """A figure and its axis; matplotlib is imported where something is drawn."""
+def plot(width=6.4, height=3.6, **grid):
+    """A figure and its axis, or its grid of them; matplotlib is imported where something is drawn."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axis = pyplot.subplots(figsize=(width, height), layout="constrained")
-    axis.spines[["top", "right"]].set_visible(False)
-    return figure, axis
+    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained", **grid)
+    for axis in np.ravel(axes):
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 def save_figure(figure, path) -> None:
@@ -843,6 +855,8 @@ def finetune(args) -> dict:
     for split in ("train", "tune"):
         if len(set(labels[split])) < 2:
             raise MixmagError(f"task {args.task}: the {split} split has {len(labels[split])} usable cases with labels {sorted(set(labels[split]))}; both classes are needed")
+    if args.dry_run:
+        return {"plan": finetuning_plan(model, sets, args)}
     name = f"abmil-{args.magnification}" if args.init == "none" else f"{Path(args.init).name}-{args.tokens}-{args.magnification}"
     files = [path / "tasks" / f"{args.task}.csv"] + ([encoder_folder(args.init) / "model.safetensors"] if args.init not in ("none", "random") else [])
     run = Run(args.out or Path("runs") / f"{args.task}-{name}{f'-s{args.seed}' if args.seed else ''}",
@@ -909,9 +923,48 @@ def finish_finetuning(run: Run, model, sets, labels, state: dict, compute, args)
     write_json(run.folder / "result.json", result)
 
 
+def finetuning_memory(model, windows: int, learns: bool, mask: float) -> int:
+    """Bytes that a batch of `windows` regions, of whose tokens learning leaves out the share `mask`, takes in fp32 on top of what the process holds already, in floats (4 bytes) but for the first:
+    1. embeddings: float16, twice while they are put together      2. weights: 5 copies when learning (gradients, two moments, the best epoch's)
+    3. the encoder on a chunk of regions: 3 inputs per token and, in each block that is kept for the way back, 9 widths and 4 SwiGLU widths; twice
+       where chunks are computed again, because the C library keeps what one has freed while the next is made
+    4. the aggregator, per pooled output: 8 widths (4 without an encoder) and 5 of its hidden layer; while 3 runs again, it is not there."""
+    n, D, encoder = len(model.index), model.config.dim, model.encoder
+    kept = n - round(mask * n) if learns and n > 1 else n
+    fixed = 2 * 2 * windows * n * D + (5 if learns else 1) * 4 * sum(p.numel() for p in model.parameters())                       # 1, 2
+    pool = 4 * windows * (1 if model.tokens == "cls" else kept) * ((8 if encoder else 4) * model.head.in_features + 5 * model.pool.w.in_features)   # 4
+    if encoder is None:
+        return fixed + pool
+    block = 9 * encoder.config.width + 4 * encoder.blocks[0].mlp.w1.out_features
+    chunk = 4 * min(windows, model.chunk) * (kept + encoder.config.cls_tokens) * (3 * D + block * (len(encoder.blocks) if learns else 1))      # 3
+    return fixed + (max(2 * chunk, pool) if learns and windows > model.chunk else chunk + pool)
+
+
+def finetuning_plan(model, sets: dict, args) -> str:
+    """What the task asks for, before any training: cases, slides, regions, tokens, bytes read, and the memory of the largest batch."""
+    import resource
+    n, D = len(model.index), model.config.dim
+    lines, needs, read, largest = [f"{'':8s}{'cases':>8s}{'slides':>8s}{'regions':>9s}{'tokens':>13s}{'GB':>9s}"], [], {}, (0, "none")
+    for split, dataset in sets.items():
+        regions = sorted((sum(len(dataset.rows[i]) for i in c.slide_ids), c.case_id) for c in dataset.cases)
+        total = sum(w for w, _ in regions)
+        read[split] = total * n * D * 2 / 1e9
+        lines.append(f"{split:8s}{len(regions):8d}{len(dataset.rows):8d}{total:9d}{total * n:13,d}{read[split]:9.3f}")
+        needs.append(finetuning_memory(model, sum(w for w, _ in regions[-args.batch_size:]), split == "train", args.mask))
+        largest = max([largest, *regions])
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    lines.append(f"largest case: {largest[1]}, {largest[0]} regions, {largest[0] * n:,d} tokens; alone in a batch it takes {finetuning_memory(model, largest[0], True, args.mask) / 1e9:.2f} GB")
+    lines.append(f"an epoch reads the train and the tune split, {read['train'] + read['tune']:.3f} GB; the test split is read once, at the end")
+    lines.append(f"memory: about {(held + max(needs)) / 1e9:.2f} GB in fp32 when the {args.batch_size} largest cases of a split meet in a batch, {held / 1e9:.2f} of them held already")
+    return "\n".join(lines)
+
+
 def finetune_command(args) -> int:
     result = finetune(args)
     if process()[0]:
+        return 0
+    if args.dry_run:
+        print(result["plan"])
         return 0
     if result["auroc"] is None:
         print(f"{result['task']}: {result['reason']}")
@@ -937,84 +990,315 @@ def read_classifier(folder) -> tuple[mixmag.SlideClassifier, dict]:
     return model.eval(), config
 
 
-def predict_command(args) -> int:
+def open_run(args, ids) -> tuple:
+    """A fine-tuned run and the slides `ids` (None: all) of DATA (None: the run's), each a case of its own -> model, the run's config, data set,
+    machine."""
     model, config = read_classifier(args.run)
+    folder = args.data or config["data"]
     compute = machine(args, model.config.width)
-    slides = {s.slide_id: s for s in data.read_slides(args.data, args.slides)}
+    slides = {s.slide_id: s for s in data.read_slides(folder, ids)}
     one = next(iter(slides.values()))
     wanted = (config["tile_encoder"], model.config.dim, model.config.magnifications)
     if (one.meta["encoder"], one.dim, tuple(one.meta["magnifications"])) != wanted:
-        raise MixmagError(f"{args.run} was trained on {wanted}; {args.data} holds {data.kind(one)}")
+        raise MixmagError(f"{args.run} was trained on {wanted}; {folder} holds {data.kind(one)}")
     cases = [data.Case(i, 0, "", [i]) for i in slides]
     dataset = data.CaseDataset(slides, cases, model.config.geometry(), model.index, config["min_cover"])
-    scores = score_cases(model.to(compute.device), dataset, compute, config["batch_size"])
+    return model.to(compute.device), config, dataset, compute
+
+
+def report_failed(path, failed: list) -> int:
+    """The table of (slide_id, stage, reason), as data.py writes it, or none; returns the exit code that goes with it."""
+    Path(path).unlink(missing_ok=True)
+    if failed:
+        write_csv(path, ("slide_id", "stage", "reason"), failed)
+    return 3 if failed else 0
+
+
+def predict_command(args) -> int:
+    model, config, dataset, compute = open_run(args, args.slides)
+    scores = score_cases(model, dataset, compute, 1)               # one slide at a time: memory is that of the largest
     out = Path(args.out or Path(args.run) / "predict.csv")
-    write_csv(out, ("slide_id", "score"), [(case.case_id, repr(float(s[0]))) for case, s in zip(dataset.cases, scores)])
-    print(f"{len(dataset)} slides scored in {out}" + (f"; {len(dataset.dropped)} without a usable region left out: {', '.join(dataset.dropped[:5])}" if dataset.dropped else ""))
-    return 3 if dataset.dropped else 0
+    scored = [(case.case_id, float(s[0])) for case, s in zip(dataset.cases, scores)]
+    failed = [(i, "predict", f"no region of which {config['min_cover']:.0%} is tissue") for i in dataset.dropped]
+    failed += [(i, "predict", f"the score is {s}; data.py verify says which features are not finite") for i, s in scored if not math.isfinite(s)]
+    scored = [(i, repr(s)) for i, s in scored if math.isfinite(s)]
+    write_csv(out, ("slide_id", "score"), scored)
+    listed = out.with_name(f"{out.stem}-failed.csv")
+    print(f"{len(scored)} slides scored in {out}" + (f"; {len(failed)} could not be, see {listed}: {', '.join(i for i, *_ in failed[:5])}" if failed else ""))
+    return report_failed(listed, failed)
 
 
-def write_trident(path, slide, features: np.ndarray, coords: np.ndarray, side_px: float, patch_px: int, magnification, name: str) -> None:
-    """One HDF5 file in TRIDENT's shape: features (N, d) float32, coords (N, 2) int64 level-0 top-left corners, and the attributes
-    that its readers look for."""
-    import h5py                                                    # wanted only where other tools' files are written
-    attributes = {"patch_size": patch_px, "patch_size_level0": round(side_px), "level0_magnification": round(10 / slide.meta["mpp"]),
-                  "target_magnification": magnification, "overlap": 0, "name": slide.slide_id, "savetodir": str(path.parent),
-                  "level0_width": slide.meta["width"], "level0_height": slide.meta["height"]}
-    with whole_file(path) as temporary, h5py.File(temporary, "w") as f:
-        f.create_dataset("features", data=features.astype(np.float32)).attrs.update(name=slide.slide_id, savetodir=str(path.parent), encoder=name)
-        f.create_dataset("coords", data=coords.astype(np.int64)).attrs.update(attributes)
-
-
-def embed_slide(encoder, slide, tokens: str, out: Path, min_cover: float, compute) -> list[int]:
-    """Write one slide's outputs; how many rows each file holds. `cls`: one file, a row per region; `patch`: one file per
-    magnification, a row per valid tile, in folders named as TRIDENT names them."""
-    geometry, meta = encoder.geometry, slide.meta
-    R, low = geometry.region, geometry.magnifications[0]
-    rows, corners = data.windows(slide.cells, R, R, min_cover)
-    x, valid = data.gather(slide, rows, geometry.cell_order().numpy())
-    parts = []
-    for i in range(0, len(rows), 64):
-        batch, mask = data.as_batch(x[i:i + 64], valid[i:i + 64])
-        with torch.inference_mode(), compute.autocast():
-            cls, contextual = encoder(batch.to(compute.device), valid=None if mask is None else mask.to(compute.device))
-        parts.append((cls.flatten(1) if tokens == "cls" else contextual).float().cpu().numpy())
-    width = encoder.config.width * (encoder.config.cls_tokens if tokens == "cls" else 1)
-    made = np.concatenate(parts) if parts else np.zeros((0, *(() if tokens == "cls" else (geometry.num_tokens,)), width), np.float32)
-    origin, counts = np.array(meta["origin"]), []
+def places(meta: dict, geometry, tokens: str, index, corners: np.ndarray) -> tuple:
+    """Where the outputs of windows lie, corners (W, 2) in cells -> level (n,), side (n,) in level-0 px, place (W, n, 2) col, row on the lattice of
+    that side, and box (W, n, 4) left, top, right, bottom in level-0 px, int64: each edge is computed from the lattice's origin and rounded
+    once, so that neighbours share it. n counts the tokens in `index`; `cls` has one output per region, of level 0 and R cells' side."""
     if tokens == "cls":
-        side, px = R * meta["cell_px"], R * meta["tile_px"]
-        write_trident(out / f"{low}x_{px}px_0px_overlap" / "features_mixmag_cls" / f"{slide.slide_id}.h5", slide, made,
-                      np.round(origin + corners * meta["cell_px"]), side, px, low, "mixmag_cls")
-        return [len(made)]
-    table = geometry.token_table().numpy()
-    for k, magnification in enumerate(geometry.magnifications):
-        level, side = table[:, 0] == k, meta["cell_px"] / 2 ** k
-        place = corners[:, None] * 2 ** k + table[None, level][..., [2, 1]]                                     # (W, n, 2) col, row
-        keep = valid[:, level]
-        write_trident(out / f"{magnification}x_{meta['tile_px']}px_0px_overlap" / "features_mixmag_patch" / f"{slide.slide_id}.h5", slide,
-                      made[:, level][keep], np.round(origin + place[keep] * side), side, meta["tile_px"], magnification, "mixmag_patch")
-        counts.append(int(keep.sum()))
+        level, side, place = np.zeros(1, np.int64), np.full(1, geometry.region * meta["cell_px"]), corners[:, None] // geometry.region
+    else:
+        level, row, col = geometry.token_table().numpy()[index].T
+        side, place = meta["cell_px"] / 2.0 ** level, corners[:, None] * 2 ** level[:, None] + np.stack([col, row], axis=1)
+    edges = [np.round(np.array(meta["origin"]) + (place + i) * side[:, None]) for i in (0, 1)]
+    return level, side, place, np.concatenate(edges, axis=-1).astype(np.int64)
+
+
+def output_files(args, slide, region: int) -> list[tuple]:
+    """(magnification, tile side in px, path) of a slide's feature files, one per magnification (`cls`: one), in folders as TRIDENT or CLAM
+    name them."""
+    meta, name = slide.meta, f"mixmag_{args.tokens}"
+    sizes = [(meta["magnifications"][0], region * meta["tile_px"])] if args.tokens == "cls" else [(m, meta["tile_px"]) for m in meta["magnifications"]]
+    inside = f"features_{name}" if args.layout == "trident" else f"{name}/h5_files"
+    return [(m, px, Path(args.out) / f"{m}x_{px}px_0px_overlap" / inside / f"{slide.slide_id}.h5") for m, px in sizes]
+
+
+def rows_before(paths, made_by: dict) -> list[int] | None:
+    """How many rows each file holds, None if one is missing. Raises MixmagError where one was made by other means."""
+    import h5py                                                    # wanted only where other tools' files are written
+    counts = []
+    for path in paths:
+        if path.exists():
+            with h5py.File(path) as f:
+                found = {k: f["features"].attrs.get(k) for k in made_by}
+                counts.append(len(f["features"]))
+            if found != made_by:
+                raise MixmagError(f"{path} was made with {found}, now asked for {made_by}; give another --out")
+    return counts if len(counts) == len(paths) else None
+
+
+def open_output(files: ExitStack, target: tuple, slide, side: float, coords: np.ndarray, width: int, made_by: dict):
+    """A file in TRIDENT's shape: coords (N, 2) int64, level-0 top-left corners, with the attributes that readers look for, and, returned to be
+    filled, features (N, width) float32. In TRIDENT's layout the coordinates also stand in patches/, where torchmil looks for them."""
+    import h5py
+    (magnification, px, path), meta = target, slide.meta
+    attributes = {"patch_size": px, "patch_size_level0": round(side), "level0_magnification": round(10 / meta["mpp"]), "target_magnification": magnification,
+                  "overlap": 0, "name": slide.slide_id, "level0_width": meta["width"], "level0_height": meta["height"]}
+    patches = path.parents[1] / "patches" / f"{slide.slide_id}_patches.h5"
+    if patches.exists():
+        with h5py.File(patches) as f:
+            if not np.array_equal(f["coords"][:], coords):
+                raise MixmagError(f"{patches} holds other coordinates (another tool's, or those of another --min-cover); give another --out")
+    for place in (path,) if path.parent.name == "h5_files" else (patches, path):
+        f = files.enter_context(h5py.File(files.enter_context(whole_file(place)), "w"))
+        f.create_dataset("coords", data=coords).attrs.update(attributes, savetodir=str(place.parent))
+    features = f.create_dataset("features", (len(coords), width), np.float32)
+    features.attrs.update(name=slide.slide_id, savetodir=str(path.parent), **made_by)
+    return features
+
+
+def embed_slide(encoder, slide, targets, args, made_by: dict, compute) -> list[int]:
+    """Write one slide's outputs, 64 regions at a time; how many rows each file holds. `cls`: one file, a row per region; `patch`: one file per
+    magnification, a row per valid tile."""
+    geometry = encoder.geometry
+    rows, corners = data.windows(slide.cells, geometry.region, geometry.region, args.min_cover)
+    entries = geometry.cell_order().numpy()
+    keep = data.tokens_of(slide, rows, entries)[1]
+    keep = keep if args.tokens == "patch" else keep.any(axis=1, keepdims=True)
+    level, side, _, box = places(slide.meta, geometry, args.tokens, slice(None), corners)
+    width = encoder.config.width * (encoder.config.cls_tokens if args.tokens == "cls" else 1)
+    with ExitStack() as files:
+        columns, counts = [level == k for k in range(len(targets))], [0] * len(targets)
+        outputs = [open_output(files, target, slide, side[c][0], box[:, c][keep[:, c]][:, :2], width, made_by) for target, c in zip(targets, columns)]
+        for i in range(0, len(rows), 64):
+            batch, mask = data.as_batch(*data.gather(slide, rows[i:i + 64], entries))
+            with torch.inference_mode(), compute.autocast():
+                cls, contextual = encoder(batch.to(compute.device), valid=None if mask is None else mask.to(compute.device))
+            made = (cls.flatten(1)[:, None] if args.tokens == "cls" else contextual).float().cpu().numpy()      # (w, n or 1, d)
+            if not np.isfinite(made[keep[i:i + 64]]).all():
+                raise MixmagError(f"{slide.path}: its outputs are not finite; data.py verify says which features are not")
+            for k, c in enumerate(columns):
+                part = made[:, c][keep[i:i + 64, c]]
+                outputs[k][counts[k]:counts[k] + len(part)] = part
+                counts[k] += len(part)
+        for (*_, path), features in zip(targets, outputs):
+            if args.layout == "clam":                              # what CLAM's main.py reads
+                with whole_file(path.parents[1] / "pt_files" / f"{slide.slide_id}.pt") as temporary:
+                    torch.save(torch.from_numpy(features[:]), temporary)
     return counts
 
 
 def embed_command(args) -> int:
+    """What an earlier start wrote with the same encoder from the same slides stays; files made by other means are refused."""
     slides = data.read_slides(ensure_data(args.data), args.slides)
     encoder = read_encoder(args.init, slides)
-    compute = machine(args, encoder.config.width)
+    made_by = {"encoder": f"mixmag_{args.tokens}", "mixmag_encoder_sha256": hashlib.sha256((encoder_folder(args.init) / "model.safetensors").read_bytes()).hexdigest(),
+               "mixmag_min_cover": args.min_cover}
+    compute, R = machine(args, encoder.config.width), encoder.geometry.region
     encoder.to(compute.device)
-    empty, totals = [], 0
+    empty, failed, totals = [], [], 0
     for slide in progress(slides, desc="embed"):
         if data.STOP_SIGNALS:
             raise Stopped
-        counts = embed_slide(encoder, slide, args.tokens, Path(args.out), args.min_cover, compute)
+        targets, by = output_files(args, slide, R), {**made_by, "mixmag_slide_sha256": slide.meta["sha256"]}
+        counts = rows_before([path for *_, path in targets], by)
+        try:
+            counts = embed_slide(encoder, slide, targets, args, by, compute) if counts is None else counts
+        except (MixmagError, OSError) as error:
+            failed.append((slide.slide_id, "embed", str(error)))
+            log(f"{slide.slide_id}: FAILED: {error}")
+            continue
         totals = np.add(totals, counts)
-        if not sum(counts):
-            empty.append(slide.slide_id)
-    rows = ", ".join(f"{n} at {m}x" for n, m in zip(np.atleast_1d(totals), encoder.geometry.magnifications)) if args.tokens == "patch" else f"{totals[0]} regions"
-    R = encoder.geometry.region
-    print(f"{len(slides)} slides, {args.tokens} outputs in {args.out}: {rows}" + (f"; {len(empty)} slides have no {R} x {R} region of which {args.min_cover:.0%} is tissue, "
-          f"so their files hold no rows: {', '.join(empty[:5])}" if empty else ""))
+        empty += [slide.slide_id] * (not sum(counts))
+    shown = ", ".join(f"{n} {'regions' if args.tokens == 'cls' else f'at {m}x'}" for n, m in zip(np.atleast_1d(totals), encoder.geometry.magnifications))
+    print(f"{len(slides) - len(failed)} slides, {args.tokens} outputs in {args.out}: {shown}" + (f"; {len(empty)} slides have no {R} x {R} region of which "
+          f"{args.min_cover:.0%} is tissue, so their files hold no rows: {', '.join(empty[:5])}" if empty else "")
+          + (f"; {len(failed)} failed, see {args.out}/failed.csv" if failed else ""))
+    return report_failed(Path(args.out) / "failed.csv", failed)
+
+
+# ------------------------------------------------------------------------------------------------------------- heatmaps
+
+def attention_table(model, dataset, min_cover: float, compute) -> tuple[SimpleNamespace, float]:
+    """The only slide of `dataset` through the model -> what it pooled, in its own order, and the slide's score. Arrays of length T: level, side,
+    place (T, 2), box (T, 4) as in `places`; window, region (T, 2) its place; weight, which sums to 1; rank, the share of the slide's weights of the
+    same level that are no larger (ties share their mean); and .cells, (T, R*R) rows of slide.cells that each one's region holds, or -1."""
+    (case,), geometry, cls = dataset.cases, model.config.geometry(), model.tokens == "cls"
+    slide, batch = dataset.slides[case.case_id], to_device(dataset.__getitems__([0]), compute.device)
+    with torch.no_grad(), compute.autocast():
+        logit, attention = model(batch["x"], batch["regions"], batch["valid"])
+    rows, corners = data.windows(slide.cells, geometry.region, geometry.region, min_cover)
+    level, side, place, box = places(slide.meta, geometry, model.tokens, model.index.cpu().numpy(), corners)
+    keep = np.ones((len(rows), 1), bool) if cls else data.tokens_of(slide, rows, dataset.entries)[1]
+    window, token = keep.nonzero()                                 # window by window, as the model pools them
+    weight, rank, level = attention.double().cpu().numpy(), np.empty(len(window)), level[token]
+    for k in np.unique(level):
+        rank[level == k] = stats.rankdata(weight[level == k]) / (level == k).sum()
+    return SimpleNamespace(level=level, side=side[token], place=place[keep], box=box[keep], window=window, region=corners[window] // geometry.region,
+                           weight=weight, rank=rank, cells=rows[window]), float(torch.sigmoid(logit.float()))
+
+
+def slide_picture(reader, box, width: int) -> np.ndarray:
+    """(h, width, 3) uint8 of a box of a slide, in level-0 px, over white; read in bands, so that memory does not grow with the slide."""
+    left, top, right, bottom = box
+    height, level = max(1, round(width * (bottom - top) / (right - left))), reader.level_for((right - left) / width)
+    step, bands = max(1, round(512 * reader.slide.level_downsamples[level] * width / (right - left))), []
+    for start in range(0, height, step):
+        rows = min(step, height - start)
+        part, within = reader.read(level, (left, top + (bottom - top) * start / height, right, top + (bottom - top) * (start + rows) / height))
+        bands.append(np.asarray(part.resize((width, rows), data.Image.Resampling.BOX, box=within)))
+    return np.concatenate(bands)
+
+
+def lattice(meta: dict, place: np.ndarray, side: float, value, empty: float) -> tuple[np.ndarray, tuple]:
+    """A picture of one pixel per place (n, 2) of a lattice, `empty` elsewhere, and its extent (left, right, bottom, top) in level-0 px."""
+    first = place.min(axis=0)
+    grid = np.full((place.max(axis=0) - first + 1)[::-1], empty)
+    grid[tuple((place - first).T[::-1])] = value
+    left, top = np.array(meta["origin"]) + first * side
+    return grid, (left, left + grid.shape[1] * side, top + grid.shape[0] * side, top)
+
+
+def draw_attention(path, table, level: int, slide, ground: tuple, view, title: str) -> None:
+    """One map: the rank of each token of a level (of each region, on its cells) over `ground`, a grey picture and its extent. No blur, and nothing
+    where the slide has no cell."""
+    from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
+    here, meta = table.level == level, slide.meta
+    place, side, rank = table.place[here], table.side[here][0], table.rank[here]
+    if side > meta["cell_px"]:
+        inside = table.cells >= 0
+        place, side, rank = slide.cells[table.cells[inside]], meta["cell_px"], np.repeat(rank, inside.sum(axis=1))
+    size = np.array(view[2:]) - view[:2]
+    inches = np.clip(4 * size.max() / side / 130, 6, 24) * size / size.max()       # about four pixels per token, within reason
+    figure, axis = plot(max(inches[0] + 1.2, 5), inches[1] + 1)
+    axis.imshow(ground[0], cmap="gray", vmin=-255, vmax=255, extent=ground[1])     # pale, so that the colours keep their meaning
+    grid, extent = lattice(meta, place, side, rank, np.nan)
+    shown = axis.imshow(grid, cmap="inferno", vmin=0, vmax=1, alpha=0.7, interpolation="nearest", extent=extent)
+    figure.colorbar(shown, shrink=0.8, label="rank percentile of attention")
+    um = max(n * 10.0 ** e for n in (1, 2, 5) for e in range(7) if n * 10.0 ** e <= max(0.25 * size[0] * meta["mpp"], 1))
+    axis.add_artist(AnchoredSizeBar(axis.transData, um / meta["mpp"], f"{um / 1000:g} mm" if um >= 1000 else f"{um:g} um", "lower left", pad=0.6, sep=4,
+                                    size_vertical=size[1] / 200, fill_bar=True))
+    axis.set(xlim=view[::2], ylim=view[:0:-2], xticks=[], yticks=[])
+    axis.set_title(title, fontsize=8)
+    figure.supxlabel(REMARK, fontsize=7)
+    save_figure(figure, path)
+
+
+def draw_regions(path, table, labels: list, slide, reader, side: float) -> None:
+    """The six regions of the highest summed attention, a column each: the region, and for each magnification its tile of most attention, marked
+    in the region. side: of a region, level-0 px."""
+    total = np.bincount(table.window, table.weight)
+    best = np.argsort(-total, kind="stable")[:6]
+    levels = np.unique(table.level) if labels else []
+    figure, axes = plot(2.3 * len(best) + 0.3, 2.5 * (len(levels) + 1), nrows=len(levels) + 1, ncols=len(best), squeeze=False)
+
+    def show(axis, box, title, colour):
+        box = np.clip(box, 0, [slide.meta["width"], slide.meta["height"]] * 2)
+        axis.imshow(slide_picture(reader, box, 400), extent=(box[0], box[2], box[3], box[1]))
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(title, fontsize=8)
+        axis.spines[:].set(visible=True, color=colour, linewidth=2)
+
+    for column, window in zip(axes.T, best):
+        here = np.flatnonzero(table.window == window)
+        start = np.array(slide.meta["origin"]) + table.region[here[0]] * side
+        show(column[0], np.round([*start, *(start + side)]), f"region {table.region[here[0]].tolist()}: {total[window]:.2%} of attention", "grey")
+        for axis, level, colour in zip(column[1:], levels, ("tab:cyan", "yellow", "black", "white")):
+            tokens = here[table.level[here] == level]
+            if not len(tokens):
+                axis.axis("off")
+                continue
+            token = tokens[table.weight[tokens].argmax()]
+            left, top, right, bottom = table.box[token]
+            show(axis, table.box[token], f"{labels[level]}: {table.weight[token]:.3%}", colour)
+            column[0].plot([left, right, right, left, left], [top, top, bottom, bottom, top], color=colour, lw=1.5)
+    save_figure(figure, path)
+
+
+def qupath_features(table, level: int, label: str, slide_id: str, run: str, offset) -> dict:
+    """GeoJSON that QuPath draws as detections: one closed rectangle per token, in pixels of the image less `offset`, because QuPath cuts a slide
+    to its openslide.bounds; weight and rank as measurements and the rank as colour. Ids follow from run, slide and place."""
+    import matplotlib
+    colours = (255 * matplotlib.colormaps["inferno"](table.rank)[:, :3]).round().astype(int)
+    features = []
+    for i in np.flatnonzero(table.level == level):
+        (left, top, right, bottom), (col, row) = (table.box[i] - [*offset, *offset]).tolist(), table.place[i].tolist()
+        features.append({"type": "Feature", "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"mixmag:{run}:{slide_id}:{label}:{col}:{row}")),
+                         "geometry": {"type": "Polygon", "coordinates": [[[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]]},
+                         "properties": {"objectType": "detection", "name": f"{label} {col}, {row}", "color": colours[i].tolist(),
+                                        "classification": {"name": f"mixmag {label}", "color": [128, 128, 128]},
+                                        "measurements": {"attention": float(table.weight[i]), "attention rank": float(table.rank[i]),
+                                                         "region column": int(table.region[i, 0]), "region row": int(table.region[i, 1])}}})
+    return {"type": "FeatureCollection", "features": features, "metadata": {
+        "made_by": "mixmag heatmap", "run": run, "slide_id": slide_id, "map": label, "bounds_subtracted": list(offset),
+        "coordinates": "level-0 pixels less bounds_subtracted (openslide.bounds-x, -y)", "remark": REMARK}}
+
+
+REMARK = "attention says what the model weighed in its sum, not why: it is no evidence of causality"
+
+
+def heatmap_command(args) -> int:
+    """CSV and GeoJSON come first: they need no pixel, so that an image that cannot be read costs nothing but the pictures."""
+    model, config, dataset, compute = open_run(args, [args.slide])
+    if dataset.dropped:
+        raise MixmagError(f"{args.slide} has no region of which {config['min_cover']:.0%} is tissue: there is nothing to draw")
+    slide, run, out = dataset.slides[args.slide], Path(args.run).resolve().name, Path(args.out or Path(args.run) / "heatmap" / args.slide)
+    meta, reader = slide.meta, data.Reader(args.image) if args.image else None
+    if reader and reader.slide.dimensions != (meta["width"], meta["height"]):
+        raise MixmagError(f"--image {args.image} has {reader.slide.dimensions} pixels, {args.slide} was tiled from {(meta['width'], meta['height'])}: not the same slide")
+    table, score = attention_table(model, dataset, config["min_cover"], compute)
+    names = [config["magnification"]] if config["tokens"] == "cls" else meta["magnifications"]
+    labels = ["regions"] if config["tokens"] == "cls" else [f"{m}x" for m in names]
+    write_csv(out / "attention.csv", ("magnification", "col", "row", "x", "y", "side", "region_col", "region_row", "attention", "rank"),
+              ((names[k], *place, *box[:2], side, *region, repr(weight), repr(rank)) for k, place, box, side, region, weight, rank in zip(
+                  table.level, table.place, table.box, table.side, table.region, table.weight.tolist(), table.rank.tolist())))
+    x, y, width, height = (int(reader.slide.properties.get(f"openslide.bounds-{name}", whole)) if reader else whole
+                           for name, whole in (("x", 0), ("y", 0), ("width", meta["width"]), ("height", meta["height"])))
+    for k in np.unique(table.level):
+        write_text(out / f"attention-{labels[k]}.geojson", json.dumps(qupath_features(table, k, labels[k], args.slide, run, (x, y)), allow_nan=False))
+    view, ground = (x, y, x + width, y + height), lattice(meta, slide.cells, meta["cell_px"], 120, 255)
+    try:
+        if reader:
+            ground = (slide_picture(reader, view, 1600).mean(axis=2), (view[0], view[2], view[3], view[1]))
+        for k in np.unique(table.level):
+            draw_attention(out / f"attention-{labels[k]}.png", table, k, slide, ground, view, 
+                           f"{args.slide}\n{labels[k]}: rank percentile of attention within slide and {'map' if config['tokens'] == 'cls' else 'magnification'}\n"
+                           f"run {run}, score {score:.3f}")
+        if reader:
+            draw_regions(out / "regions.png", table, [] if config["tokens"] == "cls" else labels, slide, reader, model.config.region * meta["cell_px"])
+    except data.openslide.OpenSlideError as error:
+        raise MixmagError(f"{args.image}: its pixels cannot be read ({error}); without --image the maps are drawn on grey") from None
+    rule = json.loads((Path(args.run) / "result.json").read_text("utf-8"))["case_score"]
+    print(f"{args.slide}: score {score:.4f}; a case's score is the {rule} over its slides\n{len(table.weight)} weights in {out}/attention.csv, with a .png and a "
+          f".geojson for {', '.join(labels[k] for k in np.unique(table.level))}; " + ("top regions in regions.png" if reader else "no --image, so no top regions")
+          + f"\n{REMARK}")
     return 0
 
 
@@ -1188,6 +1472,7 @@ def doctor_command(args) -> int:
 
 
 COMMANDS = {"pretrain": lambda args: 0 if pretrain(args) else 1, "finetune": finetune_command, "predict": predict_command, "embed": embed_command,
+            "heatmap": heatmap_command,
             "table": table_command, "demo": demo_command, "doctor": doctor_command}
 
 if __name__ == "__main__":
