@@ -53,10 +53,13 @@ def parse() -> argparse.Namespace:
     p.add_argument("--encoder", default="texture", metavar="texture|virchow2|module:factory",
                    help="texture is a weight-free stand-in; factory() returns a callable (B, 224, 224, 3) uint8 -> (B, D)")
     p.add_argument("--weights", metavar="FILE", help="virchow2's weights, .safetensors or .pt (default: from the Hugging Face hub)")
-    p.add_argument("--mpp", type=float, help="micrometres per level-0 pixel, for slides that do not say (default: their own)")
+    p.add_argument("--mpp", type=float, help="micrometres per level-0 pixel, for slides that do not say, or nothing plausible (default: their own)")
+    p.add_argument("--manifest", metavar="CSV", help="columns slide (file name or id) and mpp: as --mpp, for each slide; goes before it")
+    p.add_argument("--mpp-from-power", action="store_true", help="take 10 / objective power where a slide says no mpp at all")
     p.add_argument("--region", type=int, default=3, help="cells per side of the windows that are accepted or not as a whole")
     p.add_argument("--magnifications", type=int, nargs="+", default=[5, 10, 20], help="a run of doublings")
     p.add_argument("--min-tissue", type=float, default=0.25, help="least share of tissue in a window (assumed)")
+    p.add_argument("--mask", metavar="FILE|DIR", help="your own tissue mask, PNG or GeoJSON; DIR holds <slide_id>.png or .geojson for each slide")
     p.add_argument("--shard", default="0/1", metavar="i/n", help="do the i-th of n shares of the slides")
     p.add_argument("--batch-size", type=int, default=256, help="tiles per call of the encoder")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
@@ -91,7 +94,7 @@ import safetensors.numpy                                                        
 import safetensors.torch                                                                                    # noqa: E402
 import torch                                                                                                # noqa: E402
 import torch.nn.functional as F                                                                             # noqa: E402
-from PIL import Image                                                                                       # noqa: E402
+from PIL import Image, ImageDraw                                                                                  # noqa: E402
 from tqdm import tqdm                                                                                       # noqa: E402
 
 from mixmag import Geometry, removal_count                                                                  # noqa: E402
@@ -695,9 +698,8 @@ class Reader:
         try:
             rgba = self.slide.read_region(*place)
         except openslide.OpenSlideError:
-            self.slide.close()
-            self.open()
-            rgba = self.slide.read_region(*place)
+            self.open()                                           # a healthy handle for the next read, whatever becomes of this one
+            rgba = openslide.OpenSlide(self.path).read_region(*place)
         rgb = Image.new("RGB", rgba.size, "white")
         rgb.paste(rgba, mask=rgba.getchannel("A"))
         within = tuple(min(max(edge / scale - start, 0), size) for edge, start, size in
@@ -705,19 +707,76 @@ class Reader:
         return rgb, within
 
 
-def slide_mpp(slide, given: float | None) -> tuple[float, str]:
-    """Micrometres per level-0 pixel and who says so. Raises MixmagError: nothing is guessed."""
-    said = {k: slide.properties.get(k) for k in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)}
+RESOLUTION_UM = {"inch": 25400.0, "centimeter": 10000.0}          # what tiff.ResolutionUnit says; "none" is no scale
+
+
+def number(text) -> float:
+    """The number that a text holds, with a decimal point or comma; NaN where it holds none."""
     try:
-        x, y = (float(v.replace(",", ".")) for v in said.values())
-    except (AttributeError, ValueError):
-        x = y = float("nan")
-    plausible = 0.1 <= min(x, y) and max(x, y) <= 4 and abs(x - y) <= 0.02 * (x + y) / 2
-    if given is None and not plausible:
-        raise MixmagError(f"mpp is {said}, expected 0.1 to 4 um/px and the same in x and y; give the true value with --mpp")
-    if given is not None and plausible and abs(given - (x + y) / 2) > 0.02 * given:
-        raise MixmagError(f"--mpp says {given}, the slide says {said}; leave --mpp out for this slide")
-    return (given, "--mpp") if given is not None else ((x + y) / 2, openslide.PROPERTY_NAME_MPP_X)
+        return float(str(text).replace(",", "."))
+    except ValueError:
+        return float("nan")
+
+
+def said_mpp(properties) -> tuple:
+    """What a slide says of itself: um/px in x and y (NaN where that is no number), the property's name, and its words; all None where
+    it says nothing. TIFF resolution counts only where OpenSlide makes no mpp of it."""
+    names = openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y
+    unit = None if any(n in properties for n in names) else RESOLUTION_UM.get(properties.get("tiff.ResolutionUnit"))
+    names = ("tiff.XResolution", "tiff.YResolution") if unit else names
+    texts = [properties.get(n) for n in names]
+    if texts == [None, None]:
+        return None, None, None, None
+    x, y = (unit / (number(t) or float("nan")) if unit else number(t) for t in texts)
+    words = ", ".join(f"{n} {t!r}" for n, t in zip(names, texts))
+    return x, y, names[0], words + (f" per {properties['tiff.ResolutionUnit']}, which is {x:.4g} and {y:.4g} um/px" if unit else "")
+
+
+def slide_mpp(slide, given: float | None = None, giver: str = "--mpp", from_power: bool = False) -> tuple[float, str]:
+    """Micrometres per level-0 pixel and who says so: what the user gives, else the slide's mpp, else its TIFF resolution, else, only
+    with from_power, 10 / objective power. A given value mends an implausible one of the slide, and never overrules a plausible
+    one. Raises MixmagError: nothing is guessed."""
+    def plausible(x, y):
+        return 0.1 <= min(x, y) and max(x, y) <= 4 and abs(x - y) <= 0.02 * (x + y) / 2                 # False for NaN
+
+    x, y, name, words = said_mpp(slide.properties)
+    if given is not None:
+        if not plausible(given, given):
+            raise MixmagError(f"{giver} says {given:g} um/px, expected 0.1 to 4; correct it there")
+        if name and plausible(x, y) and abs(given - (x + y) / 2) > 0.02 * (x + y) / 2:
+            raise MixmagError(f"{giver} says {given:g} um/px, the slide says {words}, more than 2 % apart; leave {giver} out for this slide")
+        return given, giver
+    if name:
+        if not plausible(x, y):
+            raise MixmagError(f"the slide says {words}; expected 0.1 to 4 um/px and the same in x and y (2 %); give the true value with "
+                              "--mpp or --manifest")
+        return (x + y) / 2, name
+    power = slide.properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER)
+    mpp = 10 / (number(power) or float("nan"))
+    if from_power and plausible(mpp, mpp):
+        return mpp, openslide.PROPERTY_NAME_OBJECTIVE_POWER
+    raise MixmagError(f"the slide says no mpp ({openslide.PROPERTY_NAME_MPP_X} and the TIFF resolution are missing; {openslide.PROPERTY_NAME_OBJECTIVE_POWER} "
+                      f"is {power!r}); give the true value with --mpp or --manifest"
+                      + ("" if power is None or from_power else ", or take 10 / power with --mpp-from-power"))
+
+
+def read_manifest(path) -> dict:
+    """{slide: mpp} from a CSV with columns slide (file name or id) and mpp; an empty mpp leaves the slide to its own properties.
+    Raises MixmagError listing every row that is no number or comes twice."""
+    rows = [(Path(r["slide"]).name, r["mpp"]) for r in read_csv(path, ("slide", "mpp")) if r["mpp"]]
+    count = Counter(name for name, _ in rows)
+    bad = [f"{name!r} {mpp!r}" + (" (more than one row)" if count[name] > 1 else "") for name, mpp in rows if count[name] > 1 or np.isnan(number(mpp))]
+    if bad:
+        raise MixmagError(f"{path}: expected one number of um/px for each slide; found {', '.join(bad)}")
+    return {name: number(mpp) for name, mpp in rows}
+
+
+def given_mpp(path: Path, args) -> tuple[float | None, str]:
+    """What the user says of a slide, and where: its row of the manifest, else --mpp."""
+    rows = sorted({path.name, path.stem} & set(args.manifest))
+    if len(rows) > 1:
+        raise MixmagError(f"--manifest has two rows for this slide, {' and '.join(rows)}; keep one")
+    return (args.manifest[rows[0]], f"--manifest row {rows[0]}") if rows else (args.mpp, "--mpp")
 
 
 def otsu(values: np.ndarray) -> int:
@@ -731,23 +790,154 @@ def otsu(values: np.ndarray) -> int:
     return int(np.nan_to_num(between).argmax())
 
 
-TISSUE_UM = 16.0                                                  # resolution of the tissue mask
-TISSUE_CHROMA = (12, 40)                                          # assumed: glass is below, stained tissue above, Otsu decides between
+TISSUE_UM = 16.0                                                  # resolution of thumbnail and mask; all that follows was set at it
+TISSUE_CHROMA = (40, 60)                                          # assumed: haze is below, stained tissue above, Otsu decides between
+TEXTURE = 4.0                                                     # assumed: glass and haze vary less within 80 um, pale tissue and fat more
+SPECK, HOLE = 25, 200                                             # mask pixels (0.006 and 0.05 mm2) below which they are dropped and filled
+STROKE, RIM, HALO = 8, 2, 32                                      # mask pixels: half a pen's least width, what is cut around it, how far it fades
 
 
-def tissue_mask(reader: Reader, mpp: float) -> np.ndarray:
-    """(h, w) bool at TISSUE_UM: where the colour is too strong for glass. Read in bands, so memory does not grow with the slide."""
+def thumbnail(reader: Reader, mpp: float) -> tuple[np.ndarray, np.ndarray]:
+    """(h, w, 3) uint8 of the whole slide at TISSUE_UM, box-averaged over white, and (h, w) bool where it could not be read. Read in
+    blocks, so memory does not grow with the slide; a block that fails is quartered, down to 1/64 of it."""
     width, height = reader.slide.dimensions
-    shrink = TISSUE_UM / mpp
-    w, h = max(1, round(width / shrink)), max(1, round(height / shrink))
-    level, chroma = reader.level_for(shrink), np.empty((h, w), np.uint8)
-    step = max(1, round(2048 * reader.slide.level_downsamples[level] / shrink))
-    for top in range(0, h, step):
-        rows = min(step, h - top)
-        picture, within = reader.read(level, (0, top * height / h, width, (top + rows) * height / h))
-        rgb = np.asarray(picture.resize((w, rows), Image.Resampling.BOX, box=within))
-        chroma[top:top + rows] = rgb.max(axis=2) - rgb.min(axis=2)
-    return chroma > np.clip(otsu(chroma), *TISSUE_CHROMA)
+    w, h = (max(1, round(side * mpp / TISSUE_UM)) for side in (width, height))
+    level = reader.level_for(TISSUE_UM / mpp)
+    step = max(1, int(2048 * reader.slide.level_downsamples[level] * mpp / TISSUE_UM))
+    rgb, unread = np.full((h, w, 3), 255, np.uint8), np.zeros((h, w), bool)
+    blocks = [(x, y, step) for y in range(0, h, step) for x in range(0, w, step)]
+    while blocks:
+        if STOP_SIGNALS:
+            raise Stopped
+        x, y, side = blocks.pop()
+        right, bottom = min(x + side, w), min(y + side, h)
+        try:
+            picture, within = reader.read(level, (x * width / w, y * height / h, right * width / w, bottom * height / h))
+            rgb[y:bottom, x:right] = picture.resize((right - x, bottom - y), Image.Resampling.BOX, box=within)
+        except openslide.OpenSlideError:
+            half = -(-side // 2)
+            if side > max(1, step // 8):
+                blocks += [(a, b, half) for a in (x, x + half) for b in (y, y + half) if a < right and b < bottom]
+            else:
+                unread[y:bottom, x:right] = True
+    return rgb, unread
+
+
+def ink_mask(colour: np.ndarray, textured: np.ndarray) -> np.ndarray:
+    """Pens and black borders. colour (3, h, w) on white glass, textured (h, w) -> (h, w) bool.
+
+    At 16 um a pixel averages nuclei with what lies between them, so over a stroke's width (a quarter of a millimetre) H&E and DAB are
+    never green, as blue or as red as ink, or black. Ink on bare glass is smooth besides: there less colour is enough.
+    """
+    from scipy import ndimage
+    red, green, blue = colour = ndimage.uniform_filter(colour, (1, 5, 5))
+    high = colour.max(0)
+    saturation = 1 - colour.min(0) / high.clip(min=1)
+    hue = np.degrees(np.arctan2(3 ** 0.5 * (green - blue), 2 * red - green - blue)) % 360
+    cool, warm = (hue > 60) & (hue < 245), (hue > 340) | (hue < 10)
+    strong = (high < 90) | (red < 80) & ((blue - red > 40) | (green - red > 15))                        # black; ink over tissue
+    strong |= cool & (saturation > np.where(hue < 190, 0.2, np.where(textured, 0.5, 0.25)))             # green; blue
+    strong |= warm & (saturation > np.where(high > 200, 0.5, 0.65)) | (hue > 345) & (saturation > 0.3) & ~textured
+    core = ndimage.distance_transform_edt(strong) > STROKE
+    if not core.any():
+        return core
+    away = ndimage.distance_transform_edt(~core) - STROKE
+    return (away <= RIM) | (away <= HALO) & (cool & (saturation > 0.1) | warm & (saturation > 0.35))
+
+
+def pieces(mask: np.ndarray, least: int) -> np.ndarray:
+    """Those connected pieces of a mask that have at least so many pixels."""
+    from scipy import ndimage
+    labels, _ = ndimage.label(mask)
+    return mask & (np.bincount(labels.reshape(-1))[labels] >= least)
+
+
+def find_tissue(rgb: np.ndarray) -> np.ndarray:
+    """(h, w, 3) uint8 at TISSUE_UM -> (h, w) bool, for H&E and DAB. Tissue is what is coloured more strongly than haze, or coloured and
+    textured (pale stains; fat, which is tissue, by its walls); it is no ink, not black and no speck. Grey (dust, shadow) has no colour."""
+    from scipy import ndimage
+    colour = np.ascontiguousarray(np.moveaxis(rgb, 2, 0)).astype(np.float32)                            # (3, h, w)
+    high, low = colour.max(0), colour.min(0)
+    glass = colour[:, (low >= 180) & (low < 254) & (high - low < 40)]                                   # pure white is where nothing was scanned
+    if glass.shape[1] > 0.01 * low.size:
+        white = np.median(glass[:, glass.min(0) >= np.quantile(glass.min(0), 0.75)], axis=1)
+        colour = np.minimum(colour * (255 / white[:, None, None]), 255).astype(np.float32)
+    chroma, drop = colour.max(0) - colour.min(0), 255 - colour.min(0)
+
+    def mean(values):
+        return ndimage.uniform_filter(values, 5)
+
+    textured = (mean(drop ** 2) - mean(drop) ** 2 > TEXTURE ** 2) & (mean(chroma) > 5)
+    ink = ink_mask(colour, textured)
+    chroma[ink] = 0
+    inner = ndimage.binary_erosion(textured & ~ink, np.ones((5, 5)), border_value=1)                    # no edges of haze, which are thinner
+    mask = inner | (chroma > np.clip(otsu(chroma.astype(np.uint8)), *TISSUE_CHROMA))
+    mask = pieces(mask, SPECK)
+    holes = ndimage.binary_fill_holes(mask) & ~mask
+    return (mask | holes & ~pieces(holes, HOLE)) & ~ink
+
+
+def find_mask(path: Path, place) -> Path | None:
+    """The user's own mask of a slide: the file that --mask names, or <slide_id>.png or .geojson in the folder that it names."""
+    if place is None:
+        return None
+    place = Path(place)
+    files = [place / f"{path.stem}{suffix}" for suffix in (".png", ".geojson")] if place.is_dir() else [place]
+    found = [f for f in files if f.is_file()]
+    if len(found) != 1:
+        raise MixmagError(f"--mask: expected one of {' or '.join(map(str, files))}; found {len(found)} of them")
+    return found[0]
+
+
+def polygons(node) -> list:
+    """The rings of every polygon of a GeoJSON text: [[outer ring, hole, ...], ...]."""
+    if isinstance(node, list):
+        return [p for part in node for p in polygons(part)]
+    inside = {"FeatureCollection": "features", "Feature": "geometry", "GeometryCollection": "geometries"}
+    if node["type"] in inside:
+        return polygons(node[inside[node["type"]]])
+    if node["type"] not in ("Polygon", "MultiPolygon"):
+        raise ValueError(f"a {node['type']} has no area; expected Polygon or MultiPolygon")
+    return [node["coordinates"]] if node["type"] == "Polygon" else node["coordinates"]
+
+
+def read_mask(path: Path, slide, shape: tuple) -> np.ndarray:
+    """(h, w) bool from one's own mask: a PNG of any size over the whole slide, non-zero is tissue; or GeoJSON polygons in level-0
+    pixels, counted from the corner of the slide's bounds as QuPath does (for most formats the slide's corner).
+    Raises MixmagError for a file that is neither, has another shape than the slide (2 %), or holds no tissue."""
+    (width, height), (h, w) = slide.dimensions, shape
+    try:
+        if path.suffix.lower() == ".png":
+            with Image.open(path) as image:
+                colours = [band != "A" for band in image.getbands()]
+                pixels = np.asarray(image).reshape(image.height, image.width, -1)[..., colours].any(axis=2)
+            if abs(pixels.shape[1] / pixels.shape[0] / (width / height) - 1) > 0.02:
+                raise MixmagError(f"{path}: {pixels.shape[1]} x {pixels.shape[0]} is another shape than the slide's {width} x {height}")
+            mask = np.asarray(Image.fromarray(pixels.astype(np.uint8) * 255).resize((w, h), Image.Resampling.BOX)) > 127
+        else:
+            corner = [int(slide.properties.get(f"openslide.bounds-{k}", 0)) for k in "xy"]
+            canvas = Image.new("1", (w, h))
+            for rings in polygons(json.loads(path.read_text("utf-8"))):
+                layer = Image.new("1", (w, h)) if len(rings) > 1 else canvas                            # a hole cuts its own polygon only
+                for i, ring in enumerate(rings):
+                    points = (np.array(ring, float)[:, :2] + corner) * (w / width, h / height)
+                    ImageDraw.Draw(layer).polygon(points.reshape(-1).tolist(), fill=int(i == 0))
+                canvas.paste(layer, mask=layer)
+            mask = np.asarray(canvas)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, Image.DecompressionBombError) as error:
+        raise MixmagError(f"{path}: cannot be read as a mask, PNG or GeoJSON ({type(error).__name__}: {error})") from None
+    if not mask.any():
+        raise MixmagError(f"{path}: holds no tissue")
+    return mask
+
+
+def tissue_mask(reader: Reader, mpp: float, own: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(h, w, 3) uint8 and (h, w) bool at TISSUE_UM: the thumbnail and where tissue is, by the user's mask or by its looks. What cannot
+    be read counts as tissue there (grey in the picture): its windows are tried and counted, not passed over in silence."""
+    picture, unread = thumbnail(reader, mpp)
+    mask = find_tissue(picture) | unread if own is None else read_mask(own, reader.slide, unread.shape)
+    picture[unread] = 128
+    return picture, mask
 
 
 @dataclass
@@ -760,6 +950,8 @@ class TilePlan:
     windows: list                                                 # (col, row, cols, rows) in cells
     candidates: int                                               # windows looked at
     levels: dict                                                  # magnification -> pyramid level it is read from
+    thumbnail: np.ndarray                                         # (h, w, 3) at TISSUE_UM, and where its tissue is (h, w)
+    mask: np.ndarray
 
     @property
     def cells(self) -> int:
@@ -770,7 +962,7 @@ def plan_slide(reader: Reader, args) -> TilePlan:
     """Lattice of cells in exact mpp from the slide's (or its bounds') corner; windows of region x region cells on a lattice of
     that stride; a window is accepted by its tissue, with those of its cells that lie wholly on the slide."""
     slide = reader.slide
-    mpp, source = slide_mpp(slide, args.mpp)
+    mpp, source = slide_mpp(slide, *given_mpp(reader.path, args), args.mpp_from_power)
     finest = 10.0 / args.magnifications[-1]                       # 20x is 0.5 um/px, 10x is 1.0, 5x is 2.0
     if mpp > 1.05 * finest:
         raise MixmagError(f"its {mpp:g} um/px are coarser than {args.magnifications[-1]}x ({finest:g} um/px), and nothing is "
@@ -779,7 +971,8 @@ def plan_slide(reader: Reader, args) -> TilePlan:
     left, top, width, height = (int(slide.properties.get(f"openslide.bounds-{k}", default)) for k, default in
                                 zip(("x", "y", "width", "height"), (0, 0, *slide.dimensions)))
     cols, rows = int(width / cell_px), int(height / cell_px)
-    mask, R = tissue_mask(reader, mpp), args.region
+    picture, mask = tissue_mask(reader, mpp, find_mask(reader.path, args.mask))
+    R, slide = args.region, reader.slide                          # a failed read renews the handle
     share = np.array(mask.shape[::-1]) / slide.dimensions         # mask pixels per level-0 pixel: x, y
     windows, candidates = [], 0
     for row in range(0, rows, R):
@@ -790,7 +983,7 @@ def plan_slide(reader: Reader, args) -> TilePlan:
             if mask[y0:max(y1, y0 + 1), x0:max(x1, x0 + 1)].mean() >= args.min_tissue:
                 windows.append((col, row, min(R, cols - col), min(R, rows - row)))
     levels = {m: reader.level_for(10.0 / m / mpp) for m in args.magnifications}
-    return TilePlan(mpp, source, cell_px, (float(left), float(top)), windows, candidates, levels)
+    return TilePlan(mpp, source, cell_px, (float(left), float(top)), windows, candidates, levels, picture, mask)
 
 
 def read_window(reader: Reader, plan: TilePlan, window: tuple) -> np.ndarray:
@@ -808,6 +1001,79 @@ def read_window(reader: Reader, plan: TilePlan, window: tuple) -> np.ndarray:
         array = array.reshape(rows, side, TILE_PX, cols, side, TILE_PX, 3).transpose(0, 3, 1, 4, 2, 5, 6)
         tiles.append(array.reshape(rows * cols, side * side, TILE_PX, TILE_PX, 3))
     return np.concatenate(tiles, axis=1)
+
+
+def scale_bar(axis, across: float) -> None:
+    """A bar of a round length at the lower left of a picture whose axis is in um and shows `across` of them."""
+    length = max(n * 10.0 ** k for n in (1, 2, 5) for k in range(6) if n * 10.0 ** k <= max(across / 3, 1))
+    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    x, y = left + 0.04 * (right - left), bottom + 0.04 * (top - bottom)
+    for colour, thick in (("white", 5), ("black", 3)):
+        axis.plot([x, x + length], [y, y], color=colour, lw=thick, solid_capstyle="butt")
+    axis.annotate(f"{length:g} um" if length < 1000 else f"{length / 1000:g} mm", (x, y), (0, 5), textcoords="offset points", fontsize=8,
+                  bbox={"facecolor": "white", "alpha": 0.7, "lw": 0, "pad": 1})
+
+
+def draw_qc(path, reader: Reader, plan: TilePlan, magnifications: list) -> None:
+    """A PNG to look at: the thumbnail with the contours of its tissue and the kept windows; and of the window that holds most tissue (red)
+    and of the fullest cell in it the tiles, as they go to the encoder, each magnification at the same physical size."""
+    from matplotlib.collections import PatchCollection
+    from matplotlib.figure import Figure                          # without pyplot: nothing global, no display
+    from matplotlib.patches import Rectangle
+    (width, height), K, mpp = reader.slide.dimensions, len(magnifications), plan.mpp
+
+    def box(col, row, cols=1, rows=1):                            # of cells: left, top, width, height in level-0 pixels
+        return np.array([*(plan.origin + np.array([col, row]) * plan.cell_px), cols * plan.cell_px, rows * plan.cell_px])
+
+    def held(*cells):                                             # mask pixels of tissue
+        x, y, w, h = box(*cells) * np.tile(np.array(plan.mask.shape[::-1]) / (width, height), 2)
+        return plan.mask[round(y):round(y + h), round(x):round(x + w)].sum()
+
+    figure = Figure((5 + 2.6 * K, 5.8), dpi=130, layout="constrained")
+    grid = figure.add_gridspec(2, K + 2)
+    axis = figure.add_subplot(grid[:, :2 if plan.windows else K + 2])
+    shrink = -(-max(plan.mask.shape) // 1500)
+    axis.imshow(Image.fromarray(plan.thumbnail).reduce(shrink), extent=(0, width * mpp, height * mpp, 0))                # axes in um
+    if plan.mask.any() and not plan.mask.all():
+        seen = plan.mask[::shrink, ::shrink]
+        y, x = ((np.arange(n) + 0.5) * full * mpp / n for n, full in zip(seen.shape, (height, width)))
+        axis.contour(x, y, seen, levels=[0.5], colors="lime", linewidths=0.7)
+    frames = [Rectangle((x, y), w, h) for x, y, w, h in (box(*w) * mpp for w in plan.windows)]
+    axis.add_collection(PatchCollection(frames, facecolor="none", edgecolor="tab:blue", lw=0.7))
+    axis.set_title(f"{reader.path.stem}\n{mpp:.4g} um/px ({plan.mpp_source}); tissue {plan.mask.mean():.1%}\n"
+                   f"{len(frames)} of {plan.candidates} windows kept", fontsize=9, parse_math=False)
+    axis.set(xticks=[], yticks=[])
+    scale_bar(axis, width * mpp)
+    if plan.windows:
+        col, row, cols, rows = best = max(plan.windows, key=lambda window: held(*window))
+        axis.add_collection(PatchCollection([frames[plan.windows.index(best)]], facecolor="none", edgecolor="red", lw=1.5))
+        fullest = max(((c, r) for r in range(rows) for c in range(cols)), key=lambda cell: held(col + cell[0], row + cell[1]))
+        draw_window(figure, grid, reader, plan, best, fullest, magnifications)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def draw_window(figure, grid, reader: Reader, plan: TilePlan, window: tuple, cell: tuple, magnifications: list) -> None:
+    """The right part of draw_qc: a window's tiles above, those of one of its cells (col, row) below; white lines are the tiles' edges."""
+    try:
+        tiles = read_window(reader, plan, window)
+    except (openslide.OpenSlideError, MixmagError) as error:
+        axis = figure.add_subplot(grid[:, 2:], frame_on=False, xticks=[], yticks=[])
+        axis.text(0.5, 0.5, f"the window with most tissue cannot be read:\n{error}", ha="center", wrap=True, parse_math=False)
+        return
+    tiles, side = tiles.reshape(window[3], window[2], *tiles.shape[1:]), plan.cell_px * plan.mpp         # (rows, cols, T, 224, 224, 3), um
+    for line, (name, part) in enumerate((("window", tiles), ("one cell", tiles[cell[1]:cell[1] + 1, cell[0]:cell[0] + 1]))):
+        for k, m in enumerate(magnifications):
+            rows, cols, n, first = *part.shape[:2], 2 ** k, (4 ** k - 1) // 3                           # first of this magnification in a cell
+            picture = part[:, :, first:first + n * n].reshape(rows, cols, n, n, TILE_PX, TILE_PX, 3).transpose(0, 2, 4, 1, 3, 5, 6)
+            picture = Image.fromarray(picture.reshape(rows * n * TILE_PX, cols * n * TILE_PX, 3))
+            axis = figure.add_subplot(grid[line, 2 + k])
+            axis.imshow(picture.reduce(max(1, max(picture.size) // 900)), extent=(0, cols * side, rows * side, 0))
+            axis.vlines(np.arange(1, cols * n) * side / n, 0, rows * side, color="white", lw=0.4)
+            axis.hlines(np.arange(1, rows * n) * side / n, 0, cols * side, color="white", lw=0.4)
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(f"{name}, {m}x: {cols * n} x {rows * n} tiles", fontsize=8)
+            scale_bar(axis, cols * side)
 
 
 def texture(tiles: torch.Tensor) -> torch.Tensor:
@@ -922,7 +1188,9 @@ def tile_one(path: Path, encoder, dim: int, args) -> str:
     if not path.exists():
         raise MixmagError(f"{path}: no such file")
     out = Path(args.out) / "slides" / f"{path.stem}.safetensors"
-    settings = {"region": args.region, "min_tissue": args.min_tissue, "mpp": args.mpp, "source_bytes": path.stat().st_size}
+    mask = find_mask(path, args.mask)
+    settings = {"region": args.region, "min_tissue": args.min_tissue, "mpp": given_mpp(path, args)[0], "source_bytes": path.stat().st_size,
+                "mask": mask and hashlib.sha256(mask.read_bytes()).hexdigest()}
     if out.exists():
         found = read_slide(out).meta
         there = (found["encoder"], found["magnifications"], found.get("settings"))
@@ -936,6 +1204,7 @@ def tile_one(path: Path, encoder, dim: int, args) -> str:
     report = (f"{path.stem}: {plan.mpp:.4g} um/px ({plan.mpp_source}), levels {plan.levels}, {len(plan.windows)} of {plan.candidates} windows "
               f"hold tissue ({whole} with all {args.region ** 2} cells), {plan.cells} cells, {plan.cells * T} tokens, {plan.cells * T * dim * 2 / 1e6:.2f} MB")
     if not args.dry_run:
+        draw_qc(Path(args.out) / "qc" / f"{path.stem}.png", reader, plan, args.magnifications)
         features, cells, bad = tile_slide(reader, plan, encoder, dim, args)
         width, height = reader.slide.dimensions
         write_slide(out, features, cells, np.ones(features.shape[:2], bool),
@@ -954,7 +1223,13 @@ def tile_command(args) -> int:
     if share >= shares:
         raise MixmagError(f"--shard {args.shard}: expected i/n with 0 <= i < n")
     args.device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
-    paths = find_slides(args.slides)[share::shares]
+    paths, args.manifest = find_slides(args.slides), read_manifest(args.manifest) if args.manifest else {}
+    strangers = set(args.manifest) - {name for path in paths for name in (path.name, path.stem)}
+    if strangers:
+        print(f"--manifest: {len(strangers)} of {len(args.manifest)} rows name no slide here, such as {min(strangers)}", file=sys.stderr)
+    if args.mask and Path(args.mask).is_file() and len(paths) > 1:
+        raise MixmagError(f"--mask {args.mask} is one file for {len(paths)} slides; give a folder of <slide_id>.png or .geojson")
+    paths = paths[share::shares]
     encoder = tile_encoder(args.encoder, args.device, args.weights)
     dim = encode(encoder, np.full((1, TILE_PX, TILE_PX, 3), 255, np.uint8), 1, args.device).shape[1]
     failed = []

@@ -1,5 +1,6 @@
 """Slide files, the synthetic cohort, the tiler, the data sets.     python -m pytest tests/test_data.py"""
 import csv
+import io
 import json
 import os
 import re
@@ -14,7 +15,9 @@ import pytest
 import safetensors
 import torch
 from conftest import ROOT, run
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter
+from scipy import ndimage
+from scipy.spatial import cKDTree
 
 import data
 from data import MixmagError
@@ -224,6 +227,7 @@ def test_synthetic_images_open_and_tile(tmp_path):
 class Args:
     """What plan_slide and friends read of the command line."""
     mpp, region, magnifications, min_tissue, batch_size, device = None, 3, [5, 10, 20], 0.25, 64, torch.device("cpu")
+    manifest, mask, mpp_from_power = {}, None, False
 
     def __init__(self, **changes):
         vars(self).update(changes)
@@ -287,18 +291,329 @@ def test_tiles_are_the_right_pixels(tmp_path, mpp):
             assert all(here < error(cell, entry, dx, dy) for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)))
 
 
-@pytest.mark.parametrize("properties, given, message", [
-    ({}, None, "give the true value with --mpp"), ({"openslide.mpp-x": "0", "openslide.mpp-y": "0"}, None, "0.1 to 4"),
-    ({"openslide.mpp-x": "nan", "openslide.mpp-y": "0.5"}, None, "--mpp"), ({"openslide.mpp-x": "25", "openslide.mpp-y": "25"}, None, "0.1 to 4"),
-    ({"openslide.mpp-x": "0.5", "openslide.mpp-y": "0.52"}, None, "same in x and y"), ({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.25"}, 0.5, "leave --mpp out")])
-def test_mpp_is_never_guessed(properties, given, message):
-    slide = type("Stub", (), {"properties": properties})
+def stub(**properties):
+    """A slide that says this of itself; mpp and unit stand for OpenSlide's names."""
+    names = {"x": "openslide.mpp-x", "y": "openslide.mpp-y", "res_x": "tiff.XResolution", "res_y": "tiff.YResolution", "unit": "tiff.ResolutionUnit",
+             "power": "openslide.objective-power"}
+    return type("Stub", (), {"properties": {names[k]: v for k, v in properties.items()}})
+
+
+@pytest.mark.parametrize("said, given, power, expected", [
+    (dict(x="0.25", y="0.25"), None, False, (0.25, "openslide.mpp-x")), (dict(x="0,25", y="0,25"), None, False, (0.25, "openslide.mpp-x")),
+    (dict(x="0.5", y="0.509"), None, False, (0.5045, "openslide.mpp-x")), (dict(x="0.5", y="0.5", power="40"), None, True, (0.5, "openslide.mpp-x")),
+    (dict(res_x="20000", res_y="20000", unit="centimeter"), None, False, (0.5, "tiff.XResolution")),
+    (dict(res_x="50800", res_y="50800", unit="inch", power="20"), None, True, (0.5, "tiff.XResolution")),
+    (dict(x="0.499", y="0.499", res_x="72", res_y="72", unit="inch"), None, False, (0.499, "openslide.mpp-x")),
+    (dict(power="40"), None, True, (0.25, "openslide.objective-power")),
+    (dict(unit="none", res_x="1", res_y="1", power="20"), None, True, (0.5, "openslide.objective-power")),
+    (dict(x="0.499", y="0.499"), 0.5, False, (0.5, "--mpp")), ({}, 0.5, False, (0.5, "--mpp")), (dict(power="40"), 0.5, True, (0.5, "--mpp")),
+    (dict(x="0.0274", y="0.0274"), 0.274, False, (0.274, "--mpp")), (dict(x="1000", y="1000"), 0.25, False, (0.25, "--mpp")),
+    (dict(x="0", y="0"), 0.25, False, (0.25, "--mpp")),
+    (dict(x="nan", y="nan"), 0.25, False, (0.25, "--mpp")), (dict(x="0.25", y="0.5"), 0.25, False, (0.25, "--mpp"))])
+def test_mpp_comes_from_who_says_it(said, given, power, expected):
+    mpp, source = data.slide_mpp(stub(**said), given, from_power=power)
+    assert (mpp, source) == (pytest.approx(expected[0]), expected[1])
+
+
+@pytest.mark.parametrize("said, given, power, words", [
+    ({}, None, False, ["no mpp", "--mpp", "--manifest"]), (dict(power="20"), None, False, ["objective-power is '20'", "--mpp-from-power"]),
+    (dict(unit="none", res_x="1", res_y="1"), None, True, ["no mpp", "--mpp"]), (dict(power="0"), None, True, ["objective-power is '0'", "--mpp"]),
+    (dict(x="0", y="0"), None, True, ["mpp-x '0'", "0.1 to 4", "--mpp"]), (dict(x="nan", y="0.5"), None, False, ["mpp-x 'nan'", "--mpp"]),
+    (dict(x="", y="0.5"), None, False, ["mpp-x ''", "--mpp"]), (dict(x="0.5"), None, False, ["mpp-y None", "--mpp"]),
+    (dict(x="-0.5", y="-0.5"), None, False, ["'-0.5'"]),
+    (dict(x="25", y="25"), None, False, ["mpp-x '25'", "0.1 to 4"]), (dict(x="0.0274", y="0.0274"), None, False, ["'0.0274'", "0.1 to 4"]),
+    (dict(x="0.5", y="0.52"), None, False, ["'0.52'", "same in x and y"]),
+    (dict(x="0.25", y="0.25", power="20"), 0.5, False, ["--mpp says 0.5", "'0.25'", "leave --mpp out"]),
+    (dict(x="0.5", y="0.5"), 0.489, False, ["2 %"]),
+    (dict(res_x="72", res_y="72", unit="inch"), None, True, ["XResolution '72'", "per inch", "352.8"]),
+    (dict(res_x="0", res_y="0", unit="centimeter"), None, False, ["XResolution '0'", "nan"]),
+    (dict(res_x="20000", res_y="20000", unit="centimeter"), 0.25, False, ["0.5 and 0.5 um/px"]),
+    ({}, 25.0, False, ["--mpp says 25", "0.1 to 4"]), ({}, float("nan"), False, ["--mpp says nan"]), (dict(x="0.5", y="0.5"), 0.0, False, ["--mpp says 0"])])
+def test_mpp_is_never_guessed(said, given, power, words):
+    with pytest.raises(MixmagError) as error:
+        data.slide_mpp(stub(**said), given, from_power=power)
+    assert all(w in str(error.value) for w in words), error.value
+
+
+@pytest.mark.parametrize("name, given, expected", [
+    ("CMU-1-Small-Region.svs", None, 0.499), ("CMU-1-Small-Region.svs", 0.5, 0.5), ("CMU-1-Small-Region.svs", 0.25, "leave --mpp out"),
+    ("luna-1065626.svs", None, 0.5026),
+    ("TCGA-CR-7395-01A-01-TS1.svs", None, "no mpp"), ("TCGA-CR-7395-01A-01-TS1.svs", 0.5, 0.5), ("ezwsi-multiframe_camelyon.dcm", None, "'28.969"),
+    ("openslide-python-boxes.tiff", None, "'352.7"), ("openslide-python-boxes.tiff", 0.5, 0.5),
+    ("panimg-valid_tiff.tif", None, "'1000.0"), ("panimg-valid_tiff.tif", 0.5, 0.5),
+    ("panimg-invalid_resolutions_tiff.tif", None, "no mpp"), ("panimg-no_dzi.tif", None, 0.97237),
+    ("highdicom-sm_image.dcm", None, 0.499), ("openslide-python-boxes_0.dcm", None, 0.499)])
+def test_mpp_of_real_slides(real, name, given, expected):
+    slide = openslide.OpenSlide(real / "slides" / name)
+    if isinstance(expected, str):
+        with pytest.raises(MixmagError, match=expected):
+            data.slide_mpp(slide, given, from_power=True)
+    else:
+        assert data.slide_mpp(slide, given)[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_manifest_names_slides_by_file_or_id(tmp_path):
+    path = tmp_path / "m.csv"
+    path.write_text("slide,mpp,note\nfolder/a.svs,\"0,25\",x\nb.c,0.5,\nd.svs,,nothing said\n", "utf-8")
+    args = Args(mpp=0.3, manifest=data.read_manifest(path))
+    asked = {name: data.given_mpp(data.Path(name), args) for name in ("x/a.svs", "b.c.tiff", "d.svs")}
+    assert asked == {"x/a.svs": (0.25, "--manifest row a.svs"), "b.c.tiff": (0.5, "--manifest row b.c"), "d.svs": (0.3, "--mpp")}
+    with pytest.raises(MixmagError, match="row a.svs says 0.25.*leave --manifest row a.svs out"):
+        data.slide_mpp(stub(x="0.5", y="0.5"), *asked["x/a.svs"])
+    with pytest.raises(MixmagError, match="two rows"):
+        data.given_mpp(data.Path("a.svs"), Args(manifest={"a": 0.5, "a.svs": 0.5}))
+    path.write_text("slide,mpp\na,0.5\nb,half\na,0.25\n", "utf-8")
+    with pytest.raises(MixmagError, match="'a' '0.5'.*more than one row.*'b' 'half'"):
+        data.read_manifest(path)
+    path.write_text("wsi,mpp\na,0.5\n", "utf-8")
+    with pytest.raises(MixmagError, match="column slide is missing"):
+        data.read_manifest(path)
+
+
+INK = {"blue": (30, 60, 150), "green": (20, 130, 70), "black": (25, 25, 30), "red": (225, 35, 50)}
+STAINS = {"hematoxylin": (1.25, 1.35, 0.55), "eosin": (0.12, 0.95, 0.45), "blue": (0.8, 0.65, 0.42), "dab": (0.65, 1.3, 1.8)}             # density in R, G, B
+
+
+def field(rng, side, px):
+    return np.asarray(Image.fromarray(rng.standard_normal((side // px + 4,) * 2).astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC))
+
+
+def dots(rng, side, share, radius):
+    image = Image.new("L", (side, side))
+    for x, y in rng.integers(0, side, size=(int(share * side * side), 2)):
+        ImageDraw.Draw(image).ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
+    return np.asarray(image, np.float32) / 255
+
+
+def paint(seed, fault, side=1792):
+    """A section on glass at 2 um/px with one thing wrong with it, as a JPEG, and where a region of it should be taken:
+    (side, side, 3) uint8, (side, side) bool."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[-1:1:side * 1j, -1:1:side * 1j]
+    tissue = (x ** 2 + y ** 2 + 0.15 * field(rng, side, 400) < 0.45) & (fault != "empty")
+    nuclei, eosin = dots(rng, side, 0.006, 3), (0.4 + 0.12 * field(rng, side, 8) + 0.15 * field(rng, side, 60)).clip(0.05)
+    amount = {"hematoxylin": nuclei, "eosin": eosin}
+    if fault == "fat":
+        near = cKDTree(rng.uniform(0, side, (int(side * side / 40 ** 2), 2))).query(np.stack(np.mgrid[:side, :side], -1), k=2)[0]
+        amount = {"eosin": 0.7 * (near[..., 1] - near[..., 0] < 4)}                                     # walls of some 4 um round cells of 80
+    elif fault == "ihc":
+        amount = {"blue": 0.5 * nuclei + 0.03, "dab": 0.8 * dots(rng, side, 0.0005, 4)}
+    density = sum(np.multiply.outer(a * tissue, STAINS[k]) for k, a in amount.items())
+    if fault in ("haze", "empty"):
+        smear = Image.fromarray((255 * (field(rng, side, 500) > 1)).astype(np.uint8)).filter(ImageFilter.GaussianBlur(20))
+        density = density + np.multiply.outer(0.05 + 0.015 * field(rng, side, 800).clip(-2, 2) + 0.06 * (np.asarray(smear) / 255), STAINS["eosin"])
+    light = np.array([243, 242, 244]) * np.exp(-density)
+    if fault in INK:
+        image = Image.new("L", (side, side))
+        for _ in range(2):
+            ImageDraw.Draw(image).line([tuple(p) for p in rng.uniform(0, side, (4, 2))], fill=255, width=int(rng.uniform(200, 450)), joint="curve")
+        ink = np.asarray(image.filter(ImageFilter.GaussianBlur(8)), np.float32)[..., None] / 255 * rng.uniform(0.85, 0.97)
+        light = light * (1 - ink + ink * (np.array(INK[fault]) + rng.integers(-15, 16, 3)) / 255)
+        tissue &= ink[..., 0] < 0.3
+    if fault == "borders":
+        outside = (np.hypot(x, y) > 0.95) | (y < -0.8) | (x > 0.9)
+        light[outside], tissue = 3, tissue & ~outside
+    buffer = io.BytesIO()
+    Image.fromarray((light + rng.normal(0, 3, light.shape)).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=80)
+    return np.asarray(Image.open(buffer)), tissue
+
+
+def at_16_um(picture):
+    return np.asarray(Image.fromarray(picture).reduce(8))
+
+
+@pytest.mark.parametrize("fault, least", [("none", 0.85), ("haze", 0.85), ("borders", 0.85), ("ihc", 0.8), ("fat", 0.8), *((ink, 0.85) for ink in INK)])
+def test_tissue_is_found_whatever_is_on_the_glass(fault, least):
+    """Intersection over union with what was drawn; the thresholds were tuned on seeds 0 to 5 and 21, 22."""
+    picture, truth = paint(11, fault)
+    mask, truth = data.find_tissue(at_16_um(picture)), at_16_um(truth.astype(np.uint8) * 255) > 127
+    iou = (mask & truth).sum() / (mask | truth).sum()
+    print(f"{fault}: IoU {iou:.3f}, recall {(mask & truth).sum() / truth.sum():.3f}, precision {(mask & truth).sum() / mask.sum():.3f}")
+    assert truth.mean() > 0.05 and iou > least
+
+
+@pytest.mark.parametrize("what", ["haze", "white", "glass", "black", "noise", "one pixel"])
+def test_no_tissue_is_no_tissue(what):
+    rng = np.random.default_rng(0)
+    flat = {"white": 255, "glass": (243, 241, 238), "black": 0, "one pixel": (200, 90, 150)}
+    rgb = at_16_um(paint(11, "empty")[0]) if what == "haze" else rng.normal(240, 2.5, (300, 400, 3)).clip(0, 255).astype(np.uint8) if what == "noise" else \
+        np.full((1, 1, 3) if what == "one pixel" else (300, 400, 3), flat[what], np.uint8)
+    assert not data.find_tissue(rgb).any()
+
+
+@pytest.mark.parametrize("name, shrink, tissue, none", [                                                # seen by eye, (x, y) in pixels of the picture
+    ("histoprep-slide_with_ink.jpeg", 8, [(300, 250), (1800, 400), (2500, 300), (3300, 550), (4600, 650), (5300, 550)],
+     [(3850, 830), (3900, 880), (3780, 860), (100, 850), (3000, 150), (2000, 850), (5000, 150), (4160, 380)]),
+    ("tissueloc-20181218042458.jpg", 1, [(200, 450), (330, 370), (600, 150), (550, 870), (1300, 450), (1500, 450), (1650, 800)],
+     [(800, 200), (1050, 450), (40, 890), (100, 950), (960, 990)]),
+    ("tissueloc-20181218042533.jpg", 1, [(60, 550), (300, 700), (800, 350), (1000, 430), (1300, 650), (1600, 700), (1450, 400)],
+     [(400, 100), (200, 250), (1000, 530), (1700, 200), (900, 60)]),
+    ("tissueloc-20181218042607.jpg", 1, [(150, 110), (50, 650), (400, 400), (700, 450), (880, 200), (1300, 450), (1700, 500), (1250, 880)],
+     [(30, 100), (570, 390), (940, 600), (1000, 100), (400, 900)])])
+def test_tissue_of_real_pictures(real, name, shrink, tissue, none):
+    mask = data.find_tissue(np.asarray(Image.open(real / "pictures" / name).convert("RGB").reduce(shrink)))
+    assert all(mask[y // shrink, x // shrink] for x, y in tissue) and not any(mask[y // shrink, x // shrink] for x, y in none)
+
+
+@pytest.mark.parametrize("name, mpp, least, most", [
+    ("CMU-1-Small-Region.svs", 0.499, 0.3, 0.5), ("TCGA-CR-7395-01A-01-TS1.svs", 0.5, 0.55, 0.75), ("luna-1065626.svs", 0.5026, 0.003, 0.01),
+    ("panimg-no_dzi.tif", 0.972, 0, 0), ("panimg-valid_tiff.tif", 0.5, 0, 0)])
+def test_tissue_of_real_slides(real, name, mpp, least, most):
+    """How much of each is tissue, by eye."""
+    assert least <= data.tissue_mask(data.Reader(real / "slides" / name), mpp)[1].mean() <= most
+
+
+def test_the_thumbnail_is_the_box_mean_however_it_is_read(tmp_path):
+    picture = pink(2777, 5000)
+    rgb, unread = data.thumbnail(data.Reader(write_tiff(tmp_path / "s.tiff", picture, 0.5)), 0.5)
+    whole = np.asarray(Image.fromarray(picture).resize((rgb.shape[1], rgb.shape[0]), Image.Resampling.BOX), float)
+    assert rgb.shape == (87, 156, 3) and not unread.any() and np.abs(rgb - whole).max() <= 1
+
+
+def test_missing_tiles_are_glass_and_unreadable_ones_are_tried(tmp_path):
+    import tifffile
+    picture = np.full((4096, 4096, 3), 243, np.uint8)
+    picture[1024:3072, 1024:3072] = pink(2048, 2048)
+    tiles = [picture[y:y + 256, x:x + 256] if y < 2048 else None for y in range(0, 4096, 256) for x in range(0, 4096, 256)]
+    with tifffile.TiffWriter(tmp_path / "s.tiff") as tiff:
+        tiff.write(iter(tiles), shape=picture.shape, dtype=np.uint8, tile=(256, 256), photometric="rgb", compression="zlib", resolution=(2e4, 2e4),
+                   resolutionunit="CENTIMETER")
+    rgb, mask = data.tissue_mask(data.Reader(tmp_path / "s.tiff"), 0.5)
+    assert (rgb[64:] == 255).all() and not mask[64:].any() and mask[36:60, 36:92].all() and not mask[:30].any()
+    with tifffile.TiffFile(tmp_path / "s.tiff") as tiff:
+        start, length = ((tiff.pages[0].tags[t].value[6 * 16 + 6]) for t in ("TileOffsets", "TileByteCounts"))
+    whole = (tmp_path / "s.tiff").read_bytes()
+    (tmp_path / "bad.tiff").write_bytes(whole[:start] + bytes(length) + whole[start + length:])
+    grey, tried = data.tissue_mask(data.Reader(tmp_path / "bad.tiff"), 0.5)
+    bad = (grey == 128).all(axis=2)
+    assert tried[bad].all() and bad[48:56, 48:56].all() and bad.sum() <= 16 ** 2 and np.array_equal(grey[~bad], rgb[~bad])
+
+
+def ring(x, y, radius, n=40):
+    return [[x + radius * np.cos(a), y + radius * np.sin(a)] for a in np.linspace(0, 2 * np.pi, n)]
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda p: {"type": "FeatureCollection", "features": [{"type": "Feature", "geometry": {"type": "Polygon", "coordinates": q}} for q in p]},
+    lambda p: {"type": "Feature", "properties": {"name": "tissue"}, "geometry": {"type": "MultiPolygon", "coordinates": p}},
+    lambda p: {"type": "MultiPolygon", "coordinates": p}, lambda p: [{"type": "Polygon", "coordinates": q} for q in p],
+    lambda p: {"type": "GeometryCollection", "geometries": [{"type": "Polygon", "coordinates": q} for q in p]}])
+def test_geojson_masks_are_the_polygons(tmp_path, wrap):
+    """Against matplotlib's point in polygon: a disc with a hole, an island in the hole, and a disc that overlaps a hole of another."""
+    from matplotlib.path import Path as Polygon
+    parts = [[ring(2000, 2000, 500)], [ring(2000, 2000, 1500), ring(2000, 2000, 900)], [ring(6000, 3000, 900)], [ring(6500, 3000, 1000), ring(6300, 3000, 400)]]
+    (tmp_path / "m.geojson").write_text(json.dumps(wrap(parts)), "utf-8")
+    slide = type("Stub", (), {"dimensions": (9000, 5000), "properties": {"openslide.bounds-x": "320", "openslide.bounds-y": "64"}})
+    mask = data.read_mask(tmp_path / "m.geojson", slide, (156, 281))
+    centres = np.stack(np.meshgrid((np.arange(281) + 0.5) * 9000 / 281, (np.arange(156) + 0.5) * 5000 / 156), axis=-1).reshape(-1, 2) - (320, 64)
+    within = [[Polygon(r).contains_points(centres) for r in rings] for rings in parts]
+    expected = np.any([w[0] & ~np.any([np.zeros(len(centres), bool), *w[1:]], axis=0) for w in within], axis=0).reshape(156, 281)
+    edge = ndimage.maximum_filter(expected, 3) ^ ndimage.minimum_filter(expected, 3)                    # Pillow draws the outline, too
+    assert expected.mean() > 0.1 and np.array_equal(mask[~edge], expected[~edge]) and abs(mask.mean() / expected.mean() - 1) < 0.04
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "I;16", "P", "RGB", "RGBA"])
+@pytest.mark.parametrize("size", [(90, 50), (281, 156), (1800, 1000)])
+def test_png_masks_cover_the_whole_slide(tmp_path, mode, size):
+    half = np.zeros((size[1], size[0]), bool)
+    half[:, :size[0] // 3] = True
+    value = {"I;16": np.uint16(300), "1": True}.get(mode, np.uint8(1))
+    if mode in ("RGB", "RGBA"):
+        array = np.zeros((*half.shape, len(mode)), np.uint8)
+        array[half, 2], array[..., 3:] = 1, 255
+    else:
+        array = half * value
+    image = Image.fromarray(array)
+    if mode == "P":
+        image = Image.fromarray(array).convert("P")
+    image.save(tmp_path / "m.png")
+    mask = data.read_mask(tmp_path / "m.png", type("Stub", (), {"dimensions": (9000, 5000), "properties": {}}), (156, 281))
+    assert mask[:, :93].all() and not mask[:, 95:].any()
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("m.png", Image.new("L", (90, 50)), "m.png: holds no tissue"),
+    ("m.png", Image.new("L", (50, 90), 255), "50 x 90 is another shape than the slide's 9000 x 5000"),
+    ("m.png", Image.new("L", (92, 50), 255), "92 x 50 is another shape"), ("m.png", b"no picture", "m.png: cannot be read as a mask"),
+    ("m.geojson", {"type": "FeatureCollection", "features": []}, "m.geojson: holds no tissue"),
+    ("m.geojson", {"type": "Polygon", "coordinates": [ring(20000, 0, 100)]}, "holds no tissue"),
+    ("m.geojson", {"type": "Point", "coordinates": [5, 5]}, "a Point has no area"),
+    ("m.geojson", {"type": "Polygon", "coordinates": [["x", "y"]]}, "cannot be read as a mask"),
+    ("m.geojson", {"name": "no type"}, "cannot be read"), ("m.geojson", b"{", "cannot be read"), ("m.geojson", b"\xff\xfe", "cannot be read")])
+def test_masks_that_are_none_are_refused(tmp_path, name, content, message):
+    if isinstance(content, Image.Image):
+        content.save(tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     with pytest.raises(MixmagError, match=message):
-        data.slide_mpp(slide, given)
+        data.read_mask(tmp_path / name, type("Stub", (), {"dimensions": (9000, 5000), "properties": {}}), (156, 281))
 
 
-def test_mpp_with_a_decimal_comma():
-    assert data.slide_mpp(type("Stub", (), {"properties": {"openslide.mpp-x": "0,25", "openslide.mpp-y": "0,25"}}), None) == (0.25, "openslide.mpp-x")
+def test_masks_belong_to_slides_by_name(tmp_path):
+    for name in ("a.png", "b.geojson", "c.png", "c.geojson"):
+        (tmp_path / name).touch()
+    assert data.find_mask(data.Path("x/a.svs"), None) is None and data.find_mask(data.Path("x/z.svs"), tmp_path / "a.png") == tmp_path / "a.png"
+    assert [data.find_mask(data.Path(f"x/{i}.svs"), tmp_path).name for i in "ab"] == ["a.png", "b.geojson"]
+    for slide, place, message in (("c", tmp_path, "found 2"), ("d", tmp_path, "d.png or .*d.geojson; found 0"), ("a", tmp_path / "none.png", "none.png; found 0")):
+        with pytest.raises(MixmagError, match=message):
+            data.find_mask(data.Path(f"x/{slide}.svs"), place)
+
+
+def tile(monkeypatch, *argv):
+    """`data.py tile` in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["data.py", "tile", *map(str, argv)])
+    return data.tile_command(data.parse())
+
+
+def test_manifest_mask_and_qc_from_the_command_line(tmp_path, monkeypatch, capsys):
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    (tmp_path / "masks").mkdir()
+    for name, mpp in (("a", None), ("b", 0.5), ("c$d$", 0.5), ("e", 0.5)):
+        write_tiff(slides / f"{name}.tiff", pink(1000, 1000), mpp)
+        if name != "e":
+            Image.fromarray(np.pad(np.full((30, 15), 255, np.uint8), ((0, 0), (0, 15)))).save(tmp_path / "masks" / f"{name}.png")
+    data.write_csv(tmp_path / "m.csv", ("slide", "mpp"), [("a", "0.5"), ("b.tiff", "0.25"), ("gone", "0.5")])
+    flags = ("--slides", slides, "--out", tmp_path / "d", "--manifest", tmp_path / "m.csv", "--mask", tmp_path / "masks")
+    assert tile(monkeypatch, *flags) == 3
+    out, err = capsys.readouterr()
+    assert "a: 0.5 um/px (--manifest row a)" in out and "1 of 3 rows name no slide here, such as gone" in err
+    assert "b: FAILED" in err and "--manifest row b.tiff says 0.25" in err and "e: FAILED" in err and "e.png" in err and "2 slides done, 2 failed" in out
+    assert data.read_slide(tmp_path / "d/slides/a.safetensors").meta["settings"]["mask"] == data.hashlib.sha256((tmp_path / "masks/a.png").read_bytes()).hexdigest()
+    assert sorted(p.name for p in (tmp_path / "d/qc").iterdir()) == ["a.png", "c$d$.png"]               # and no temporary files
+    for name in ("a", "c$d$"):
+        with Image.open(tmp_path / "d/qc" / f"{name}.png") as picture:
+            assert max(picture.size) <= 2000 and len(picture.convert("RGB").getcolors(1 << 24)) > 1000
+    assert tile(monkeypatch, *flags) == 3 and "a: done before" in capsys.readouterr().out
+    Image.new("L", (30, 30), 255).save(tmp_path / "masks" / "a.png")
+    assert tile(monkeypatch, *flags) == 3 and "a: FAILED" in (err := capsys.readouterr().err) and "give another --out" in err
+    with pytest.raises(MixmagError, match="one file for 4 slides"):
+        tile(monkeypatch, "--slides", slides, "--out", tmp_path / "d", "--mask", tmp_path / "masks" / "a.png")
+
+
+def test_qc_shows_the_tiles_in_their_places(tmp_path, monkeypatch):
+    """Each panel, put together from tiles, is the region itself at the panel's resolution."""
+    from matplotlib.figure import Figure
+    region = pink(2 * 896, 3 * 896)
+    table, tiles = Geometry(1).cell_table().tolist(), np.empty((6, 21, 224, 224, 3), np.uint8)
+    for cell in range(6):
+        part = Image.fromarray(region).crop((left := cell % 3 * 896, top := cell // 3 * 896, left + 896, top + 896))
+        for i, (k, r, c) in enumerate(table):
+            tiles[cell, i] = np.asarray(part.reduce(2 ** (2 - k)))[224 * r:224 * (r + 1), 224 * c:224 * (c + 1)]
+    monkeypatch.setattr(data, "read_window", lambda *_: tiles)
+    figure = Figure()
+    plan = type("Plan", (), {"cell_px": 896.0, "mpp": 0.5})
+    data.draw_window(figure, figure.add_gridspec(2, 5), None, plan, (0, 0, 3, 2), (2, 1), [5, 10, 20])
+    whole, cell = Image.fromarray(region), Image.fromarray(region).crop((1792, 896, 2688, 1792))
+    for axis, picture in zip(figure.axes, [whole] * 3 + [cell] * 3, strict=True):
+        shown = np.asarray(axis.images[0].get_array(), float)
+        expected = np.asarray(picture.resize(shown.shape[1::-1], Image.Resampling.BOX), float)
+        assert np.abs(shown - expected).max() <= 3 and axis.images[0].get_extent() == [0, picture.width / 2, picture.height / 2, 0]
+
+
+def test_qc_says_when_its_region_cannot_be_read(real, tmp_path, monkeypatch):
+    assert tile(monkeypatch, "--slides", real / "broken/cmu-midfile-zeroed.svs", "--out", tmp_path) == 3
+    assert Image.open(tmp_path / "qc/cmu-midfile-zeroed.png").size[0] > 500
 
 
 def test_nothing_is_upsampled(tmp_path):
