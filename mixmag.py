@@ -511,10 +511,9 @@ class Whiten(nn.Module):
         self.mean.copy_(mean)
         self.matrix.copy_(directions * (variance.clamp(min=0) + self.SHRINK * variance.mean()).rsqrt())
 
-    def forward(self, h: Tensor, place: Tensor | None = None) -> Tensor:
-        """h (W, n', d) at place (W, n') (None: all, in order)."""
-        mean = self.mean if place is None else self.mean[place]
-        return (h.float() - mean) @ self.matrix
+    def forward(self, h: Tensor) -> Tensor:
+        """h (W, n, d) -> the same shape."""
+        return (h.float() - self.mean) @ self.matrix
 
 
 class SlideClassifier(nn.Module):
@@ -541,34 +540,29 @@ class SlideClassifier(nn.Module):
         for part in (self.pool, self.head):
             part.apply(_init_linear)
 
-    def encode(self, x: Tensor, place: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
-        """x (W, n', D) at place (W, n') among the tokens that are read (None: all of them), valid (W, n') or None -> (W, n', d)
-        contextualized or (W, 1, 4d) compressed outputs, not yet whitened."""
+    def encode(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """x (W, n, D), valid (W, n) or None -> (W, n, d) contextualized or (W, 1, 4d) compressed outputs, not yet whitened."""
         if self.encoder is None:
             return self.standardize(x)
-        cls, tokens = self.encoder(x, self.index.expand(x.shape[0], -1) if place is None else self.index[place], valid)
+        cls, tokens = self.encoder(x, self.index.expand(x.shape[0], -1), valid)
         return tokens if self.tokens == "patch" else cls.flatten(1)[:, None]
 
-    def forward(self, x: Tensor, regions: Tensor, valid: Tensor | None = None, mask: float = 0.0) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, regions: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (W, n, D): the regions of all slides one after the other, regions (S,) long how many each has, valid (W, n) bool
-        or None -> logit (S,), attention over the pooled outputs, slide by slide. mask: share of each region's tokens that are
-        left out, drawn anew each time, as in pretraining.
+        or None -> logit (S,), attention over the pooled outputs, slide by slide.
 
         Regions go through the encoder a chunk at a time and are computed again on the way back, so that memory holds the
         outputs of a slide and the activations of one chunk.
         """
         learns = torch.is_grad_enabled() and self.encoder is not None and self.encoder.pos.requires_grad
-        place, parts = None, []
-        if mask and x.shape[1] > 1:
-            place = complement(random_removal(*x.shape[:2], mask, device=x.device), x.shape[1])
-            x, valid = take(x, place), None if valid is None else valid.gather(1, place)
+        parts = []
         for i in range(0, x.shape[0], self.chunk):
-            part = [None if t is None else t[i:i + self.chunk] for t in (x, place, valid)]
+            part = (x[i:i + self.chunk], None if valid is None else valid[i:i + self.chunk])
             again = learns and x.shape[0] > self.chunk
             parts.append(checkpoint(self.encode, *part, use_reentrant=False) if again else self.encode(*part))
-        h = torch.cat(parts)                                                                            # (W, n' or 1, d)
+        h = torch.cat(parts)                                                                            # (W, n or 1, d)
         if self.whiten is not None:
-            h = self.whiten(h, place if self.tokens == "patch" else None)
+            h = self.whiten(h)
         if valid is None or h.shape[1] == 1:
             per_region = torch.full((h.shape[0],), h.shape[1], device=h.device)
             h = h.flatten(0, 1)

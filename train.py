@@ -25,8 +25,8 @@ from types import SimpleNamespace
 
 DEFAULT_DATA = "data/synthetic"
 PRESETS = {     # what a flag that is not given means; `paper` numbers are the assumed ones of README
-    "small": {"pretrain": {"batch_size": 16, "blr": 0.032, "steps": 800}, "finetune": {"batch_size": 16, "lr": 2e-2, "encoder_rate": 0.03, "hidden": 64, "epochs": 12}},
-    "paper": {"pretrain": {"batch_size": 4096, "blr": 1.5e-4, "epochs": 100}, "finetune": {"batch_size": 32, "lr": 1e-3, "encoder_rate": 0.1, "hidden": 256, "epochs": 20}},
+    "small": {"pretrain": {"batch_size": 16, "blr": 0.032, "weight_decay": 0.05, "steps": 3000}, "finetune": {"batch_size": 16, "lr": 1e-2, "encoder_rate": 0.03, "weight_decay": 1.0, "hidden": 64, "epochs": 12}},
+    "paper": {"pretrain": {"batch_size": 4096, "blr": 1.5e-4, "weight_decay": 0.05, "epochs": 100}, "finetune": {"batch_size": 32, "lr": 1e-3, "encoder_rate": 0.1, "weight_decay": 0.05, "hidden": 256, "epochs": 20}},
 }
 
 
@@ -61,7 +61,7 @@ def parse(argv=None) -> argparse.Namespace:
             p.add_argument("--steps", type=positive, help="optimizer steps, instead of epochs (default: the preset's)")
         p.add_argument("--lr", type=float, help="peak learning rate (default: the preset's)")
         p.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises (assumed)")
-        p.add_argument("--weight-decay", type=float, default=0.05, help="on matrices only (assumed)")
+        p.add_argument("--weight-decay", type=float, help="on matrices only (default: the preset's)")
         p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (assumed)")
         p.add_argument("--amp", choices=("auto", "off", "fp16", "bf16"), default="auto", help="auto: bf16 where the device computes it, else fp16 on a GPU")
         p.add_argument("--workers", type=int, default=0, help="processes that load data")
@@ -87,7 +87,6 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--magnification", type=magnification, default="all", help="all, or the only one whose embeddings are read")
     p.add_argument("--hidden", type=positive, help="width of the AB-MIL attention (default: the preset's)")
     p.add_argument("--dropout", type=float, default=0.2, help="on what is pooled and on the pooled vector (assumed)")
-    p.add_argument("--mask", type=float, default=0.5, help="share of a region's tokens that a training step leaves out, drawn anew each time (assumed)")
     p.add_argument("--smoothing", type=float, default=0.1, help="label smoothing (assumed)")
     p.add_argument("--layer-decay", type=float, default=0.75, help="each layer's rate against the one above (paper 4.3)")
     p.add_argument("--encoder-rate", type=float, help="the encoder's rate against the aggregator's (default: the preset's)")
@@ -815,7 +814,7 @@ def finetune_epoch(model, optimizer, dataset, compute, args, epoch: int, steps: 
     for i, batch in enumerate(loader):
         step = epoch * len(batches) + i
         torch.manual_seed((1_000_003 * args.seed + step) * compute.world + compute.rank)      # for dropout: a function of the step, so a resumed run has the same
-        loss = finetune_step(model, to_device(batch, compute.device), args.smoothing, args.mask, compute, len(batches[i]), step) if batch else torch.zeros(())
+        loss = finetune_step(model, to_device(batch, compute.device), args.smoothing, compute, len(batches[i]), step) if batch else torch.zeros(())
         sum_gradients(model, compute)
         norm = optimizer_step(model, optimizer, compute.scaler, args.lr * lr_at(step, steps, round(args.warmup * steps)), args.clip)
         total += loss * len(batches[i])
@@ -825,10 +824,10 @@ def finetune_epoch(model, optimizer, dataset, compute, args, epoch: int, steps: 
     return sum_over_processes(total, compute).item() / len(dataset), norm.item()
 
 
-def finetune_step(model, batch: dict, smoothing: float, mask: float, compute, cases: int, step: int) -> torch.Tensor:
+def finetune_step(model, batch: dict, smoothing: float, compute, cases: int, step: int) -> torch.Tensor:
     """Forward and backward over this process's share of a batch of `cases` cases; returns its part of the mean loss, on the CPU."""
     with compute.autocast():
-        logit, _ = model(batch["x"], batch["regions"], batch["valid"], mask)
+        logit, _ = model(batch["x"], batch["regions"], batch["valid"])
     target = batch["label"] * (1 - smoothing) + smoothing / 2                                           # (cases,)
     loss = F.binary_cross_entropy_with_logits(logit, target[batch["case"]], reduction="none")           # (S,)
     loss = mixmag.min_slide_loss(loss, batch["case"]).sum() / cases                                     # Eq. 9
@@ -923,20 +922,19 @@ def finish_finetuning(run: Run, model, sets, labels, state: dict, compute, args)
     write_json(run.folder / "result.json", result)
 
 
-def finetuning_memory(model, windows: int, learns: bool, mask: float) -> int:
-    """Bytes that a batch of `windows` regions, of whose tokens learning leaves out the share `mask`, takes in fp32 on top of what the process holds already, in floats (4 bytes) but for the first:
+def finetuning_memory(model, windows: int, learns: bool) -> int:
+    """Bytes that a batch of `windows` regions takes in fp32 on top of what the process holds already, in floats (4 bytes) but for the first:
     1. embeddings: float16, twice while they are put together      2. weights: 5 copies when learning (gradients, two moments, the best epoch's)
     3. the encoder on a chunk of regions: 3 inputs per token and, in each block that is kept for the way back, 9 widths and 4 SwiGLU widths; twice
        where chunks are computed again, because the C library keeps what one has freed while the next is made
     4. the aggregator, per pooled output: 8 widths (4 without an encoder) and 5 of its hidden layer; while 3 runs again, it is not there."""
     n, D, encoder = len(model.index), model.config.dim, model.encoder
-    kept = n - round(mask * n) if learns and n > 1 else n
     fixed = 2 * 2 * windows * n * D + (5 if learns else 1) * 4 * sum(p.numel() for p in model.parameters())                       # 1, 2
-    pool = 4 * windows * (1 if model.tokens == "cls" else kept) * ((8 if encoder else 4) * model.head.in_features + 5 * model.pool.w.in_features)   # 4
+    pool = 4 * windows * (1 if model.tokens == "cls" else n) * ((8 if encoder else 4) * model.head.in_features + 5 * model.pool.w.in_features)   # 4
     if encoder is None:
         return fixed + pool
     block = 9 * encoder.config.width + 4 * encoder.blocks[0].mlp.w1.out_features
-    chunk = 4 * min(windows, model.chunk) * (kept + encoder.config.cls_tokens) * (3 * D + block * (len(encoder.blocks) if learns else 1))      # 3
+    chunk = 4 * min(windows, model.chunk) * (n + encoder.config.cls_tokens) * (3 * D + block * (len(encoder.blocks) if learns else 1))      # 3
     return fixed + (max(2 * chunk, pool) if learns and windows > model.chunk else chunk + pool)
 
 
@@ -950,10 +948,10 @@ def finetuning_plan(model, sets: dict, args) -> str:
         total = sum(w for w, _ in regions)
         read[split] = total * n * D * 2 / 1e9
         lines.append(f"{split:8s}{len(regions):8d}{len(dataset.rows):8d}{total:9d}{total * n:13,d}{read[split]:9.3f}")
-        needs.append(finetuning_memory(model, sum(w for w, _ in regions[-args.batch_size:]), split == "train", args.mask))
+        needs.append(finetuning_memory(model, sum(w for w, _ in regions[-args.batch_size:]), split == "train"))
         largest = max([largest, *regions])
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    lines.append(f"largest case: {largest[1]}, {largest[0]} regions, {largest[0] * n:,d} tokens; alone in a batch it takes {finetuning_memory(model, largest[0], True, args.mask) / 1e9:.2f} GB")
+    lines.append(f"largest case: {largest[1]}, {largest[0]} regions, {largest[0] * n:,d} tokens; alone in a batch it takes {finetuning_memory(model, largest[0], True) / 1e9:.2f} GB")
     lines.append(f"an epoch reads the train and the tune split, {read['train'] + read['tune']:.3f} GB; the test split is read once, at the end")
     lines.append(f"memory: about {(held + max(needs)) / 1e9:.2f} GB in fp32 when the {args.batch_size} largest cases of a split meet in a batch, {held / 1e9:.2f} of them held already")
     return "\n".join(lines)

@@ -412,21 +412,6 @@ def test_whitening_takes_away_places_and_sizes():
     variance = torch.linalg.eigvalsh(covariance)
     expected = torch.diag(variance / (variance + 0.1 * variance.mean()))
     assert out.mean(0).abs().max() < 1e-4 and torch.allclose(torch.einsum("wnd,wne->de", out, out) / 1200, expected, atol=1e-4)
-    place = torch.randint(3, (400, 2))
-    assert torch.allclose(whiten(mixmag.take(h, place), place), mixmag.take(out, place), atol=1e-5)
-
-
-def test_left_out_tokens_are_neither_read_nor_pooled():
-    """With mask, what the classifier sees is the kept tokens at their places: the same as marking the others invalid."""
-    config = tiny()
-    model = mixmag.SlideClassifier(config, MixingEncoder(config), hidden=16).eval()
-    model.whiten.fit(torch.randn(84, config.width), torch.eye(config.width))
-    x, regions = torch.randn(5, 84, 10), torch.tensor([2, 3])
-    torch.manual_seed(1)
-    logit, attention = model(x, regions, mask=0.5)
-    torch.manual_seed(1)
-    valid = torch.ones(5, 84, dtype=torch.bool).scatter(1, mixmag.random_removal(5, 84, 0.5), False)
-    assert len(attention) == 5 * 42 and torch.allclose(logit, model(x, regions, valid)[0], atol=1e-5)
 
 
 def test_classifier_refuses_class_tokens_without_an_encoder():
