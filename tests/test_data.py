@@ -660,13 +660,13 @@ def test_texture_is_finite_deterministic_and_blind_to_turning():
 
 def test_encoder_from_a_module(tmp_path):
     (tmp_path / "mine.py").write_text("def factory():\n    return lambda tiles: tiles.float().mean((1, 2))\n"
-                                      "def nan():\n    return lambda tiles: tiles.float().mean((1, 2)) / 0 * 0\n")
+                                      "def nan():\n    return lambda tiles: tiles.float().mean((1, 2)).where(tiles.amin((1, 2)) > 250, float('nan'))\n")
     write_tiff(tmp_path / "s.tiff", pink(3000, 3000), 0.5)
     run("data.py", "tile", "--slides", "s.tiff", "--out", "d", "--encoder", "mine:factory", cwd=tmp_path)
     slide = data.read_slide(tmp_path / "d/slides/s.safetensors")
     assert slide.dim == 3 and slide.meta["encoder"] == "mine:factory" and slide.features.shape == (9, 21, 3)
-    _, err = run("data.py", "tile", "--slides", "s.tiff", "--out", "e", "--encoder", "mine:nan", cwd=tmp_path, code=1)
-    assert "NaN" in err
+    _, err = run("data.py", "tile", "--slides", "s.tiff", "--out", "e", "--encoder", "mine:nan", cwd=tmp_path, code=3)
+    assert "s: FAILED: the encoder returned NaN" in err
     _, err = run("data.py", "tile", "--slides", "s.tiff", "--out", "e", "--encoder", "mine:absent", cwd=tmp_path, code=1)
     assert "absent" in err
 
