@@ -1157,6 +1157,8 @@ def attention_table(model, dataset, min_cover: float, compute) -> tuple[SimpleNa
     keep = np.ones((len(rows), 1), bool) if cls else data.tokens_of(slide, rows, dataset.entries)[1]
     window, token = keep.nonzero()                                 # window by window, as the model pools them
     weight, rank, level = attention.double().cpu().numpy(), np.empty(len(window)), level[token]
+    if not np.isfinite(weight).all():
+        raise MixmagError(f"{slide.path}: the attention is not finite; data.py verify says which features are not")
     for k in np.unique(level):
         rank[level == k] = stats.rankdata(weight[level == k]) / (level == k).sum()
     return SimpleNamespace(level=level, side=side[token], place=place[keep], box=box[keep], window=window, region=corners[window] // geometry.region,
@@ -1269,34 +1271,32 @@ def heatmap_command(args) -> int:
         raise MixmagError(f"{args.slide} has no region of which {config['min_cover']:.0%} is tissue: there is nothing to draw")
     slide, run, out = dataset.slides[args.slide], Path(args.run).resolve().name, Path(args.out or Path(args.run) / "heatmap" / args.slide)
     meta, reader = slide.meta, data.Reader(args.image) if args.image else None
-    if reader and reader.slide.dimensions != (meta["width"], meta["height"]):
-        raise MixmagError(f"--image {args.image} has {reader.slide.dimensions} pixels, {args.slide} was tiled from {(meta['width'], meta['height'])}: not the same slide")
+    whole, bounds = (0, 0, meta["width"], meta["height"]), reader.slide.properties if reader else {}
+    if reader and reader.slide.dimensions != whole[2:]:
+        raise MixmagError(f"--image {args.image} has {reader.slide.dimensions} pixels, {args.slide} was tiled from {whole[2:]}: not the same slide")
+    x, y, width, height = (int(bounds.get(f"openslide.bounds-{k}", v)) for k, v in zip(("x", "y", "width", "height"), whole))
     table, score = attention_table(model, dataset, config["min_cover"], compute)
-    names = [config["magnification"]] if config["tokens"] == "cls" else meta["magnifications"]
-    labels = ["regions"] if config["tokens"] == "cls" else [f"{m}x" for m in names]
+    cls, levels = config["tokens"] == "cls", np.unique(table.level)
+    names = [config["magnification"]] if cls else meta["magnifications"]
+    labels = ["regions"] if cls else [f"{m}x" for m in names]
     write_csv(out / "attention.csv", ("magnification", "col", "row", "x", "y", "side", "region_col", "region_row", "attention", "rank"),
               ((names[k], *place, *box[:2], side, *region, repr(weight), repr(rank)) for k, place, box, side, region, weight, rank in zip(
                   table.level, table.place, table.box, table.side, table.region, table.weight.tolist(), table.rank.tolist())))
-    x, y, width, height = (int(reader.slide.properties.get(f"openslide.bounds-{name}", whole)) if reader else whole
-                           for name, whole in (("x", 0), ("y", 0), ("width", meta["width"]), ("height", meta["height"])))
-    for k in np.unique(table.level):
+    for k in levels:
         write_text(out / f"attention-{labels[k]}.geojson", json.dumps(qupath_features(table, k, labels[k], args.slide, run, (x, y)), allow_nan=False))
-    view, ground = (x, y, x + width, y + height), lattice(meta, slide.cells, meta["cell_px"], 120, 255)
+    rule = json.loads((Path(args.run) / "result.json").read_text("utf-8"))["case_score"]
+    print(f"{args.slide}: score {score:.4f}; a case's score is the {rule} over its slides\n{len(table.weight)} weights in {out}/attention.csv; .geojson and .png of "
+          + ", ".join(labels[k] for k in levels) + ("" if reader else "; no --image, so no top regions") + f"\n{REMARK}")
     try:
+        view, ground = (x, y, x + width, y + height), lattice(meta, slide.cells, meta["cell_px"], 120, 255)
+        ground = (slide_picture(reader, view, 1600).mean(axis=2), (x, x + width, y + height, y)) if reader else ground
+        for k in levels:
+            draw_attention(out / f"attention-{labels[k]}.png", table, k, slide, ground, view, f"{args.slide}\n{labels[k]}: rank percentile of attention "
+                           f"within slide and {'map' if cls else 'magnification'}\nrun {run}, score {score:.3f}")
         if reader:
-            ground = (slide_picture(reader, view, 1600).mean(axis=2), (view[0], view[2], view[3], view[1]))
-        for k in np.unique(table.level):
-            draw_attention(out / f"attention-{labels[k]}.png", table, k, slide, ground, view, 
-                           f"{args.slide}\n{labels[k]}: rank percentile of attention within slide and {'map' if config['tokens'] == 'cls' else 'magnification'}\n"
-                           f"run {run}, score {score:.3f}")
-        if reader:
-            draw_regions(out / "regions.png", table, [] if config["tokens"] == "cls" else labels, slide, reader, model.config.region * meta["cell_px"])
+            draw_regions(out / "regions.png", table, [] if cls else labels, slide, reader, model.config.region * meta["cell_px"])
     except data.openslide.OpenSlideError as error:
         raise MixmagError(f"{args.image}: its pixels cannot be read ({error}); without --image the maps are drawn on grey") from None
-    rule = json.loads((Path(args.run) / "result.json").read_text("utf-8"))["case_score"]
-    print(f"{args.slide}: score {score:.4f}; a case's score is the {rule} over its slides\n{len(table.weight)} weights in {out}/attention.csv, with a .png and a "
-          f".geojson for {', '.join(labels[k] for k in np.unique(table.level))}; " + ("top regions in regions.png" if reader else "no --image, so no top regions")
-          + f"\n{REMARK}")
     return 0
 
 
