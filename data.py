@@ -14,14 +14,17 @@ import csv
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -666,45 +669,62 @@ def synth_command(args) -> int:
 
 # ------------------------------------------------------------------------------------------------------------- the tiler
 
+CACHE_BYTES = 2 ** 27                                             # of decoded tiles, shared by neighbouring reads of a slide (assumed)
+
+
 class Reader:
-    """A slide behind OpenSlide. After a failed read OpenSlide refuses every later one on that handle, so it is opened anew, once
-    per failure. Raises MixmagError where the file is no slide."""
+    """A slide behind OpenSlide, for any number of threads. Raises MixmagError where the file is no slide."""
 
     def __init__(self, path):
-        self.path = Path(path)
+        self.path, self.cache = Path(path), openslide.OpenSlideCache(CACHE_BYTES)
         if not self.path.is_file() or self.path.stat().st_size == 0:
             raise MixmagError(f"{path}: " + ("is empty (0 bytes)" if self.path.is_file() else "no such file"))
         try:
             if openslide.OpenSlide.detect_format(self.path) is None:
-                raise MixmagError(f"{path}: not a slide format that OpenSlide knows")
-            self.open()
+                raise MixmagError(f"{path}: OpenSlide knows no slide in its {self.path.stat().st_size} bytes: another format, cut short, or an "
+                                  "index without the files that it names")
+            self.slide = self.open()
         except openslide.OpenSlideError as error:
             raise MixmagError(f"{path}: OpenSlide cannot open it ({error})") from None
 
-    def open(self) -> None:
-        self.slide = openslide.OpenSlide(self.path)
+    def open(self) -> openslide.OpenSlide:
+        slide = openslide.OpenSlide(self.path)
+        slide.set_cache(self.cache)
+        return slide
 
     def level_for(self, downsample: float) -> int:
         """The coarsest level that is still at least as fine; pyramids are often 4.0001 or 3.9998 where 4 is meant."""
-        return max(i for i, d in enumerate(self.slide.level_downsamples) if d <= downsample * 1.01 or i == 0)
+        return max(i for i, d in enumerate(self.slide.level_downsamples) if d <= downsample * 1.001 or i == 0)
+
+    def region(self, level: int, left: int, top: int, right: int, bottom: int) -> Image.Image:
+        """The RGBA picture of a rectangle in the level's own pixels. After a failed read OpenSlide refuses every other one on that
+        handle, in whichever thread: so all go on with a new handle, and a last one of its own tells whether these pixels are
+        to blame. Raises openslide.OpenSlideError if they are."""
+        scale = self.slide.level_downsamples[level]
+        place = (round(left * scale), round(top * scale)), level, (right - left, bottom - top)
+        try:
+            return self.slide.read_region(*place)
+        except openslide.OpenSlideError:
+            self.slide = self.open()
+            return self.open().read_region(*place)
 
     def read(self, level: int, box: tuple) -> tuple[Image.Image, tuple]:
         """box (left, top, right, bottom) in level-0 px, floats -> the RGB picture of the level's pixels that cover it, over
-        white, and where in that picture the box lies. Raises openslide.OpenSlideError if it fails twice."""
+        white, and where in that picture the box lies. Raises openslide.OpenSlideError if it cannot be read."""
         scale = self.slide.level_downsamples[level]
         left, top = int(box[0] / scale), int(box[1] / scale)
         right, bottom = (min(-int(-edge // scale), size) for edge, size in zip(box[2:], self.slide.level_dimensions[level]))
-        place = (round(left * scale), round(top * scale)), level, (right - left, bottom - top)
-        try:
-            rgba = self.slide.read_region(*place)
-        except openslide.OpenSlideError:
-            self.open()                                           # a healthy handle for the next read, whatever becomes of this one
-            rgba = openslide.OpenSlide(self.path).read_region(*place)
-        rgb = Image.new("RGB", rgba.size, "white")
-        rgb.paste(rgba, mask=rgba.getchannel("A"))
+        rgb = over_white(self.region(level, left, top, right, bottom))
         within = tuple(min(max(edge / scale - start, 0), size) for edge, start, size in
                        zip(box, (left, top, left, top), (*rgb.size, *rgb.size)))
         return rgb, within
+
+
+def over_white(rgba: Image.Image) -> Image.Image:
+    """The RGB picture over white glass."""
+    rgb = Image.new("RGB", rgba.size, "white")
+    rgb.paste(rgba, mask=rgba.getchannel("A"))
+    return rgb
 
 
 RESOLUTION_UM = {"inch": 25400.0, "centimeter": 10000.0}          # what tiff.ResolutionUnit says; "none" is no scale
@@ -940,67 +960,153 @@ def tissue_mask(reader: Reader, mpp: float, own: Path | None = None) -> tuple[np
     return picture, mask
 
 
+MAX_STRETCH = 1.02                                                # assumed: a mpp is not known better than this, so 0.51 um/px are still 20x
+MAX_DRIFT = 1.0                                                   # px of the finest magnification that an edge may lie off the lattice
+
+
 @dataclass
 class TilePlan:
-    """What will be read of a slide: the lattice in level-0 pixels and the accepted windows with their whole cells."""
+    """What will be read of a slide: one lattice of cells, float in level-0 pixels, whose lines are rounded once, to whole pixels of the
+    one level that is read. A tile is an equal part of its cell, so children tile their parent whatever the mpp."""
     mpp: float
     mpp_source: str
+    magnifications: list
     cell_px: float
     origin: tuple
+    level: int                                                    # the coarsest one that is fine enough for every magnification
+    downsample: float
+    lines: tuple                                                  # (cols + 1,), (rows + 1,) int: the lattice in the level's pixels
     windows: list                                                 # (col, row, cols, rows) in cells
     candidates: int                                               # windows looked at
-    levels: dict                                                  # magnification -> pyramid level it is read from
     thumbnail: np.ndarray                                         # (h, w, 3) at TISSUE_UM, and where its tissue is (h, w)
     mask: np.ndarray
+    share: np.ndarray                                             # their pixels per level-0 pixel: x, y
 
     @property
     def cells(self) -> int:
         return sum(w[2] * w[3] for w in self.windows)
 
+    def patch(self, mask: np.ndarray, col: int, row: int, cols: int = 1, rows: int = 1) -> np.ndarray:
+        """The part of a mask that these cells cover, at least one pixel of it."""
+        corners = np.array([[col, row], [col + cols, row + rows]]) * self.cell_px + self.origin
+        (x0, y0), (x1, y1) = np.round(corners * self.share).astype(int)
+        return mask[y0:max(y1, y0 + 1), x0:max(x1, x0 + 1)]
+
+    @functools.cached_property
+    def inside(self) -> np.ndarray:
+        """The mask without its holes and its rim: unscanned glass is no hole in tissue, a lost tile is."""
+        from scipy import ndimage
+        return ndimage.binary_erosion(ndimage.binary_fill_holes(self.mask), iterations=2)
+
+
+def tile_edges(lines: np.ndarray, k: int) -> np.ndarray:
+    """Where the tiles of magnification k (0 is the lowest) begin and end: every interval of the lattice in 2^k equal parts."""
+    return np.interp(np.arange((len(lines) - 1) * 2 ** k + 1) / 2 ** k, np.arange(len(lines)), lines)
+
+
+def drift(plan: TilePlan) -> tuple[float, float, list]:
+    """How well the tiles keep to the lattice: the largest difference between a parent's and its children's edges, and between any
+    edge and the unrounded lattice, in um; and for each magnification the (smallest, largest) um/px of its tiles."""
+    nesting, off, kept = 0.0, 0.0, []
+    for k in range(len(plan.magnifications)):
+        edges = [tile_edges(lines, k) * plan.downsample * plan.mpp for lines in plan.lines]             # um
+        for axis, start in enumerate(plan.origin):
+            exact = (start + plan.cell_px / 2 ** k * np.arange(len(edges[axis]))) * plan.mpp
+            parents = tile_edges(plan.lines[axis], max(0, k - 1)) * plan.downsample * plan.mpp
+            off = max(off, np.abs(edges[axis] - exact).max())
+            nesting = max(nesting, np.abs(edges[axis][::2 if k else 1] - parents).max())
+        sizes = np.concatenate([np.diff(e) for e in edges]) / TILE_PX
+        kept.append((sizes.min(), sizes.max()))
+    return nesting, off, kept
+
 
 def plan_slide(reader: Reader, args) -> TilePlan:
     """Lattice of cells in exact mpp from the slide's (or its bounds') corner; windows of region x region cells on a lattice of
     that stride; a window is accepted by its tissue, with those of its cells that lie wholly on the slide."""
-    slide = reader.slide
+    slide, R, finest = reader.slide, args.region, 10.0 / args.magnifications[-1]                        # 20x is 0.5 um/px, 5x is 2.0
     mpp, source = slide_mpp(slide, *given_mpp(reader.path, args), args.mpp_from_power)
-    finest = 10.0 / args.magnifications[-1]                       # 20x is 0.5 um/px, 10x is 1.0, 5x is 2.0
-    if mpp > 1.05 * finest:
-        raise MixmagError(f"its {mpp:g} um/px are coarser than {args.magnifications[-1]}x ({finest:g} um/px), and nothing is "
-                          f"upsampled; --magnifications can name coarser ones")
+    if mpp > MAX_STRETCH * finest:
+        coarser = [str(m) for m in args.magnifications if mpp <= MAX_STRETCH * 10.0 / m]
+        raise MixmagError(f"its {mpp:g} um/px are coarser than {args.magnifications[-1]}x ({finest:g} um/px), and nothing is upsampled; "
+                          + (f"--magnifications {' '.join(coarser)} tiles it at what it has" if coarser else "it has none of the magnifications"))
     cell_px = TILE_PX * 10.0 / args.magnifications[0] / mpp
     left, top, width, height = (int(slide.properties.get(f"openslide.bounds-{k}", default)) for k, default in
                                 zip(("x", "y", "width", "height"), (0, 0, *slide.dimensions)))
-    cols, rows = int(width / cell_px), int(height / cell_px)
+    cols, rows = int((width + 1) / cell_px), int((height + 1) / cell_px)                                # a last line may be rounded, too
+    if not cols or not rows:
+        raise MixmagError(f"its {width} x {height} px are less than one cell of {cell_px:g} px ({cell_px * mpp:g} um)")
+    level = reader.level_for(finest / mpp)
+    downsample = slide.level_downsamples[level]
+    lines = tuple(np.round((start + cell_px * np.arange(count + 1)) / downsample).clip(max=size).astype(int)
+                  for start, count, size in zip((left, top), (cols, rows), slide.level_dimensions[level]))
     picture, mask = tissue_mask(reader, mpp, find_mask(reader.path, args.mask))
-    R, slide = args.region, reader.slide                          # a failed read renews the handle
-    share = np.array(mask.shape[::-1]) / slide.dimensions         # mask pixels per level-0 pixel: x, y
-    windows, candidates = [], 0
+    slide = reader.slide                                          # a failed read renews the handle
+    plan = TilePlan(mpp, source, args.magnifications, cell_px, (float(left), float(top)), level, downsample, lines, [], 0, picture, mask,
+                    np.array(mask.shape[::-1]) / slide.dimensions)
+    if drift(plan)[1] > MAX_DRIFT * finest:
+        raise MixmagError(f"level {level} ({slide.level_dimensions[level]} px) does not fit level 0 ({slide.dimensions} px): edges would lie "
+                          f"{drift(plan)[1]:.3g} um off, more than {MAX_DRIFT * finest:g} um")
     for row in range(0, rows, R):
         for col in range(0, cols, R):
-            box = np.array([left, top] * 2) + np.array([col, row, min(col + R, cols), min(row + R, rows)]) * cell_px
-            x0, y0, x1, y1 = np.round(box.reshape(2, 2) * share).astype(int).reshape(-1)
-            candidates += 1
-            if mask[y0:max(y1, y0 + 1), x0:max(x1, x0 + 1)].mean() >= args.min_tissue:
-                windows.append((col, row, min(R, cols - col), min(R, rows - row)))
-    levels = {m: reader.level_for(10.0 / m / mpp) for m in args.magnifications}
-    return TilePlan(mpp, source, cell_px, (float(left), float(top)), windows, candidates, levels, picture, mask)
+            window = col, row, min(R, cols - col), min(R, rows - row)
+            plan.candidates += 1
+            if plan.patch(mask, *window).mean() >= args.min_tissue:
+                plan.windows.append(window)
+    return plan
+
+
+MAX_LOST = 0.01                                                   # share of a cell that may be missing where the mask sees tissue (assumed)
+
+
+def read_cell(reader: Reader, plan: TilePlan, col: int, row: int) -> np.ndarray:
+    """(T, 224, 224, 3) uint8: a cell's tiles in the slide file's token order. Its pixels are decoded once. They are resampled once, by
+    a factor near 1; means of whole pixels do the rest, which together is area averaging: a tile is the mean of its children.
+    Raises openslide.OpenSlideError or MixmagError for pixels that cannot be read, or are missing where there was tissue."""
+    (left, right), (top, bottom) = (lines[i:i + 2].tolist() for lines, i in zip(plan.lines, (col, row)))
+    rgba = reader.region(plan.level, left, top, right, bottom)
+    pixels = np.array(rgba)                                       # (h, w, 4): four bytes a pixel are less work than three, for torch and for Pillow
+    if pixels.view(np.uint32).min() >> 24 < 255:                  # the alphas, as the highest bytes, decide which number is least
+        inside = plan.patch(plan.inside, col, row)
+        lost = (inside & (np.asarray(rgba.getchannel("A").resize(inside.shape[::-1], Image.Resampling.BOX)) == 0)).mean()
+        if lost > MAX_LOST:
+            raise MixmagError(f"level {plan.level} has no pixels for {lost:.0%} of the cell at (col, row) ({col}, {row}), where the thumbnail shows tissue")
+        pixels = np.array(over_white(rgba).convert("RGBX"))
+    K, shrink = len(plan.magnifications), max(1, round(10.0 / plan.magnifications[-1] / plan.mpp / plan.downsample))
+    side = TILE_PX * 2 ** (K - 1) * shrink
+    if pixels.shape[:2] != (side, side):
+        planes = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+        pixels = F.interpolate(planes, size=(side, side), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    picture = Image.frombuffer("RGBX", (side, side), pixels, "raw", "RGBX", 0, 1)
+    tiles = np.empty(((4 ** K - 1) // 3, TILE_PX, TILE_PX, 3), np.uint8)
+    for k, shrink in zip(range(K - 1, -1, -1), (shrink, *[2] * K)):
+        picture, n = picture.reduce(shrink) if shrink > 1 else picture, 2 ** k
+        rgb = np.frombuffer(picture.tobytes("raw", "RGB"), np.uint8).reshape(n, TILE_PX, n, TILE_PX, 3)
+        tiles[(n * n - 1) // 3:(4 * n * n - 1) // 3].reshape(n, n, TILE_PX, TILE_PX, 3)[:] = rgb.swapaxes(1, 2)
+    return tiles
 
 
 def read_window(reader: Reader, plan: TilePlan, window: tuple) -> np.ndarray:
-    """(cells, T, 224, 224, 3) uint8: the tiles of a window, cell-major, in the slide file's token order. A pyramid level is read
-    once for all magnifications that it serves. (A box filter would be off by up to half a pixel where the scale is nearly 1.)"""
+    """(cells, T, 224, 224, 3) uint8: the tiles of a window, cell-major."""
     col, row, cols, rows = window
-    box = tuple(plan.origin[i % 2] + edge * plan.cell_px for i, edge in enumerate((col, row, col + cols, row + rows)))
-    pictures = {level: reader.read(level, box) for level in set(plan.levels.values())}
-    tiles = []
-    for k, level in enumerate(plan.levels.values()):
-        picture, within = pictures[level]
-        side = 2 ** k
-        size = (cols * side * TILE_PX, rows * side * TILE_PX)
-        array = np.asarray(picture.resize(size, Image.Resampling.BILINEAR, box=within))       # widened by the scale: no aliasing
-        array = array.reshape(rows, side, TILE_PX, cols, side, TILE_PX, 3).transpose(0, 3, 1, 4, 2, 5, 6)
-        tiles.append(array.reshape(rows * cols, side * side, TILE_PX, TILE_PX, 3))
-    return np.concatenate(tiles, axis=1)
+    return np.stack([read_cell(reader, plan, col + c, row + r) for r in range(rows) for c in range(cols)])
+
+
+def read_cells(reader: Reader, plan: TilePlan):
+    """Yields (number of the window, (col, row), tiles or the error that says why there are none) in the plan's order, while threads
+    read a few cells ahead: OpenSlide, Pillow and torch let go of the interpreter for the work on pixels."""
+    def read(cell):
+        try:
+            return read_cell(reader, plan, *cell)
+        except (openslide.OpenSlideError, MixmagError) as error:
+            return error
+
+    cells = [(i, (col + c, row + r)) for i, (col, row, cols, rows) in enumerate(plan.windows) for r in range(rows) for c in range(cols)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        futures = (pool.submit(read, cell) for _, cell in cells)
+        ahead = deque(itertools.islice(futures, 4 * torch.get_num_threads()))
+        for i, cell in cells:
+            yield i, cell, ahead.popleft().result()
+            ahead.extend(itertools.islice(futures, 1))
 
 
 def scale_bar(axis, across: float) -> None:
@@ -1141,28 +1247,46 @@ def encode(encoder, tiles: np.ndarray, batch_size: int, device, dim: int | None 
     return half.numpy().reshape(*tiles.shape[:-3], -1)
 
 
+def full_batches(parts, size: int):
+    """Yields the tiles of `parts`, arrays (n, 224, 224, 3) of any n, in batches of `size`, the last one smaller. A batch is overwritten by the next."""
+    batch, held = np.empty((size, TILE_PX, TILE_PX, 3), np.uint8), 0
+    for part in parts:
+        while len(part):
+            n = min(len(part), size - held)
+            batch[held:held + n] = part[:n]
+            part, held = part[n:], held + n
+            if held == size:
+                yield batch
+                held = 0
+    if held:
+        yield batch[:held]
+
+
 MAX_BAD_WINDOWS = 0.01                                            # a slide of which more cannot be read has failed
 
 
 def tile_slide(reader: Reader, plan: TilePlan, encoder, dim: int, args) -> tuple:
     """features (C, T, D), cells (C, 2), and how many windows were dropped because their pixels could not be read."""
-    features, cells, bad = [], [], 0
-    for window in progress(plan.windows, desc=reader.path.stem[:24], leave=False):
-        if STOP_SIGNALS:
-            raise Stopped
-        try:
-            tiles = read_window(reader, plan, window)
-        except openslide.OpenSlideError as error:
-            bad += 1
-            if bad > MAX_BAD_WINDOWS * len(plan.windows):
-                raise MixmagError(f"{bad} of {len(plan.windows)} windows cannot be read, more than {MAX_BAD_WINDOWS:.0%} ({error})") from None
-            continue
-        col, row, cols, rows = window
-        features.append(encode(encoder, tiles, args.batch_size, args.device, dim))
-        cells += [(col + c, row + r) for r in range(rows) for c in range(cols)]
+    kept, bad = [], set()                                         # (window, col, row) of the cells that were read; windows that are dropped
+
+    def readable():
+        for i, cell, tiles in progress(read_cells(reader, plan), total=plan.cells, desc=reader.path.stem[:24], leave=False):
+            if STOP_SIGNALS:
+                raise Stopped
+            if isinstance(tiles, Exception):
+                bad.add(i)
+                if len(bad) > MAX_BAD_WINDOWS * len(plan.windows):
+                    raise MixmagError(f"{len(bad)} of {len(plan.windows)} windows cannot be read, more than {MAX_BAD_WINDOWS:.0%}: {tiles}")
+            elif i not in bad:
+                kept.append((i, *cell))
+                yield tiles
+
+    features = [encode(encoder, batch, args.batch_size, args.device, dim) for batch in full_batches(readable(), args.batch_size)]
     T = Geometry(1, args.magnifications).tokens_per_cell
-    return (np.concatenate(features) if features else np.zeros((0, T, dim), np.float16),
-            np.array(cells, np.int32).reshape(-1, 2), bad)
+    features = np.concatenate([np.zeros((0, dim), np.float16), *features]).reshape(-1, T, dim)
+    good = [i not in bad for i, *_ in kept]
+    cells = np.array(kept, np.int32).reshape(-1, 3)[:, 1:]
+    return (features, cells, 0) if not bad else (features[good], cells[good], len(bad))
 
 
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".dcm", ".czi")
@@ -1172,7 +1296,7 @@ def find_slides(places) -> list[Path]:
     """Slide files, named or found in folders, sorted. Raises MixmagError where two would have the same slide id."""
     paths = []
     for place in map(Path, places):
-        paths += sorted(p for p in place.rglob("*") if p.suffix.lower() in SLIDE_SUFFIXES) if place.is_dir() else [place]
+        paths += sorted(p for p in place.rglob("[!.]*") if p.suffix.lower() in SLIDE_SUFFIXES) if place.is_dir() else [place]
     by_id = defaultdict(list)
     for path in paths:
         by_id[path.stem.lower()].append(str(path))
@@ -1183,11 +1307,30 @@ def find_slides(places) -> list[Path]:
     return paths
 
 
-def tile_one(path: Path, encoder, dim: int, args) -> str:
-    """Tile one slide into its file; the line that reports it. Raises MixmagError if it cannot be done."""
+def plan_report(reader: Reader, plan: TilePlan, region: int) -> str:
+    """Two lines about what will be read, and how exactly."""
+    whole = sum(w[2] * w[3] == region ** 2 for w in plan.windows)
+    nesting, off, kept = drift(plan)
+    tokens = [plan.cells * 4 ** k for k in range(len(kept))]
+    finest, native = 10.0 / plan.magnifications[-1], plan.mpp * plan.downsample
+    return (f"{reader.path.stem}: {plan.mpp:.4g} um/px ({plan.mpp_source}), level {plan.level} of {reader.slide.level_count} (downsample {plan.downsample:.6g}), "
+            f"{len(plan.windows)} of {plan.candidates} windows hold tissue ({whole} with all {region ** 2} cells), {plan.cells} cells, {sum(tokens)} tokens ("
+            + ", ".join(f"{m}x {n}" for m, n in zip(plan.magnifications, tokens)) + ")\n"
+            f"    drift: children meet their parents within {nesting:.2g} um, edges keep to the lattice within {off:.2g} um; um/px asked, effective: "
+            + ", ".join(f"{m}x {10 / m:g}, {low:.4g} to {high:.4g}" for m, (low, high) in zip(plan.magnifications, kept))
+            + (f"; the slide's {native:.4g} um/px are interpolated by {native / finest - 1:.1%}" if native > 1.0005 * finest else ""))
+
+
+def free_bytes(folder: Path) -> int:
+    """What the disk under a folder, that need not exist yet, can take."""
+    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+
+
+def tile_one(path: Path, encoder, dim: int, args) -> tuple[str, int]:
+    """Tile one slide into its file; the report, and the bytes that it takes. Raises MixmagError if it cannot be done."""
     if not path.exists():
         raise MixmagError(f"{path}: no such file")
-    out = Path(args.out) / "slides" / f"{path.stem}.safetensors"
+    out = Path(args.out).resolve() / "slides" / f"{path.stem}.safetensors"
     mask = find_mask(path, args.mask)
     settings = {"region": args.region, "min_tissue": args.min_tissue, "mpp": given_mpp(path, args)[0], "source_bytes": path.stat().st_size,
                 "mask": mask and hashlib.sha256(mask.read_bytes()).hexdigest()}
@@ -1196,22 +1339,22 @@ def tile_one(path: Path, encoder, dim: int, args) -> str:
         there = (found["encoder"], found["magnifications"], found.get("settings"))
         if there != (args.encoder, args.magnifications, settings):
             raise MixmagError(f"{out} was made with {there}, now asked for {(args.encoder, args.magnifications, settings)}; give another --out")
-        return f"{path.stem}: done before"
+        return f"{path.stem}: done before", 0
     reader = Reader(path)
     plan = plan_slide(reader, args)
-    T = Geometry(1, args.magnifications).tokens_per_cell
-    whole = sum(w[2] * w[3] == args.region ** 2 for w in plan.windows)
-    report = (f"{path.stem}: {plan.mpp:.4g} um/px ({plan.mpp_source}), levels {plan.levels}, {len(plan.windows)} of {plan.candidates} windows "
-              f"hold tissue ({whole} with all {args.region ** 2} cells), {plan.cells} cells, {plan.cells * T} tokens, {plan.cells * T * dim * 2 / 1e6:.2f} MB")
+    size = plan.cells * Geometry(1, args.magnifications).tokens_per_cell * dim * 2
+    report = plan_report(reader, plan, args.region) + f"; {size / 1e6:.2f} MB"
     if not args.dry_run:
-        draw_qc(Path(args.out) / "qc" / f"{path.stem}.png", reader, plan, args.magnifications)
+        if size > free_bytes(out):
+            raise MixmagError(f"its {size / 1e6:.0f} MB do not fit into the {free_bytes(out) / 1e6:.0f} MB that are free under {out}")
+        draw_qc(out.parents[1] / "qc" / f"{path.stem}.png", reader, plan, args.magnifications)
         features, cells, bad = tile_slide(reader, plan, encoder, dim, args)
         width, height = reader.slide.dimensions
         write_slide(out, features, cells, np.ones(features.shape[:2], bool),
                     {"slide_id": path.stem, "encoder": args.encoder, "magnifications": args.magnifications, "tile_px": TILE_PX, "mpp": plan.mpp,
                      "cell_px": plan.cell_px, "origin": plan.origin, "width": width, "height": height, "n_bad": bad, "settings": settings})
-        report += f", {bad} windows dropped as unreadable" if bad else ""
-    return report + ("" if plan.windows else "; nothing to embed")
+        report += f"; {bad} windows dropped as unreadable" if bad else ""
+    return report + ("" if plan.windows else "; nothing to embed"), size
 
 
 def tile_command(args) -> int:
@@ -1229,24 +1372,33 @@ def tile_command(args) -> int:
         print(f"--manifest: {len(strangers)} of {len(args.manifest)} rows name no slide here, such as {min(strangers)}", file=sys.stderr)
     if args.mask and Path(args.mask).is_file() and len(paths) > 1:
         raise MixmagError(f"--mask {args.mask} is one file for {len(paths)} slides; give a folder of <slide_id>.png or .geojson")
-    paths = paths[share::shares]
+    paths, out = paths[share::shares], Path(args.out).resolve()
+    if any(path.resolve().parent in (out, out / "slides") for path in paths):
+        raise MixmagError(f"--out {args.out} would write among the slides themselves; name another folder")
     encoder = tile_encoder(args.encoder, args.device, args.weights)
     dim = encode(encoder, np.full((1, TILE_PX, TILE_PX, 3), 255, np.uint8), 1, args.device).shape[1]
-    failed = []
+    failed, needed = [], 0
     for path in progress(paths, desc="slides"):
         if STOP_SIGNALS:
             raise Stopped
         try:
-            print(tile_one(path, encoder, dim, args), flush=True)
+            report, size = tile_one(path, encoder, dim, args)
+            needed += size
+            print(report, flush=True)
         except (MixmagError, openslide.OpenSlideError, OSError, ValueError, RuntimeError) as error:
-            failed.append((path.stem, "tile", f"{type(error).__name__}: {error}" if not isinstance(error, MixmagError) else str(error)))
-            print(f"{path.stem}: FAILED: {error}", file=sys.stderr)
-    listed = Path(args.out) / ("failed.csv" if shares == 1 else f"failed-{share}-of-{shares}.csv")
-    if not args.dry_run:
-        listed.unlink(missing_ok=True)
-    if failed and not args.dry_run:
+            reason = str(error) if isinstance(error, MixmagError) else f"{type(error).__name__}: {error}"
+            failed.append((path.stem, "tile", reason))
+            print(f"{path.stem}: FAILED: {reason}", file=sys.stderr)
+    if args.dry_run:
+        print(f"{len(paths) - len(failed)} slides can be tiled, {len(failed)} cannot; {needed / 1e9:.3f} GB are needed, {free_bytes(out) / 1e9:.3f} GB free under {args.out}")
+        if needed > free_bytes(out):
+            raise MixmagError(f"the slides do not fit under --out {args.out}")
+        return 3 if failed else 0
+    listed = out / ("failed.csv" if shares == 1 else f"failed-{share}-of-{shares}.csv")
+    listed.unlink(missing_ok=True)
+    if failed:
         write_csv(listed, ("slide_id", "stage", "reason"), failed)
-    print(f"{len(paths) - len(failed)} slides done, {len(failed)} failed" + (f" (see {listed})" if failed and not args.dry_run else ""))
+    print(f"{len(paths) - len(failed)} slides done, {len(failed)} failed" + (f" (see {listed})" if failed else ""))
     return 3 if failed else 0
 
 
