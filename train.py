@@ -1335,43 +1335,81 @@ def train_row(row: str, task: str, seed: int, args) -> dict:
                            "--out", str(seed_folder / f"{task}-{row}"), *(["--epochs", str(args.epochs)] if args.epochs else [])]))
 
 
+def full_title(row: str) -> str:
+    return row_title(row) + {"cls": ", CLS", "patch": ", Patch"}.get(row.split("-")[-1], "")
+
+
 def row_title(row: str) -> str:
     method, setting, *_ = row.split("-")
     return {"abmil": f"AB-MIL {setting}", "random": f"Random {setting}", "mem": f"MEM {setting}", "cmem": f"CMEM {setting}x{setting}"}[method].replace(
         f" {setting}", f" {setting}x" if method in ("abmil", "random") and setting != "all" else f" {setting}")
 
 
-def average_interval(runs) -> list | None:
-    """95 % of the mean AUROC over runs [(number of the task, folder)] when the test cases of each task are drawn again; the seeds
-    of a task share its cases, so they share the draw."""
-    samples = []
-    for number, folder in runs:
-        rows = [r for r in data.read_csv(folder / "predictions.csv", ("case_id", "label", "score", "split")) if r["split"] == "test"]
-        samples.append(bootstrap_aurocs([int(r["label"]) for r in rows], [float(r["score"]) for r in rows], number))
-    return None if not samples or any(s is None for s in samples) else interval(np.mean(samples, axis=0))
+def resampled(row: str, task: str, number: int, results: dict, out: Path) -> tuple:
+    """The mean AUROC over seeds of a row on a task, (resamples,) times with the task's test cases drawn again, and those cases. The draw
+    follows from the task's number, so that all rows and seeds share it and differences are paired. None where a seed has no AUROC."""
+    samples, cases = [], None
+    for r in results[row, task]:
+        rows = r["auroc"] is not None and [x for x in data.read_csv(out / f"seed-{r['seed']}" / f"{task}-{row}" / "predictions.csv",
+                                                                  ("case_id", "label", "score", "split")) if x["split"] == "test"]
+        if not rows or (drawn := bootstrap_aurocs([int(x["label"]) for x in rows], [float(x["score"]) for x in rows], number)) is None:
+            return None, None
+        samples.append(drawn)
+        cases = [x["case_id"] for x in rows]
+    return np.mean(samples, axis=0), cases
 
 
-def format_table(rows, tasks, results: dict, out: Path) -> str:
-    """A Markdown table of mean AUROC x 100 over seeds; results[row, task] is a list of finetune's results."""
-    lines = ["| | " + " | ".join(TASK_TITLES.get(t, t) for t in tasks) + " | average, 95 % over cases | tasks | paper, these tasks |", "|---" * (len(tasks) + 4) + "|"]
+def format_table(rows, tasks, results: dict, draws: dict) -> str:
+    """A Markdown table of mean AUROC x 100 over seeds; results[row, task] is a list of finetune's results, draws[row, task] of `resampled`."""
+    lines = ["| | " + " | ".join(TASK_TITLES.get(t, t) for t in tasks) + " | average, 95 % over cases | spread over seeds | tasks | paper, these tasks |",
+             "|---" * (len(tasks) + 5) + "|"]
     for row in rows:
-        means = []
-        for task in tasks:
-            values = [r["auroc"] for r in results[row, task]]
-            means.append(None if None in values else 100 * float(np.mean(values)))
-        known = [v for v in means if v is not None]
-        low_high = average_interval([(i, out / f"seed-{r['seed']}" / f"{t}-{row}") for i, (t, v) in enumerate(zip(tasks, means)) if v is not None
-                                     for r in results[row, t]])
-        average = ("n/a" if not known else f"**{np.mean(known):.1f}**") + (f" ({100 * low_high[0]:.1f} to {100 * low_high[1]:.1f})" if low_high else "")
+        values = [[r["auroc"] for r in results[row, task]] for task in tasks]
+        known = np.array([100 * np.array(v) for v in values if None not in v])                          # (tasks, seeds)
+        drawn = [draws[row, t][0] for t, v in zip(tasks, values) if None not in v]
+        average = f"**{known.mean():.1f}**" if len(known) else "n/a"
+        if len(known) and all(d is not None for d in drawn):
+            average += " ({:.1f} to {:.1f})".format(*(100 * v for v in interval(np.mean(drawn, axis=0))))
+        spread = f"{known.mean(axis=0).std(ddof=1):.1f}" if len(known) and known.shape[1] > 1 else "-"
         printed = [PAPER[row][list(TASK_TITLES).index(t)] for t in tasks if t in TASK_TITLES]
-        lines.append(f"| {row_title(row)} | " + " | ".join("n/a" if v is None else f"{v:.1f}" for v in means) + f" | {average} | {len(known)} of {len(tasks)} | "
-                     + (f"{np.mean(printed):.1f}" if len(printed) == len(tasks) else "-") + " |")
+        lines.append(f"| {row_title(row)} | " + " | ".join("n/a" if None in v else f"{100 * np.mean(v):.1f}" for v in values)
+                     + f" | {average} | {spread} | {len(known)} of {len(tasks)} | " + (f"{np.mean(printed):.1f}" if len(printed) == len(tasks) else "-") + " |")
     return "\n".join(lines)
 
 
+PAIRS = (("mem-0.50-patch", "abmil-20"), ("mem-0.50-patch", "random-all-patch"), ("mem-0.50-cls", "abmil-20"), ("mem-0.50-cls", "random-all-cls"),
+         ("mem-0.50-patch", "mem-0.50-cls"), ("cmem-7-patch", "mem-0.50-patch"), ("random-all-patch", "abmil-20"), ("abmil-all", "abmil-20"))
+
+
+def two_sided(differences: np.ndarray) -> float:
+    """The chance, by bootstrap, of a difference this far from nothing."""
+    return min(1.0, 2 * (1 + min((differences <= 0).sum(), (differences >= 0).sum())) / (1 + len(differences)))
+
+
+def format_pairs(rows, tasks, draws: dict) -> str:
+    """A Markdown table of differences in AUROC x 100 between rows on the same test cases, by paired bootstrap over cases; p-values of a pair are
+    corrected over its tasks by Holm's method. A star says that the two can be told apart."""
+    lines = ["| difference | " + " | ".join(TASK_TITLES.get(t, t) for t in tasks) + " | mean, 95 % over cases | told apart |", "|---" * (len(tasks) + 3) + "|"]
+    for one, other in PAIRS:
+        pairs = [(draws[one, t], draws[other, t]) for t in tasks] if {one, other} <= set(rows) else []
+        differences = [100 * (a - b) if a is not None and b is not None and cases == same else None for (a, cases), (b, same) in pairs]
+        known = [i for i, d in enumerate(differences) if d is not None]
+        if known:
+            p, limit = {i: two_sided(differences[i]) for i in known}, 0.0
+            for place, i in enumerate(sorted(known, key=p.get)):                                        # Holm 1979
+                limit = p[i] = max(limit, min(1.0, p[i] * (len(known) - place)))
+            cells = ["n/a" if i not in p else f"{np.mean(d):+.1f}" + ("*" if p[i] < 0.05 else "") for i, d in enumerate(differences)]
+            mean = np.mean([differences[i] for i in known], axis=0)
+            low, high = interval(mean)
+            told = sum(p[i] < 0.05 for i in known)
+            lines.append(f"| {full_title(one)} - {full_title(other)} | " + " | ".join(cells) + f" | {mean.mean():+.1f} ({low:+.1f} to {high:+.1f}) | on {told} of {len(known)} tasks"
+                         + ("; the mean: yes" if two_sided(mean) < 0.05 else "; the mean: not distinguishable") + " |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 def tables(args, rows, tasks) -> str:
-    """Run what is missing and return both tables as Markdown."""
-    path = ensure_data(args.data)
+    """Run what is missing; write OUT/results.csv, a line per run, and return both tables and their paired comparisons as Markdown."""
+    path, out, began = ensure_data(args.data), Path(args.out), time.time()
     seeds, results = range(args.seed, args.seed + args.seeds), {}
     for seed in seeds:
         for row in rows:
@@ -1382,11 +1420,19 @@ def tables(args, rows, tasks) -> str:
                     log(f"{task} {row}: {error}")
                     result = {"auroc": None, "seed": seed}
                 results.setdefault((row, task), []).append(result)
+    if process()[0]:
+        return ""
+    keys = ("auroc", "interval", "average_precision", "tune_auroc", "best_epoch", "case_score")
+    write_csv(out / "results.csv", ("row", "task", "seed", *keys), [(row, task, r["seed"], *(r.get(k) for k in keys)) for (row, task), found in results.items() for r in found])
+    log(f"{len(results) * len(seeds)} runs in {time.time() - began:.0f} s, those done before included")
+    draws = {(row, task): resampled(row, task, i, results, out) for row in rows for i, task in enumerate(tasks)}
     words = "synthetic cohort" if data.synthetic_facts(path) else str(path)
     text = f"AUROC x 100 on the test cases, {words}, {args.preset} preset, mean over {len(seeds)} seed{'s' * (len(seeds) > 1)}. The last column is the paper's, on its own (private) data."
     for title, wanted in (("Table 1: contextualized outputs (Patch)", [r for r in rows if not r.endswith("-cls")]), ("Table 2: compressed outputs (CLS)", [r for r in rows if r.endswith("-cls")])):
         if wanted:
-            text += f"\n\n## {title}\n\n" + format_table(wanted, tasks, results, Path(args.out))
+            text += f"\n\n## {title}\n\n" + format_table(wanted, tasks, results, draws)
+    if pairs := format_pairs(rows, tasks, draws):
+        text += f"\n\n## Differences on the same test cases\n\nPaired bootstrap over cases; * told apart at 0.05 after Holm's correction over the tasks.\n\n{pairs}"
     return text + "\n"
 
 
@@ -1427,7 +1473,7 @@ def draw_demo(out: Path, seed: int) -> None:
     results = [json.loads((out / f"seed-{seed}" / f"{DEMO_TASK}-{row}" / "result.json").read_text("utf-8")) for row in DEMO_ROWS]
     value, (low, high) = np.array([r["auroc"] for r in results]), np.array([r["interval"] for r in results]).T
     axis.errorbar(value, range(len(value)), xerr=[value - low, high - value], fmt="o", capsize=3)
-    axis.set(yticks=range(len(DEMO_ROWS)), yticklabels=[row_title(r) + (", CLS" if r.endswith("cls") else ", Patch" if r.endswith("patch") else "") for r in DEMO_ROWS],
+    axis.set(yticks=range(len(DEMO_ROWS)), yticklabels=[full_title(r) for r in DEMO_ROWS],
              xlabel="test AUROC, 95 % interval over cases", title=f"{TASK_TITLES[DEMO_TASK]}, synthetic cohort, one seed")
     axis.axvline(0.5, color="grey", lw=1, ls=":")
     axis.invert_yaxis()

@@ -160,6 +160,25 @@ def test_bootstrap_areas_equal_scikit_learn():
     assert {round(float(s), 9) for s in samples} <= possible and len(set(samples)) > 4
 
 
+def test_pairs_are_told_apart_only_where_they_differ(tmp_path):
+    """Two rows of equal skill and one that is better on one task of two: the star, the pairing and Holm's correction against a loop of its own."""
+    rng, labels = np.random.default_rng(0), np.repeat([1, 0], [30, 60])
+    results, rows, tasks = {}, ("mem-0.50-patch", "random-all-patch", "abmil-20"), ("skin_braf", "lung_egfr")
+    for task in tasks:
+        noise = rng.standard_normal(90)
+        for row in rows:
+            scores = noise + 0.1 * rng.standard_normal(90) + labels * (3.0 if (row, task) == (rows[0], "skin_braf") else 0.5)
+            data.write_csv(tmp_path / "seed-0" / f"{task}-{row}" / "predictions.csv", ("case_id", "label", "score", "split"), [(i, y, x, "test") for i, (y, x) in enumerate(zip(labels, scores))])
+            results[row, task] = [{"auroc": roc_auc_score(labels, scores), "seed": 0}]
+    draws = {(row, task): train.resampled(row, task, i, results, tmp_path) for row in rows for i, task in enumerate(tasks)}
+    lines = {line.split(" | ")[0]: line for line in train.format_pairs(rows, tasks, draws).splitlines()}
+    cells = lines["| MEM 0.50, Patch - Random all, Patch"].split(" | ")
+    expected = 100 * (results[rows[0], "skin_braf"][0]["auroc"] - results[rows[1], "skin_braf"][0]["auroc"])
+    assert cells[1].endswith("*") and not cells[2].endswith("*") and float(cells[1][:-1]) == pytest.approx(expected, abs=1) and "on 1 of 2 tasks" in cells[-1]
+    assert "not distinguishable" in lines["| Random all, Patch - AB-MIL 20x"] and "on 0 of 2" in lines["| Random all, Patch - AB-MIL 20x"]
+    assert train.two_sided(np.array([1.0, 2.0, -1.0])) == 1.0 and train.two_sided(np.ones(999)) == pytest.approx(0.002)
+
+
 def test_one_class_has_no_auroc():
     with pytest.raises(MixmagError, match="both classes"):
         train.auroc([1, 1], [0.2, 0.3])
