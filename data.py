@@ -254,7 +254,7 @@ def write_slide(path, features, cells, valid, meta: dict) -> None:
     text = {k: v if k in TEXT_FIELDS else json.dumps(v) for k, v in meta.items()}
     text["sha256"] = checksum(features, cells, valid, text)
     with whole_file(path) as temporary:
-        safetensors.numpy.save_file({"features": np.ascontiguousarray(features), "cells": cells, "valid": valid}, temporary, text)
+        safetensors.numpy.save_file({k: np.ascontiguousarray(a) for k, a in (("features", features), ("cells", cells), ("valid", valid))}, temporary, text)
 
 
 def read_slide(path) -> Slide:
