@@ -1499,7 +1499,8 @@ def plain_value(item, name: str, kind=(int, float), needed: bool = False):
         value = value.item() if hasattr(value, "item") else value
         value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
     value = None if value == "None" else value                    # TRIDENT's way to write it
-    if needed and not value or value is not None and (not isinstance(value, kind) or kind is not str and not 0 <= value < math.inf):
+    fits = isinstance(value, kind) and (value.isprintable() if kind is str else 0 <= value < math.inf)
+    if needed and not value or value is not None and not fits:
         raise MixmagError(f"attribute {name} is {value!r}, expected {'a text' if kind is str else 'a number'}; found {', '.join(item.attrs) or 'none'}")
     return value
 
@@ -1567,8 +1568,9 @@ def read_tiles(path: str, job: dict) -> Tiles:
     try:
         with h5py.File(path, "r") as f:
             tiles = {"trident": read_trident, "stamp": read_stamp}[job["tool"]](f, job)
-    except Exception as error:                                    # damage shows as any of a dozen types
-        raise MixmagError(f"{path}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+    except Exception as error:                                    # damage shows as any of a dozen types, and may speak in control characters
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise MixmagError(f"{path}: {''.join(c if c.isprintable() else '?' for c in said)}") from None
     if len(tiles.features) != len(tiles.corners) or not np.isfinite(tiles.corners).all():
         raise MixmagError(f"{path}: {len(tiles.features)} embeddings at {len(tiles.corners)} places, expected as many, and finite places")
     tiles.magnification, tiles.tile_px = (int(v) if v == int(v) else v for v in (tiles.magnification, tiles.tile_px))
@@ -1692,6 +1694,8 @@ def import_folder(place: str, tool: str, encoder: str | None) -> dict[str, Path]
         raise MixmagError(f"{place}: no feature files (*.h5)" + "".join(f"; there is {folder}" for folder in inside))
     found = {}
     for path in paths:
+        if not path.stem.isprintable():
+            raise MixmagError(f"{path.stem!r} in {place} is not a printable name; rename it")
         if found.setdefault(path.stem.lower(), path) != path:
             raise MixmagError(f"two slides with one id: {found[path.stem.lower()]}, {path}; rename one")
     return {path.stem: path for path in paths}

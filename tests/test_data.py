@@ -918,7 +918,8 @@ def off(column, row, where):
     ({20: {"side": 896}}, {}, "patch_size_level0 is 896, but 224 px at 20x of 40x are 448"),
     ({20: {"magnification": 40, "power": 80}}, {}, "5x, 10x, 40x; expected doublings"),
     ({20: {"patch_size": 256, "power": 35}}, {}, "do not agree on the patch size: 224, 224, 256"),
-    ({20: {"overlap": 32}}, {}, "overlap is 32"), ({20: {"name": "other"}}, {}, "slide's name: s, s, other"), ({20: {"level0_width": 29000}}, {}, "slide's size"),
+    ({20: {"overlap": 32}}, {}, "overlap is 32"), ({20: {"name": "other"}}, {}, "slide's name: s, s, other"),
+    ({5: {"encoder": "virchow2\x1b[2J"}}, {}, r"encoder is 'virchow2\\x1b\[2J'"), ({20: {"level0_width": 29000}}, {}, "slide's size"),
     ({20: {"encoder": "uni_v2"}}, {}, "encoder: virchow2, virchow2, uni_v2"), ({20: {"dim": 9}}, {}, "width of an embedding: 8, 8, 9"),
     ({20: {"patch_size_level0": None}}, {}, "attribute patch_size_level0 is None, expected a number"), ({20: {"target_magnification": "20"}}, {}, "is '20', expected a number"),
     ({20: {"patch_size": [224, 224]}}, {}, "'an array'"), ({20: {"level0_magnification": float("nan")}}, {}, "is nan"),
@@ -932,6 +933,14 @@ def test_what_does_not_match_is_refused_by_name(tmp_path, changes, settings, mes
     with pytest.raises(MixmagError, match=message):
         data.import_slide(job(tmp_path, *three(tmp_path, changes), **settings))
     assert not (tmp_path / "slides").exists()
+
+
+def test_a_text_that_is_no_utf8_can_still_be_reported(tmp_path):
+    paths = three(tmp_path, {20: {"name": "s\xe9"}})
+    paths[2].write_bytes(paths[2].read_bytes().replace("s\xe9".encode(), b"s\xc3\xff"))
+    with pytest.raises(MixmagError, match="attribute name is") as error:
+        data.import_slide(job(tmp_path, *paths))
+    assert str(error.value).encode("utf-8").isascii()
 
 
 def test_folders_in_the_wrong_order_are_refused(tmp_path):
@@ -1056,7 +1065,7 @@ def hostile(f, kind, folder):
     elif kind == "group":
         f.create_group("features")
     elif kind == "absent":
-        return
+        f["\x1b[2J"] = 1
     elif kind == "objects":
         f.create_dataset("features", (12, 8), dtype=h5py.vlen_dtype(np.float32))
     elif kind == "references":
@@ -1088,7 +1097,7 @@ def hostile(f, kind, folder):
 
 @pytest.mark.parametrize("kind, message", [
     ("external link", "no data set 'features' of its own"), ("soft link loop", "no data set 'features' of its own"), ("group", "no data set 'features' of its own"),
-    ("absent", "no data set 'features' of its own; found coords"), ("objects", "features is object"), ("references", "features is object"), ("compound", "features is"),
+    ("absent", r"no data set 'features' of its own; found \?\[2J, coords"), ("objects", "features is object"), ("references", "features is object"), ("compound", "features is"),
     ("2^60 rows", "claims 36893488147419103232 bytes"), ("2^58 columns", "claims 6917529027641081856 bytes"), ("never written", "claims 384 bytes.* of which 0 are stored here"),
     ("half written", "claims 384 bytes.* of which 192 are stored here"), ("gzip", "stored through filter 1.* h5repack"), ("scale-offset", "stored through filter 6"),
     ("external file", "of which"), ("virtual", "of which"), ("long double", "features is float128|features is longdouble")])
@@ -1141,7 +1150,9 @@ def test_import_folders_that_cannot_be_meant(tmp_path):
     for place in ("job/features_a/x.h5", "job/features_b/x.h5", "nested/p/x.h5", "nested/q/X.h5"):
         (tmp_path / place).parent.mkdir(parents=True)
         (tmp_path / place).touch()
-    for place, tool, message in (("none", "trident", "no feature files"), ("job", "trident", "features_a; there is .*features_b"), ("nested", "stamp", "two slides with one id")):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "s\udcae.h5").touch()
+    for place, tool, message in (("none", "trident", "no feature files"), ("raw", "trident", r"'s\\udcae' in .* not a printable name"), ("job", "trident", "features_a; there is .*features_b"), ("nested", "stamp", "two slides with one id")):
         with pytest.raises(MixmagError, match=message):
             data.import_folder(tmp_path / place, tool, None)
     assert data.import_folder(tmp_path / "job", "trident", "b") == {"x": tmp_path / "job" / "features_b" / "x.h5"}
