@@ -980,11 +980,14 @@ def read_classifier(folder) -> tuple[mixmag.SlideClassifier, dict]:
     folder = Path(folder)
     if not (folder / "result.json").exists() or not (folder / "model.safetensors").exists():
         raise MixmagError(f"{folder}: not a finished fine-tuning run (result.json and model.safetensors are wanted)")
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    model_settings = mixmag.Config.from_dict(config["model"])
-    encoder = None if config["init"] == "none" else mixmag.MixingEncoder(model_settings)
-    model = mixmag.SlideClassifier(model_settings, encoder, config["tokens"], config["magnification"], config["hidden"])
-    model.load_state_dict(mixmag.read_safetensors(folder / "model.safetensors"), strict=True)
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        model_settings = mixmag.Config.from_dict(config["model"])
+        encoder = None if config["init"] == "none" else mixmag.MixingEncoder(model_settings)
+        model = mixmag.SlideClassifier(model_settings, encoder, config["tokens"], config["magnification"], config["hidden"])
+        model.load_state_dict(mixmag.read_safetensors(folder / "model.safetensors"), strict=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise MixmagError(f"{folder}: not a whole fine-tuning run of this version ({' '.join(str(error).split())})") from None
     return model.eval(), config
 
 
@@ -1189,24 +1192,21 @@ def lattice(meta: dict, place: np.ndarray, side: float, value, empty: float) -> 
 def draw_attention(path, table, level: int, slide, ground: tuple, view, title: str) -> None:
     """One map: the rank of each token of a level (of each region, on its cells) over `ground`, a grey picture and its extent. No blur, and nothing
     where the slide has no cell."""
-    from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
-    here, meta = table.level == level, slide.meta
+    here, meta, um = table.level == level, slide.meta, slide.meta["mpp"]            # axes in um
     place, side, rank = table.place[here], table.side[here][0], table.rank[here]
     if side > meta["cell_px"]:
         inside = table.cells >= 0
         place, side, rank = slide.cells[table.cells[inside]], meta["cell_px"], np.repeat(rank, inside.sum(axis=1))
-    size = np.array(view[2:]) - view[:2]
+    (left, top, right, bottom), size = np.array(view) * um, np.array(view[2:]) - view[:2]
     inches = np.clip(4 * size.max() / side / 130, 6, 24) * size / size.max()       # about four pixels per token, within reason
     figure, axis = plot(max(inches[0] + 1.2, 5), inches[1] + 1)
-    axis.imshow(ground[0], cmap="gray", vmin=-255, vmax=255, extent=ground[1])     # pale, so that the colours keep their meaning
+    axis.imshow(ground[0], cmap="gray", vmin=-255, vmax=255, extent=np.array(ground[1]) * um)      # pale, so that the colours keep their meaning
     grid, extent = lattice(meta, place, side, rank, np.nan)
-    shown = axis.imshow(grid, cmap="inferno", vmin=0, vmax=1, alpha=0.7, interpolation="nearest", extent=extent)
+    shown = axis.imshow(grid, cmap="inferno", vmin=0, vmax=1, alpha=0.7, interpolation="nearest", extent=np.array(extent) * um)
     figure.colorbar(shown, shrink=0.8, label="rank percentile of attention")
-    um = max(n * 10.0 ** e for n in (1, 2, 5) for e in range(7) if n * 10.0 ** e <= max(0.25 * size[0] * meta["mpp"], 1))
-    axis.add_artist(AnchoredSizeBar(axis.transData, um / meta["mpp"], f"{um / 1000:g} mm" if um >= 1000 else f"{um:g} um", "lower left", pad=0.6, sep=4,
-                                    size_vertical=size[1] / 200, fill_bar=True))
-    axis.set(xlim=view[::2], ylim=view[:0:-2], xticks=[], yticks=[])
-    axis.set_title(title, fontsize=8)
+    axis.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[])
+    data.scale_bar(axis, right - left)
+    axis.set_title(title, fontsize=8, parse_math=False)
     figure.supxlabel(REMARK, fontsize=7)
     save_figure(figure, path)
 
@@ -1223,7 +1223,7 @@ def draw_regions(path, table, labels: list, slide, reader, side: float) -> None:
         box = np.clip(box, 0, [slide.meta["width"], slide.meta["height"]] * 2)
         axis.imshow(slide_picture(reader, box, 400), extent=(box[0], box[2], box[3], box[1]))
         axis.set(xticks=[], yticks=[])
-        axis.set_title(title, fontsize=8)
+        axis.set_title(title, fontsize=8, parse_math=False)
         axis.spines[:].set(visible=True, color=colour, linewidth=2)
 
     for column, window in zip(axes.T, best):
@@ -1292,7 +1292,7 @@ def heatmap_command(args) -> int:
         ground = (slide_picture(reader, view, 1600).mean(axis=2), (x, x + width, y + height, y)) if reader else ground
         for k in levels:
             draw_attention(out / f"attention-{labels[k]}.png", table, k, slide, ground, view, f"{args.slide}\n{labels[k]}: rank percentile of attention "
-                           f"within slide and {'map' if cls else 'magnification'}\nrun {run}, score {score:.3f}")
+                           f"within slide{'' if cls else ' and magnification'}\nrun {run}, score {score:.3f}")
         if reader:
             draw_regions(out / "regions.png", table, [] if cls else labels, slide, reader, model.config.region * meta["cell_px"])
     except data.openslide.OpenSlideError as error:

@@ -530,10 +530,12 @@ def read_trident(folder: Path, slide_id: str, name: str, width: int, px: int, ma
         return f["features"][:], f["coords"][:]
 
 
-def test_embed_writes_what_trident_readers_want(odd, tmp_path):
+def test_embed_writes_what_trident_readers_want(odd, tmp_path, capsys):
     """Both outputs, read by readers that know nothing of the writer, equal the encoder applied window by window, row for row."""
     assert embed(odd, tmp_path, "--tokens", "patch") == embed(odd, tmp_path, "--tokens", "cls") == 0
-    encoder = mixmag.load_encoder(odd / "run0" / "encoder")
+    encoder, said = mixmag.load_encoder(odd / "run0" / "encoder"), capsys.readouterr().out.splitlines()
+    written = [[t[1] for s in data.read_slides(odd, ["holes", "many", "empty"]) for t in brute_force(s)[0]].count(k) for k in range(3)]
+    assert said[0].startswith(f"3 slides, patch outputs in {tmp_path}: {written[0]} at 5x, {written[1]} at 10x, {written[2]} at 20x; 1 slides have no 2 x 2")
     for slide in data.read_slides(odd, ["holes", "many", "empty"]):
         tokens, inputs = brute_force(slide)
         with torch.no_grad():
@@ -595,6 +597,8 @@ def test_attention_lies_where_a_loop_over_windows_puts_it(odd, init, tokens, mag
     torch.manual_seed(3)
     config = mixmag.Config(6, region=2, width=16, depth=1, heads=2)
     model = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config) if init == "random" else None, tokens, magnification, hidden=8).eval()
+    if model.whiten is not None:
+        model.whiten.fit(torch.randn_like(model.whiten.mean), torch.diag(torch.rand(len(model.whiten.matrix))))
     slide = data.read_slides(odd, ["holes"])[0]
     dataset = data.CaseDataset({"holes": slide}, [data.Case("holes", 0, "", ["holes"])], config.geometry(), model.index, 0.5)
     table, score = train.attention_table(model, dataset, 0.5, compute())
@@ -603,7 +607,9 @@ def test_attention_lies_where_a_loop_over_windows_puts_it(odd, init, tokens, mag
     x, valid = (torch.from_numpy(np.stack(part)) for part in list(zip(*inputs))[:2])
     with torch.no_grad():
         h = model.standardize(x) if init == "none" else model.encoder(x, model.index.expand(len(x), -1), valid)[0 if tokens == "cls" else 1]
-        h = h.flatten(1) if tokens == "cls" else h[valid]
+        h = h.flatten(1)[:, None] if tokens == "cls" else h
+        h = h if init == "none" else (h - model.whiten.mean) @ model.whiten.matrix
+        h = h[:, 0] if tokens == "cls" else h[valid]
         raw = model.pool.w(torch.tanh(model.pool.V(h)) * torch.sigmoid(model.pool.U(h))).flatten().softmax(0)
         assert score == pytest.approx(torch.sigmoid(model.head(raw @ h)).item(), abs=1e-5)
     if tokens == "cls":
@@ -710,8 +716,8 @@ def test_heatmap_without_an_image_and_of_other_runs(pictured, tmp_path, capsys):
 def test_heatmap_subtracts_bounds_and_survives_a_broken_image(pictured, tmp_path, monkeypatch):
     """MIRAX slides say where their tissue lies, and QuPath cuts them to it. Where the pixels cannot be read, what needs none is written."""
     class Bounded(data.Reader):
-        def open(self):
-            super().open()
+        def __init__(self, path):
+            super().__init__(path)
             self.slide = type("Slide", (), {"__getattr__": lambda _, name, slide=self.slide: getattr(slide, name)})()
             self.slide.properties = {"openslide.bounds-x": "64", "openslide.bounds-y": "32", "openslide.bounds-width": "2000", "openslide.bounds-height": "1500"}
 
@@ -771,15 +777,20 @@ def test_finetune_plans_before_work(cohort, tmp_path):
     flags = ["finetune", "--task", "skin_braf", "--init", "random", "--data", str(cohort), "--batch-size", "24", "--epochs", "1", "--region", "2", "--out", "r"]
     planned, _ = run("train.py", *flags, "--dry-run", cwd=tmp_path)
     assert not list(tmp_path.iterdir())
-    slides, bytes_read = {s.slide_id: s for s in data.read_slides(cohort)}, 0
+    slides, bytes_read, most = {s.slide_id: s for s in data.read_slides(cohort)}, 0, 0
     for split in data.SPLITS:
         cases = [c for c in data.read_task(cohort, "skin_braf") if c.split == split]
         regions = [sum(len(brute_force(slides[i])[1]) for i in c.slide_ids) for c in cases]
         row = next(line for line in planned.splitlines() if line.startswith(split)).split()
         assert row[1:5] == [str(len(cases)), str(sum(len(c.slide_ids) for c in cases)), str(sum(regions)), f"{84 * sum(regions):,d}"]
         bytes_read += (split != "test") * sum(regions) * 84 * 64 * 2
+        most = sum(sorted(regions)[-24:]) if split == "train" else most
     assert f"an epoch reads the train and the tune split, {bytes_read / 1e9:.3f} GB" in planned and "largest case: " in planned
     code = "import sys, resource, train; train.finetune(train.parse(sys.argv[1:])); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     done = subprocess.run([sys.executable, "-c", code, *flags], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
     predicted, measured = float(planned.split("memory: about ")[1].split()[0]), int(done.stdout.split()[-1]) / 1e9
     assert 0.5 < predicted / measured < 2, (predicted, measured)
+    config = mixmag.Config.small(64, region=2)
+    model = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config), hidden=train.PRESETS["small"]["finetune"]["hidden"])
+    assert predicted - float(planned.split(" of them held")[0].split()[-1]) == pytest.approx(train.finetuning_memory(model, most, True, 0.5) / 1e9, abs=0.011)
+    assert "dry_run" not in json.loads((tmp_path / "r/config.json").read_text())
