@@ -799,5 +799,5 @@ def test_finetune_plans_before_work(cohort, tmp_path):
     assert 0.5 < predicted / measured < 2, (predicted, measured)
     config = mixmag.Config.small(64, region=2)
     model = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config), hidden=train.PRESETS["small"]["finetune"]["hidden"])
-    assert predicted - float(planned.split(" of them held")[0].split()[-1]) == pytest.approx(train.finetuning_memory(model, most, True, 0.5) / 1e9, abs=0.011)
+    assert predicted - float(planned.split(" of them held")[0].split()[-1]) == pytest.approx(train.finetuning_memory(model, most, True) / 1e9, abs=0.011)
     assert "dry_run" not in json.loads((tmp_path / "r/config.json").read_text())
