@@ -684,6 +684,7 @@ class Reader:
                 raise MixmagError(f"{path}: OpenSlide knows no slide in its {self.path.stat().st_size} bytes: another format, cut short, or an "
                                   "index without the files that it names")
             self.slide = self.open()
+            self.downsamples, self.sizes = self.slide.level_downsamples, self.slide.level_dimensions    # a failed handle would not even tell these
         except openslide.OpenSlideError as error:
             raise MixmagError(f"{path}: OpenSlide cannot open it ({error})") from None
 
@@ -694,13 +695,13 @@ class Reader:
 
     def level_for(self, downsample: float) -> int:
         """The coarsest level that is still at least as fine; pyramids are often 4.0001 or 3.9998 where 4 is meant."""
-        return max(i for i, d in enumerate(self.slide.level_downsamples) if d <= downsample * 1.001 or i == 0)
+        return max(i for i, d in enumerate(self.downsamples) if d <= downsample * 1.001 or i == 0)
 
     def region(self, level: int, left: int, top: int, right: int, bottom: int) -> Image.Image:
         """The RGBA picture of a rectangle in the level's own pixels. After a failed read OpenSlide refuses every other one on that
         handle, in whichever thread: so all go on with a new handle, and a last one of its own tells whether these pixels are
         to blame. Raises openslide.OpenSlideError if they are."""
-        scale = self.slide.level_downsamples[level]
+        scale = self.downsamples[level]
         place = (round(left * scale), round(top * scale)), level, (right - left, bottom - top)
         try:
             return self.slide.read_region(*place)
@@ -711,9 +712,9 @@ class Reader:
     def read(self, level: int, box: tuple) -> tuple[Image.Image, tuple]:
         """box (left, top, right, bottom) in level-0 px, floats -> the RGB picture of the level's pixels that cover it, over
         white, and where in that picture the box lies. Raises openslide.OpenSlideError if it cannot be read."""
-        scale = self.slide.level_downsamples[level]
+        scale = self.downsamples[level]
         left, top = int(box[0] / scale), int(box[1] / scale)
-        right, bottom = (min(-int(-edge // scale), size) for edge, size in zip(box[2:], self.slide.level_dimensions[level]))
+        right, bottom = (min(-int(-edge // scale), size) for edge, size in zip(box[2:], self.sizes[level]))
         rgb = over_white(self.region(level, left, top, right, bottom))
         within = tuple(min(max(edge / scale - start, 0), size) for edge, start, size in
                        zip(box, (left, top, left, top), (*rgb.size, *rgb.size)))
@@ -986,6 +987,11 @@ class TilePlan:
     def cells(self) -> int:
         return sum(w[2] * w[3] for w in self.windows)
 
+    @property
+    def shrink(self) -> int:
+        """How many of the level's pixels, to the nearest whole number, a pixel of the finest magnification is the mean of."""
+        return max(1, round(10.0 / self.magnifications[-1] / self.mpp / self.downsample))
+
     def patch(self, mask: np.ndarray, col: int, row: int, cols: int = 1, rows: int = 1) -> np.ndarray:
         """The part of a mask that these cells cover, at least one pixel of it."""
         corners = np.array([[col, row], [col + cols, row + rows]]) * self.cell_px + self.origin
@@ -1036,15 +1042,15 @@ def plan_slide(reader: Reader, args) -> TilePlan:
     if not cols or not rows:
         raise MixmagError(f"its {width} x {height} px are less than one cell of {cell_px:g} px ({cell_px * mpp:g} um)")
     level = reader.level_for(finest / mpp)
-    downsample = slide.level_downsamples[level]
+    downsample = reader.downsamples[level]
     lines = tuple(np.round((start + cell_px * np.arange(count + 1)) / downsample).clip(max=size).astype(int)
-                  for start, count, size in zip((left, top), (cols, rows), slide.level_dimensions[level]))
+                  for start, count, size in zip((left, top), (cols, rows), reader.sizes[level]))
     picture, mask = tissue_mask(reader, mpp, find_mask(reader.path, args.mask))
     slide = reader.slide                                          # a failed read renews the handle
     plan = TilePlan(mpp, source, args.magnifications, cell_px, (float(left), float(top)), level, downsample, lines, [], 0, picture, mask,
                     np.array(mask.shape[::-1]) / slide.dimensions)
     if drift(plan)[1] > MAX_DRIFT * finest:
-        raise MixmagError(f"level {level} ({slide.level_dimensions[level]} px) does not fit level 0 ({slide.dimensions} px): edges would lie "
+        raise MixmagError(f"level {level} ({reader.sizes[level]} px) does not fit level 0 ({slide.dimensions} px): edges would lie "
                           f"{drift(plan)[1]:.3g} um off, more than {MAX_DRIFT * finest:g} um")
     for row in range(0, rows, R):
         for col in range(0, cols, R):
@@ -1064,21 +1070,22 @@ def read_cell(reader: Reader, plan: TilePlan, col: int, row: int) -> np.ndarray:
     Raises openslide.OpenSlideError or MixmagError for pixels that cannot be read, or are missing where there was tissue."""
     (left, right), (top, bottom) = (lines[i:i + 2].tolist() for lines, i in zip(plan.lines, (col, row)))
     rgba = reader.region(plan.level, left, top, right, bottom)
-    pixels = np.array(rgba)                                       # (h, w, 4): four bytes a pixel are less work than three, for torch and for Pillow
-    if pixels.view(np.uint32).min() >> 24 < 255:                  # the alphas, as the highest bytes, decide which number is least
+    pixels = np.array(rgba)                                       # (h, w, 4): torch and Pillow work faster on four bytes a pixel than on three
+    least = pixels.view(np.uint32).min() >> 24                    # of the alphas: they are the highest bytes
+    if least == 0:
         inside = plan.patch(plan.inside, col, row)
         lost = (inside & (np.asarray(rgba.getchannel("A").resize(inside.shape[::-1], Image.Resampling.BOX)) == 0)).mean()
         if lost > MAX_LOST:
             raise MixmagError(f"level {plan.level} has no pixels for {lost:.0%} of the cell at (col, row) ({col}, {row}), where the thumbnail shows tissue")
+    if least < 255:
         pixels = np.array(over_white(rgba).convert("RGBX"))
-    K, shrink = len(plan.magnifications), max(1, round(10.0 / plan.magnifications[-1] / plan.mpp / plan.downsample))
-    side = TILE_PX * 2 ** (K - 1) * shrink
+    K = len(plan.magnifications)
+    side = TILE_PX * 2 ** (K - 1) * plan.shrink
     if pixels.shape[:2] != (side, side):
         planes = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
         pixels = F.interpolate(planes, size=(side, side), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
-    picture = Image.frombuffer("RGBX", (side, side), pixels, "raw", "RGBX", 0, 1)
-    tiles = np.empty(((4 ** K - 1) // 3, TILE_PX, TILE_PX, 3), np.uint8)
-    for k, shrink in zip(range(K - 1, -1, -1), (shrink, *[2] * K)):
+    picture, tiles = Image.frombuffer("RGBX", (side, side), pixels, "raw", "RGBX", 0, 1), np.empty(((4 ** K - 1) // 3, TILE_PX, TILE_PX, 3), np.uint8)
+    for k, shrink in zip(range(K - 1, -1, -1), (plan.shrink, *[2] * K)):
         picture, n = picture.reduce(shrink) if shrink > 1 else picture, 2 ** k
         rgb = np.frombuffer(picture.tobytes("raw", "RGB"), np.uint8).reshape(n, TILE_PX, n, TILE_PX, 3)
         tiles[(n * n - 1) // 3:(4 * n * n - 1) // 3].reshape(n, n, TILE_PX, TILE_PX, 3)[:] = rgb.swapaxes(1, 2)
@@ -1267,7 +1274,7 @@ MAX_BAD_WINDOWS = 0.01                                            # a slide of w
 
 def tile_slide(reader: Reader, plan: TilePlan, encoder, dim: int, args) -> tuple:
     """features (C, T, D), cells (C, 2), and how many windows were dropped because their pixels could not be read."""
-    kept, bad = [], set()                                         # (window, col, row) of the cells that were read; windows that are dropped
+    kept, bad = [], set()                                         # (window, cell) of what was read, in its order; windows that are dropped
 
     def readable():
         for i, cell, tiles in progress(read_cells(reader, plan), total=plan.cells, desc=reader.path.stem[:24], leave=False):
@@ -1278,15 +1285,15 @@ def tile_slide(reader: Reader, plan: TilePlan, encoder, dim: int, args) -> tuple
                 if len(bad) > MAX_BAD_WINDOWS * len(plan.windows):
                     raise MixmagError(f"{len(bad)} of {len(plan.windows)} windows cannot be read, more than {MAX_BAD_WINDOWS:.0%}: {tiles}")
             elif i not in bad:
-                kept.append((i, *cell))
+                kept.append((i, cell))
                 yield tiles
 
     features = [encode(encoder, batch, args.batch_size, args.device, dim) for batch in full_batches(readable(), args.batch_size)]
     T = Geometry(1, args.magnifications).tokens_per_cell
     features = np.concatenate([np.zeros((0, dim), np.float16), *features]).reshape(-1, T, dim)
-    good = [i not in bad for i, *_ in kept]
-    cells = np.array(kept, np.int32).reshape(-1, 3)[:, 1:]
-    return (features, cells, 0) if not bad else (features[good], cells[good], len(bad))
+    good = np.array([i not in bad for i, _ in kept], bool)
+    cells = np.array([cell for _, cell in kept], np.int32).reshape(-1, 2)
+    return (features[good], cells[good], len(bad)) if bad else (features, cells, 0)
 
 
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".dcm", ".czi")
@@ -1313,11 +1320,11 @@ def plan_report(reader: Reader, plan: TilePlan, region: int) -> str:
     nesting, off, kept = drift(plan)
     tokens = [plan.cells * 4 ** k for k in range(len(kept))]
     finest, native = 10.0 / plan.magnifications[-1], plan.mpp * plan.downsample
-    return (f"{reader.path.stem}: {plan.mpp:.4g} um/px ({plan.mpp_source}), level {plan.level} of {reader.slide.level_count} (downsample {plan.downsample:.6g}), "
+    return (f"{reader.path.stem}: {plan.mpp:.4g} um/px ({plan.mpp_source}), level {plan.level} of {len(reader.sizes)} (downsample {plan.downsample:.6g}), "
             f"{len(plan.windows)} of {plan.candidates} windows hold tissue ({whole} with all {region ** 2} cells), {plan.cells} cells, {sum(tokens)} tokens ("
             + ", ".join(f"{m}x {n}" for m, n in zip(plan.magnifications, tokens)) + ")\n"
-            f"    drift: children meet their parents within {nesting:.2g} um, edges keep to the lattice within {off:.2g} um; um/px asked, effective: "
-            + ", ".join(f"{m}x {10 / m:g}, {low:.4g} to {high:.4g}" for m, (low, high) in zip(plan.magnifications, kept))
+            f"    drift: children meet their parents within {nesting:.2g} um, edges keep to the lattice within {off:.2g} um; um/px asked (effective): "
+            + ", ".join(f"{m}x {10 / m:g} ({low:.4g} to {high:.4g})" for m, (low, high) in zip(plan.magnifications, kept))
             + (f"; the slide's {native:.4g} um/px are interpolated by {native / finest - 1:.1%}" if native > 1.0005 * finest else ""))
 
 

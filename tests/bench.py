@@ -105,6 +105,19 @@ def write_pyramid(path, picture: np.ndarray, mpp: float, shrinks) -> None:
     write_jpeg_tiff(path, [(level.shape[1], level.shape[0], jpeg_tiles(level, 256)) for level in levels], mpp)
 
 
+def write_sparse(path, width: int, height: int, shrinks) -> None:
+    """A slide of any size in a small file: glass but for 2048 x 2048 px of tissue that begin at (2048, 1024)."""
+    rng, levels = np.random.default_rng(0), []
+    stained = np.asarray(Image.fromarray(rng.integers((90, 40, 90), (200, 120, 200), (17, 17, 3), dtype=np.uint8)).resize((256, 256)))
+    (tissue,), (glass,) = (list(jpeg_tiles(picture, 256)) for picture in (stained, np.full((256, 256, 3), 243, np.uint8)))
+    for n in shrinks:
+        cols, rows, side = -(-width // n // 256), -(-height // n // 256), 256 * n
+        tiles = [tissue if 2048 <= col * side < 4096 and 1024 <= row * side < 3072 or side > 2048 and (col, row) == (0, 0) else glass
+                 for row in range(rows) for col in range(cols)]
+        levels.append((width // n, height // n, tiles))
+    write_jpeg_tiff(path, levels, 0.5)
+
+
 def plan_of(path, mpp=None):
     """All windows of a slide, tissue or not."""
     return data.plan_slide(data.Reader(path), SimpleNamespace(mpp=mpp, region=3, magnifications=[5, 10, 20], min_tissue=0.0))
