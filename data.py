@@ -1732,23 +1732,24 @@ def import_command(args) -> int:
         raise MixmagError(f"--region {args.region}: expected at least 1")
     folders = [import_folder(place, tool, args.encoder) for place in places]
     rows, pool = [], None
-    for i in progress(sorted(set().union(*folders)), desc="slides"):
-        if STOP_SIGNALS:
-            raise Stopped
-        job = {"slide_id": i, "paths": [str(files.get(i)) for files in folders], "out": str(out / "slides" / f"{i}.safetensors"), "tool": tool,
-               "mpp": args.mpp, "encoder": args.encoder, "class_token": args.class_token}
-        absent = [place for place, files in zip(places, folders) if i not in files]
-        pool = pool or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))                     # a fork would inherit torch's threads
-        try:
-            status, reason = ("failed", f"no file in {', '.join(absent)}") if absent else pool.submit(import_worker, job).result()
-        except BrokenProcessPool:
+    with contextlib.ExitStack() as pools:
+        for i in progress(sorted(set().union(*folders)), desc="slides"):
             if STOP_SIGNALS:
-                raise Stopped from None
-            status, reason, pool = "failed", "its files bring the HDF5 library down, or hang it", None
-        found = () if status == "failed" else import_row(read_slide(job["out"]), args.region)
-        rows.append((i, status, reason, *found))
-        said = ", ".join(f"{name} {value}" for name, value in zip(IMPORT_COLUMNS[6:], found[3:]))
-        print(f"{i}: {status}, {said}" if found else f"{i}: FAILED: {reason}", file=sys.stdout if found else sys.stderr, flush=True)
+                raise Stopped
+            job = {"slide_id": i, "paths": [str(files.get(i)) for files in folders], "out": str(out / "slides" / f"{i}.safetensors"), "tool": tool,
+                   "mpp": args.mpp, "encoder": args.encoder, "class_token": args.class_token}
+            absent = [place for place, files in zip(places, folders) if i not in files]
+            pool = pool or pools.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))     # a fork would inherit torch's threads
+            try:
+                status, reason = ("failed", f"no file in {', '.join(absent)}") if absent else pool.submit(import_worker, job).result()
+            except BrokenProcessPool:
+                if STOP_SIGNALS:
+                    raise Stopped from None
+                status, reason, pool = "failed", "its files bring the HDF5 library down, or hang it", None
+            found = () if status == "failed" else import_row(read_slide(job["out"]), args.region)
+            rows.append((i, status, reason, *found))
+            said = ", ".join(f"{name} {value}" for name, value in zip(IMPORT_COLUMNS[6:], found[3:]))
+            print(f"{i}: {status}, {said}" if found else f"{i}: FAILED: {reason}", file=sys.stdout if found else sys.stderr, flush=True)
     failed = [(i, "import", reason) for i, status, reason, *_ in rows if status == "failed"]
     write_csv(out / "import.csv", IMPORT_COLUMNS, rows)
     (out / "failed.csv").unlink(missing_ok=True)

@@ -563,7 +563,7 @@ class SlideClassifier(nn.Module):
         h = torch.cat(parts)                                                                            # (W, n or 1, d)
         if self.whiten is not None:
             h = self.whiten(h)
-        if valid is None or h.shape[1] == 1:
+        if valid is None or self.tokens == "cls":
             per_region = torch.full((h.shape[0],), h.shape[1], device=h.device)
             h = h.flatten(0, 1)
         else:

@@ -762,7 +762,7 @@ def fit_whitening(model, slides, min_cover: float, compute, limit: int = 4000) -
             part = None if valid is None else valid[i:i + model.chunk]
             with torch.no_grad(), compute.autocast():
                 h = model.encode(x[i:i + model.chunk], valid=part).double()                                     # (W, n or 1, d)
-            there = (torch.ones(h.shape[:2], dtype=torch.bool, device=h.device) if part is None or h.shape[1] == 1 else part)[..., None]
+            there = (torch.ones(h.shape[:2], dtype=torch.bool, device=h.device) if part is None or model.tokens == "cls" else part)[..., None]
             h = h.where(there, 0)
             count, total, square = count + there.sum(0), total + h.sum(0), square + torch.einsum("wnd,wne->de", h, h)
     model.train()

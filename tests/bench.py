@@ -2,7 +2,7 @@
 
     python tests/bench.py [--only tiling] [--json FILE]          MIXMAG_REAL=folder adds the real slides
 
-A line is a function that returns rows; BENCHES at the end names it. Whatever is compared runs in turn, several times over: the ratio is
+A line is a function that yields rows; BENCHES at the end names it. Whatever is compared runs in turn, several times over: the ratio is
 the median of the pairs, which a busy machine disturbs least.
 """
 import argparse
@@ -13,6 +13,7 @@ import os
 import platform
 import statistics
 import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -105,22 +106,35 @@ def write_pyramid(path, picture: np.ndarray, mpp: float, shrinks) -> None:
     write_jpeg_tiff(path, [(level.shape[1], level.shape[0], jpeg_tiles(level, 256)) for level in levels], mpp)
 
 
-def write_sparse(path, width: int, height: int, shrinks) -> None:
-    """A slide of any size in a small file: glass but for 2048 x 2048 px of tissue that begin at (2048, 1024)."""
+def write_sparse(path, width: int, height: int, shrinks, mpp: float) -> None:
+    """A slide of any size in a small file, whose equal tiles are stored once: glass, and tissue on 4096 x 2048 px that begin at (4096, 0)."""
     rng, levels = np.random.default_rng(0), []
     stained = np.asarray(Image.fromarray(rng.integers((90, 40, 90), (200, 120, 200), (17, 17, 3), dtype=np.uint8)).resize((256, 256)))
     (tissue,), (glass,) = (list(jpeg_tiles(picture, 256)) for picture in (stained, np.full((256, 256, 3), 243, np.uint8)))
     for n in shrinks:
-        cols, rows, side = -(-width // n // 256), -(-height // n // 256), 256 * n
-        tiles = [tissue if 2048 <= col * side < 4096 and 1024 <= row * side < 3072 or side > 2048 and (col, row) == (0, 0) else glass
-                 for row in range(rows) for col in range(cols)]
-        levels.append((width // n, height // n, tiles))
-    write_jpeg_tiff(path, levels, 0.5)
+        side = 256 * n                                            # of a tile, in level-0 pixels
+        levels.append((width // n, height // n, [tissue if 4096 <= x < 8192 and y < 2048 else glass
+                                                 for y in range(0, height // n * n, side) for x in range(0, width // n * n, side)]))
+    write_jpeg_tiff(path, levels, mpp)
+
+
+def tile_sparse(folder, width: int, height: int, shrinks) -> float:
+    """MB of memory that `data.py tile` takes at most on such a slide of 0.25 um/px."""
+    write_sparse(Path(folder) / "huge.tiff", width, height, shrinks, 0.25)
+    (Path(folder) / "mine.py").write_text("def factory():\n    return lambda tiles: tiles[:, ::8, ::8].float().mean((1, 2))\n")
+    code = ("import runpy, sys\nsys.argv = sys.argv[1:]\nsys.path.insert(0, sys.argv[0].rpartition('/')[0])\n"
+            "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit as end:\n    assert not end.code\n"
+            "print('KiB', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")                 # ru_maxrss would count the parent's
+    done = subprocess.run([sys.executable, "-c", code, data.__file__, "tile", "--slides", "huge.tiff", "--out", "d", "--encoder", "mine:factory"],
+                          cwd=folder, capture_output=True, text=True)
+    assert "1 slides done" in done.stdout, done.stdout + done.stderr
+    return int(done.stdout.split("KiB")[1]) * 1024 / 1e6
 
 
 def plan_of(path, mpp=None):
     """All windows of a slide, tissue or not."""
-    return data.plan_slide(data.Reader(path), SimpleNamespace(mpp=mpp, region=3, magnifications=[5, 10, 20], min_tissue=0.0))
+    return data.plan_slide(data.Reader(path), SimpleNamespace(mpp=mpp, manifest={}, mpp_from_power=False, mask=None, region=3,
+                                                              magnifications=[5, 10, 20], min_tissue=0.0))
 
 
 def read_ours(path, plan) -> int:
@@ -156,33 +170,40 @@ def read_by_tile(path, plan) -> None:
                 pass
 
 
-def tiling_rows(name: str, path, mpp=None, repeats: int = 7) -> list:
+def tiling_rows(name: str, path, mpp=None, repeats: int = 5):
     plan = plan_of(path, mpp)
-    best = min((512, 1024, 2048, 4096), key=lambda block: min(in_turn(2, plain=lambda: read_plain(path, plan, block))["plain"]))
+    best = min((1024, 2048, 4096), key=lambda block: min(in_turn(2, plain=lambda: read_plain(path, plan, block))["plain"]))
     seconds = in_turn(repeats, ours=lambda: read_ours(path, plan), plain=lambda: read_plain(path, plan, best), by_tile=lambda: read_by_tile(path, plan))
     tiles = read_ours(path, plan)
-    return [row(name, tiles, "tiles/s", seconds, "plain", 0.8), row(name, tiles, "tiles/s", seconds, "by_tile", 2.0)]
+    yield row(name, tiles, "tiles/s", seconds, "plain", 0.8)
+    yield row(name, tiles, "tiles/s", seconds, "by_tile", 2.0)
 
 
-def tiling() -> list:
+def tiling():
     """`plain`: level 0 decoded once and thrown away, at the best block size; `by_tile`: as tools that read every tile by itself."""
     rng = np.random.default_rng(0)
     picture = data.synth_picture(rng, 2600, 2600)[300:2300, 300:2300] + rng.normal(0, 6, (2000, 2000, 3))
-    picture = np.tile(picture.clip(0, 255).astype(np.uint8), (4, 4, 1))                                 # 1.56 bits per pixel as JPEG; CMU-1 has 1.55
-    rows = []
+    picture = np.tile(picture.clip(0, 255).astype(np.uint8), (3, 3, 1))                                 # 1.56 bits per pixel as JPEG; CMU-1 has 1.55
     with tempfile.TemporaryDirectory() as folder:
         for name, mpp, shrinks in (("20x scan, 0.5 um/px, levels 1 2 4", 0.5, (1, 2, 4)), ("20x scan, 0.499 um/px, levels 1 4 16", 0.499, (1, 4, 16)),
                                    ("40x scan, 0.2522 um/px, levels 1 4 16", 0.2522, (1, 4, 16))):
             path = Path(folder) / "slide.tiff"
             write_pyramid(path, picture, mpp, shrinks)
-            rows += tiling_rows(f"JPEG, {name}", path)
+            yield from tiling_rows(f"JPEG, {name}", path)
     if os.environ.get("MIXMAG_REAL"):
-        for name, mpp in (("CMU-1-Small-Region.svs", None), ("luna-1065626.svs", None), ("TCGA-CR-7395-01A-01-TS1.svs", 0.5)):
-            rows += tiling_rows(name, Path(os.environ["MIXMAG_REAL"]) / "slides" / name, mpp, repeats=3)
-    return rows
+        for name, mpp in (("CMU-1-Small-Region.svs", None), ("TCGA-CR-7395-01A-01-TS1.svs", 0.5)):
+            yield from tiling_rows(name, Path(os.environ["MIXMAG_REAL"]) / "slides" / name, mpp)
 
 
-BENCHES = {"tiling": tiling}
+def memory():
+    """A slide of 100,000 x 100,000 px with and without a pyramid; minutes, for without one its thumbnail takes every pixel."""
+    for shrinks in ((1, 4, 16), (1,)):
+        with tempfile.TemporaryDirectory() as folder:
+            peak = tile_sparse(folder, 100_000, 100_000, shrinks)
+        yield {"line": f"tile 100,000 x 100,000 px, levels {shrinks}", "value": peak, "unit": "MB", "peer": "1 GB", "ratio": 1000 / peak, "target": 1.0}
+
+
+BENCHES = {"tiling": tiling, "memory": memory}
 
 
 def main() -> None:

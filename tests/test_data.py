@@ -732,20 +732,12 @@ def test_bad_slides_are_listed_and_the_rest_is_done(tmp_path):
     assert data.verify(tmp_path / "d") == []
 
 
-@pytest.mark.parametrize("width, height, shrinks", [(100_000, 100_000, (1, 4, 16)), (100_000, 4_000, (1,))])
+@pytest.mark.parametrize("width, height, shrinks", [(100_000, 100_000, (1, 4, 16)), (100_000, 2_048, (1,))])
 def test_memory_is_bounded_on_huge_slides(tmp_path, width, height, shrinks):
-    """A file of a few tiles that stand in many places: a slide of 40 GB if it were decoded whole, and the widest band of a single-level one.
-    (tests/bench.py has a single-level slide of 100,000 x 100,000.)"""
-    from bench import write_sparse
-    write_sparse(tmp_path / "huge.tiff", width, height, shrinks)
-    (tmp_path / "mine.py").write_text("def factory():\n    return lambda tiles: tiles[:, ::8, ::8].float().mean((1, 2))\n")
-    code = ("import resource, runpy, sys\nsys.argv = sys.argv[1:]\nsys.path.insert(0, sys.argv[0].rpartition('/')[0])\ntry:\n    runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit as end:\n"
-            "    assert not end.code\nprint('KiB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-    out = subprocess.run([sys.executable, "-c", code, ROOT / "data.py", "tile", "--slides", "huge.tiff", "--out", "d", "--encoder", "mine:factory", "--mpp", "0.5"],
-                         cwd=tmp_path, capture_output=True, text=True)
-    assert "1 slides done" in out.stdout, out.stderr
-    assert int(out.stdout.split("KiB")[1]) < 1e9 / 1024, out.stdout
-    assert 4 <= len(data.read_slide(tmp_path / "d/slides/huge.safetensors").cells) <= 36
+    """40 GB of pixels in a pyramid, and the widest band of a single-level slide (tests/bench.py has the whole one)."""
+    from bench import tile_sparse
+    assert tile_sparse(tmp_path, width, height, shrinks) < 1000
+    assert 3 <= len(data.read_slide(tmp_path / "d/slides/huge.safetensors").cells) <= 36
 
 
 def tiff_tile(path, number, page=0):

@@ -385,6 +385,14 @@ def test_classifier_serves_every_row(encoder, tokens, magnification):
         start += r
 
 
+def test_one_token_a_region_is_still_no_class_token():
+    """R = 1 at the lowest magnification: an invalid token must not be pooled."""
+    config = tiny(region=1)
+    model = mixmag.SlideClassifier(config, MixingEncoder(config), "patch", 5, 16).eval()
+    x, valid = torch.randn(3, 1, 10), torch.tensor([[True], [False], [True]])
+    assert len(model(x, torch.tensor([3]), valid)[1]) == 2
+
+
 def test_chunked_gradient_equals_the_whole():
     config = tiny()
     model = mixmag.SlideClassifier(config, MixingEncoder(config), chunk=100)

@@ -793,7 +793,8 @@ def test_finetune_plans_before_work(cohort, tmp_path):
         bytes_read += (split != "test") * sum(regions) * 84 * 64 * 2
         most = sum(sorted(regions)[-24:]) if split == "train" else most
     assert f"an epoch reads the train and the tune split, {bytes_read / 1e9:.3f} GB" in planned and "largest case: " in planned
-    code = "import sys, resource, train; train.finetune(train.parse(sys.argv[1:])); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    code = ("import sys, train; train.finetune(train.parse(sys.argv[1:])); "
+            "print(int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) * 1024)")          # ru_maxrss would count the parent's
     done = subprocess.run([sys.executable, "-c", code, *flags], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
     predicted, measured = float(planned.split("memory: about ")[1].split()[0]), int(done.stdout.split()[-1]) / 1e9
     assert 0.5 < predicted / measured < 2, (predicted, measured)
