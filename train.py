@@ -25,8 +25,10 @@ from types import SimpleNamespace
 
 DEFAULT_DATA = "data/synthetic"
 PRESETS = {     # what a flag that is not given means; `paper` numbers are the assumed ones of README
-    "small": {"pretrain": {"batch_size": 16, "blr": 0.032, "weight_decay": 0.05, "steps": 3000}, "finetune": {"batch_size": 16, "lr": 1e-2, "weight_decay": 1.0, "hidden": 64, "epochs": 12}},
-    "paper": {"pretrain": {"batch_size": 4096, "blr": 1.5e-4, "weight_decay": 0.05, "epochs": 100}, "finetune": {"batch_size": 32, "lr": 1e-3, "weight_decay": 0.05, "hidden": 256, "epochs": 20}},
+    "small": {"pretrain": {"batch_size": 16, "blr": 0.032, "weight_decay": 0.05, "steps": 3000},
+              "finetune": {"batch_size": 16, "lr": 1e-2, "weight_decay": 1.0, "hidden": 64, "epochs": 12}},
+    "paper": {"pretrain": {"batch_size": 4096, "blr": 1.5e-4, "weight_decay": 0.05, "epochs": 100},
+              "finetune": {"batch_size": 32, "lr": 1e-3, "weight_decay": 0.05, "hidden": 256, "epochs": 20}},
 }
 
 
