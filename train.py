@@ -940,9 +940,17 @@ def finetuning_memory(model, windows: int, learns: bool) -> int:
     return fixed + (max(2 * chunk, pool) if learns and windows > model.chunk else chunk + pool)
 
 
+def peak_memory() -> int:
+    """The most bytes that this process held so far. On Linux not by getrusage, whose figure starts with the parent's."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def finetuning_plan(model, sets: dict, args) -> str:
     """What the task asks for, before any training: cases, slides, regions, tokens, bytes read, and the memory of the largest batch."""
-    import resource
     n, D = len(model.index), model.config.dim
     lines, needs, read, largest = [f"{'':8s}{'cases':>8s}{'slides':>8s}{'regions':>9s}{'tokens':>13s}{'GB':>9s}"], [], {}, (0, "none")
     for split, dataset in sets.items():
@@ -952,7 +960,7 @@ def finetuning_plan(model, sets: dict, args) -> str:
         lines.append(f"{split:8s}{len(regions):8d}{len(dataset.rows):8d}{total:9d}{total * n:13,d}{read[split]:9.3f}")
         needs.append(finetuning_memory(model, sum(w for w, _ in regions[-args.batch_size:]), split == "train"))
         largest = max([largest, *regions])
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    held = peak_memory()
     lines.append(f"largest case: {largest[1]}, {largest[0]} regions, {largest[0] * n:,d} tokens; alone in a batch it takes {finetuning_memory(model, largest[0], True) / 1e9:.2f} GB")
     lines.append(f"an epoch reads the train and the tune split, {read['train'] + read['tune']:.3f} GB; the test split is read once, at the end")
     lines.append(f"memory: about {(held + max(needs)) / 1e9:.2f} GB in fp32 when the {args.batch_size} largest cases of a split meet in a batch, {held / 1e9:.2f} of them held already")
