@@ -1899,7 +1899,7 @@ class CaseDataset(torch.utils.data.Dataset):
 
     def __init__(self, slides: dict, cases: list, geometry: Geometry, index, min_cover: float = 0.5):
         self.slides, self.entries = slides, geometry.cell_order().numpy()[np.asarray(index)]
-        self.rows, self.cases, self.dropped = {}, [], []
+        self.rows, self.cases, self.dropped, self.held = {}, [], [], {}
         for case in cases:
             for slide_id in case.slide_ids:
                 rows, _ = windows(slides[slide_id].cells, geometry.region, geometry.region, min_cover)
@@ -1913,16 +1913,22 @@ class CaseDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.cases)
 
+    def hold(self, outputs) -> None:
+        """From now on give outputs(x, valid), a float array (W, n or 1, d) made once per slide and kept in memory, in place of x."""
+        for i in progress(self.rows, desc="outputs", leave=False):
+            x, valid = gather(self.slides[i], self.rows[i], self.entries)
+            self.held[i] = outputs(*as_batch(x, valid)), valid
+
     def __getitems__(self, indices) -> dict:
-        """x (W, n, D) float16, valid (W, n) or None, regions (S,) of each slide, case (S,) which of the batch's cases it
+        """x (W, n, D) float16, or with `held` what stands for it, valid (W, n) or None, regions (S,) of each slide, case (S,) which of the batch's cases it
         belongs to, label (cases,) float; nothing for no indices."""
         if not len(indices):
             return {}
         chosen = [self.cases[i] for i in indices]
         slide_ids = [i for case in chosen for i in case.slide_ids]
-        parts = [gather(self.slides[i], self.rows[i], self.entries) for i in slide_ids]
+        parts = [self.held.get(i) or gather(self.slides[i], self.rows[i], self.entries) for i in slide_ids]
         x, valid = as_batch(*(np.concatenate(part) for part in zip(*parts)))
-        return {"x": x, "valid": valid, "regions": torch.tensor([len(self.rows[i]) for i in slide_ids]), "slide_ids": slide_ids,
+        return {"x": x, "valid": valid, "held": bool(self.held), "regions": torch.tensor([len(self.rows[i]) for i in slide_ids]), "slide_ids": slide_ids,
                 "case": torch.repeat_interleave(torch.arange(len(chosen)), torch.tensor([len(c.slide_ids) for c in chosen])),
                 "label": torch.tensor([float(case.label) for case in chosen])}
 

@@ -547,20 +547,19 @@ class SlideClassifier(nn.Module):
         cls, tokens = self.encoder(x, self.index.expand(x.shape[0], -1), valid)
         return tokens if self.tokens == "patch" else cls.flatten(1)[:, None]
 
-    def forward(self, x: Tensor, regions: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x (W, n, D): the regions of all slides one after the other, regions (S,) long how many each has, valid (W, n) bool
-        or None -> logit (S,), attention over the pooled outputs, slide by slide.
-
-        Regions go through the encoder a chunk at a time and are computed again on the way back, so that memory holds the
-        outputs of a slide and the activations of one chunk.
-        """
+    def outputs(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """`encode`, a chunk of regions at a time. Where the encoder learns, a chunk is computed again on the way back, so that memory
+        holds the outputs of a slide and the activations of one chunk."""
         learns = torch.is_grad_enabled() and self.encoder is not None and self.encoder.pos.requires_grad
         parts = []
         for i in range(0, x.shape[0], self.chunk):
             part = (x[i:i + self.chunk], None if valid is None else valid[i:i + self.chunk])
             again = learns and x.shape[0] > self.chunk
             parts.append(checkpoint(self.encode, *part, use_reentrant=False) if again else self.encode(*part))
-        h = torch.cat(parts)                                                                            # (W, n or 1, d)
+        return torch.cat(parts)
+
+    def aggregate(self, h: Tensor, regions: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """h (W, n or 1, d): what `outputs` made of the regions of all slides, the rest as in `forward`."""
         if self.whiten is not None:
             h = self.whiten(h)
         if valid is None or self.tokens == "cls":
@@ -572,6 +571,11 @@ class SlideClassifier(nn.Module):
         lengths = torch.zeros_like(regions).index_add(0, slide, per_region)                             # (S,)
         pooled, attention = self.pool(self.dropout(h), lengths)
         return self.head(self.dropout(pooled)).squeeze(1).float(), attention
+
+    def forward(self, x: Tensor, regions: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (W, n, D): the regions of all slides one after the other, regions (S,) long how many each has, valid (W, n) bool
+        or None -> logit (S,), attention over the pooled outputs, slide by slide."""
+        return self.aggregate(self.outputs(x, valid), regions, valid)
 
 
 # ------------------------------------------------------------------------------------------------- an encoder from disk

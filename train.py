@@ -91,6 +91,7 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--dropout", type=float, default=0.2, help="on what is pooled and on the pooled vector (assumed)")
     p.add_argument("--smoothing", type=float, default=0.1, help="label smoothing (assumed)")
     p.add_argument("--layer-decay", type=float, default=0.75, help="each layer's rate against the one above (paper 4.3)")
+    p.add_argument("--frozen-epochs", type=int, default=1, help="epochs before the encoder learns (paper 4.3: 1); with more than one its outputs are held in memory meanwhile")
     p.add_argument("--encoder-rate", type=float, default=0.1, help="the encoder's rate against the aggregator's (assumed)")
     p.add_argument("--case-score", choices=("auto", "max", "mean"), default="auto",
                    help="a case's score from its slides'; auto: whichever ranks the tune split better, max on a tie")
@@ -130,6 +131,7 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--preset", choices=PRESETS, default="small", help="for every run")
     p.add_argument("--steps", type=positive, help="pretraining steps (default: the preset's)")
     p.add_argument("--epochs", type=positive, help="fine-tuning epochs (default: the preset's)")
+    p.add_argument("--frozen-epochs", type=int, default=1, help="as in finetune; as many as --epochs is quickest")
 
     p = command("demo", "a synthetic cohort, MEM pretraining, fine-tuning, a small table and a figure, in minutes on two cores", "python train.py demo")
     p.add_argument("--data", default=DEFAULT_DATA, help="DATA folder; the default is made first if it is not there")
@@ -772,6 +774,19 @@ def fit_whitening(model, slides, min_cover: float, compute, limit: int = 4000) -
     model.whiten.fit(mean.float(), ((square - torch.einsum("nd,ne->de", mean * count, mean)) / count.sum()).float())
 
 
+def slide_logits(model, batch: dict) -> torch.Tensor:
+    """(S,) of a batch of data.CaseDataset, which may bring a frozen encoder's outputs in place of embeddings."""
+    return (model.aggregate if batch["held"] else model)(batch["x"], batch["regions"], batch["valid"])[0]
+
+
+def hold_outputs(model, dataset, compute) -> None:
+    """Let the data set give the frozen encoder's outputs, made here once."""
+    def outputs(x, valid):
+        with torch.no_grad(), compute.autocast():
+            return model.outputs(x.to(compute.device), None if valid is None else valid.to(compute.device)).float().cpu().numpy()
+    dataset.hold(outputs)
+
+
 def score_cases(model, dataset, compute, batch_size: int) -> list[np.ndarray]:
     """The probability of each slide, case by case; no label is looked at. Processes share the cases."""
     model.eval()
@@ -781,7 +796,7 @@ def score_cases(model, dataset, compute, batch_size: int) -> list[np.ndarray]:
         if mine:
             batch = to_device(dataset.__getitems__(mine), compute.device)
             with torch.no_grad(), compute.autocast():
-                logit, _ = model(batch["x"], batch["regions"], batch["valid"])
+                logit = slide_logits(model, batch)
             probability, case = torch.sigmoid(logit.float()).cpu().double().numpy(), batch["case"].cpu().numpy()
             scores.update({i: probability[case == c] for c, i in enumerate(mine)})
         if stopping(compute):
@@ -807,8 +822,6 @@ def best_case_score(labels, slide_scores, wanted: str) -> tuple[str, float]:
 def finetune_epoch(model, optimizer, dataset, compute, args, epoch: int, steps: int, bar) -> tuple[float, float]:
     """One pass over the training cases in an order that follows from the seed and the epoch; processes share the cases of a batch.
     Returns the mean loss and the norm of the last gradient."""
-    if model.encoder is not None:
-        model.encoder.requires_grad_(epoch > 0)                    # frozen for one epoch, paper 4.3
     order, total = np.random.default_rng([args.seed, 4, epoch]).permutation(len(dataset)), torch.zeros(())
     batches = [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=[b[compute.rank::compute.world] for b in batches], num_workers=args.workers,
@@ -829,7 +842,7 @@ def finetune_epoch(model, optimizer, dataset, compute, args, epoch: int, steps: 
 def finetune_step(model, batch: dict, smoothing: float, compute, cases: int, step: int) -> torch.Tensor:
     """Forward and backward over this process's share of a batch of `cases` cases; returns its part of the mean loss, on the CPU."""
     with compute.autocast():
-        logit, _ = model(batch["x"], batch["regions"], batch["valid"])
+        logit = slide_logits(model, batch)
     target = batch["label"] * (1 - smoothing) + smoothing / 2                                           # (cases,)
     loss = F.binary_cross_entropy_with_logits(logit, target[batch["case"]], reduction="none")           # (S,)
     loss = mixmag.min_slide_loss(loss, batch["case"]).sum() / cases                                     # Eq. 9
@@ -885,9 +898,17 @@ def finetune_loop(args, run: Run, model, sets: dict, labels: dict, compute) -> d
         compute.scaler.load_state_dict(state["scaler"])
     bar = progress(total=args.epochs * per_epoch, initial=state["done"] * per_epoch, desc=f"finetune {args.task}")
     for epoch in range(state["done"], args.epochs):
+        if model.encoder is not None:
+            frozen = epoch < args.frozen_epochs                    # for one epoch, paper 4.3
+            model.encoder.requires_grad_(not frozen)
+            for split in ("train", "tune"):
+                if not frozen:
+                    sets[split].held.clear()
+                elif args.frozen_epochs > 1 and not sets[split].held:
+                    hold_outputs(model, sets[split], compute)
         loss, norm = finetune_epoch(model, optimizer, sets["train"], compute, args, epoch, args.epochs * per_epoch, bar)
         rule, tune = best_case_score(labels["tune"], score_cases(model, sets["tune"], compute, args.batch_size), args.case_score)
-        if tune > state["best_auroc"]:
+        if tune >= state["best_auroc"]:                           # of equals the later, which has learned longer
             state.update(best=copy.deepcopy({k: v.cpu() for k, v in model.state_dict().items()}), best_auroc=tune, best_epoch=epoch, case_score=rule)
         run.note(epoch=epoch, loss=loss, norm=norm if math.isfinite(norm) else None, tune_auroc=tune, case_score=rule)
         bar.set_postfix(loss=f"{loss:.3f}", tune=f"{tune:.3f}")
@@ -1342,7 +1363,7 @@ def train_row(row: str, task: str, seed: int, args) -> dict:
     else:
         init, magnification = ("none" if method == "abmil" else "random"), setting
     return finetune(parse(["finetune", *base, "--task", task, "--init", init, "--magnification", magnification, "--tokens", *(tokens or ["patch"]),
-                           "--out", str(seed_folder / f"{task}-{row}"), *(["--epochs", str(args.epochs)] if args.epochs else [])]))
+                           "--frozen-epochs", str(args.frozen_epochs), "--out", str(seed_folder / f"{task}-{row}"), *(["--epochs", str(args.epochs)] if args.epochs else [])]))
 
 
 def full_title(row: str) -> str:
@@ -1466,7 +1487,7 @@ DEMO_ROWS, DEMO_TASK = ("abmil-20", "abmil-all", "random-all-patch", "mem-0.50-p
 def demo_command(args) -> int:
     """The story in small: a cohort, one pretraining run, five rows of the tables on one task, a table and a figure."""
     began = time.time()
-    args = SimpleNamespace(**{**vars(args), "preset": "small", "seeds": 1, "steps": 1400, "epochs": 8})
+    args = SimpleNamespace(**{**vars(args), "preset": "small", "seeds": 1, "steps": 1400, "epochs": 8, "frozen_epochs": 1})
     text = tables(args, DEMO_ROWS, [DEMO_TASK])
     out = Path(args.out)
     pretraining = (out / f"seed-{args.seed}" / "mem-0.50" / "SUMMARY.md").read_text("utf-8")
