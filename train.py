@@ -1376,35 +1376,44 @@ def row_title(row: str) -> str:
         f" {setting}", f" {setting}x" if method in ("abmil", "random") and setting != "all" else f" {setting}")
 
 
-def resampled(row: str, task: str, number: int, results: dict, out: Path) -> tuple:
-    """The mean AUROC over seeds of a row on a task, (resamples,) times with the task's test cases drawn again, and those cases. The draw
-    follows from the task's number, so that all rows and seeds share it and differences are paired. None where a seed has no AUROC."""
-    samples, cases = [], None
-    for r in results[row, task]:
-        rows = r["auroc"] is not None and [x for x in data.read_csv(out / f"seed-{r['seed']}" / f"{task}-{row}" / "predictions.csv",
-                                                                  ("case_id", "label", "score", "split")) if x["split"] == "test"]
-        if not rows or (drawn := bootstrap_aurocs([int(x["label"]) for x in rows], [float(x["score"]) for x in rows], number)) is None:
-            return None, None
-        samples.append(drawn)
-        cases = [x["case_id"] for x in rows]
-    return np.mean(samples, axis=0), cases
+def read_results(folder) -> SimpleNamespace:
+    """What `table` wrote: .rows, .tasks, .seeds, .runs {(row, task): results.csv's lines, by seed}, .labels {task: (cases,)}, .scores {(row, task):
+    (seeds, cases)} of the test cases, nan where a run left one out, .machine. Everything that the tables say follows from these."""
+    folder, number = Path(folder), lambda v: None if v == "" else float(v)                      # noqa: E731
+    lines = [{**line, "auroc": number(line["auroc"]), "seed": int(line["seed"])} for line in data.read_csv(folder / "results.csv", RESULTS)]
+    rows, tasks, seeds = (list(dict.fromkeys(line[k] for line in lines)) for k in ("row", "task", "seed"))
+    runs = {(row, task): [line for line in lines if (line["row"], line["task"]) == (row, task)] for row in rows for task in tasks}
+    columns = [f"{row} {seed}" for row in rows for seed in seeds]
+    cases = data.read_csv(folder / "scores.csv", ("task", "label", *columns))
+    labels = {task: np.array([int(c["label"]) for c in cases if c["task"] == task]) for task in tasks}
+    scores = {(row, task): np.array([[float(c[f"{row} {seed}"] or "nan") for c in cases if c["task"] == task] for seed in seeds]) for row in rows for task in tasks}
+    return SimpleNamespace(rows=rows, tasks=tasks, seeds=seeds, runs=runs, labels=labels, scores=scores, machine=json.loads((folder / "machine.json").read_text("utf-8")))
 
 
-def format_table(rows, tasks, results: dict, draws: dict) -> str:
-    """A Markdown table of mean AUROC x 100 over seeds; results[row, task] is a list of finetune's results, draws[row, task] of `resampled`."""
-    lines = ["| | " + " | ".join(TASK_TITLES.get(t, t) for t in tasks) + " | average, 95 % over cases | spread over seeds | tasks | paper, these tasks |",
-             "|---" * (len(tasks) + 5) + "|"]
+def resampled(labels, scores, number: int) -> tuple:
+    """labels (cases,), scores (seeds, cases) of a row on a task -> the mean AUROC over seeds, (resamples,) times with the cases drawn again, and which
+    cases have a score. The draw follows from the task's number, so that all rows and seeds share it and differences are paired. None for no AUROC."""
+    known = ~np.isnan(scores).any(axis=0)
+    samples = [bootstrap_aurocs(labels[known], s[known], number) for s in scores]
+    return (None if any(s is None for s in samples) else np.mean(samples, axis=0)), known.tolist()
+
+
+def format_table(rows, tasks, runs: dict, draws: dict) -> str:
+    """A Markdown table of mean AUROC x 100 over seeds; runs as in `read_results`, draws[row, task] of `resampled`."""
+    lines = ["| | " + " | ".join(TASK_TITLES.get(t, t) for t in tasks) + " | average, 95 % over cases | spread over seeds | average precision | tasks | paper, these tasks |",
+             "|---" * (len(tasks) + 6) + "|"]
     for row in rows:
-        values = [[r["auroc"] for r in results[row, task]] for task in tasks]
+        values = [[r["auroc"] for r in runs[row, task]] for task in tasks]
         known = np.array([100 * np.array(v) for v in values if None not in v])                          # (tasks, seeds)
         drawn = [draws[row, t][0] for t, v in zip(tasks, values) if None not in v]
         average = f"**{known.mean():.1f}**" if len(known) else "n/a"
         if len(known) and all(d is not None for d in drawn):
             average += " ({:.1f} to {:.1f})".format(*(100 * v for v in interval(np.mean(drawn, axis=0))))
         spread = f"{known.mean(axis=0).std(ddof=1):.1f}" if len(known) and known.shape[1] > 1 else "-"
+        precision = [100 * float(r["average_precision"]) for task in tasks for r in runs[row, task] if r["average_precision"]]
         printed = [PAPER[row][list(TASK_TITLES).index(t)] for t in tasks if t in TASK_TITLES]
         lines.append(f"| {row_title(row)} | " + " | ".join("n/a" if None in v else f"{100 * np.mean(v):.1f}" for v in values)
-                     + f" | {average} | {spread} | {len(known)} of {len(tasks)} | " + (f"{np.mean(printed):.1f}" if len(printed) == len(tasks) else "-") + " |")
+                     + f" | {average} | {spread} | " + (f"{np.mean(precision):.1f}" if precision else "n/a") + f" | {len(known)} of {len(tasks)} | " + (f"{np.mean(printed):.1f}" if len(printed) == len(tasks) else "-") + " |")
     return "\n".join(lines)
 
 
@@ -1438,31 +1447,65 @@ def format_pairs(rows, tasks, draws: dict) -> str:
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
+RESULTS = ("row", "task", "seed", "auroc", "low", "high", "average_precision", "tune_auroc", "best_epoch", "case_score")
+
+
 def tables(args, rows, tasks) -> str:
-    """Run what is missing; write OUT/results.csv, a line per run, and return both tables and their paired comparisons as Markdown."""
+    """Run what is missing, write OUT/results.csv, scores.csv and machine.json, and return what they say as Markdown."""
     path, out, began = ensure_data(args.data), Path(args.out), time.time()
-    seeds, results = range(args.seed, args.seed + args.seeds), {}
-    for seed in seeds:
+    results, scores = [], {}
+    for seed in range(args.seed, args.seed + args.seeds):
         for row in rows:
             for task in tasks:
                 try:
                     result = train_row(row, task, seed, args)
                 except MixmagError as error:                       # the other cells do not suffer for this one, which the table shows as n/a
                     log(f"{task} {row}: {error}")
-                    result = {"auroc": None, "seed": seed}
-                results.setdefault((row, task), []).append(result)
+                    result = {}
+                low, high = result.get("interval") or (None, None)
+                results.append({**result, "row": row, "task": task, "seed": seed, "low": low, "high": high})
+                if result and process()[0] == 0:
+                    for case in data.read_csv(out / f"seed-{seed}" / f"{task}-{row}" / "predictions.csv", ("case_id", "label", "score", "split")):
+                        if case["split"] == "test":
+                            scores.setdefault((task, case["case_id"], case["label"]), {})[f"{row} {seed}"] = f"{float(case['score']):.9g}"
     if process()[0]:
         return ""
-    keys = ("auroc", "interval", "average_precision", "tune_auroc", "best_epoch", "case_score")
-    write_csv(out / "results.csv", ("row", "task", "seed", *keys), [(row, task, r["seed"], *(r.get(k) for k in keys)) for (row, task), found in results.items() for r in found])
-    log(f"{len(results) * len(seeds)} runs in {time.time() - began:.0f} s, those done before included")
-    draws = {(row, task): resampled(row, task, i, results, out) for row in rows for i, task in enumerate(tasks)}
-    words = "synthetic cohort" if data.synthetic_facts(path) else str(path)
-    text = f"AUROC x 100 on the test cases, {words}, {args.preset} preset, mean over {len(seeds)} seed{'s' * (len(seeds) > 1)}. The last column is the paper's, on its own (private) data."
-    for title, wanted in (("Table 1: contextualized outputs (Patch)", [r for r in rows if not r.endswith("-cls")]), ("Table 2: compressed outputs (CLS)", [r for r in rows if r.endswith("-cls")])):
+    write_csv(out / "results.csv", RESULTS, [[r.get(k) for k in RESULTS] for r in results])
+    columns = list(dict.fromkeys(f"{r['row']} {r['seed']}" for r in results))
+    write_csv(out / "scores.csv", ("task", "case_id", "label", *columns), [(*case, *(found.get(c) for c in columns)) for case, found in scores.items()])
+    write_json(out / "machine.json", {**machine_facts(args, path), "seconds": round(time.time() - began + earlier_seconds(out))})
+    return format_results(out)
+
+
+def earlier_seconds(out: Path) -> float:
+    """A table may take several starts; their times add up."""
+    return json.loads((out / "machine.json").read_text("utf-8"))["seconds"] if (out / "machine.json").exists() else 0
+
+
+def machine_facts(args, path) -> dict:
+    """Where a table's figures come from."""
+    import platform
+    import subprocess
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    facts = data.synthetic_facts(path)
+    return {"data": f"synthetic cohort, seed {facts['seed']}" if facts else str(path), "preset": args.preset, "steps": args.steps, "epochs": args.epochs,
+            "frozen_epochs": args.frozen_epochs, "commit": commit or None, "processor": cpu[1] if cpu else platform.processor(),
+            "threads": torch.get_num_threads(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "torch": torch.__version__}
+
+
+def format_results(folder) -> str:
+    """Both tables and their paired comparisons as Markdown, from the files that `tables` wrote."""
+    found = read_results(folder)
+    draws = {(row, task): resampled(found.labels[task], found.scores[row, task], i) for row in found.rows for i, task in enumerate(found.tasks)}
+    count, m = len(found.seeds), found.machine
+    text = (f"AUROC x 100 on the test cases, {m['data']}, {m['preset']} preset, mean over {count} seed{'s' * (count > 1)}. The last column is the paper's, on its own "
+            "(private) data.")
+    for title, wanted in (("Table 1: contextualized outputs (Patch)", [r for r in found.rows if not r.endswith("-cls")]),
+                          ("Table 2: compressed outputs (CLS)", [r for r in found.rows if r.endswith("-cls")])):
         if wanted:
-            text += f"\n\n## {title}\n\n" + format_table(wanted, tasks, results, draws)
-    if pairs := format_pairs(rows, tasks, draws):
+            text += f"\n\n## {title}\n\n" + format_table(wanted, found.tasks, found.runs, draws)
+    if pairs := format_pairs(found.rows, found.tasks, draws):
         text += f"\n\n## Differences on the same test cases\n\nPaired bootstrap over cases; * told apart at 0.05 after Holm's correction over the tasks.\n\n{pairs}"
     return text + "\n"
 

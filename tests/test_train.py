@@ -160,20 +160,18 @@ def test_bootstrap_areas_equal_scikit_learn():
     assert {round(float(s), 9) for s in samples} <= possible and len(set(samples)) > 4
 
 
-def test_pairs_are_told_apart_only_where_they_differ(tmp_path):
+def test_pairs_are_told_apart_only_where_they_differ():
     """Two rows of equal skill and one that is better on one task of two: the star, the pairing and Holm's correction against a loop of its own."""
     rng, labels = np.random.default_rng(0), np.repeat([1, 0], [30, 60])
-    results, rows, tasks = {}, ("mem-0.50-patch", "random-all-patch", "abmil-20"), ("skin_braf", "lung_egfr")
-    for task in tasks:
+    area, draws, rows, tasks = {}, {}, ("mem-0.50-patch", "random-all-patch", "abmil-20"), ("skin_braf", "lung_egfr")
+    for number, task in enumerate(tasks):
         noise = rng.standard_normal(90)
         for row in rows:
             scores = noise + 0.1 * rng.standard_normal(90) + labels * (3.0 if (row, task) == (rows[0], "skin_braf") else 0.5)
-            data.write_csv(tmp_path / "seed-0" / f"{task}-{row}" / "predictions.csv", ("case_id", "label", "score", "split"), [(i, y, x, "test") for i, (y, x) in enumerate(zip(labels, scores))])
-            results[row, task] = [{"auroc": roc_auc_score(labels, scores), "seed": 0}]
-    draws = {(row, task): train.resampled(row, task, i, results, tmp_path) for row in rows for i, task in enumerate(tasks)}
+            area[row, task], draws[row, task] = roc_auc_score(labels, scores), train.resampled(labels, scores[None], number)
     lines = {line.split(" | ")[0]: line for line in train.format_pairs(rows, tasks, draws).splitlines()}
     cells = lines["| MEM 0.50, Patch - Random all, Patch"].split(" | ")
-    expected = 100 * (results[rows[0], "skin_braf"][0]["auroc"] - results[rows[1], "skin_braf"][0]["auroc"])
+    expected = 100 * (area[rows[0], "skin_braf"] - area[rows[1], "skin_braf"])
     assert cells[1].endswith("*") and not cells[2].endswith("*") and float(cells[1][:-1]) == pytest.approx(expected, abs=1) and "on 1 of 2 tasks" in cells[-1]
     assert "not distinguishable" in lines["| Random all, Patch - AB-MIL 20x"] and "on 0 of 2" in lines["| Random all, Patch - AB-MIL 20x"]
     assert train.two_sided(np.array([1.0, 2.0, -1.0])) == 1.0 and train.two_sided(np.ones(999)) == pytest.approx(0.002)
@@ -397,6 +395,10 @@ def test_table_runs_skips_and_prints(runs, cohort):
     assert "## Table 1" in out and "## Table 2" in out and "| MEM 0.25 |" in out and "2 of 2" in out and "mean over 2 seeds" in out
     paper = np.mean([train.PAPER["abmil-20"][i] for i in (0, 6)])
     assert f"| {paper:.1f} |" in out and (runs / "runs/table/SUMMARY.md").exists()
+    found = train.read_results(runs / "runs/table")
+    for (row, task), lines in found.runs.items():
+        for line, scores in zip(lines, found.scores[row, task], strict=True):
+            assert line["auroc"] == pytest.approx(roc_auc_score(found.labels[task], scores), abs=1e-12)
     again, err = run("train.py", *args, cwd=runs)
     assert out.endswith(again) and err.count("done before") >= 12
 
