@@ -455,8 +455,8 @@ def verify_command(args) -> int:
 #     together   positive slides hold both patterns in the same cells; negative ones hold the first, and half of them the second as
 #                well, as often, but in other regions: the second alone tells a little, only the two together tell all
 #     adjacent   the same with two patterns of one magnification, side by side or in different regions
-# Stain shifts move along the patterns' own directions by more than a handful of cells moves a slide's mean, so pooling by a plain
-# mean is fooled. The mechanisms were fixed before methods were compared on them.
+# Stain shifts move along the patterns' own directions by more than a handful of cells moves a slide's mean, so a plain mean of
+# a slide's tokens says little. The mechanisms were fixed before methods were compared on them.
 
 MECHANISMS = {                                                    # kind, (level, pattern), (level, pattern), in words
     "breast_cdh1": ("alone", (2, 0), (2, 0), "a 20x pattern: visible at 20x only"),
@@ -1935,9 +1935,9 @@ class CaseDataset(torch.utils.data.Dataset):
 
 def feature_statistics(slides, limit: int = 20000) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """mean (D,) and std (D,) over the tokens of evenly spread cells (at most about `limit`), and (K, D) the mean direction of each
-    magnification: the constant prediction that minimises Eq. 2."""
+    magnification, of embeddings scaled to length 1: the constant prediction that minimises Eq. 2."""
     share = max(1, -(-sum(len(s.cells) for s in slides) // limit))
-    count, total, squares, directions = 0, 0.0, 0.0, []
+    count, total, squares, per_level = 0, 0.0, 0.0, 0
     starts = Geometry(1, slides[0].meta["magnifications"]).cell_table()[:, 0].numpy()                   # (T,) level of each entry
     sums = np.zeros((starts.max() + 1, slides[0].dim))
     for slide in slides:
@@ -1947,9 +1947,10 @@ def feature_statistics(slides, limit: int = 20000) -> tuple[torch.Tensor, torch.
         x = np.where(valid[..., None], x, 0)
         unit = x / np.linalg.norm(x, axis=-1, keepdims=True).clip(min=1e-12)
         np.add.at(sums, starts, unit.sum(axis=0))
+        per_level = per_level + np.bincount(starts, valid.sum(axis=0))
     mean = total / max(count, 1)
     std = np.sqrt((squares / max(count, 1) - mean ** 2).clip(min=0))
-    return tuple(torch.from_numpy(a).float() for a in (mean, std, sums / np.linalg.norm(sums, axis=1, keepdims=True).clip(min=1e-12)))
+    return tuple(torch.from_numpy(a).float() for a in (mean, std, sums / np.maximum(per_level, 1)[:, None]))
 
 
 COMMANDS = {"synth": synth_command, "tile": tile_command, "import": import_command, "verify": verify_command}

@@ -367,15 +367,18 @@ def level_losses(geometry: Geometry, pred: Tensor, target: Tensor, removed: Tens
 def trivial_predictions(geometry: Geometry, x: Tensor, removed: Tensor, mean: Tensor, valid: Tensor | None = None) -> dict:
     """What needs no network: name -> (B, M, D) predictions of the removed tokens from the visible ones.
 
-    x (B, N, D), removed (B, M), mean (K, D) the data's mean embedding of each magnification. `mean` predicts that;
-    `parent`, `children` and `neighbours` the mean of the visible ones (falling back to `mean` where none is visible).
+    x (B, N, D), removed (B, M), mean (K, D) the mean direction (of embeddings scaled to length 1) of each magnification. `mean` predicts
+    that; `shift` adds what the region's visible tokens have in common, the mean of their deviations from it, such as their
+    stain; `parent`, `children` and `neighbours` the mean of the visible ones (falling back to `mean` where none is visible).
     An encoder is worth something where its loss is below all of these.
     """
     level = geometry.token_table()[:, 0].to(x.device)
     visible = torch.ones(x.shape[:2], device=x.device).scatter(1, removed, 0.0)                         # (B, N)
     visible = visible if valid is None else visible * valid
     x = (x if valid is None else x.masked_fill(~valid[..., None], 0)).float()
-    predictions = {"mean": mean[level[removed]]}                                                        # (B, M, D)
+    deviation = (F.normalize(x, dim=-1) - mean[level]) * visible[..., None]                             # (B, N, D)
+    shift = deviation.sum(1, keepdim=True) / visible.sum(1).clamp(min=1)[:, None, None]                 # (B, 1, D)
+    predictions = {"mean": mean[level[removed]], "shift": mean[level[removed]] + shift}                 # (B, M, D)
     for name, related in geometry.relatives().items():
         share = related.to(x.device)[removed] * visible[:, None, :]                                     # (B, M, N)
         count = share.sum(-1, keepdim=True)

@@ -424,7 +424,7 @@ def level_table(model, dataset, mean, compute, batch_size: int = 64) -> dict:
 
 def format_levels(losses: dict, magnifications, least: dict | None) -> str:
     """A Markdown table of `level_table`, the model last but for the least loss that a synthetic cohort allows."""
-    names = {"mean": "mean embedding", "parent": "visible parent", "children": "visible children", "neighbours": "visible neighbours",
+    names = {"mean": "mean embedding", "shift": "mean + the region's common shift", "parent": "visible parent", "children": "visible children", "neighbours": "visible neighbours",
              "model": "**mixing encoder**"}
     rows = [(title, losses[name]) for name, title in names.items()]
     if least:
@@ -650,7 +650,7 @@ def draw_pretraining(run: Run, losses, magnifications, least, data_words: str) -
         pairs = [(line["step"], line[f"{m}x"]) for line in lines if line[f"{m}x"] is not None]
         axis.plot(*zip(*pairs), color=colour, lw=1, label=f"{m}x, training batches")
     if losses:
-        for name, style, title in (("mean", ":", "mean embedding, held out"), ("neighbours", "--", "visible neighbours, held out"), ("model", "-", "mixing encoder, held out")):
+        for name, style, title in (("mean", ":", "mean embedding, held out"), ("shift", "-.", "mean + common shift, held out"), ("neighbours", "--", "visible neighbours, held out"), ("model", "-", "mixing encoder, held out")):
             axis.axhline(np.mean(losses[name]), color="black", ls=style, lw=1, label=title)
     if least:
         axis.axhline(np.mean(list(least.values())), color="grey", lw=3, alpha=0.4, label="least possible")

@@ -331,8 +331,10 @@ def test_trivial_predictions_equal_the_loop():
     found, table = mixmag.trivial_predictions(g, x, removed, mean, valid), g.token_table().tolist()
     for b in range(2):
         visible = [i for i in range(84) if i not in removed[b].tolist() and valid[b, i]]
+        shift = torch.stack([x[b, i] / x[b, i].norm() - mean[table[i][0]] for i in visible]).mean(0)
         for j, i in enumerate(removed[b].tolist()):
             k, r, c = table[i]
+            assert torch.allclose(found["shift"][b, j], mean[k] + shift, atol=1e-5)
             parent = [v for v in visible if table[v] == [k - 1, r // 2, c // 2]]
             children = [v for v in visible if table[v][0] == k + 1 and (table[v][1] // 2, table[v][2] // 2) == (r, c)]
             near = [v for v in visible if table[v][0] == k and v != i and max(abs(table[v][1] - r), abs(table[v][2] - c)) == 1]
