@@ -1894,7 +1894,8 @@ class CaseDataset(torch.utils.data.Dataset):
     """The cases of a split as ragged bags: a case has slides, a slide has regions, a region the chosen tokens.
 
     index (n,): which of a region's tokens are read (Geometry.select). Slides without a region that holds `min_cover` of its cells,
-    and cases without such slides, are left out and named in `dropped`.
+    and cases without such slides, are left out and named in `dropped`. What stands in `held`, slide_id -> (array (W, n or 1, d), valid (W, n)),
+    is given in place of that slide's embeddings.
     """
 
     def __init__(self, slides: dict, cases: list, geometry: Geometry, index, min_cover: float = 0.5):
@@ -1912,12 +1913,6 @@ class CaseDataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.cases)
-
-    def hold(self, outputs) -> None:
-        """From now on give outputs(x, valid), a float array (W, n or 1, d) made once per slide and kept in memory, in place of x."""
-        for i in progress(self.rows, desc="outputs", leave=False):
-            x, valid = gather(self.slides[i], self.rows[i], self.entries)
-            self.held[i] = outputs(*as_batch(x, valid)), valid
 
     def __getitems__(self, indices) -> dict:
         """x (W, n, D) float16, or with `held` what stands for it, valid (W, n) or None, regions (S,) of each slide, case (S,) which of the batch's cases it

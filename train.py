@@ -26,9 +26,11 @@ from types import SimpleNamespace
 DEFAULT_DATA = "data/synthetic"
 PRESETS = {     # what a flag that is not given means; `paper` numbers are the assumed ones of README
     "small": {"pretrain": {"batch_size": 16, "blr": 0.032, "weight_decay": 0.05, "steps": 3000},
-              "finetune": {"batch_size": 16, "lr": 1e-2, "weight_decay": 1.0, "hidden": 64, "epochs": 12}},
+              "finetune": {"batch_size": 16, "lr": 1e-2, "weight_decay": 1.0, "hidden": 64, "epochs": 12},
+              "abmil": {"epochs": 60}},
     "paper": {"pretrain": {"batch_size": 4096, "blr": 1.5e-4, "weight_decay": 0.05, "epochs": 100},
-              "finetune": {"batch_size": 32, "lr": 1e-3, "weight_decay": 0.05, "hidden": 256, "epochs": 20}},
+              "finetune": {"batch_size": 32, "lr": 1e-3, "weight_decay": 0.05, "hidden": 256, "epochs": 20},
+              "abmil": {}},                                       # what differs where there is no encoder: epochs are cheap, and few tokens learn late
 }
 
 
@@ -372,7 +374,8 @@ def ensure_data(path, compute=None) -> Path:
 
 def fill_in(args, kind: str) -> None:
     """Give the flags that were left out the preset's values."""
-    for name, value in PRESETS[args.preset][kind].items():
+    preset = PRESETS[args.preset]
+    for name, value in {**preset[kind], **(preset["abmil"] if getattr(args, "init", None) == "none" else {})}.items():
         if getattr(args, name) is None and not (name in ("steps", "epochs") and (getattr(args, "steps", None) or args.epochs)):
             if not (name == "blr" and args.lr is not None):
                 setattr(args, name, value)
@@ -745,46 +748,44 @@ def make_classifier(args, slides, train_slides, compute) -> mixmag.SlideClassifi
         mean, std, _ = data.feature_statistics(train_slides)
         (encoder or model).standardize.fit(mean, std)
     model.to(compute.device)
-    if encoder is not None:
-        fit_whitening(model, train_slides, args.min_cover, compute)
     if compute.world > 1:
         for tensor in model.state_dict().values():
             distributed.broadcast(tensor, 0)
     return model
 
 
-def fit_whitening(model, slides, min_cover: float, compute, limit: int = 4000) -> None:
-    """Mean of each output's place and the covariance around it, over evenly spread training slides with at most about `limit` regions."""
-    geometry, entries = model.config.geometry(), model.config.geometry().cell_order()[model.index.cpu()].numpy()
-    rows = [data.windows(s.cells, geometry.region, geometry.region, min_cover)[0] for s in slides]
-    share, count, total, square = max(1, -(-sum(map(len, rows)) // limit)), 0.0, 0.0, 0.0
-    model.eval()
-    for slide, r in list(zip(slides, rows))[::share]:
-        x, valid = data.as_batch(*data.gather(slide, r, entries))
-        x, valid = x.to(compute.device), None if valid is None else valid.to(compute.device)
-        for i in range(0, len(x), model.chunk):
-            part = None if valid is None else valid[i:i + model.chunk]
-            with torch.no_grad(), compute.autocast():
-                h = model.encode(x[i:i + model.chunk], valid=part).double()                                     # (W, n or 1, d)
-            there = (torch.ones(h.shape[:2], dtype=torch.bool, device=h.device) if part is None or model.tokens == "cls" else part)[..., None]
-            h = h.where(there, 0)
-            count, total, square = count + there.sum(0), total + h.sum(0), square + torch.einsum("wnd,wne->de", h, h)
-    model.train()
+def fit_whitening(model, dataset, compute, limit: int = 4000) -> None:
+    """Mean of each output's place and the covariance around it, over evenly spread slides of the train split with at most about `limit` regions."""
+    share, count, total, square = max(1, -(-sum(map(len, dataset.rows.values())) // limit)), 0.0, 0.0, 0.0
+    for i in list(dataset.rows)[::share]:
+        h, valid = dataset.held.get(i) or encoded(model, dataset, i, compute)
+        h = torch.from_numpy(h).to(compute.device).double()                                                     # (W, n or 1, d)
+        there = torch.from_numpy(valid if model.tokens == "patch" else np.ones(h.shape[:2], bool)).to(compute.device)[..., None]
+        h = h.where(there, 0)
+        count, total, square = count + there.sum(0), total + h.sum(0), square + torch.einsum("wnd,wne->de", h, h)
     mean = total / count.clamp(min=1)                                                                           # (n, d)
     model.whiten.fit(mean.float(), ((square - torch.einsum("nd,ne->de", mean * count, mean)) / count.sum()).float())
+    if compute.world > 1:
+        for tensor in model.whiten.state_dict().values():
+            distributed.broadcast(tensor, 0)
+
+
+def encoded(model, dataset, slide_id: str, compute) -> tuple[np.ndarray, np.ndarray]:
+    """A slide of data.CaseDataset through the encoder as it is -> (W, n or 1, d) float32 and valid (W, n)."""
+    x, valid = data.gather(dataset.slides[slide_id], dataset.rows[slide_id], dataset.entries)
+    batch, mask = data.as_batch(x, valid)
+    with torch.no_grad(), compute.autocast():
+        return model.outputs(batch.to(compute.device), None if mask is None else mask.to(compute.device)).float().cpu().numpy(), valid
+
+
+def hold_outputs(model, dataset, compute) -> None:
+    """From now on the data set gives the frozen encoder's outputs, made here once, in place of embeddings."""
+    dataset.held = {i: encoded(model, dataset, i, compute) for i in progress(dataset.rows, desc="outputs", leave=False)}
 
 
 def slide_logits(model, batch: dict) -> torch.Tensor:
     """(S,) of a batch of data.CaseDataset, which may bring a frozen encoder's outputs in place of embeddings."""
     return (model.aggregate if batch["held"] else model)(batch["x"], batch["regions"], batch["valid"])[0]
-
-
-def hold_outputs(model, dataset, compute) -> None:
-    """Let the data set give the frozen encoder's outputs, made here once."""
-    def outputs(x, valid):
-        with torch.no_grad(), compute.autocast():
-            return model.outputs(x.to(compute.device), None if valid is None else valid.to(compute.device)).float().cpu().numpy()
-    dataset.hold(outputs)
 
 
 def score_cases(model, dataset, compute, batch_size: int) -> list[np.ndarray]:
@@ -896,6 +897,10 @@ def finetune_loop(args, run: Run, model, sets: dict, labels: dict, compute) -> d
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         compute.scaler.load_state_dict(state["scaler"])
+    elif model.encoder is not None:
+        if args.frozen_epochs > 1:
+            hold_outputs(model, sets["train"], compute)
+        fit_whitening(model, sets["train"], compute)
     bar = progress(total=args.epochs * per_epoch, initial=state["done"] * per_epoch, desc=f"finetune {args.task}")
     for epoch in range(state["done"], args.epochs):
         if model.encoder is not None:
@@ -982,6 +987,9 @@ def finetuning_plan(model, sets: dict, args) -> str:
         needs.append(finetuning_memory(model, sum(w for w, _ in regions[-args.batch_size:]), split == "train"))
         largest = max([largest, *regions])
     held = peak_memory()
+    if model.encoder is not None and args.frozen_epochs > 1:       # the frozen encoder's outputs
+        outputs = (n if args.tokens == "patch" else 1) * model.pool.V.in_features
+        held += 4 * outputs * sum(len(rows) for split in ("train", "tune") for rows in sets[split].rows.values())
     lines.append(f"largest case: {largest[1]}, {largest[0]} regions, {largest[0] * n:,d} tokens; alone in a batch it takes {finetuning_memory(model, largest[0], True) / 1e9:.2f} GB")
     lines.append(f"an epoch reads the train and the tune split, {read['train'] + read['tune']:.3f} GB; the test split is read once, at the end")
     lines.append(f"memory: about {(held + max(needs)) / 1e9:.2f} GB in fp32 when the {args.batch_size} largest cases of a split meet in a batch, {held / 1e9:.2f} of them held already")

@@ -1,4 +1,5 @@
 """Schedules, groups, precision; the commands as real processes, killed and started again.     python -m pytest tests/test_train.py"""
+import argparse
 import csv
 import itertools
 import json
@@ -175,6 +176,26 @@ def test_pairs_are_told_apart_only_where_they_differ():
     assert cells[1].endswith("*") and not cells[2].endswith("*") and float(cells[1][:-1]) == pytest.approx(expected, abs=1) and "on 1 of 2 tasks" in cells[-1]
     assert "not distinguishable" in lines["| Random all, Patch - AB-MIL 20x"] and "on 0 of 2" in lines["| Random all, Patch - AB-MIL 20x"]
     assert train.two_sided(np.array([1.0, 2.0, -1.0])) == 1.0 and train.two_sided(np.ones(999)) == pytest.approx(0.002)
+
+
+@pytest.mark.parametrize("tokens", ("patch", "cls"))
+def test_held_outputs_stand_for_the_encoder(cohort, tokens):
+    """A slide's outputs made once give the logits that the encoder gives, also where tokens are invalid."""
+    cases = data.read_task(cohort, "skin_braf")[:6]
+    slides = {s.slide_id: s for s in data.read_slides(cohort, [i for c in cases for i in c.slide_ids])}
+    next(iter(slides.values())).valid = np.random.default_rng(0).random(next(iter(slides.values())).valid.shape) > 0.3
+    torch.manual_seed(0)
+    config, compute = mixmag.Config.small(64), train.machine(argparse.Namespace(device="cpu"), 96)
+    model = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config), tokens, hidden=8).eval()
+    dataset = data.CaseDataset(slides, cases, config.geometry(), model.index)
+    train.fit_whitening(model, dataset, compute)
+    batch = dataset.__getitems__(range(6))
+    expected, fitted = train.slide_logits(model, batch), model.whiten.matrix.clone()
+    train.hold_outputs(model, dataset, compute)
+    held = dataset.__getitems__(range(6))
+    assert held["held"] and not batch["held"] and torch.allclose(train.slide_logits(model, held), expected, atol=1e-5)
+    train.fit_whitening(model, dataset, compute)
+    assert torch.equal(model.whiten.matrix, fitted)
 
 
 def test_one_class_has_no_auroc():
