@@ -1844,7 +1844,10 @@ class RegionDataset(torch.utils.data.Dataset):
         self.slide_of = np.repeat(np.arange(len(slides)), self.per_slide)                               # (W,)
         self.all_valid = all(s.valid.all() for s in slides)
         self.shuffled = (None, None)                                                                    # an epoch and its order
-        self.store = None
+        self.store = self.begins = None
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "store": None}                      # processes that load only say which embeddings are wanted
 
     def hold(self, device) -> None:
         """From now on `__getitems__` says which embeddings are wanted, and `fetch` gathers them from one tensor on the device. Raises
@@ -1911,7 +1914,7 @@ class RegionDataset(torch.utils.data.Dataset):
         draws = [view for views in zip(*(self.draw(i) for i in indices)) for view in views]             # view-major
         window, turn = np.array([draw[:2] for draw in draws]).T
         token, valid = self.tokens_of(window, turn)                                                     # (B, N)
-        x = torch.from_numpy(token + self.begins[self.slide_of[window], None]) if self.store is not None else self.read(window, token, valid)
+        x = torch.from_numpy(token + self.begins[self.slide_of[window], None]) if self.begins is not None else self.read(window, token, valid)
         batch = {"x": x, "removed": torch.from_numpy(np.stack([removed for *_, removed in draws])), "slide": torch.from_numpy(self.slide_of[window]),
                  "valid": None if valid.all() else torch.from_numpy(valid)}
         if self.views == 2:

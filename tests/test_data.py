@@ -3,6 +3,7 @@ import csv
 import io
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -1505,7 +1506,9 @@ def test_embeddings_held_in_memory_are_those_of_the_files(tmp_path):
     for settings in ({}, {"views": 2, "source": 4}):
         files, held = (data.RegionDataset(data.read_slides(tmp_path), Geometry(3), 7, 0.5, **settings) for _ in range(2))
         held.hold("cpu")
-        expected, found = files.__getitems__(range(20)), held.fetch(held.__getitems__(range(20)))
+        loader = torch.utils.data.DataLoader(held, batch_sampler=[range(20)], num_workers=1, collate_fn=lambda batch: batch, multiprocessing_context="fork")
+        expected, found = files.__getitems__(range(20)), held.fetch(next(iter(loader)))
+        assert pickle.loads(pickle.dumps(held)).store is None
         assert expected["x"].shape == found["x"].shape and torch.equal(expected["x"][expected["valid"]], found["x"][found["valid"]])
         assert all(torch.equal(expected[k], found[k]) for k in ("valid", "removed", "slide")) and not expected["valid"].all()
 
