@@ -80,6 +80,8 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--min-cover", type=float, default=1.0, help="share of its cells that a window must hold")
     p.add_argument("--holdout", type=float, default=0.05, help="share of cases kept out, to measure the loss on")
     p.add_argument("--save-every", type=positive, default=100, help="steps between checkpoints")
+    p.add_argument("--in-memory", action="store_true", help="hold all embeddings in the device's memory and gather there")
+    p.add_argument("--compile", action="store_true", help="torch.compile the model; the first step then takes minutes")
 
     p = command("finetune", "train slide-level prediction of a biomarker and score its test set once",
                 "python train.py finetune --task skin_braf --init runs/mem-0.50 --tokens cls")
@@ -355,7 +357,7 @@ def settings(args, slides, *files) -> dict:
     digest = hashlib.sha256("".join(s.meta["sha256"] for s in slides).encode("utf-8"))
     for path in files:
         digest.update(Path(path).read_bytes())
-    chosen = {k: v for k, v in vars(args).items() if k not in ("out", "device", "workers", "resume", "save_every", "dry_run")}
+    chosen = {k: v for k, v in vars(args).items() if k not in ("out", "device", "workers", "resume", "save_every", "dry_run", "in_memory")}
     return {**chosen, "tile_encoder": slides[0].meta["encoder"], "inputs_sha256": digest.hexdigest()}
 
 
@@ -534,6 +536,10 @@ def pretrain_loop(args, run: Run, model, dataset, compute) -> dict:
     peak = args.lr or args.blr * args.batch_size / 256                                          # linear scaling rule
     optimizer = torch.optim.AdamW(parameter_groups(model, config.depth, args.weight_decay), lr=peak, betas=(0.9, 0.95), fused=True)     # assumed
     share = args.batch_size // compute.world                                                    # of each process
+    if args.in_memory:
+        dataset.hold(compute.device)
+    if args.compile:
+        model.compile(dynamic=False)                              # all parts are of one shape but for a last smaller one
     log(f"{run.folder}: {parameters(model)}, {len(dataset.slides)} slides with {len(dataset)} windows, batch {args.batch_size} in parts of "
         f"{min(args.micro_batch, share)}, {total} steps, peak rate {peak:.2e}, {compute.world} x {compute.device.type}, {compute.dtype or 'fp32'}")
     state, start = run.load(), 0
@@ -549,7 +555,7 @@ def pretrain_loop(args, run: Run, model, dataset, compute) -> dict:
     bar = progress(total=total, initial=start, desc="pretrain")
     for step, batch in enumerate(loader, start=start):
         rate = peak * lr_at(step, total, warmup)
-        logged = pretrain_step(model, to_device(batch, compute.device), args.micro_batch, compute)
+        logged = pretrain_step(model, dataset.fetch(to_device(batch, compute.device)), args.micro_batch, compute)
         sum_gradients(model, compute)
         recent.append((step, batches[step - start], logged["loss"], optimizer_step(model, optimizer, compute.scaler, rate, args.clip)))
         last, stop = step + 1 == total, stopping(compute)
@@ -580,7 +586,7 @@ def refuse_non_finite(run: Run, recent: list, dataset, compute) -> float | None:
     losses, norms = (torch.stack([r[i].float() for r in recent]).tolist() for i in (2, 3))
     for (step, indices, *_), loss, norm in zip(recent, losses, norms):
         if not math.isfinite(loss) or not (math.isfinite(norm) or compute.scaler.is_enabled()):
-            batch = dataset.__getitems__(indices)
+            batch = dataset.fetch(to_device(dataset.__getitems__(indices), compute.device))
             rows = batch["x"].isfinite().flatten(-2).all(-1).logical_not()
             names = sorted({dataset.slides[i].slide_id for i in (batch["slide"][rows] if rows.any() else batch["slide"].flatten()).tolist()})
             raise MixmagError(f"{run.folder}: at step {step} the loss is {loss:.4g} and its gradient's norm {norm:.4g}; " + (
@@ -840,12 +846,32 @@ def finetune_epoch(model, optimizer, dataset, compute, args, epoch: int, steps: 
     return sum_over_processes(total, compute).item() / len(dataset), norm.item()
 
 
-def finetune_step(model, batch: dict, smoothing: float, compute, cases: int, step: int) -> torch.Tensor:
-    """Forward and backward over this process's share of a batch of `cases` cases; returns its part of the mean loss, on the CPU."""
+def slide_losses(model, batch: dict, smoothing: float, compute) -> torch.Tensor:
+    """(S,) of the slides of a batch, each against its case's label."""
     with compute.autocast():
         logit = slide_logits(model, batch)
     target = batch["label"] * (1 - smoothing) + smoothing / 2                                           # (cases,)
-    loss = F.binary_cross_entropy_with_logits(logit, target[batch["case"]], reduction="none")           # (S,)
+    return F.binary_cross_entropy_with_logits(logit, target[batch["case"]], reduction="none")
+
+
+def least_slides(model, batch: dict, smoothing: float, compute) -> dict:
+    """The batch without the slides that lose in Eq. 9, found without a graph, so that none is ever kept for them; and without dropout, so
+    that a case's slide is not chosen by chance and cases of one slide draw what they would draw alone."""
+    model.eval()
+    with torch.no_grad():
+        loss = slide_losses(model, batch, smoothing, compute)
+    model.train()
+    won = ~(loss > mixmag.min_slide_loss(loss, batch["case"])[batch["case"]])                           # (S,), a loss that is not finite too
+    rows = torch.repeat_interleave(won, batch["regions"])
+    return {**batch, "x": batch["x"][rows], "valid": None if batch["valid"] is None else batch["valid"][rows], "regions": batch["regions"][won],
+            "case": batch["case"][won], "slide_ids": [i for i, w in zip(batch["slide_ids"], won.tolist()) if w]}
+
+
+def finetune_step(model, batch: dict, smoothing: float, compute, cases: int, step: int) -> torch.Tensor:
+    """Forward and backward over this process's share of a batch of `cases` cases; returns its part of the mean loss, on the CPU."""
+    if len(batch["case"]) > len(batch["label"]):                                                        # some case has several slides
+        batch = least_slides(model, batch, smoothing, compute)
+    loss = slide_losses(model, batch, smoothing, compute)                                               # (S,)
     loss = mixmag.min_slide_loss(loss, batch["case"]).sum() / cases                                     # Eq. 9
     compute.scaler.scale(loss).backward()
     if not math.isfinite(loss.item()):

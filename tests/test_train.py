@@ -108,6 +108,32 @@ def test_accumulated_gradient_equals_the_whole(views):
         assert logged["loss"].item() == pytest.approx((logged["mem"] + logged["contrastive"]).item(), abs=1e-5) and logged["contrastive"] > 1
 
 
+def test_losing_slides_are_left_out_and_change_no_gradient():
+    """Eq. 9 with and without a graph for them: the same loss and gradients, also with a mask; which slide wins is found by a loop."""
+    torch.manual_seed(0)
+    config = mixmag.Config.small(8, region=2, depth=2)
+    model = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config), dropout=0.5)
+    regions, case, label = torch.tensor([2, 1, 3, 1, 2]), torch.tensor([0, 0, 0, 1, 2]), torch.tensor([1.0, 0.0, 1.0])
+    batch = {"x": torch.randn(9, 84, 8), "valid": torch.rand(9, 84) > 0.2, "held": False, "regions": regions, "case": case, "label": label, "slide_ids": list("abcde")}
+    ends = [sum(regions[:s + 1].tolist()) for s in range(5)]
+    alone = [{**batch, "x": batch["x"][b - r:b], "valid": batch["valid"][b - r:b], "regions": torch.tensor([r]), "case": torch.tensor([0]), "label": label[c:c + 1]}
+             for r, b, c in zip(regions.tolist(), ends, case.tolist())]
+    model.eval()
+    losses = [train.slide_losses(model, one, 0.1, compute()).item() for one in alone]
+    left = train.least_slides(model, batch, 0.1, compute())
+    best = min(range(3), key=losses.__getitem__)
+    assert left["slide_ids"] == [list("abc")[best], "d", "e"] and left["case"].tolist() == [0, 1, 2] and model.training
+    assert torch.equal(left["x"], torch.cat([alone[s]["x"] for s in (best, 3, 4)])) and torch.equal(left["valid"], torch.cat([alone[s]["valid"] for s in (best, 3, 4)]))
+    model.dropout.p, gradients = 0.0, []
+    for step in (lambda: train.finetune_step(model, batch, 0.1, compute(), 3, 0), lambda: mixmag.min_slide_loss(train.slide_losses(model, batch, 0.1, compute()), case).mean()):
+        model.zero_grad()
+        loss = step()
+        if loss.requires_grad:
+            loss.backward()
+        gradients.append([loss.detach()] + [p.grad.clone() for p in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients)) and max(g.abs().max() for g in gradients[0]) > 1e-2
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_agrees_with_full_precision(dtype):
     model, _ = model_and_optimizer()
