@@ -854,17 +854,25 @@ def slide_losses(model, batch: dict, smoothing: float, compute) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(logit, target[batch["case"]], reduction="none")
 
 
+def chosen_slides(batch: dict, chosen: torch.Tensor) -> dict:
+    """The batch with the slides of `chosen` (S,) alone."""
+    rows = torch.repeat_interleave(chosen, batch["regions"])                                            # (W,)
+    return {**batch, "x": batch["x"][rows], "valid": None if batch["valid"] is None else batch["valid"][rows], "regions": batch["regions"][chosen],
+            "case": batch["case"][chosen], "slide_ids": [i for i, c in zip(batch["slide_ids"], chosen.tolist()) if c]}
+
+
 def least_slides(model, batch: dict, smoothing: float, compute) -> dict:
     """The batch without the slides that lose in Eq. 9, found without a graph, so that none is ever kept for them; and without dropout, so
     that a case's slide is not chosen by chance and cases of one slide draw what they would draw alone."""
+    several = torch.bincount(batch["case"])[batch["case"]] > 1                                          # (S,)
+    part = chosen_slides(batch, several)
     model.eval()
     with torch.no_grad():
-        loss = slide_losses(model, batch, smoothing, compute)
+        loss = slide_losses(model, part, smoothing, compute)
     model.train()
-    won = ~(loss > mixmag.min_slide_loss(loss, batch["case"])[batch["case"]])                           # (S,), a loss that is not finite too
-    rows = torch.repeat_interleave(won, batch["regions"])
-    return {**batch, "x": batch["x"][rows], "valid": None if batch["valid"] is None else batch["valid"][rows], "regions": batch["regions"][won],
-            "case": batch["case"][won], "slide_ids": [i for i, w in zip(batch["slide_ids"], won.tolist()) if w]}
+    won = ~several
+    won[several] = ~(loss > mixmag.min_slide_loss(loss, part["case"])[part["case"]])                    # a loss that is not finite wins too
+    return chosen_slides(batch, won)
 
 
 def finetune_step(model, batch: dict, smoothing: float, compute, cases: int, step: int) -> torch.Tensor:
