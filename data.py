@@ -23,6 +23,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def parse() -> argparse.Namespace:
 
     p = command("verify", "check slide files and task tables; print every finding; exit 1 if there is any",
                 "python data.py verify data/mine")
-    p.add_argument("data", help="DATA folder")
+    p.add_argument("data", help="DATA folder, a finished run, or a folder of runs")
     return parser.parse_args()
 
 
@@ -120,10 +121,11 @@ STOP_SIGNALS = []                                                 # those receiv
 
 
 def catch_signals() -> None:
-    """SIGTERM, SIGINT and SIGUSR1 only raise a flag that the loops poll; the second one of them acts at once."""
+    """SIGTERM, SIGINT and SIGUSR1 only raise a flag that the loops poll; the second one of them acts at once, but not in one of several
+    processes: there torchrun passes on what its processes have heard themselves, and ends those that do not end."""
     def note(signum, frame):
         STOP_SIGNALS.append(signum)
-        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) if "RANK" not in os.environ else ():
             signal.signal(s, signal.SIG_DFL)
     for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(s, note)
@@ -143,20 +145,34 @@ def run_command(function, args) -> int:
     except BrokenPipeError:                                       # `| head` closed our stdout: there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):                            # how torch says that memory is out
+            raise
+        print(f"error: {'' if isinstance(error, OSError) else 'out of memory: '}{' '.join(str(error).split())}", file=sys.stderr)
+        return 1
 
 
 def progress(items=None, **settings):
-    """A tqdm bar on stderr, silent where that is no terminal, and in all but the first of several processes."""
-    return tqdm(items, disable=True if int(os.environ.get("RANK", 0)) else None, dynamic_ncols=True, **settings)
+    """A tqdm bar on stderr, silent where that is no terminal, and in all but the first of several processes; over items it ends at a signal."""
+    bar = tqdm(items, disable=True if int(os.environ.get("RANK", 0)) else None, dynamic_ncols=True, **settings)
+    return bar if items is None else until_stopped(bar)
+
+
+def until_stopped(items):
+    for item in items:
+        if STOP_SIGNALS:
+            raise Stopped
+        yield item
 
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Write a file whole or not at all: yields a temporary name in the same folder, which takes the final name at the end."""
+    """Write a file whole or not at all: yields a temporary name in the same folder, which takes the final name at the end. Raises
+    MixmagError where that fails; what had the final name before still has it."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # its suffix keeps a killed writer's rest out of every `*.suffix`
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
@@ -164,8 +180,25 @@ def whole_file(path):
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):                    # how torch says that the disk is full
+            raise
+        raise MixmagError(f"{path}: cannot be written ({' '.join(str(error).split())}); {free_bytes(path) / 1e6:.0f} MB are free there") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):                        # there is none, or no folder for it
+            temporary.unlink()
+
+
+def sweep(*folders) -> None:
+    """Remove what killed writers left in folders: temporary files that nobody has touched for an hour."""
+    for rest in (path for folder in folders for path in Path(folder).glob(".*.*.tmp")):
+        if time.time() - rest.stat().st_mtime > 3600:
+            rest.unlink()
+
+
+def free_bytes(folder: Path) -> int:
+    """What the disk under a folder, that need not exist yet, can take."""
+    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
 
 
 def write_text(path, text: str) -> None:
@@ -182,6 +215,31 @@ def write_csv(path, header, rows) -> None:
         writer = csv.writer(f)
         writer.writerow(header)
         writer.writerows(rows)
+
+
+SUMS = "SHA256SUMS"
+
+
+def seal(folder, names, last: str, value) -> None:
+    """Write the JSON file `last`, and before it SHA256SUMS of it and of those of `names` that are in the folder, which `verify` reads."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    sums = {name: hashlib.sha256((Path(folder) / name).read_bytes()).hexdigest() for name in names if (Path(folder) / name).exists()}
+    sums[last] = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    write_text(Path(folder) / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    write_text(Path(folder) / last, text)
+
+
+def seal_findings(sums: Path) -> list[str]:
+    """What differs from a SHA256SUMS file, as `seal` or the program sha256sum writes it."""
+    findings = []
+    for line in sums.read_text("utf-8", "replace").rstrip("\n").split("\n"):
+        digest, _, name = line.partition("  ")
+        path = sums.parent / name
+        if not path.is_file():
+            findings.append(f"{sums}: {name!r} is not there")
+        elif hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            findings.append(f"{path}: checksum differs from {sums}: one of them changed after it was written")
+    return findings
 
 
 def read_csv(path, columns) -> list[dict]:
@@ -250,7 +308,8 @@ def write_slide(path, features, cells, valid, meta: dict) -> None:
     if (features.dtype, cells.dtype, valid.dtype) != (np.float16, np.int32, bool) or cells.shape != (C, 2) or valid.shape != (C, T):
         raise ValueError("a slide is float16 (C, T, D), int32 (C, 2) and bool (C, T); found "
                          f"{features.dtype}{features.shape}, {cells.dtype}{cells.shape}, {valid.dtype}{valid.shape}")
-    meta = {"format": FORMAT, "created": datetime.now(timezone.utc).isoformat(timespec="seconds"), **meta}
+    now = float(os.environ.get("SOURCE_DATE_EPOCH", time.time()))                                       # reproducible-builds.org
+    meta = {"format": FORMAT, "created": datetime.fromtimestamp(now, timezone.utc).isoformat(timespec="seconds"), **meta}
     text = {k: v if k in TEXT_FIELDS else json.dumps(v) for k, v in meta.items()}
     text["sha256"] = checksum(features, cells, valid, text)
     with whole_file(path) as temporary:
@@ -291,11 +350,11 @@ def read_slides(data, ids=None) -> list[Slide]:
     """The slides of DATA, by id. All must agree on encoder, width and magnifications: MixmagError names the first that does not."""
     folder = Path(data) / "slides"
     paths = sorted(folder.glob("*.safetensors")) if ids is None else [folder / f"{i}.safetensors" for i in sorted(ids)]
-    absent = [p.stem for p in paths if not p.exists()]
+    absent = [p.stem for p in paths if p.parent != folder or not p.exists()]                            # an id is no path
     if absent or not paths:
         raise MixmagError(f"{folder}: " + (f"{len(absent)} slides have no file, such as {absent[0]!r}" if absent else
                                            "no slide files (make them with data.py tile, or data.py synth)"))
-    slides = [read_slide(p) for p in paths]
+    slides = [read_slide(p) for p in progress(paths, desc="slides", leave=False)]
     for s in slides:
         if s.slide_id != s.path.stem:
             raise MixmagError(f"{s.path}: holds slide {s.slide_id!r}; a slide file is named after its slide")
@@ -330,6 +389,8 @@ def task_findings(path) -> tuple[list[Case], list[str]]:
         where = f"{path}: line {number}: "
         if not row["case_id"] or not row["slide_id"]:
             findings.append(f"{where}case_id or slide_id is empty")
+        elif Path(row["slide_id"]).name != row["slide_id"]:
+            findings.append(f"{where}slide_id {row['slide_id']!r} is a path, expected the name of a file in slides/ without its suffix")
         elif row["label"] not in ("0", "1"):
             findings.append(f"{where}label of case {row['case_id']!r} is {row['label']!r}, expected 0 or 1")
         elif row["split"] not in SPLITS:
@@ -350,7 +411,7 @@ def task_findings(path) -> tuple[list[Case], list[str]]:
 def read_task(data, task) -> list[Case]:
     """Raises MixmagError for an unknown task, or with the first of the table's faults and their number."""
     path = Path(data) / "tasks" / f"{task}.csv"
-    if not path.exists():
+    if task not in task_names(data):
         raise MixmagError(f"{path}: no such task; found {', '.join(task_names(data)) or 'none'}")
     cases, findings = task_findings(path)
     if findings:
@@ -359,8 +420,10 @@ def read_task(data, task) -> list[Case]:
 
 
 def evaluation_slides(data) -> set:
-    """Slides in the tune or test split of any task: pretraining never sees them."""
-    return {s for task in task_names(data) for c in read_task(data, task) if c.split != "train" for s in c.slide_ids}
+    """All slides of the cases that are in the tune or test split of any task: pretraining never sees them."""
+    cases = [c for task in task_names(data) for c in read_task(data, task)]
+    held = {c.case_id for c in cases if c.split != "train"}
+    return {s for c in cases if c.case_id in held for s in c.slide_ids}
 
 
 def pretraining_ids(data) -> list[str]:
@@ -395,11 +458,12 @@ def slide_findings(path) -> tuple[Slide | None, list[str]]:
 
 
 def verify(data) -> list[str]:
-    """Every finding in DATA, one line each: files, values, tables, leakage."""
-    data, findings, slides = Path(data), [], {}
-    paths = sorted((data / "slides").glob("*.safetensors"))
-    if not paths:
-        findings.append(f"{data / 'slides'}: no slide files")
+    """Every finding in DATA, one line each: files, values, tables, leakage; of a run, or a folder of runs, what differs from its SHA256SUMS."""
+    data, slides = Path(data), {}
+    paths, sealed = sorted((data / "slides").glob("*.safetensors")), sorted(data.rglob(SUMS))
+    findings = [finding for sums in sealed for finding in seal_findings(sums)]
+    if not paths and not (sealed and not (data / "slides").exists()):
+        findings.append(f"{data}: no slide files in slides/, and no {SUMS} of a finished run")
     for path in progress(paths, desc="slides"):
         slide, found = slide_findings(path)
         findings += found
@@ -609,8 +673,6 @@ def synth_cohort(out, scale="quick", dim=64, regions=4, seed=0) -> None:
     floors = []
     for task, rows in plan.items():
         for number, (_, slide_id, _, _, shows) in enumerate(progress(rows, desc=f"synthetic {task}")):
-            if STOP_SIGNALS:
-                raise Stopped
             rng = np.random.default_rng([seed, 2, list(plan).index(task), number])
             features, cells, floor = synth_slide(world, rng, task, shows, max(2, regions + int(rng.integers(-1, 2))))
             floors.append(floor)
@@ -620,8 +682,8 @@ def synth_cohort(out, scale="quick", dim=64, regions=4, seed=0) -> None:
                 write_slide(path, features, cells, np.ones(features.shape[:2], bool),
                             {**geometry, "slide_id": slide_id, "width": width, "height": height})
         write_csv(out / "tasks" / f"{task}.csv", ("case_id", "slide_id", "label", "split"), [row[:4] for row in rows])
-    write_json(about, {**settings, "complete": True, "mechanisms": {task: m[3] for task, m in MECHANISMS.items()},
-                       "least_mem_loss": dict(zip(("5", "10", "20"), np.mean(floors, axis=0).tolist()))})
+    seal(out, [f"tasks/{task}.csv" for task in plan], about.name, {**settings, "complete": True, "mechanisms": {task: m[3] for task, m in MECHANISMS.items()},
+         "least_mem_loss": dict(zip(("5", "10", "20"), np.mean(floors, axis=0).tolist()))})
 
 
 def synth_picture(rng, height: int, width: int) -> np.ndarray:
@@ -1278,8 +1340,6 @@ def tile_slide(reader: Reader, plan: TilePlan, encoder, dim: int, args) -> tuple
 
     def readable():
         for i, cell, tiles in progress(read_cells(reader, plan), total=plan.cells, desc=reader.path.stem[:24], leave=False):
-            if STOP_SIGNALS:
-                raise Stopped
             if isinstance(tiles, Exception):
                 bad.add(i)
                 if len(bad) > MAX_BAD_WINDOWS * len(plan.windows):
@@ -1326,11 +1386,6 @@ def plan_report(reader: Reader, plan: TilePlan, region: int) -> str:
             f"    drift: children meet their parents within {nesting:.2g} um, edges keep to the lattice within {off:.2g} um; um/px asked (effective): "
             + ", ".join(f"{m}x {10 / m:g} ({low:.4g} to {high:.4g})" for m, (low, high) in zip(plan.magnifications, kept))
             + (f"; the slide's {native:.4g} um/px are interpolated by {native / finest - 1:.1%}" if native > 1.0005 * finest else ""))
-
-
-def free_bytes(folder: Path) -> int:
-    """What the disk under a folder, that need not exist yet, can take."""
-    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
 
 
 def tile_one(path: Path, encoder, dim: int, args) -> tuple[str, int]:
@@ -1387,9 +1442,8 @@ def tile_command(args) -> int:
     encoder = tile_encoder(args.encoder, args.device, args.weights)
     dim = encode(encoder, np.full((1, TILE_PX, TILE_PX, 3), 255, np.uint8), 1, args.device).shape[1]
     failed, needed = [], 0
+    sweep(out / "slides")
     for path in progress(paths, desc="slides"):
-        if STOP_SIGNALS:
-            raise Stopped
         try:
             report, size = tile_one(path, encoder, dim, args)
             needed += size
@@ -1738,10 +1792,9 @@ def import_command(args) -> int:
         raise MixmagError(f"--region {args.region}: expected at least 1")
     folders = [import_folder(place, tool, args.encoder) for place in places]
     rows, pool = [], None
+    sweep(out / "slides")
     with contextlib.ExitStack() as pools:
         for i in progress(sorted(set().union(*folders)), desc="slides"):
-            if STOP_SIGNALS:
-                raise Stopped
             job = {"slide_id": i, "paths": [str(files.get(i)) for files in folders], "out": str(out / "slides" / f"{i}.safetensors"), "tool": tool,
                    "mpp": args.mpp, "encoder": args.encoder, "class_token": args.class_token}
             absent = [place for place, files in zip(places, folders) if i not in files]
@@ -1967,9 +2020,11 @@ def feature_statistics(slides, limit: int = 20000) -> tuple[torch.Tensor, torch.
     count, total, squares, per_level = 0, 0.0, 0.0, 0
     starts = Geometry(1, slides[0].meta["magnifications"]).cell_table()[:, 0].numpy()                   # (T,) level of each entry
     sums = np.zeros((starts.max() + 1, slides[0].dim))
-    for slide in slides:
+    for slide in progress(slides, desc="statistics", leave=False):
         x, valid = np.asarray(slide.features[::share], np.float64), slide.valid[::share]                # (C', T, D)
         tokens = x[valid]
+        if not np.isfinite(tokens).all():
+            raise MixmagError(f"{slide.path}: holds NaN or infinite features; data.py verify says where")
         count, total, squares = count + len(tokens), total + tokens.sum(0), squares + (tokens ** 2).sum(0)
         x = np.where(valid[..., None], x, 0)
         unit = x / np.linalg.norm(x, axis=-1, keepdims=True).clip(min=1e-12)

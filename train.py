@@ -276,7 +276,22 @@ def optimizer_step(model, optimizer, scaler, rate: float, clip: float) -> torch.
     return norm
 
 
+def scaling(compute, optimizer, steps: int) -> dict:
+    """For the metrics: fp16's scale, and how many of all steps it skipped; nothing in another precision."""
+    taken = max((int(s["step"]) for s in optimizer.state.values()), default=0)
+    return {"scale": compute.scaler.get_scale(), "skipped": steps - taken} if compute.scaler.is_enabled() else {}
+
+
+def usable_scale(compute) -> bool:
+    """Whether fp16's scaler may go on skipping steps: below 1 it is not the scale that makes gradients overflow."""
+    return compute.scaler.is_enabled() and compute.scaler.get_scale() >= 1
+
+
 # ------------------------------------------------------------------------------------------------------- a run on disk
+
+RUN_FILES = ("config.json", "metrics.jsonl", "last.pt", "prev.pt", "next.pt", "slides.csv", "SUMMARY.md", "curve.png", "model.safetensors", "predictions.csv",
+             "encoder/config.json", "encoder/model.safetensors")
+
 
 class Run:
     """A run folder. Two starts with the same settings are one run; with other settings the second is refused. Of several processes
@@ -299,10 +314,11 @@ class Run:
                                   + ", ".join(f"{k} {found.get(k)!r} there, {config.get(k)!r} now" for k in differing)
                                   + "; give another --out, or --resume off to begin anew")
         elif stored.exists():
-            for name in ("config.json", "result.json", "next.pt", "last.pt", "prev.pt", "metrics.jsonl", "slides.csv", "model.safetensors", "predictions.csv",
-                         "encoder/config.json", "encoder/model.safetensors"):
+            for name in ("result.json", data.SUMS, *RUN_FILES):
                 (self.folder / name).unlink(missing_ok=True)
-        write_json(stored, config)
+        data.sweep(self.folder, self.folder / "encoder")
+        if not self.result():                                     # a finished one may be read-only
+            write_json(stored, config)
 
     def result(self) -> dict | None:
         done = self.folder / "result.json"
@@ -313,8 +329,8 @@ class Run:
         if not self.writes:
             return
         last = self.folder / "last.pt"
-        with whole_file(self.folder / "next.pt") as temporary:
-            torch.save(state, temporary)
+        with whole_file(self.folder / "next.pt") as temporary, open(temporary, "wb") as f:             # not by name, which torch would write into it
+            torch.save(state, f)
         if last.exists():
             os.replace(last, self.folder / "prev.pt")
         os.replace(self.folder / "next.pt", last)
@@ -564,7 +580,7 @@ def pretrain_loop(args, run: Run, model, dataset, compute) -> dict:
             norm = refuse_non_finite(run, recent, dataset, compute)
             recent.clear()
             if (step + 1) % LOG_EVERY == 0 or last:
-                note_pretraining(run, step + 1, logged, rate, norm, config, bar)
+                note_pretraining(run, step + 1, logged, rate, norm, config, bar, scaling(compute, optimizer, step + 1))
         bar.update()
         if saves:
             run.save({"done": step + 1, "lines": run.lines(), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
@@ -585,7 +601,7 @@ def refuse_non_finite(run: Run, recent: list, dataset, compute) -> float | None:
     skipped that step. Raises MixmagError for a loss, or without a scaler a gradient, that is not finite."""
     losses, norms = (torch.stack([r[i].float() for r in recent]).tolist() for i in (2, 3))
     for (step, indices, *_), loss, norm in zip(recent, losses, norms):
-        if not math.isfinite(loss) or not (math.isfinite(norm) or compute.scaler.is_enabled()):
+        if not math.isfinite(loss) or not (math.isfinite(norm) or usable_scale(compute)):
             batch = dataset.fetch(to_device(dataset.__getitems__(indices), compute.device))
             rows = batch["x"].isfinite().flatten(-2).all(-1).logical_not()
             names = sorted({dataset.slides[i].slide_id for i in (batch["slide"][rows] if rows.any() else batch["slide"].flatten()).tolist()})
@@ -595,12 +611,12 @@ def refuse_non_finite(run: Run, recent: list, dataset, compute) -> float | None:
     return norms[-1] if math.isfinite(norms[-1]) else None
 
 
-def note_pretraining(run: Run, step: int, logged: dict, rate: float, norm, config, bar) -> None:
+def note_pretraining(run: Run, step: int, logged: dict, rate: float, norm, config, bar, scaled: dict) -> None:
     """One line of metrics: what this step's sums say over all processes."""
     logged = {name: sum_over_processes(value.double().cpu(), run.compute) for name, value in logged.items()}
     sums, counts = logged.pop("levels")
     logged = {name: value.item() for name, value in logged.items()}
-    run.note(step=step, **logged, rate=rate, norm=norm, **({"scale": run.compute.scaler.get_scale()} if run.compute.scaler.is_enabled() else {}),
+    run.note(step=step, **logged, rate=rate, norm=norm, **scaled,
              **{f"{m}x": v if math.isfinite(v) else None for m, v in zip(config.magnifications, (sums / counts).tolist())})
     bar.set_postfix(loss=f"{logged['loss']:.3f}")
 
@@ -629,7 +645,7 @@ def finish_pretraining(run: Run, model, path, held_ids, directions, compute, arg
     write_text(run.folder / "SUMMARY.md", f"# {run.folder.name}: loss (1 - cosine) on held-out slides, {data_words}\n\n{text}\n")
     draw_pretraining(run, losses, config.magnifications, least, data_words)
     plain = {name: [None if math.isnan(v) else v for v in values] for name, values in losses.items()} if losses else None
-    write_json(run.folder / "result.json", {"kind": "pretrain", **facts, "held_out": plain})
+    data.seal(run.folder, RUN_FILES, "result.json", {"kind": "pretrain", **facts, "held_out": plain})
     print(text)
 
 
@@ -729,6 +745,8 @@ def read_encoder(run, slides) -> mixmag.MixingEncoder:
 def refuse_seen(run, cases) -> None:
     """An encoder that saw tune or test slides in pretraining gives scores that mean nothing."""
     listed = encoder_folder(run).parent / "slides.csv" if run not in ("none", "random") else Path("none")
+    if run not in ("none", "random") and not listed.exists():
+        log(f"WARNING: {listed} is not there, so whether this encoder saw the tune or test slides cannot be told")
     if listed.exists():
         seen = {row["slide_id"] for row in data.read_csv(listed, ("slide_id", "role")) if row["role"] == "train"}
         leaked = [s for c in cases if c.split != "train" for s in c.slide_ids if s in seen]
@@ -763,7 +781,7 @@ def make_classifier(args, slides, train_slides, compute) -> mixmag.SlideClassifi
 def fit_whitening(model, dataset, compute, limit: int = 4000) -> None:
     """Mean of each output's place and the covariance around it, over evenly spread slides of the train split with at most about `limit` regions."""
     share, count, total, square = max(1, -(-sum(map(len, dataset.rows.values())) // limit)), 0.0, 0.0, 0.0
-    for i in list(dataset.rows)[::share]:
+    for i in progress(list(dataset.rows)[::share], desc="whitening", leave=False):
         h, valid = dataset.held.get(i) or encoded(model, dataset, i, compute)
         h = torch.from_numpy(h).to(compute.device).double()                                                     # (W, n or 1, d)
         there = torch.from_numpy(valid if model.tokens == "patch" else np.ones(h.shape[:2], bool)).to(compute.device)[..., None]
@@ -826,6 +844,15 @@ def best_case_score(labels, slide_scores, wanted: str) -> tuple[str, float]:
     return max(found.items(), key=lambda item: item[1])
 
 
+def finite_scores(model, dataset, compute, batch_size: int) -> list[np.ndarray]:
+    """score_cases, all of them finite. Raises MixmagError naming the first case that is not."""
+    scores = score_cases(model, dataset, compute, batch_size)
+    for case, s in zip(dataset.cases, scores):
+        if not np.isfinite(s).all():
+            raise MixmagError(f"case {case.case_id} with slides {', '.join(case.slide_ids)} scores {s.tolist()}; data.py verify says which features are not finite")
+    return scores
+
+
 def finetune_epoch(model, optimizer, dataset, compute, args, epoch: int, steps: int, bar) -> tuple[float, float]:
     """One pass over the training cases in an order that follows from the seed and the epoch; processes share the cases of a batch.
     Returns the mean loss and the norm of the last gradient."""
@@ -838,12 +865,14 @@ def finetune_epoch(model, optimizer, dataset, compute, args, epoch: int, steps: 
         torch.manual_seed((1_000_003 * args.seed + step) * compute.world + compute.rank)      # for dropout: a function of the step, so a resumed run has the same
         loss = finetune_step(model, to_device(batch, compute.device), args.smoothing, compute, len(batches[i]), step) if batch else torch.zeros(())
         sum_gradients(model, compute)
-        norm = optimizer_step(model, optimizer, compute.scaler, args.lr * lr_at(step, steps, round(args.warmup * steps)), args.clip)
+        norm = optimizer_step(model, optimizer, compute.scaler, args.lr * lr_at(step, steps, round(args.warmup * steps)), args.clip).item()
+        if not math.isfinite(norm) and not usable_scale(compute):
+            raise MixmagError(f"the gradient's norm is {norm} at step {step}, slides {', '.join(batch.get('slide_ids', [])[:5])}, ...; a smaller --lr, or --amp off, may help")
         total += loss * len(batches[i])
         bar.update()
         if stopping(compute):
             raise Stopped
-    return sum_over_processes(total, compute).item() / len(dataset), norm.item()
+    return sum_over_processes(total, compute).item() / len(dataset), norm
 
 
 def slide_losses(model, batch: dict, smoothing: float, compute) -> torch.Tensor:
@@ -946,10 +975,11 @@ def finetune_loop(args, run: Run, model, sets: dict, labels: dict, compute) -> d
                 elif args.frozen_epochs > 1 and not sets[split].held:
                     hold_outputs(model, sets[split], compute)
         loss, norm = finetune_epoch(model, optimizer, sets["train"], compute, args, epoch, args.epochs * per_epoch, bar)
-        rule, tune = best_case_score(labels["tune"], score_cases(model, sets["tune"], compute, args.batch_size), args.case_score)
+        rule, tune = best_case_score(labels["tune"], finite_scores(model, sets["tune"], compute, args.batch_size), args.case_score)
         if tune >= state["best_auroc"]:                           # of equals the later, which has learned longer
             state.update(best=copy.deepcopy({k: v.cpu() for k, v in model.state_dict().items()}), best_auroc=tune, best_epoch=epoch, case_score=rule)
-        run.note(epoch=epoch, loss=loss, norm=norm if math.isfinite(norm) else None, tune_auroc=tune, case_score=rule)
+        run.note(epoch=epoch, loss=loss, norm=norm if math.isfinite(norm) else None, tune_auroc=tune, case_score=rule,
+                 **scaling(compute, optimizer, (epoch + 1) * per_epoch))
         bar.set_postfix(loss=f"{loss:.3f}", tune=f"{tune:.3f}")
         state.update(done=epoch + 1, lines=run.lines(), model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=compute.scaler.state_dict())
         run.save(state)
@@ -962,7 +992,7 @@ def finish_finetuning(run: Run, model, sets, labels, state: dict, compute, args)
     model.load_state_dict(state["best"])
     rule, rows, scores = CASE_SCORES[state["case_score"]], [], {}
     for split in ("tune", "test"):
-        scores[split] = [float(rule(s)) for s in score_cases(model, sets[split], compute, args.batch_size)]
+        scores[split] = [float(rule(s)) for s in finite_scores(model, sets[split], compute, args.batch_size)]
     if not run.writes:
         return
     dropped = sorted(i for s in sets.values() for i in s.dropped)
@@ -981,7 +1011,7 @@ def finish_finetuning(run: Run, model, sets, labels, state: dict, compute, args)
                       average_precision=float(average_precision_score(labels["test"], scores["test"])))
     else:
         result["reason"] = f"the test split has {len(labels['test'])} usable cases with labels {sorted(set(labels['test']))}: no AUROC"
-    write_json(run.folder / "result.json", result)
+    data.seal(run.folder, RUN_FILES, "result.json", result)
 
 
 def finetuning_memory(model, windows: int, learns: bool) -> int:
@@ -1199,8 +1229,6 @@ def embed_command(args) -> int:
     encoder.to(compute.device)
     empty, failed, totals = [], [], 0
     for slide in progress(slides, desc="embed"):
-        if data.STOP_SIGNALS:
-            raise Stopped
         targets, by = output_files(args, slide, R), {**made_by, "mixmag_slide_sha256": slide.meta["sha256"]}
         counts = rows_before([path for *_, path in targets], by)
         try:
