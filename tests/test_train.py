@@ -134,6 +134,18 @@ def test_losing_slides_are_left_out_and_change_no_gradient():
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients)) and max(g.abs().max() for g in gradients[0]) > 1e-2
 
 
+def test_the_model_can_be_captured_for_compilation():
+    """As --compile does, but run by torch itself: generating code takes minutes on a processor."""
+    gradients = []
+    for compiled in (False, True):
+        model, _ = model_and_optimizer()
+        if compiled:
+            model.compile(dynamic=False, backend="aot_eager")
+        train.pretrain_step(model, a_batch(), 6, compute())
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-5) for name in gradients[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_agrees_with_full_precision(dtype):
     model, _ = model_and_optimizer()
@@ -271,6 +283,13 @@ def test_pretrain_leaves_a_whole_run(runs, cohort):
         roles = {row["slide_id"]: row["role"] for row in csv.DictReader(f)}
     assert not set(roles) & data.evaluation_slides(cohort) and set(roles.values()) == {"train", "held-out"}
     assert [line["step"] for line in lines(folder / "metrics.jsonl")] == [10, 12]
+
+
+def test_embeddings_in_memory_change_nothing(cohort, tmp_path):
+    for flag in ("--resume=auto", "--in-memory"):
+        run("train.py", "pretrain", "--data", cohort, "--out", tmp_path / flag, "--steps", 3, "--batch-size", 4, "--holdout", 0, flag, cwd=tmp_path)
+    files, held = (torch.load(tmp_path / flag / "last.pt", weights_only=True)["model"] for flag in ("--resume=auto", "--in-memory"))
+    assert all(torch.equal(files[k], held[k]) for k in files)
 
 
 def test_finetune_result_is_what_scikit_learn_says(runs):
