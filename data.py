@@ -27,7 +27,7 @@ import time
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 
@@ -64,7 +64,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--magnifications", type=int, nargs="+", default=[5, 10, 20], help="a run of doublings")
     p.add_argument("--min-tissue", type=float, default=0.25, help="least share of tissue in a window (assumed)")
     p.add_argument("--mask", metavar="FILE|DIR", help="your own tissue mask, PNG or GeoJSON; DIR holds <slide_id>.png or .geojson for each slide")
-    p.add_argument("--shard", default="0/1", metavar="i/n", help="do the i-th of n shares of the slides")
+    p.add_argument("--shard", metavar="i/n", help="do the i-th of n shares of the slides (default: all; of several processes under torchrun each does its share)")
     p.add_argument("--batch-size", type=int, default=256, help="tiles per call of the encoder")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
     p.add_argument("--dry-run", action="store_true", help="plan only: mpp, windows, tokens and bytes of each slide")
@@ -525,8 +525,8 @@ def verify_command(args) -> int:
 #     together   positive slides hold both patterns in the same cells; negative ones hold the first, and half of them the second as
 #                well, as often, but in other regions: the second alone tells a little, only the two together tell all
 #     adjacent   the same with two patterns of one magnification, side by side or in different regions
-# Stain shifts move along the patterns' own directions by more than a handful of cells moves a slide's mean, so pooling by a plain
-# mean is fooled. The mechanisms were fixed before methods were compared on them.
+# Stain shifts move along the patterns' own directions by more than a handful of cells moves a slide's mean, so a plain mean of
+# a slide's tokens says little. The mechanisms were fixed before methods were compared on them.
 
 MECHANISMS = {                                                    # kind, (level, pattern), (level, pattern), in words
     "breast_cdh1": ("alone", (2, 0), (2, 0), "a 20x pattern: visible at 20x only"),
@@ -1430,10 +1430,12 @@ def tile_command(args) -> int:
         Geometry(args.region, args.magnifications)
     except ValueError as error:
         raise MixmagError(str(error)) from None
-    share, shares = (int(part) for part in args.shard.split("/")) if re.fullmatch(r"\d+/\d+", args.shard) else (1, 0)
+    shard = args.shard or f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
+    share, shares = (int(part) for part in shard.split("/")) if re.fullmatch(r"\d+/\d+", shard) else (1, 0)
     if share >= shares:
-        raise MixmagError(f"--shard {args.shard}: expected i/n with 0 <= i < n")
-    args.device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
+        raise MixmagError(f"--shard {shard}: expected i/n with 0 <= i < n")
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    args.device = torch.device(args.device.replace("auto", gpu))
     paths, args.manifest = find_slides(args.slides), read_manifest(args.manifest) if args.manifest else {}
     strangers = set(args.manifest) - {name for path in paths for name in (path.name, path.stem)}
     if strangers:
@@ -1456,6 +1458,10 @@ def tile_command(args) -> int:
             reason = str(error) if isinstance(error, MixmagError) else f"{type(error).__name__}: {error}"
             failed.append((path.stem, "tile", reason))
             print(f"{path.stem}: FAILED: {reason}", file=sys.stderr)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:                  # torchrun ends all processes with the first that ends with a code such as 3
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     if args.dry_run:
         print(f"{len(paths) - len(failed)} slides can be tiled, {len(failed)} cannot; {needed / 1e9:.3f} GB are needed, {free_bytes(out) / 1e9:.3f} GB free under {args.out}")
         if needed > free_bytes(out):
@@ -1897,6 +1903,26 @@ class RegionDataset(torch.utils.data.Dataset):
         self.slide_of = np.repeat(np.arange(len(slides)), self.per_slide)                               # (W,)
         self.all_valid = all(s.valid.all() for s in slides)
         self.shuffled = (None, None)                                                                    # an epoch and its order
+        self.store = self.begins = None
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "store": None}                      # processes that load only say which embeddings are wanted
+
+    def hold(self, device) -> None:
+        """From now on `__getitems__` says which embeddings are wanted, and `fetch` gathers them from one tensor on the device. Raises
+        MixmagError where they do not fit."""
+        counts = [s.valid.size for s in self.slides]
+        try:
+            self.store = torch.empty(sum(counts), self.slides[0].dim, dtype=torch.float16, device=device)
+        except RuntimeError as error:                             # torch's own out-of-memory error is one
+            raise MixmagError(f"the embeddings of {len(counts)} slides take {2e-9 * sum(counts) * self.slides[0].dim:.1f} GB: leave out --in-memory ({error})") from None
+        for part, slide in zip(self.store.split(counts), self.slides):
+            part.copy_(torch.from_numpy(slide.features.reshape(part.shape)))
+        self.begins = np.cumsum([0, *counts[:-1]])                                                      # a slide's first row in the store
+
+    def fetch(self, batch: dict) -> dict:
+        """The batch with its embeddings, whichever way they are kept."""
+        return batch if self.store is None else {**batch, "x": F.embedding(batch["x"], self.store)}       # on a processor 8 times as fast as self.store[...]
 
     def __len__(self) -> int:
         return len(self.slide_of)
@@ -1932,16 +1958,22 @@ class RegionDataset(torch.utils.data.Dataset):
             return token, cell >= 0
         return token, (cell >= 0) & np.stack([self.slides[s].valid.reshape(-1)[rows] for s, rows in zip(self.slide_of[window], token)])
 
-    def __getitems__(self, indices) -> dict:
-        """x (B, N, D) float16, removed (B, M), valid (B, N) or None, slide (B,); with two views each has a leading axis of 2."""
-        draws = [view for views in zip(*(self.draw(i) for i in indices)) for view in views]             # view-major
-        window, turn = np.array([draw[:2] for draw in draws]).T
-        token, valid = self.tokens_of(window, turn)                                                     # (B, N)
+    def read(self, window, token, valid) -> torch.Tensor:
+        """(B, N, D) float16 from the slides' files."""
         x = shared_empty(*token.shape, self.slides[0].dim)
         for slide, rows, out in zip(self.slide_of[window], token, x.numpy()):
             np.take(self.slides[slide].features.reshape(-1, self.slides[0].dim), rows, axis=0, out=out, mode="clip")     # clip: straight into out
         if not valid.all():
             x[torch.from_numpy(~valid)] = 0
+        return x
+
+    def __getitems__(self, indices) -> dict:
+        """x (B, N, D) float16, or after `hold` the rows (B, N) that stand for it, removed (B, M), valid (B, N) or None, slide (B,); with two views
+        each has a leading axis of 2."""
+        draws = [view for views in zip(*(self.draw(i) for i in indices)) for view in views]             # view-major
+        window, turn = np.array([draw[:2] for draw in draws]).T
+        token, valid = self.tokens_of(window, turn)                                                     # (B, N)
+        x = torch.from_numpy(token + self.begins[self.slide_of[window], None]) if self.begins is not None else self.read(window, token, valid)
         batch = {"x": x, "removed": torch.from_numpy(np.stack([removed for *_, removed in draws])), "slide": torch.from_numpy(self.slide_of[window]),
                  "valid": None if valid.all() else torch.from_numpy(valid)}
         if self.views == 2:
@@ -1953,7 +1985,8 @@ class CaseDataset(torch.utils.data.Dataset):
     """The cases of a split as ragged bags: a case has slides, a slide has regions, a region the chosen tokens.
 
     index (n,): which of a region's tokens are read (Geometry.select). Slides without a region that holds `min_cover` of its cells,
-    and cases without such slides, are left out and named in `dropped`.
+    and cases without such slides, are left out and named in `dropped`. What stands in `held`, slide_id -> (array (W, n or 1, d), valid (W, n)),
+    is given in place of that slide's embeddings.
     """
 
     def __init__(self, slides: dict, cases: list, geometry: Geometry, index, min_cover: float = 0.5):
@@ -1972,12 +2005,6 @@ class CaseDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.cases)
 
-    def hold(self, outputs) -> None:
-        """From now on give outputs(x, valid), a float array (W, n or 1, d) made once per slide and kept in memory, in place of x."""
-        for i in progress(self.rows, desc="outputs", leave=False):
-            x, valid = gather(self.slides[i], self.rows[i], self.entries)
-            self.held[i] = outputs(*as_batch(x, valid)), valid
-
     def __getitems__(self, indices) -> dict:
         """x (W, n, D) float16, or with `held` what stands for it, valid (W, n) or None, regions (S,) of each slide, case (S,) which of the batch's cases it
         belongs to, label (cases,) float; nothing for no indices."""
@@ -1994,9 +2021,9 @@ class CaseDataset(torch.utils.data.Dataset):
 
 def feature_statistics(slides, limit: int = 20000) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """mean (D,) and std (D,) over the tokens of evenly spread cells (at most about `limit`), and (K, D) the mean direction of each
-    magnification: the constant prediction that minimises Eq. 2."""
+    magnification, of embeddings scaled to length 1: the constant prediction that minimises Eq. 2."""
     share = max(1, -(-sum(len(s.cells) for s in slides) // limit))
-    count, total, squares, directions = 0, 0.0, 0.0, []
+    count, total, squares, per_level = 0, 0.0, 0.0, 0
     starts = Geometry(1, slides[0].meta["magnifications"]).cell_table()[:, 0].numpy()                   # (T,) level of each entry
     sums = np.zeros((starts.max() + 1, slides[0].dim))
     for slide in progress(slides, desc="statistics", leave=False):
@@ -2008,9 +2035,10 @@ def feature_statistics(slides, limit: int = 20000) -> tuple[torch.Tensor, torch.
         x = np.where(valid[..., None], x, 0)
         unit = x / np.linalg.norm(x, axis=-1, keepdims=True).clip(min=1e-12)
         np.add.at(sums, starts, unit.sum(axis=0))
+        per_level = per_level + np.bincount(starts, valid.sum(axis=0))
     mean = total / max(count, 1)
     std = np.sqrt((squares / max(count, 1) - mean ** 2).clip(min=0))
-    return tuple(torch.from_numpy(a).float() for a in (mean, std, sums / np.linalg.norm(sums, axis=1, keepdims=True).clip(min=1e-12)))
+    return tuple(torch.from_numpy(a).float() for a in (mean, std, sums / np.maximum(per_level, 1)[:, None]))
 
 
 COMMANDS = {"synth": synth_command, "tile": tile_command, "import": import_command, "verify": verify_command}

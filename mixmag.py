@@ -146,8 +146,18 @@ class Config:
 
 # --------------------------------------------------------------------------------------------------------- transformer
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k' / sqrt(d/h)) v; q, k, v and the result (B, h, n, d/h), mask (B, 1, 1, n) bool or None. torch's fused kernel, but for bf16
+    on a processor: there its forward and backward take 3 to 5 times as long as the formula written out."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    score = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)                                          # (B, h, n, n)
+    return (score if mask is None else score.masked_fill(~mask, -math.inf)).softmax(-1) @ v
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention. x (B, n, d); mask (B, 1, 1, n) bool, True where a token may be attended to, or None."""
+    """Multi-head self-attention. x (B, n, d); mask (B, 1, 1, n) bool, True where a token may be attended to, or None; first: the token
+    from which on outputs are wanted -> (B, n - first, d)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -155,11 +165,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        B, n, d = x.shape
-        q, k, v = self.qkv(x).view(B, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)    # each (B, h, n, d/h)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                              # (B, h, n, d/h)
-        return self.proj(out.transpose(1, 2).reshape(B, n, d))
+    def forward(self, x: Tensor, mask: Tensor | None = None, first: int = 0) -> Tensor:
+        W, b = self.qkv.weight.tensor_split([x.shape[-1]]), self.qkv.bias.tensor_split([x.shape[-1]])
+        qkv = (F.linear(x[:, first:], W[0], b[0]), *F.linear(x, W[1], b[1]).chunk(2, dim=-1)) if first else self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv)                 # each (B, h, n, d/h)
+        return self.proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -177,15 +187,15 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block, of which every token reads all but only those from `first` on are computed."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(width), Attention(width, heads)
         self.norm2, self.mlp = nn.LayerNorm(width), SwiGLU(width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), mask)
+    def forward(self, x: Tensor, mask: Tensor | None = None, first: int = 0) -> Tensor:
+        x = x[:, first:] + self.attn(self.norm1(x), mask, first)
         return x + self.mlp(self.norm2(x))
 
 
@@ -297,9 +307,9 @@ class Decoder(nn.Module):
         masked = self.mask_token.expand(B, M, -1) + F.embedding(removed, self.pos)                      # (B, M, d')
         x = torch.cat([cls, tokens + F.embedding(kept, self.pos), masked.to(cls)], dim=1)               # (B, 4 + N, d')
         mask = None if valid is None else _attention_mask(valid.gather(1, torch.cat([kept, removed], 1)), cls.shape[1])
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, mask)
-        return self.head(self.norm(x[:, -M:]))                               # Eq. 4, at the scored places only
+        return self.head(self.norm(self.blocks[-1](x, mask, first=x.shape[1] - M)))      # Eq. 4, at the scored places only
 
 
 # --------------------------------------------------------------------------------------------- masked embedding modelling
@@ -367,15 +377,18 @@ def level_losses(geometry: Geometry, pred: Tensor, target: Tensor, removed: Tens
 def trivial_predictions(geometry: Geometry, x: Tensor, removed: Tensor, mean: Tensor, valid: Tensor | None = None) -> dict:
     """What needs no network: name -> (B, M, D) predictions of the removed tokens from the visible ones.
 
-    x (B, N, D), removed (B, M), mean (K, D) the data's mean embedding of each magnification. `mean` predicts that;
-    `parent`, `children` and `neighbours` the mean of the visible ones (falling back to `mean` where none is visible).
+    x (B, N, D), removed (B, M), mean (K, D) the mean direction (of embeddings scaled to length 1) of each magnification. `mean` predicts
+    that; `shift` adds what the region's visible tokens have in common, the mean of their deviations from it, such as their
+    stain; `parent`, `children` and `neighbours` the mean of the visible ones (falling back to `mean` where none is visible).
     An encoder is worth something where its loss is below all of these.
     """
     level = geometry.token_table()[:, 0].to(x.device)
     visible = torch.ones(x.shape[:2], device=x.device).scatter(1, removed, 0.0)                         # (B, N)
     visible = visible if valid is None else visible * valid
     x = (x if valid is None else x.masked_fill(~valid[..., None], 0)).float()
-    predictions = {"mean": mean[level[removed]]}                                                        # (B, M, D)
+    deviation = (F.normalize(x, dim=-1) - mean[level]) * visible[..., None]                             # (B, N, D)
+    shift = deviation.sum(1, keepdim=True) / visible.sum(1).clamp(min=1)[:, None, None]                 # (B, 1, D)
+    predictions = {"mean": mean[level[removed]], "shift": mean[level[removed]] + shift}                 # (B, M, D)
     for name, related in geometry.relatives().items():
         share = related.to(x.device)[removed] * visible[:, None, :]                                     # (B, M, N)
         count = share.sum(-1, keepdim=True)

@@ -26,9 +26,11 @@ from types import SimpleNamespace
 DEFAULT_DATA = "data/synthetic"
 PRESETS = {     # what a flag that is not given means; `paper` numbers are the assumed ones of README
     "small": {"pretrain": {"batch_size": 16, "blr": 0.032, "weight_decay": 0.05, "steps": 3000},
-              "finetune": {"batch_size": 16, "lr": 1e-2, "weight_decay": 1.0, "hidden": 64, "epochs": 12}},
+              "finetune": {"batch_size": 16, "lr": 1e-2, "weight_decay": 1.0, "hidden": 64, "epochs": 12},
+              "abmil": {"epochs": 60}},
     "paper": {"pretrain": {"batch_size": 4096, "blr": 1.5e-4, "weight_decay": 0.05, "epochs": 100},
-              "finetune": {"batch_size": 32, "lr": 1e-3, "weight_decay": 0.05, "hidden": 256, "epochs": 20}},
+              "finetune": {"batch_size": 32, "lr": 1e-3, "weight_decay": 0.05, "hidden": 256, "epochs": 20},
+              "abmil": {}},                                       # what differs where there is no encoder: epochs are cheap, and few tokens learn late
 }
 
 
@@ -78,6 +80,8 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--min-cover", type=float, default=1.0, help="share of its cells that a window must hold")
     p.add_argument("--holdout", type=float, default=0.05, help="share of cases kept out, to measure the loss on")
     p.add_argument("--save-every", type=positive, default=100, help="steps between checkpoints")
+    p.add_argument("--in-memory", action="store_true", help="hold all embeddings in the device's memory and gather there")
+    p.add_argument("--compile", action="store_true", help="torch.compile the model; the first step then takes minutes")
 
     p = command("finetune", "train slide-level prediction of a biomarker and score its test set once",
                 "python train.py finetune --task skin_braf --init runs/mem-0.50 --tokens cls")
@@ -369,7 +373,7 @@ def settings(args, slides, *files) -> dict:
     digest = hashlib.sha256("".join(s.meta["sha256"] for s in slides).encode("utf-8"))
     for path in files:
         digest.update(Path(path).read_bytes())
-    chosen = {k: v for k, v in vars(args).items() if k not in ("out", "device", "workers", "resume", "save_every", "dry_run")}
+    chosen = {k: v for k, v in vars(args).items() if k not in ("out", "device", "workers", "resume", "save_every", "dry_run", "in_memory")}
     return {**chosen, "tile_encoder": slides[0].meta["encoder"], "inputs_sha256": digest.hexdigest()}
 
 
@@ -388,7 +392,8 @@ def ensure_data(path, compute=None) -> Path:
 
 def fill_in(args, kind: str) -> None:
     """Give the flags that were left out the preset's values."""
-    for name, value in PRESETS[args.preset][kind].items():
+    preset = PRESETS[args.preset]
+    for name, value in {**preset[kind], **(preset["abmil"] if getattr(args, "init", None) == "none" else {})}.items():
         if getattr(args, name) is None and not (name in ("steps", "epochs") and (getattr(args, "steps", None) or args.epochs)):
             if not (name == "blr" and args.lr is not None):
                 setattr(args, name, value)
@@ -440,7 +445,7 @@ def level_table(model, dataset, mean, compute, batch_size: int = 64) -> dict:
 
 def format_levels(losses: dict, magnifications, least: dict | None) -> str:
     """A Markdown table of `level_table`, the model last but for the least loss that a synthetic cohort allows."""
-    names = {"mean": "mean embedding", "parent": "visible parent", "children": "visible children", "neighbours": "visible neighbours",
+    names = {"mean": "mean embedding", "shift": "mean + the region's common shift", "parent": "visible parent", "children": "visible children", "neighbours": "visible neighbours",
              "model": "**mixing encoder**"}
     rows = [(title, losses[name]) for name, title in names.items()]
     if least:
@@ -547,6 +552,10 @@ def pretrain_loop(args, run: Run, model, dataset, compute) -> dict:
     peak = args.lr or args.blr * args.batch_size / 256                                          # linear scaling rule
     optimizer = torch.optim.AdamW(parameter_groups(model, config.depth, args.weight_decay), lr=peak, betas=(0.9, 0.95), fused=True)     # assumed
     share = args.batch_size // compute.world                                                    # of each process
+    if args.in_memory:
+        dataset.hold(compute.device)
+    if args.compile:
+        model.compile(dynamic=False)                              # all parts are of one shape but for a last smaller one
     log(f"{run.folder}: {parameters(model)}, {len(dataset.slides)} slides with {len(dataset)} windows, batch {args.batch_size} in parts of "
         f"{min(args.micro_batch, share)}, {total} steps, peak rate {peak:.2e}, {compute.world} x {compute.device.type}, {compute.dtype or 'fp32'}")
     state, start = run.load(), 0
@@ -562,7 +571,7 @@ def pretrain_loop(args, run: Run, model, dataset, compute) -> dict:
     bar = progress(total=total, initial=start, desc="pretrain")
     for step, batch in enumerate(loader, start=start):
         rate = peak * lr_at(step, total, warmup)
-        logged = pretrain_step(model, to_device(batch, compute.device), args.micro_batch, compute)
+        logged = pretrain_step(model, dataset.fetch(to_device(batch, compute.device)), args.micro_batch, compute)
         sum_gradients(model, compute)
         recent.append((step, batches[step - start], logged["loss"], optimizer_step(model, optimizer, compute.scaler, rate, args.clip)))
         last, stop = step + 1 == total, stopping(compute)
@@ -593,7 +602,7 @@ def refuse_non_finite(run: Run, recent: list, dataset, compute) -> float | None:
     losses, norms = (torch.stack([r[i].float() for r in recent]).tolist() for i in (2, 3))
     for (step, indices, *_), loss, norm in zip(recent, losses, norms):
         if not math.isfinite(loss) or not (math.isfinite(norm) or usable_scale(compute)):
-            batch = dataset.__getitems__(indices)
+            batch = dataset.fetch(to_device(dataset.__getitems__(indices), compute.device))
             rows = batch["x"].isfinite().flatten(-2).all(-1).logical_not()
             names = sorted({dataset.slides[i].slide_id for i in (batch["slide"][rows] if rows.any() else batch["slide"].flatten()).tolist()})
             raise MixmagError(f"{run.folder}: at step {step} the loss is {loss:.4g} and its gradient's norm {norm:.4g}; " + (
@@ -666,7 +675,7 @@ def draw_pretraining(run: Run, losses, magnifications, least, data_words: str) -
         pairs = [(line["step"], line[f"{m}x"]) for line in lines if line[f"{m}x"] is not None]
         axis.plot(*zip(*pairs), color=colour, lw=1, label=f"{m}x, training batches")
     if losses:
-        for name, style, title in (("mean", ":", "mean embedding, held out"), ("neighbours", "--", "visible neighbours, held out"), ("model", "-", "mixing encoder, held out")):
+        for name, style, title in (("mean", ":", "mean embedding, held out"), ("shift", "-.", "mean + common shift, held out"), ("neighbours", "--", "visible neighbours, held out"), ("model", "-", "mixing encoder, held out")):
             axis.axhline(np.mean(losses[name]), color="black", ls=style, lw=1, label=title)
     if least:
         axis.axhline(np.mean(list(least.values())), color="grey", lw=3, alpha=0.4, label="least possible")
@@ -763,46 +772,44 @@ def make_classifier(args, slides, train_slides, compute) -> mixmag.SlideClassifi
         mean, std, _ = data.feature_statistics(train_slides)
         (encoder or model).standardize.fit(mean, std)
     model.to(compute.device)
-    if encoder is not None:
-        fit_whitening(model, train_slides, args.min_cover, compute)
     if compute.world > 1:
         for tensor in model.state_dict().values():
             distributed.broadcast(tensor, 0)
     return model
 
 
-def fit_whitening(model, slides, min_cover: float, compute, limit: int = 4000) -> None:
-    """Mean of each output's place and the covariance around it, over evenly spread training slides with at most about `limit` regions."""
-    geometry, entries = model.config.geometry(), model.config.geometry().cell_order()[model.index.cpu()].numpy()
-    rows = [data.windows(s.cells, geometry.region, geometry.region, min_cover)[0] for s in slides]
-    share, count, total, square = max(1, -(-sum(map(len, rows)) // limit)), 0.0, 0.0, 0.0
-    model.eval()
-    for slide, r in progress(list(zip(slides, rows))[::share], desc="whitening", leave=False):
-        x, valid = data.as_batch(*data.gather(slide, r, entries))
-        x, valid = x.to(compute.device), None if valid is None else valid.to(compute.device)
-        for i in range(0, len(x), model.chunk):
-            part = None if valid is None else valid[i:i + model.chunk]
-            with torch.no_grad(), compute.autocast():
-                h = model.encode(x[i:i + model.chunk], valid=part).double()                                     # (W, n or 1, d)
-            there = (torch.ones(h.shape[:2], dtype=torch.bool, device=h.device) if part is None or model.tokens == "cls" else part)[..., None]
-            h = h.where(there, 0)
-            count, total, square = count + there.sum(0), total + h.sum(0), square + torch.einsum("wnd,wne->de", h, h)
-    model.train()
+def fit_whitening(model, dataset, compute, limit: int = 4000) -> None:
+    """Mean of each output's place and the covariance around it, over evenly spread slides of the train split with at most about `limit` regions."""
+    share, count, total, square = max(1, -(-sum(map(len, dataset.rows.values())) // limit)), 0.0, 0.0, 0.0
+    for i in progress(list(dataset.rows)[::share], desc="whitening", leave=False):
+        h, valid = dataset.held.get(i) or encoded(model, dataset, i, compute)
+        h = torch.from_numpy(h).to(compute.device).double()                                                     # (W, n or 1, d)
+        there = torch.from_numpy(valid if model.tokens == "patch" else np.ones(h.shape[:2], bool)).to(compute.device)[..., None]
+        h = h.where(there, 0)
+        count, total, square = count + there.sum(0), total + h.sum(0), square + torch.einsum("wnd,wne->de", h, h)
     mean = total / count.clamp(min=1)                                                                           # (n, d)
     model.whiten.fit(mean.float(), ((square - torch.einsum("nd,ne->de", mean * count, mean)) / count.sum()).float())
+    if compute.world > 1:
+        for tensor in model.whiten.state_dict().values():
+            distributed.broadcast(tensor, 0)
+
+
+def encoded(model, dataset, slide_id: str, compute) -> tuple[np.ndarray, np.ndarray]:
+    """A slide of data.CaseDataset through the encoder as it is -> (W, n or 1, d) float32 and valid (W, n)."""
+    x, valid = data.gather(dataset.slides[slide_id], dataset.rows[slide_id], dataset.entries)
+    batch, mask = data.as_batch(x, valid)
+    with torch.no_grad(), compute.autocast():
+        return model.outputs(batch.to(compute.device), None if mask is None else mask.to(compute.device)).float().cpu().numpy(), valid
+
+
+def hold_outputs(model, dataset, compute) -> None:
+    """From now on the data set gives the frozen encoder's outputs, made here once, in place of embeddings."""
+    dataset.held = {i: encoded(model, dataset, i, compute) for i in progress(dataset.rows, desc="outputs", leave=False)}
 
 
 def slide_logits(model, batch: dict) -> torch.Tensor:
     """(S,) of a batch of data.CaseDataset, which may bring a frozen encoder's outputs in place of embeddings."""
     return (model.aggregate if batch["held"] else model)(batch["x"], batch["regions"], batch["valid"])[0]
-
-
-def hold_outputs(model, dataset, compute) -> None:
-    """Let the data set give the frozen encoder's outputs, made here once."""
-    def outputs(x, valid):
-        with torch.no_grad(), compute.autocast():
-            return model.outputs(x.to(compute.device), None if valid is None else valid.to(compute.device)).float().cpu().numpy()
-    dataset.hold(outputs)
 
 
 def score_cases(model, dataset, compute, batch_size: int) -> list[np.ndarray]:
@@ -868,12 +875,40 @@ def finetune_epoch(model, optimizer, dataset, compute, args, epoch: int, steps: 
     return sum_over_processes(total, compute).item() / len(dataset), norm
 
 
-def finetune_step(model, batch: dict, smoothing: float, compute, cases: int, step: int) -> torch.Tensor:
-    """Forward and backward over this process's share of a batch of `cases` cases; returns its part of the mean loss, on the CPU."""
+def slide_losses(model, batch: dict, smoothing: float, compute) -> torch.Tensor:
+    """(S,) of the slides of a batch, each against its case's label."""
     with compute.autocast():
         logit = slide_logits(model, batch)
     target = batch["label"] * (1 - smoothing) + smoothing / 2                                           # (cases,)
-    loss = F.binary_cross_entropy_with_logits(logit, target[batch["case"]], reduction="none")           # (S,)
+    return F.binary_cross_entropy_with_logits(logit, target[batch["case"]], reduction="none")
+
+
+def chosen_slides(batch: dict, chosen: torch.Tensor) -> dict:
+    """The batch with the slides of `chosen` (S,) alone."""
+    rows = torch.repeat_interleave(chosen, batch["regions"])                                            # (W,)
+    return {**batch, "x": batch["x"][rows], "valid": None if batch["valid"] is None else batch["valid"][rows], "regions": batch["regions"][chosen],
+            "case": batch["case"][chosen], "slide_ids": [i for i, c in zip(batch["slide_ids"], chosen.tolist()) if c]}
+
+
+def least_slides(model, batch: dict, smoothing: float, compute) -> dict:
+    """The batch without the slides that lose in Eq. 9, found without a graph, so that none is ever kept for them; and without dropout, so
+    that a case's slide is not chosen by chance and cases of one slide draw what they would draw alone."""
+    several = torch.bincount(batch["case"])[batch["case"]] > 1                                          # (S,)
+    part = chosen_slides(batch, several)
+    model.eval()
+    with torch.no_grad():
+        loss = slide_losses(model, part, smoothing, compute)
+    model.train()
+    won = ~several
+    won[several] = ~(loss > mixmag.min_slide_loss(loss, part["case"])[part["case"]])                    # a loss that is not finite wins too
+    return chosen_slides(batch, won)
+
+
+def finetune_step(model, batch: dict, smoothing: float, compute, cases: int, step: int) -> torch.Tensor:
+    """Forward and backward over this process's share of a batch of `cases` cases; returns its part of the mean loss, on the CPU."""
+    if len(batch["case"]) > len(batch["label"]):                                                        # some case has several slides
+        batch = least_slides(model, batch, smoothing, compute)
+    loss = slide_losses(model, batch, smoothing, compute)                                               # (S,)
     loss = mixmag.min_slide_loss(loss, batch["case"]).sum() / cases                                     # Eq. 9
     compute.scaler.scale(loss).backward()
     if not math.isfinite(loss.item()):
@@ -925,6 +960,10 @@ def finetune_loop(args, run: Run, model, sets: dict, labels: dict, compute) -> d
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         compute.scaler.load_state_dict(state["scaler"])
+    elif model.encoder is not None:
+        if args.frozen_epochs > 1:
+            hold_outputs(model, sets["train"], compute)
+        fit_whitening(model, sets["train"], compute)
     bar = progress(total=args.epochs * per_epoch, initial=state["done"] * per_epoch, desc=f"finetune {args.task}")
     for epoch in range(state["done"], args.epochs):
         if model.encoder is not None:
@@ -1012,6 +1051,9 @@ def finetuning_plan(model, sets: dict, args) -> str:
         needs.append(finetuning_memory(model, sum(w for w, _ in regions[-args.batch_size:]), split == "train"))
         largest = max([largest, *regions])
     held = peak_memory()
+    if model.encoder is not None and args.frozen_epochs > 1:       # the frozen encoder's outputs
+        outputs = (n if args.tokens == "patch" else 1) * model.pool.V.in_features
+        held += 4 * outputs * sum(len(rows) for split in ("train", "tune") for rows in sets[split].rows.values())
     lines.append(f"largest case: {largest[1]}, {largest[0]} regions, {largest[0] * n:,d} tokens; alone in a batch it takes {finetuning_memory(model, largest[0], True) / 1e9:.2f} GB")
     lines.append(f"an epoch reads the train and the tune split, {read['train'] + read['tune']:.3f} GB; the test split is read once, at the end")
     lines.append(f"memory: about {(held + max(needs)) / 1e9:.2f} GB in fp32 when the {args.batch_size} largest cases of a split meet in a batch, {held / 1e9:.2f} of them held already")
@@ -1404,35 +1446,44 @@ def row_title(row: str) -> str:
         f" {setting}", f" {setting}x" if method in ("abmil", "random") and setting != "all" else f" {setting}")
 
 
-def resampled(row: str, task: str, number: int, results: dict, out: Path) -> tuple:
-    """The mean AUROC over seeds of a row on a task, (resamples,) times with the task's test cases drawn again, and those cases. The draw
-    follows from the task's number, so that all rows and seeds share it and differences are paired. None where a seed has no AUROC."""
-    samples, cases = [], None
-    for r in results[row, task]:
-        rows = r["auroc"] is not None and [x for x in data.read_csv(out / f"seed-{r['seed']}" / f"{task}-{row}" / "predictions.csv",
-                                                                  ("case_id", "label", "score", "split")) if x["split"] == "test"]
-        if not rows or (drawn := bootstrap_aurocs([int(x["label"]) for x in rows], [float(x["score"]) for x in rows], number)) is None:
-            return None, None
-        samples.append(drawn)
-        cases = [x["case_id"] for x in rows]
-    return np.mean(samples, axis=0), cases
+def read_results(folder) -> SimpleNamespace:
+    """What `table` wrote: .rows, .tasks, .seeds, .runs {(row, task): results.csv's lines, by seed}, .labels {task: (cases,)}, .scores {(row, task):
+    (seeds, cases)} of the test cases, nan where a run left one out, .machine. Everything that the tables say follows from these."""
+    folder, number = Path(folder), lambda v: None if v == "" else float(v)                      # noqa: E731
+    lines = [{**line, "auroc": number(line["auroc"]), "seed": int(line["seed"])} for line in data.read_csv(folder / "results.csv", RESULTS)]
+    rows, tasks, seeds = (list(dict.fromkeys(line[k] for line in lines)) for k in ("row", "task", "seed"))
+    runs = {(row, task): [line for line in lines if (line["row"], line["task"]) == (row, task)] for row in rows for task in tasks}
+    columns = [f"{row} {seed}" for row in rows for seed in seeds]
+    cases = data.read_csv(folder / "scores.csv", ("task", "label", *columns))
+    labels = {task: np.array([int(c["label"]) for c in cases if c["task"] == task]) for task in tasks}
+    scores = {(row, task): np.array([[float(c[f"{row} {seed}"] or "nan") for c in cases if c["task"] == task] for seed in seeds]) for row in rows for task in tasks}
+    return SimpleNamespace(rows=rows, tasks=tasks, seeds=seeds, runs=runs, labels=labels, scores=scores, machine=json.loads((folder / "machine.json").read_text("utf-8")))
 
 
-def format_table(rows, tasks, results: dict, draws: dict) -> str:
-    """A Markdown table of mean AUROC x 100 over seeds; results[row, task] is a list of finetune's results, draws[row, task] of `resampled`."""
-    lines = ["| | " + " | ".join(TASK_TITLES.get(t, t) for t in tasks) + " | average, 95 % over cases | spread over seeds | tasks | paper, these tasks |",
-             "|---" * (len(tasks) + 5) + "|"]
+def resampled(labels, scores, number: int) -> tuple:
+    """labels (cases,), scores (seeds, cases) of a row on a task -> the mean AUROC over seeds, (resamples,) times with the cases drawn again, and which
+    cases have a score. The draw follows from the task's number, so that all rows and seeds share it and differences are paired. None for no AUROC."""
+    known = ~np.isnan(scores).any(axis=0)
+    samples = [bootstrap_aurocs(labels[known], s[known], number) for s in scores]
+    return (None if any(s is None for s in samples) else np.mean(samples, axis=0)), known.tolist()
+
+
+def format_table(rows, tasks, runs: dict, draws: dict) -> str:
+    """A Markdown table of mean AUROC x 100 over seeds; runs as in `read_results`, draws[row, task] of `resampled`."""
+    lines = ["| | " + " | ".join(TASK_TITLES.get(t, t) for t in tasks) + " | average, 95 % over cases | spread over seeds | average precision | tasks | paper, these tasks |",
+             "|---" * (len(tasks) + 6) + "|"]
     for row in rows:
-        values = [[r["auroc"] for r in results[row, task]] for task in tasks]
+        values = [[r["auroc"] for r in runs[row, task]] for task in tasks]
         known = np.array([100 * np.array(v) for v in values if None not in v])                          # (tasks, seeds)
         drawn = [draws[row, t][0] for t, v in zip(tasks, values) if None not in v]
         average = f"**{known.mean():.1f}**" if len(known) else "n/a"
         if len(known) and all(d is not None for d in drawn):
             average += " ({:.1f} to {:.1f})".format(*(100 * v for v in interval(np.mean(drawn, axis=0))))
         spread = f"{known.mean(axis=0).std(ddof=1):.1f}" if len(known) and known.shape[1] > 1 else "-"
+        precision = [100 * float(r["average_precision"]) for task in tasks for r in runs[row, task] if r["average_precision"]]
         printed = [PAPER[row][list(TASK_TITLES).index(t)] for t in tasks if t in TASK_TITLES]
         lines.append(f"| {row_title(row)} | " + " | ".join("n/a" if None in v else f"{100 * np.mean(v):.1f}" for v in values)
-                     + f" | {average} | {spread} | {len(known)} of {len(tasks)} | " + (f"{np.mean(printed):.1f}" if len(printed) == len(tasks) else "-") + " |")
+                     + f" | {average} | {spread} | " + (f"{np.mean(precision):.1f}" if precision else "n/a") + f" | {len(known)} of {len(tasks)} | " + (f"{np.mean(printed):.1f}" if len(printed) == len(tasks) else "-") + " |")
     return "\n".join(lines)
 
 
@@ -1466,31 +1517,65 @@ def format_pairs(rows, tasks, draws: dict) -> str:
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
+RESULTS = ("row", "task", "seed", "auroc", "low", "high", "average_precision", "tune_auroc", "best_epoch", "case_score")
+
+
 def tables(args, rows, tasks) -> str:
-    """Run what is missing; write OUT/results.csv, a line per run, and return both tables and their paired comparisons as Markdown."""
+    """Run what is missing, write OUT/results.csv, scores.csv and machine.json, and return what they say as Markdown."""
     path, out, began = ensure_data(args.data), Path(args.out), time.time()
-    seeds, results = range(args.seed, args.seed + args.seeds), {}
-    for seed in seeds:
+    results, scores = [], {}
+    for seed in range(args.seed, args.seed + args.seeds):
         for row in rows:
             for task in tasks:
                 try:
                     result = train_row(row, task, seed, args)
                 except MixmagError as error:                       # the other cells do not suffer for this one, which the table shows as n/a
                     log(f"{task} {row}: {error}")
-                    result = {"auroc": None, "seed": seed}
-                results.setdefault((row, task), []).append(result)
+                    result = {}
+                low, high = result.get("interval") or (None, None)
+                results.append({**result, "row": row, "task": task, "seed": seed, "low": low, "high": high})
+                if result and process()[0] == 0:
+                    for case in data.read_csv(out / f"seed-{seed}" / f"{task}-{row}" / "predictions.csv", ("case_id", "label", "score", "split")):
+                        if case["split"] == "test":
+                            scores.setdefault((task, case["case_id"], case["label"]), {})[f"{row} {seed}"] = f"{float(case['score']):.9g}"
     if process()[0]:
         return ""
-    keys = ("auroc", "interval", "average_precision", "tune_auroc", "best_epoch", "case_score")
-    write_csv(out / "results.csv", ("row", "task", "seed", *keys), [(row, task, r["seed"], *(r.get(k) for k in keys)) for (row, task), found in results.items() for r in found])
-    log(f"{len(results) * len(seeds)} runs in {time.time() - began:.0f} s, those done before included")
-    draws = {(row, task): resampled(row, task, i, results, out) for row in rows for i, task in enumerate(tasks)}
-    words = "synthetic cohort" if data.synthetic_facts(path) else str(path)
-    text = f"AUROC x 100 on the test cases, {words}, {args.preset} preset, mean over {len(seeds)} seed{'s' * (len(seeds) > 1)}. The last column is the paper's, on its own (private) data."
-    for title, wanted in (("Table 1: contextualized outputs (Patch)", [r for r in rows if not r.endswith("-cls")]), ("Table 2: compressed outputs (CLS)", [r for r in rows if r.endswith("-cls")])):
+    write_csv(out / "results.csv", RESULTS, [[r.get(k) for k in RESULTS] for r in results])
+    columns = list(dict.fromkeys(f"{r['row']} {r['seed']}" for r in results))
+    write_csv(out / "scores.csv", ("task", "case_id", "label", *columns), [(*case, *(found.get(c) for c in columns)) for case, found in scores.items()])
+    write_json(out / "machine.json", {**machine_facts(args, path), "seconds": round(time.time() - began + earlier_seconds(out))})
+    return format_results(out)
+
+
+def earlier_seconds(out: Path) -> float:
+    """A table may take several starts; their times add up."""
+    return json.loads((out / "machine.json").read_text("utf-8"))["seconds"] if (out / "machine.json").exists() else 0
+
+
+def machine_facts(args, path) -> dict:
+    """Where a table's figures come from."""
+    import platform
+    import subprocess
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    facts = data.synthetic_facts(path)
+    return {"data": f"synthetic cohort, seed {facts['seed']}" if facts else str(path), "preset": args.preset, "steps": args.steps, "epochs": args.epochs,
+            "frozen_epochs": args.frozen_epochs, "commit": commit or None, "processor": cpu[1] if cpu else platform.processor(),
+            "threads": torch.get_num_threads(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "torch": torch.__version__}
+
+
+def format_results(folder) -> str:
+    """Both tables and their paired comparisons as Markdown, from the files that `tables` wrote."""
+    found = read_results(folder)
+    draws = {(row, task): resampled(found.labels[task], found.scores[row, task], i) for row in found.rows for i, task in enumerate(found.tasks)}
+    count, m = len(found.seeds), found.machine
+    text = (f"AUROC x 100 on the test cases, {m['data']}, {m['preset']} preset, mean over {count} seed{'s' * (count > 1)}. The last column is the paper's, on its own "
+            "(private) data.")
+    for title, wanted in (("Table 1: contextualized outputs (Patch)", [r for r in found.rows if not r.endswith("-cls")]),
+                          ("Table 2: compressed outputs (CLS)", [r for r in found.rows if r.endswith("-cls")])):
         if wanted:
-            text += f"\n\n## {title}\n\n" + format_table(wanted, tasks, results, draws)
-    if pairs := format_pairs(rows, tasks, draws):
+            text += f"\n\n## {title}\n\n" + format_table(wanted, found.tasks, found.runs, draws)
+    if pairs := format_pairs(found.rows, found.tasks, draws):
         text += f"\n\n## Differences on the same test cases\n\nPaired bootstrap over cases; * told apart at 0.05 after Holm's correction over the tasks.\n\n{pairs}"
     return text + "\n"
 

@@ -3,12 +3,15 @@
     python tests/bench.py [--only tiling] [--json FILE]          MIXMAG_REAL=folder adds the real slides
 
 A line is a function that yields rows; BENCHES at the end names it. Whatever is compared runs in turn, several times over: the ratio is
-the median of the pairs, which a busy machine disturbs least.
+the median of the pairs, which a busy machine disturbs least. Models are timed by the wall clock, but with one thread (OMP_NUM_THREADS=1) by
+processor time, which other work on the machine hardly lengthens. `pretraining` wants `pip install transformers` for its peer.
 """
 import argparse
 import functools
 import io
 import json
+import math
+import multiprocessing
 import os
 import platform
 import statistics
@@ -17,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +31,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data                                                                                                 # noqa: E402
+import mixmag                                                                                               # noqa: E402
+import train                                                                                                # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def machine() -> str:
@@ -38,21 +45,33 @@ def machine() -> str:
     return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def in_turn(repeats: int, **functions) -> dict:
+def in_turn(repeats: int, clock=time.perf_counter, **functions) -> dict:
     """name -> seconds of each round."""
     seconds = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            began = time.perf_counter()
+            began = clock()
             function()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(clock() - began)
     return seconds
 
 
-def row(line: str, work: float, unit: str, seconds: dict, peer: str, target: float) -> dict:
-    """How much work per second `ours` does, and how many times faster than the peer it is."""
+def model_clock() -> float:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.process_time() if DEVICE.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def row(line: str, work: float, unit: str, seconds: dict, peer: str, target: float, share: float = 1.0) -> dict:
+    """How much work per second `ours` does, and how many times faster than the peer it is, which did 1/share as much."""
     return {"line": line, "value": work / statistics.median(seconds["ours"]), "unit": unit, "peer": peer, "target": target,
-            "ratio": statistics.median(theirs / ours for ours, theirs in zip(seconds["ours"], seconds[peer]))}
+            "ratio": share * statistics.median(theirs / ours for ours, theirs in zip(seconds["ours"], seconds[peer]))}
+
+
+def in_child(function, *arguments):
+    """What it returns in a process of its own, whose memory nothing else has touched."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 # --------------------------------------------------------------------------------------------------------------- tiling
@@ -203,7 +222,187 @@ def memory():
         yield {"line": f"tile 100,000 x 100,000 px, levels {shrinks}", "value": peak, "unit": "MB", "peer": "1 GB", "ratio": 1000 / peak, "target": 1.0}
 
 
-BENCHES = {"tiling": tiling, "memory": memory}
+# ---------------------------------------------------------------------------------------------------------- pretraining
+
+def block_flops(width: int, n: int, wanted: int) -> int:
+    """Forward, for `wanted` of n tokens that look at all n: keys and values of all, queries, scores, values, output and SwiGLU of the wanted."""
+    hidden = mixmag.SwiGLU(width).w1.out_features
+    return 2 * n * 2 * width ** 2 + 2 * wanted * (2 * width ** 2 + 3 * width * hidden) + 4 * wanted * n * width
+
+
+def step_flops(config, M: int) -> int:
+    """Useful FLOPs of a MEM step, per region: matrix products forward and twice that backward (once for the input layer, whose input needs no
+    gradient). The encoder sees the kept tokens, the decoder all, its last block and head are wanted at the M removed ones."""
+    N, cls = config.geometry().num_tokens, config.cls_tokens
+    n, d = N - M + cls, config.decoder_width
+    encoder = config.depth * block_flops(config.width, n, n)
+    decoder = (config.decoder_depth - 1) * block_flops(d, N + cls, N + cls) + block_flops(d, N + cls, M) + 2 * n * config.width * d + 2 * M * d * config.dim
+    return 3 * (encoder + decoder) + 2 * 2 * (N - M) * config.dim * config.width
+
+
+def products(flops: float, dtype) -> callable:
+    """As many FLOPs in plain matrix products, of the size that is fastest."""
+    side = 1024 if DEVICE.type == "cpu" else 8192
+    count = math.ceil(flops / 2 / side ** 3)
+    a, b = torch.randn(round(flops / 2 / side ** 2 / count), side, device=DEVICE, dtype=dtype), torch.randn(side, side, device=DEVICE, dtype=dtype)
+    return lambda: [a @ b for _ in range(count)] and None
+
+
+def mem_step(model, x, removed, dtype=None):
+    compute = SimpleNamespace(autocast=lambda: torch.autocast(DEVICE.type, dtype or torch.float32, enabled=dtype is not None), world=1,
+                              scaler=torch.amp.GradScaler(DEVICE.type, enabled=False))
+
+    def step():
+        model.zero_grad(set_to_none=True)
+        train.pretrain_step(model, {"x": x, "removed": removed, "valid": None}, len(x), compute)
+    return step
+
+
+def vit_mae(config, B: int, dtype):
+    """transformers' masked autoencoder of the same sizes over 14 x 14 patches of one pixel with 1280 channels. None where it is not installed."""
+    try:
+        from transformers import ViTMAEConfig, ViTMAEForPreTraining
+    except ImportError:
+        return None
+    model = ViTMAEForPreTraining(ViTMAEConfig(
+        hidden_size=config.width, num_hidden_layers=config.depth, num_attention_heads=config.heads, intermediate_size=4 * config.width, image_size=14, patch_size=1,
+        num_channels=config.dim, decoder_hidden_size=config.decoder_width, decoder_num_hidden_layers=config.decoder_depth,
+        decoder_num_attention_heads=config.decoder_heads, decoder_intermediate_size=4 * config.decoder_width, mask_ratio=0.5)).to(DEVICE)
+    x = torch.randn(B, config.dim, 14, 14, device=DEVICE)
+
+    def step():
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(DEVICE.type, dtype or torch.float32, enabled=dtype is not None):
+            loss = model(x).loss
+        loss.backward()
+    return step
+
+
+def pretraining(repeats: int = 5):
+    """Forward and backward of one part of a batch. `products`: the useful FLOPs as plain matrix products in the same precision; `ViTMAE`: per token."""
+    torch.manual_seed(0)
+    config, B = mixmag.Config.paper(), 16 if DEVICE.type == "cpu" else 256
+    model, x = mixmag.MaskedEmbeddingModel(config).to(DEVICE), torch.randn(B, 189, 1280, device=DEVICE).half()
+    removed = mixmag.random_removal(B, 189, 0.5, device=DEVICE)
+    for name, dtype, target in (("bf16", torch.bfloat16, 0.7), ("fp32", None, 0.9)):
+        steps = {"ours": mem_step(model, x, removed, dtype), "products": products(B * step_flops(config, removed.shape[1]), dtype or torch.float32),
+                 "ViTMAE": vit_mae(config, B, dtype)}
+        steps = {k: step for k, step in steps.items() if step}
+        for step in steps.values():
+            step()
+        seconds = in_turn(repeats, model_clock, **steps)
+        yield row(f"MEM step, paper preset, {name}", B * 189, "tokens/s", seconds, "products", target)
+        if "ViTMAE" in steps:
+            yield row(f"MEM step, paper preset, {name}", B * 189, "tokens/s", seconds, "ViTMAE", 1.5, share=189 / 196)
+        else:
+            print("ViTMAE: skipped, transformers is not installed")
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+def write_cohort(folder, slides: int, side: int, dim: int = 1280) -> None:
+    """Slides of side x side cells with random embeddings."""
+    cells = np.array([(c, r) for r in range(side) for c in range(side)], np.int32)
+    features = np.random.default_rng(0).standard_normal((len(cells), 21, dim), np.float32).astype(np.float16)
+    for i in range(slides):
+        data.write_slide(Path(folder) / "slides" / f"{i:06d}.safetensors", features, cells, np.ones((len(cells), 21), bool),
+                         {"slide_id": f"{i:06d}", "encoder": "bench", "magnifications": [5, 10, 20], "tile_px": 224, "mpp": 0.5, "cell_px": 896.0, "origin": [0.0, 0.0],
+                          "width": 896 * side, "height": 896 * side, "n_bad": 0})
+
+
+def loading(batches: int = 40, batch: int = 64):
+    """Random windows of 484 kB from files that the system holds in memory. `bare`: the same rows out of the same memory maps, and nothing else."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_cohort(folder, 24, 16)
+        dataset = data.RegionDataset(data.read_slides(folder), mixmag.Geometry(3), 0, 0.5)
+        window, turn = np.array([dataset.draw(i)[0][:2] for i in range(batch * batches)]).T
+        rows, maps = dataset.tokens_of(window, turn)[0], [dataset.slides[s].features.reshape(-1, 1280) for s in dataset.slide_of[window]]
+        out = np.empty((batch, 189, 1280), np.float16)
+
+        def bare():
+            for i in range(len(rows)):
+                np.take(maps[i], rows[i], axis=0, out=out[i % batch], mode="clip")
+
+        def loaded(workers):
+            order = [range(i, i + batch) for i in range(0, batch * batches, batch)]
+            for found in torch.utils.data.DataLoader(dataset, batch_sampler=order, num_workers=workers, collate_fn=train.as_is):
+                dataset.fetch(train.to_device(found, DEVICE))
+
+        bare()
+        for held in (False, True):
+            for workers in (0, 1, 2):
+                seconds = in_turn(5, ours=lambda: loaded(workers), bare=bare)
+                yield row(f"windows, {workers} workers" + (f", in memory on {DEVICE.type}" if held else ""), batch * batches, "windows/s", seconds, "bare", 0.8)
+            dataset.hold(DEVICE)
+
+
+# ----------------------------------------------------------------------------------------------------------- fine-tuning
+
+def slide_cost(regions: int, learns: bool) -> tuple[float, int]:
+    """Seconds of a slide's way through the paper preset in Patch mode, and back where it learns, and the bytes that this process held at most."""
+    config = mixmag.Config.paper()
+    model, dtype = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config), dropout=0.2).to(DEVICE), train.amp_dtype("auto", DEVICE, config.width)
+    x, sizes = torch.ones(regions, 189, 1280, dtype=torch.float16, device=DEVICE), torch.tensor([regions], device=DEVICE)
+
+    def there_and_back():
+        with torch.set_grad_enabled(learns), torch.autocast(DEVICE.type, dtype or torch.float32, enabled=dtype is not None):
+            logit, _ = model(x, sizes)
+        if learns:
+            logit.sum().backward()
+    seconds = in_turn(1, model_clock, ours=there_and_back)["ours"][0]
+    return seconds, torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else train.peak_memory()
+
+
+def finetuning(most: int = 1000):
+    """Memory of a slide in Patch mode, all of the encoder learning; and the aggregator on ragged bags, forward and backward. `loop`: bag by bag."""
+    sizes = [most // 8, most // 4, most // 2, most]
+    peaks = [in_child(slide_cost, regions, True)[1] / 1e9 for regions in sizes]
+    for regions, peak in zip(sizes, peaks):
+        yield {"line": f"slide of {regions} regions, {189 * regions:,} tokens", "value": peak, "unit": "GB", "peer": "8 GB", "ratio": 8 / peak, "target": 1.0}
+    slope, base = np.polyfit(sizes, peaks, 1)
+    print(f"  {base:.2f} GB + {1e6 * slope / 189:.1f} kB per token")
+    for name, dim, lengths in (("32 bags of 1 to 64, 3072 wide", 3072, range(1, 65, 2)), ("512 bags of 1 to 32, 64 wide", 64, [1 + i % 32 for i in range(512)])):
+        pool, x, lengths = mixmag.GatedABMIL(dim).to(DEVICE), torch.randn(sum(lengths), dim, device=DEVICE), torch.tensor(list(lengths), device=DEVICE)
+        bags = [(part, torch.tensor([len(part)], device=DEVICE)) for part in x.split(lengths.tolist())]
+        seconds = in_turn(9, model_clock, ours=lambda: pool(x, lengths)[0].sum().backward(), loop=lambda: torch.cat([pool(*bag)[0] for bag in bags]).sum().backward())
+        yield row(f"AB-MIL, {name}", len(lengths), "bags/s", seconds, "loop", 3.0)
+
+
+# --------------------------------------------------------------------------------------------------- how the cost grows
+
+def cohort_cost(slides: int) -> tuple[float, int]:
+    """Seconds to open a cohort of small slides for pretraining, and the bytes that this process then held."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_cohort(folder, slides, 4, dim=8)
+        before, began = train.peak_memory(), time.perf_counter()
+        dataset = data.RegionDataset(data.read_slides(folder), mixmag.Geometry(3), 0, 0.5)
+        assert len(dataset) == 4 * slides
+        return time.perf_counter() - began, train.peak_memory() - before
+
+
+def region_cost(region: int) -> tuple[float, int]:
+    """Seconds of a MEM step over about 3000 tokens in regions of region x region cells, bf16, per token; and the bytes held at most."""
+    config = mixmag.Config.paper(region=region)
+    N, dtype = config.geometry().num_tokens, train.amp_dtype("auto", DEVICE, config.width)
+    B = round(3024 / N)
+    step = mem_step(mixmag.MaskedEmbeddingModel(config).to(DEVICE), torch.randn(B, N, 1280, device=DEVICE).half(), mixmag.random_removal(B, N, 0.5, device=DEVICE), dtype)
+    step()
+    return statistics.median(in_turn(3, model_clock, ours=step)["ours"]) / (B * N), train.peak_memory()
+
+
+def growth():
+    """Each measured in a process of its own; the line after it is fitted by least squares, and 1.00 is what that line says."""
+    for name, cost, sizes, unit in (("cells a side, MEM step per token", region_cost, range(1, 7), "tokens in a region"),
+                                    ("regions of a slide, encoded", functools.partial(slide_cost, learns=False), (6, 53, 530, 5300), "tokens"), ("slides of a cohort, opened", cohort_cost, (10, 100, 1000), "slides")):
+        amount = [{"slides": s, "tokens": 189 * s}.get(unit, 21 * s ** 2) for s in sizes]
+        seconds, memory = np.array([in_child(cost, s) for s in sizes]).T
+        fits = [np.polyfit(amount, values, 1) for values in (seconds, memory)]
+        for s, a, t, b in zip(sizes, amount, seconds, memory):
+            yield {"line": f"{name}: {s} ({b / 1e9:.2f} GB)", "value": 1e6 * t, "unit": "us", "peer": "line", "ratio": t / np.polyval(fits[0], a), "target": 1}
+        print("  " + ", ".join(f"{scale * base:.3g} {what} + {scale * slope:.3g} x {unit}" for (slope, base), scale, what in zip(fits, (1e6, 1e-6), ("us", "MB"))))
+
+
+BENCHES = {"tiling": tiling, "memory": memory, "pretraining": pretraining, "loading": loading, "finetuning": finetuning, "growth": growth}
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
 """Schedules, groups, precision; the commands as real processes, killed and started again.     python -m pytest tests/test_train.py"""
+import argparse
 import csv
 import itertools
 import json
@@ -106,6 +107,32 @@ def test_accumulated_gradient_equals_the_whole(views):
         assert logged["loss"].item() == pytest.approx((logged["mem"] + logged["contrastive"]).item(), abs=1e-5) and logged["contrastive"] > 1
 
 
+def test_losing_slides_are_left_out_and_change_no_gradient():
+    """Eq. 9 with and without a graph for them: the same loss and gradients, also with a mask; which slide wins is found by a loop."""
+    torch.manual_seed(0)
+    config = mixmag.Config.small(8, region=2, depth=2)
+    model = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config), dropout=0.5)
+    regions, case, label = torch.tensor([2, 1, 3, 1, 2]), torch.tensor([0, 0, 0, 1, 2]), torch.tensor([1.0, 0.0, 1.0])
+    batch = {"x": torch.randn(9, 84, 8), "valid": torch.rand(9, 84) > 0.2, "held": False, "regions": regions, "case": case, "label": label, "slide_ids": list("abcde")}
+    ends = [sum(regions[:s + 1].tolist()) for s in range(5)]
+    alone = [{**batch, "x": batch["x"][b - r:b], "valid": batch["valid"][b - r:b], "regions": torch.tensor([r]), "case": torch.tensor([0]), "label": label[c:c + 1]}
+             for r, b, c in zip(regions.tolist(), ends, case.tolist())]
+    model.eval()
+    losses = [train.slide_losses(model, one, 0.1, compute()).item() for one in alone]
+    left = train.least_slides(model, batch, 0.1, compute())
+    best = min(range(3), key=losses.__getitem__)
+    assert left["slide_ids"] == [list("abc")[best], "d", "e"] and left["case"].tolist() == [0, 1, 2] and model.training
+    assert torch.equal(left["x"], torch.cat([alone[s]["x"] for s in (best, 3, 4)])) and torch.equal(left["valid"], torch.cat([alone[s]["valid"] for s in (best, 3, 4)]))
+    model.dropout.p, gradients = 0.0, []
+    for step in (lambda: train.finetune_step(model, batch, 0.1, compute(), 3, 0), lambda: mixmag.min_slide_loss(train.slide_losses(model, batch, 0.1, compute()), case).mean()):
+        model.zero_grad()
+        loss = step()
+        if loss.requires_grad:
+            loss.backward()
+        gradients.append([loss.detach()] + [p.grad.clone() for p in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients)) and max(g.abs().max() for g in gradients[0]) > 1e-2
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_agrees_with_full_precision(dtype):
     model, _ = model_and_optimizer()
@@ -159,23 +186,41 @@ def test_bootstrap_areas_equal_scikit_learn():
     assert {round(float(s), 9) for s in samples} <= possible and len(set(samples)) > 4
 
 
-def test_pairs_are_told_apart_only_where_they_differ(tmp_path):
+def test_pairs_are_told_apart_only_where_they_differ():
     """Two rows of equal skill and one that is better on one task of two: the star, the pairing and Holm's correction against a loop of its own."""
     rng, labels = np.random.default_rng(0), np.repeat([1, 0], [30, 60])
-    results, rows, tasks = {}, ("mem-0.50-patch", "random-all-patch", "abmil-20"), ("skin_braf", "lung_egfr")
-    for task in tasks:
+    area, draws, rows, tasks = {}, {}, ("mem-0.50-patch", "random-all-patch", "abmil-20"), ("skin_braf", "lung_egfr")
+    for number, task in enumerate(tasks):
         noise = rng.standard_normal(90)
         for row in rows:
             scores = noise + 0.1 * rng.standard_normal(90) + labels * (3.0 if (row, task) == (rows[0], "skin_braf") else 0.5)
-            data.write_csv(tmp_path / "seed-0" / f"{task}-{row}" / "predictions.csv", ("case_id", "label", "score", "split"), [(i, y, x, "test") for i, (y, x) in enumerate(zip(labels, scores))])
-            results[row, task] = [{"auroc": roc_auc_score(labels, scores), "seed": 0}]
-    draws = {(row, task): train.resampled(row, task, i, results, tmp_path) for row in rows for i, task in enumerate(tasks)}
+            area[row, task], draws[row, task] = roc_auc_score(labels, scores), train.resampled(labels, scores[None], number)
     lines = {line.split(" | ")[0]: line for line in train.format_pairs(rows, tasks, draws).splitlines()}
     cells = lines["| MEM 0.50, Patch - Random all, Patch"].split(" | ")
-    expected = 100 * (results[rows[0], "skin_braf"][0]["auroc"] - results[rows[1], "skin_braf"][0]["auroc"])
+    expected = 100 * (area[rows[0], "skin_braf"] - area[rows[1], "skin_braf"])
     assert cells[1].endswith("*") and not cells[2].endswith("*") and float(cells[1][:-1]) == pytest.approx(expected, abs=1) and "on 1 of 2 tasks" in cells[-1]
     assert "not distinguishable" in lines["| Random all, Patch - AB-MIL 20x"] and "on 0 of 2" in lines["| Random all, Patch - AB-MIL 20x"]
     assert train.two_sided(np.array([1.0, 2.0, -1.0])) == 1.0 and train.two_sided(np.ones(999)) == pytest.approx(0.002)
+
+
+@pytest.mark.parametrize("tokens", ("patch", "cls"))
+def test_held_outputs_stand_for_the_encoder(cohort, tokens):
+    """A slide's outputs made once give the logits that the encoder gives, also where tokens are invalid."""
+    cases = data.read_task(cohort, "skin_braf")[:6]
+    slides = {s.slide_id: s for s in data.read_slides(cohort, [i for c in cases for i in c.slide_ids])}
+    next(iter(slides.values())).valid = np.random.default_rng(0).random(next(iter(slides.values())).valid.shape) > 0.3
+    torch.manual_seed(0)
+    config, compute = mixmag.Config.small(64), train.machine(argparse.Namespace(device="cpu"), 96)
+    model = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config), tokens, hidden=8).eval()
+    dataset = data.CaseDataset(slides, cases, config.geometry(), model.index)
+    train.fit_whitening(model, dataset, compute)
+    batch = dataset.__getitems__(range(6))
+    expected, fitted = train.slide_logits(model, batch), model.whiten.matrix.clone()
+    train.hold_outputs(model, dataset, compute)
+    held = dataset.__getitems__(range(6))
+    assert held["held"] and not batch["held"] and torch.allclose(train.slide_logits(model, held), expected, atol=1e-5)
+    train.fit_whitening(model, dataset, compute)
+    assert torch.equal(model.whiten.matrix, fitted)
 
 
 def test_one_class_has_no_auroc():
@@ -347,6 +392,10 @@ def test_table_runs_skips_and_prints(runs, cohort):
     assert "## Table 1" in out and "## Table 2" in out and "| MEM 0.25 |" in out and "2 of 2" in out and "mean over 2 seeds" in out
     paper = np.mean([train.PAPER["abmil-20"][i] for i in (0, 6)])
     assert f"| {paper:.1f} |" in out and (runs / "runs/table/SUMMARY.md").exists()
+    found = train.read_results(runs / "runs/table")
+    for (row, task), lines in found.runs.items():
+        for line, scores in zip(lines, found.scores[row, task], strict=True):
+            assert line["auroc"] == pytest.approx(roc_auc_score(found.labels[task], scores), abs=1e-12)
     again, err = run("train.py", *args, cwd=runs)
     assert out.endswith(again) and err.count("done before") >= 12
 
