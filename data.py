@@ -94,7 +94,6 @@ if __name__ == "__main__":
 import numpy as np                                                                                          # noqa: E402
 import openslide                                                                                            # noqa: E402
 import safetensors                                                                                          # noqa: E402
-import safetensors.numpy                                                                                    # noqa: E402
 import safetensors.torch                                                                                    # noqa: E402
 import torch                                                                                                # noqa: E402
 import torch.nn.functional as F                                                                             # noqa: E402
@@ -312,8 +311,15 @@ def write_slide(path, features, cells, valid, meta: dict) -> None:
     meta = {"format": FORMAT, "created": datetime.fromtimestamp(now, timezone.utc).isoformat(timespec="seconds"), **meta}
     text = {k: v if k in TEXT_FIELDS else json.dumps(v) for k, v in meta.items()}
     text["sha256"] = checksum(features, cells, valid, text)
-    with whole_file(path) as temporary:
-        safetensors.numpy.save_file({k: np.ascontiguousarray(a) for k, a in (("features", features), ("cells", cells), ("valid", valid))}, temporary, text)
+    header, end, arrays = {"__metadata__": dict(sorted(text.items()))}, 0, (("cells", "I32", cells), ("features", "F16", features), ("valid", "BOOL", valid))
+    for name, dtype, array in arrays:
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": (end, end := end + array.nbytes)}
+    raw = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    raw += b" " * (-len(raw) % 8)                                 # by hand, because the library writes metadata in random order: equal slides are equal files
+    with whole_file(path) as temporary, open(temporary, "wb") as f:
+        f.write(len(raw).to_bytes(8, "little") + raw)
+        for *_, array in arrays:
+            f.write(np.ascontiguousarray(array).data)
 
 
 def read_slide(path) -> Slide:
