@@ -395,7 +395,7 @@ def task_findings(path) -> tuple[list[Case], list[str]]:
         where = f"{path}: line {number}: "
         if not row["case_id"] or not row["slide_id"]:
             findings.append(f"{where}case_id or slide_id is empty")
-        elif Path(row["slide_id"]).name != row["slide_id"]:
+        elif "/" in row["slide_id"] or row["slide_id"] in (".", ".."):
             findings.append(f"{where}slide_id {row['slide_id']!r} is a path, expected the name of a file in slides/ without its suffix")
         elif row["label"] not in ("0", "1"):
             findings.append(f"{where}label of case {row['case_id']!r} is {row['label']!r}, expected 0 or 1")
@@ -1916,7 +1916,7 @@ class RegionDataset(torch.utils.data.Dataset):
             self.store = torch.empty(sum(counts), self.slides[0].dim, dtype=torch.float16, device=device)
         except RuntimeError as error:                             # torch's own out-of-memory error is one
             raise MixmagError(f"the embeddings of {len(counts)} slides take {2e-9 * sum(counts) * self.slides[0].dim:.1f} GB: leave out --in-memory ({error})") from None
-        for part, slide in zip(self.store.split(counts), self.slides):
+        for part, slide in progress(list(zip(self.store.split(counts), self.slides)), desc="embeddings", leave=False):
             part.copy_(torch.from_numpy(slide.features.reshape(part.shape)))
         self.begins = np.cumsum([0, *counts[:-1]])                                                      # a slide's first row in the store
 

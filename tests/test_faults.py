@@ -155,7 +155,7 @@ def test_no_loop_is_deaf(cohort, tmp_path, monkeypatch):
     for name, call in {"synth": lambda: data.synth_cohort(tmp_path / "c"), "images": lambda: data.synth_images(tmp_path / "i", 1, 0),
                        "read": lambda: data.read_slides(cohort), "verify": lambda: data.verify(cohort), "statistics": lambda: data.feature_statistics(slides),
                        "thumbnail": lambda: data.thumbnail(reader, 0.5), "tile": lambda: data.tile_slide(reader, plan, data.texture, 46, types.SimpleNamespace(**TILE)),
-                       "hold": lambda: bags.hold(lambda x, valid: x.numpy()), "whitening": lambda: train.fit_whitening(model, slides, 0.5, machine),
+                       "hold": lambda: train.hold_outputs(model, bags, machine), "whitening": lambda: train.fit_whitening(model, bags, machine), "store": lambda: regions.hold("cpu"),
                        "held-out": lambda: train.level_table(mixmag.MaskedEmbeddingModel(mixmag.Config.small(64)), regions, torch.zeros(3, 64), machine),
                        "score": lambda: train.score_cases(model, bags, machine, 4),
                        "epoch": lambda: train.finetune_epoch(model, optimizer, bags, machine, args, 0, 4, train.progress(total=4))}.items():
@@ -291,7 +291,7 @@ def test_gradients_that_are_not_finite(cohort, tmp_path, monkeypatch, amp, messa
         return backward(model, optimizer, *rest)
 
     monkeypatch.setattr(train, "optimizer_step", spoiled)
-    flags = ["finetune", *map(str, FINETUNE), "--data", str(cohort), "--out", str(tmp_path / "r"), "--amp", amp, "--epochs", "20"]
+    flags = ["finetune", *map(str, FINETUNE), "--data", str(cohort), "--out", str(tmp_path / "r"), "--amp", amp, "--epochs", "20", "--magnification", "5"]
     with pytest.raises(MixmagError, match=message):
         train.finetune(train.parse(flags))
     saved = torch.load(tmp_path / "r" / "last.pt", weights_only=True) if amp == "fp16" else None
@@ -313,11 +313,11 @@ def test_bags_of_one_and_of_many_regions(regions):
 
 
 def test_smallest_batches_and_splits(cohort, tmp_path):
-    """A batch of one region or case, also with the contrastive term that then has no negatives; a tune split of one class; a case without a region."""
+    """A batch of one region or case, also with the contrastive term that then has no negatives; a tune split of one class."""
     for flags in (("pretrain", "--batch-size", 1, "--steps", 2, "--holdout", 0), ("pretrain", "--source", 5, "--batch-size", 1, "--steps", 2, "--holdout", 0),
                   ("finetune", *FINETUNE[:-4], "--epochs", 1, "--batch-size", 1)):
         run("train.py", *flags, "--data", cohort, "--out", "-".join(map(str, flags[:3])).replace("--", ""), cwd=tmp_path)
-    one = relabelled(cohort, tmp_path / "one", lambda *row: row[:2] + (0, row[3]) if row[3] == "tune" else row)
+    one = relabelled(cohort, tmp_path / "one", lambda row: row[:2] + (0, row[3]) if row[3] == "tune" else row)
     _, err = run("train.py", "finetune", *FINETUNE, "--data", one, "--out", "x", cwd=tmp_path, code=1)
     assert "the tune split has" in one_error(err) and "labels [0]; both classes are needed" in err
     assert any("split tune does not hold both classes" in line for line in data.verify(one))
@@ -364,7 +364,7 @@ def test_ids_are_no_paths(tmp_path, name):
 
 def test_tables_are_text(tmp_path):
     """Formulas, leading zeros, spaces, unicode, ids that differ in case only, CRLF and a byte order mark are kept as they are; a million rows are read."""
-    ids = ["=cmd|' /C calc'!A0", "+1", "@SUM(A1)", "001", "1", "1.0", "a b", "ü", "S1", "s1", "x,y", 'q"q', "n\nl", "日本"]
+    ids = ["=cmd|' C calc'!A0", "+1", "@SUM(A1)", "001", "1", "1.0", "a b", "ü", "S1", "s1", "x,y", 'q"q', "n\nl", "日本"]
     text = "\ufeffcase_id,slide_id,label,split\r\n" + "".join(f'"{i.replace(chr(34), chr(34) * 2)}","{i.replace(chr(34), chr(34) * 2)}",{n % 2},train\r\n' for n, i in enumerate(ids))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "t.csv").write_bytes(text.encode("utf-8"))
@@ -389,7 +389,7 @@ def test_any_table_is_read_or_refused(tmp_path, rows):
         csv.writer(f).writerows([("case_id", "slide_id", "label", "split"), *rows])
     cases, findings = data.task_findings(tmp_path / "tasks" / "t.csv")
     rows = [tuple(v.strip() for v in row) for row in rows]
-    good = [r for r in rows if r[0] and r[1] and r[2] in ("0", "1") and r[3] in data.SPLITS and data.Path(r[1]).name == r[1]]
+    good = [r for r in rows if r[0] and r[1] and r[2] in ("0", "1") and r[3] in data.SPLITS and "/" not in r[1] and r[1] not in (".", "..")]
     assert {i for c in cases for i in c.slide_ids} == {r[1] for r in good}
     assert bool(findings) == (len(good) < len(rows) or len({r[1] for r in good}) < len(good) or len({(r[0], *r[2:]) for r in good}) > len({r[0] for r in good}))
 
@@ -435,16 +435,16 @@ def test_fuzzed_slide_files_are_refused_or_right(tmp_path):
     header, count = 8 + int.from_bytes(raw[:8], "little"), 20_000 if LONG else 500
     for i in range(count):
         mutated = bytearray(raw)
-        for _ in range(rng.integers(1, 4)):
+        for _ in range(rng.choice([1, 1, 3])):
             at = int(rng.integers(min(header if i % 4 else len(raw), len(mutated))))
-            kind = rng.integers(6)
-            if kind < 2:
+            kind = rng.integers(10)
+            if kind < 6:
                 mutated[at] = rng.integers(256)
-            elif kind == 2:
+            elif kind == 6:
                 mutated[at:at + int(rng.integers(1, 9))] = b""
-            elif kind == 3:
+            elif kind == 7:
                 mutated[at:at] = rng.bytes(int(rng.integers(1, 9)))
-            elif kind == 4:
+            elif kind == 8:
                 mutated[at:at + 1] = rng.choice([b"9", b"-", b"[", b'"', b"e9", b"null", b"{}", b"\\u0000", b"1e999", b"NaN"])
             else:
                 mutated = mutated[:int(rng.integers(1, len(mutated)))]
@@ -459,7 +459,7 @@ def test_fuzzed_slide_files_are_refused_or_right(tmp_path):
         refused["right" if same else "found by verify"] += 1
         assert bool(data.slide_findings(path)[1]) or same, (i, slide.meta)
     print(f"{count} mutated slide files: {dict(refused)}")
-    assert refused["refused"] > count // 2 and refused["found by verify"] > count // 50
+    assert refused["refused"] > count // 3 and refused["found by verify"] > count // 20
 
 
 # ------------------------------------------------------------------------------------------------------------ verify, determinism
