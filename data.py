@@ -94,7 +94,6 @@ if __name__ == "__main__":
 import numpy as np                                                                                          # noqa: E402
 import openslide                                                                                            # noqa: E402
 import safetensors                                                                                          # noqa: E402
-import safetensors.numpy                                                                                    # noqa: E402
 import safetensors.torch                                                                                    # noqa: E402
 import torch                                                                                                # noqa: E402
 import torch.nn.functional as F                                                                             # noqa: E402
@@ -312,8 +311,15 @@ def write_slide(path, features, cells, valid, meta: dict) -> None:
     meta = {"format": FORMAT, "created": datetime.fromtimestamp(now, timezone.utc).isoformat(timespec="seconds"), **meta}
     text = {k: v if k in TEXT_FIELDS else json.dumps(v) for k, v in meta.items()}
     text["sha256"] = checksum(features, cells, valid, text)
-    with whole_file(path) as temporary:
-        safetensors.numpy.save_file({k: np.ascontiguousarray(a) for k, a in (("features", features), ("cells", cells), ("valid", valid))}, temporary, text)
+    header, end, arrays = {"__metadata__": dict(sorted(text.items()))}, 0, (("cells", "I32", cells), ("features", "F16", features), ("valid", "BOOL", valid))
+    for name, dtype, array in arrays:
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": (end, end := end + array.nbytes)}
+    raw = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    raw += b" " * (-len(raw) % 8)                                 # by hand, because the library writes metadata in random order: equal slides are equal files
+    with whole_file(path) as temporary, open(temporary, "wb") as f:
+        f.write(len(raw).to_bytes(8, "little") + raw)
+        for *_, array in arrays:
+            f.write(np.ascontiguousarray(array).data)
 
 
 def read_slide(path) -> Slide:
@@ -389,7 +395,7 @@ def task_findings(path) -> tuple[list[Case], list[str]]:
         where = f"{path}: line {number}: "
         if not row["case_id"] or not row["slide_id"]:
             findings.append(f"{where}case_id or slide_id is empty")
-        elif Path(row["slide_id"]).name != row["slide_id"]:
+        elif "/" in row["slide_id"] or row["slide_id"] in (".", ".."):
             findings.append(f"{where}slide_id {row['slide_id']!r} is a path, expected the name of a file in slides/ without its suffix")
         elif row["label"] not in ("0", "1"):
             findings.append(f"{where}label of case {row['case_id']!r} is {row['label']!r}, expected 0 or 1")
@@ -1910,7 +1916,7 @@ class RegionDataset(torch.utils.data.Dataset):
             self.store = torch.empty(sum(counts), self.slides[0].dim, dtype=torch.float16, device=device)
         except RuntimeError as error:                             # torch's own out-of-memory error is one
             raise MixmagError(f"the embeddings of {len(counts)} slides take {2e-9 * sum(counts) * self.slides[0].dim:.1f} GB: leave out --in-memory ({error})") from None
-        for part, slide in zip(self.store.split(counts), self.slides):
+        for part, slide in progress(list(zip(self.store.split(counts), self.slides)), desc="embeddings", leave=False):
             part.copy_(torch.from_numpy(slide.features.reshape(part.shape)))
         self.begins = np.cumsum([0, *counts[:-1]])                                                      # a slide's first row in the store
 

@@ -1,13 +1,18 @@
 """Shared by the tests: python -m pytest tests"""
+import multiprocessing
 import os
-import subprocess
+import resource
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("SOURCE_DATE_EPOCH", "946684800")            # of all slide files: equal content is equal bytes
+SERVER = multiprocessing.get_context("forkserver")                 # has imported what the commands import, and computed nothing
+SERVER.set_forkserver_preload(["train", "matplotlib.pyplot", "h5py", "tifffile"])
 
 
 @pytest.fixture(scope="session")
@@ -18,12 +23,53 @@ def real():
     return Path(os.environ["MIXMAG_REAL"]).resolve()
 
 
-def run(script, *args, cwd, code=0, timeout=600):
-    """Run a command of the project as a user would, check its exit code, return (stdout, stderr)."""
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == code, f"exit code {done.returncode}, expected {code}\n{done.stdout}\n{done.stderr}"
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.stdout, done.stderr
+def command(script, args, cwd, out, environment, limits):
+    """What a process of the server does: the script's last lines, with its output in files."""
+    os.chdir(cwd)
+    os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)           # as it is in a process that nobody forked: the server's would be inherited
+    for stream, path in ((1, out), (2, f"{out}.err")):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    for name, value in limits.items():                             # RLIMIT_FSIZE in bytes; RLIMIT_AS in bytes beyond what is there
+        value += int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if name == "RLIMIT_AS" else 0
+        resource.setrlimit(getattr(resource, name), (value, value))
+    sys.argv = [script, *args]
+    import data
+    import train
+    module = {"data.py": data, "train.py": train}[script]
+    arguments = module.parse()
+    sys.exit(data.run_command(module.COMMANDS[arguments.command], arguments))
+
+
+class Command:
+    """A command of the project in a process of its own, as a user would start it, but for the seconds that its imports take."""
+
+    def __init__(self, script, *args, cwd, environment=None, **limits):
+        self.folder = tempfile.TemporaryDirectory()
+        self.out = Path(self.folder.name) / "out"
+        self.process = SERVER.Process(target=command, args=(script, [str(a) for a in args], str(cwd), str(self.out), environment or {}, limits))
+        self.process.start()
+
+    def hears(self) -> bool:
+        """Whether it catches SIGTERM by now, or has ended."""
+        try:
+            return bool(int(Path(f"/proc/{self.process.pid}/status").read_text().split("SigCgt:")[1].split()[0], 16) >> 14 & 1)
+        except (OSError, IndexError):
+            return True
+
+    def end(self, timeout=600) -> tuple[int, str, str]:
+        """Wait for it: exit code (-9 for SIGKILL), stdout, stderr."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"it has not ended within {timeout} s"
+        return self.process.exitcode, *(p.read_text("utf-8") if p.exists() else "" for p in (self.out, Path(f"{self.out}.err")))
+
+
+def run(script, *args, cwd, code=0, timeout=600, **limits):
+    """Run a command of the project, check its exit code and that it ends without a traceback, return (stdout, stderr)."""
+    found, out, err = Command(script, *args, cwd=cwd, **limits).end(timeout)
+    assert found == code, f"exit code {found}, expected {code}\n{out}\n{err}"
+    assert "Traceback" not in err, err
+    return out, err
 
 
 @pytest.fixture(scope="session")
