@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,7 +189,7 @@ def test_a_signal_to_all_of_several_processes_is_one_signal(cohort, tmp_path):
 def one_error(err):
     """The last line, which is the only one that speaks of an error."""
     last = err.splitlines()[-1]
-    assert last.startswith("error: ") and sum(line.startswith("error: ") for line in err.splitlines()) == 1, err
+    assert last.startswith("error: ") and err.count("\nerror: ") < 2, err
     return last
 
 
@@ -209,8 +210,6 @@ def test_a_full_disk_leaves_what_was_there(cohort, tmp_path):
         assert "model.safetensors: cannot be written" in one_error(err) and whole(out) == before and not list(out.rglob(".*"))
         run("train.py", *flags, cwd=tmp_path)
         assert {k: v for k, v in whole(out).items() if k != data.SUMS} == {k: v for k, v in expected.items() if k != data.SUMS}
-    _, err = run("train.py", "embed", "--init", "pretrain", "--data", cohort, "--tokens", "patch", "--out", "e", cwd=tmp_path, code=3, **full)
-    assert "features_mixmag_patch" in (tmp_path / "e" / "failed.csv").read_text() and not [p for p in (tmp_path / "e").rglob("*.h5")] and not list((tmp_path / "e").rglob(".*"))
     _, err = run("data.py", "synth", "--dim", 1280, "--out", "s", cwd=tmp_path, code=1, **full)
     assert "cannot be written" in one_error(err) and not list((tmp_path / "s" / "slides").iterdir())
     write_tiff(tmp_path / "a.tiff", pink(2700, 2700), 0.5)
@@ -432,11 +431,12 @@ def test_fuzzed_slide_files_are_refused_or_right(tmp_path):
     changed wherever what is in it did."""
     path, rng, refused = make_slide(tmp_path, cells=[(0, 0), (1, 0)]), np.random.default_rng(0), Counter()
     good, raw = data.read_slide(path), path.read_bytes()
+    features = good.features.tobytes()                             # what is mapped changes with the file
     header, count = 8 + int.from_bytes(raw[:8], "little"), 20_000 if LONG else 500
     for i in range(count):
         mutated = bytearray(raw)
         for _ in range(rng.choice([1, 1, 3])):
-            at = int(rng.integers(min(header if i % 4 else len(raw), len(mutated))))
+            at = int(rng.integers(min(header if i % 2 else len(raw), len(mutated))))
             kind = rng.integers(10)
             if kind < 6:
                 mutated[at] = rng.integers(256)
@@ -451,7 +451,7 @@ def test_fuzzed_slide_files_are_refused_or_right(tmp_path):
         path.write_bytes(mutated)
         try:
             slide = data.read_slide(path)
-            same = slide.features.tobytes() == good.features.tobytes() and np.array_equal(slide.cells, good.cells) and np.array_equal(slide.valid, good.valid) and slide.meta == good.meta
+            same = slide.features.tobytes() == features and np.array_equal(slide.cells, good.cells) and np.array_equal(slide.valid, good.valid) and slide.meta == good.meta
         except MixmagError as error:
             assert str(path) in str(error)
             refused["refused"] += 1
@@ -466,13 +466,11 @@ def test_fuzzed_slide_files_are_refused_or_right(tmp_path):
 
 def test_verify_finds_every_flipped_byte_of_data_and_runs(cohort, tmp_path):
     """In each file that a cohort and finished runs consist of, and in tables frozen by sha256sum."""
-    run("data.py", "synth", "--out", "d", "--regions", 2, "--dim", 8, cwd=tmp_path)
-    for path in sorted((tmp_path / "d" / "slides").iterdir())[3:]:
-        path.unlink()
+    few = {p.name for p in sorted((cohort / "slides").iterdir())[3:]}
+    shutil.copytree(cohort, tmp_path / "d", ignore=lambda _, names: few & set(names))
     run("train.py", "pretrain", *PRETRAIN, "--data", cohort, "--out", "runs/p", cwd=tmp_path)
     run("train.py", "finetune", *FINETUNE, "--data", cohort, "--out", "runs/f", cwd=tmp_path)
-    with open(cohort / "tasks" / "skin_braf.csv", "rb") as f:
-        task(make_slide(tmp_path / "own").parents[1], [("c", "a", 0, "train")])
+    task(make_slide(tmp_path / "own").parents[1], [("c", "a", 0, "train")])
     subprocess.run("sha256sum tasks/*.csv > SHA256SUMS", shell=True, cwd=tmp_path / "own", check=True)
     out, _ = run("data.py", "verify", "runs/p", cwd=tmp_path)
     assert "nothing wrong found" in out and data.verify(tmp_path / "runs") == []
@@ -490,9 +488,8 @@ def test_verify_finds_every_flipped_byte_of_data_and_runs(cohort, tmp_path):
                 assert found and set(found) - set(before), (path, at)
                 tried += 1
             path.write_bytes(raw)
-        (tmp_path / name / "x").write_bytes(files[0].read_bytes())
         assert data.verify(tmp_path / name) == before
-        files[0].unlink()
+        next(p for p in files if p.suffix in (".csv", ".json")).unlink()
         assert data.verify(tmp_path / name) != before
     print(f"{tried} flipped bytes")
 
@@ -506,7 +503,7 @@ def test_the_same_seed_twice_is_the_same_file(cohort, tmp_path, monkeypatch):
         run("train.py", "table", "--data", cohort, "--rows", "abmil-20", "mem-0.25-patch", "--tasks", "skin_braf", "--steps", 3, "--epochs", 1, "--seed", seed, "--out", "t", cwd=tmp_path / name)
     files = {name: {str(p.relative_to(tmp_path / name)): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()} for name in "abc"}
     differing = {k for k in files["a"].keys() | files["b"].keys() if files["a"].get(k) != files["b"].get(k)}
-    assert len(files["a"]) > 20 and all("mem-0.25/" in k and k.endswith(("result.json", data.SUMS)) for k in differing), differing    # they hold the seconds that it took
+    assert len(files["a"]) > 20 and differing <= {"t/machine.json", "t/seed-0/mem-0.25/result.json", f"t/seed-0/mem-0.25/{data.SUMS}"}, differing    # which hold seconds
     assert files["a"]["d/slides/s.safetensors"] == files["c"]["d/slides/s.safetensors"] and files["a"]["t/results.csv"] != files["c"]["t/results.csv"]
     monkeypatch.delenv("SOURCE_DATE_EPOCH")
     assert data.read_slide(make_slide(tmp_path)).meta["created"][:10] == time.strftime("%Y-%m-%d", time.gmtime())
@@ -514,8 +511,8 @@ def test_the_same_seed_twice_is_the_same_file(cohort, tmp_path, monkeypatch):
 
 # ----------------------------------------------------------------------------------------------------------- README's commands
 
-README = (ROOT / "README.md").read_text("utf-8").replace("`python\n", "`python ")
-LINES = [(before, script, shlex.split(rest)) for before, script, rest in re.findall(r"(python|torchrun[^\n`]*?) +(data|train)\.py([^`\n#|]*)", README)]
+README = re.sub(r"(?<!`)`python\n", "`python ", (ROOT / "README.md").read_text("utf-8"))
+LINES = [(before, script, shlex.split(rest)) for before, script, rest in re.findall(r"(python|torchrun[^\n`]*?) +(data|train)\.py([^`\n#|&]*)", README)]
 SMALL = {"pretrain": ["--steps", "2", "--batch-size", "2"], "finetune": ["--epochs", "1"], "table": ["--rows", "abmil-20", "--epochs", "1"]}
 
 
@@ -534,9 +531,10 @@ def test_every_command_of_the_readme_runs(cohort, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(train, "tables", lambda args, *rest: tables(types.SimpleNamespace(**{**vars(args), "steps": 2, "epochs": 1}), *rest))
     for before, script, flags in LINES:
         module, name = {"data": data, "train": train}[script], flags[0]
+        flags = [name, "--slides", "s", "--out", "d", *flags[2:]] if flags[1:2] == ["..."] else flags
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
         args = module.parse()
-        if before != "python" or "paper" in flags or "--stamp" in flags:
+        if before != "python" or {"paper", "--stamp", "--shard"} & set(flags):
             continue
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags, *SMALL.get(name, []), *(["--out", "imported"] if name == "import" else [])])
         args = module.parse()
