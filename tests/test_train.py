@@ -272,7 +272,7 @@ def lines(path):
 def test_pretrain_leaves_a_whole_run(runs, cohort):
     folder = runs / "runs" / "mem-0.50"
     result = json.loads((folder / "result.json").read_text())
-    assert result["steps"] == 12 and set(result["held_out"]) == {"model", "mean", "parent", "children", "neighbours"}
+    assert result["steps"] == 12 and set(result["held_out"]) == {"model", "mean", "shift", "parent", "children", "neighbours"}
     assert result["held_out"]["parent"][0] is None and result["held_out"]["children"][2] is None
     encoder = mixmag.load_encoder(folder / "encoder")
     state = torch.load(folder / "last.pt", weights_only=True)
