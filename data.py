@@ -1203,12 +1203,11 @@ def draw_qc(path, reader: Reader, plan: TilePlan, magnifications: list) -> None:
     from matplotlib.patches import Rectangle
     (width, height), K, mpp = reader.slide.dimensions, len(magnifications), plan.mpp
 
-    def box(col, row, cols=1, rows=1):                            # of cells: left, top, width, height in level-0 pixels
-        return np.array([*(plan.origin + np.array([col, row]) * plan.cell_px), cols * plan.cell_px, rows * plan.cell_px])
+    def box(col, row, cols, rows):                                # of cells: left, top, width, height in um
+        return np.array([*(plan.origin + np.array([col, row]) * plan.cell_px), cols * plan.cell_px, rows * plan.cell_px]) * mpp
 
     def held(*cells):                                             # mask pixels of tissue
-        x, y, w, h = box(*cells) * np.tile(np.array(plan.mask.shape[::-1]) / (width, height), 2)
-        return plan.mask[round(y):round(y + h), round(x):round(x + w)].sum()
+        return plan.patch(plan.mask, *cells).sum()
 
     figure = Figure((5 + 2.6 * K, 5.8), dpi=130, layout="constrained")
     grid = figure.add_gridspec(2, K + 2)
@@ -1219,7 +1218,7 @@ def draw_qc(path, reader: Reader, plan: TilePlan, magnifications: list) -> None:
         seen = plan.mask[::shrink, ::shrink]
         y, x = ((np.arange(n) + 0.5) * full * mpp / n for n, full in zip(seen.shape, (height, width)))
         axis.contour(x, y, seen, levels=[0.5], colors="lime", linewidths=0.7)
-    frames = [Rectangle((x, y), w, h) for x, y, w, h in (box(*w) * mpp for w in plan.windows)]
+    frames = [Rectangle((x, y), w, h) for x, y, w, h in (box(*w) for w in plan.windows)]
     axis.add_collection(PatchCollection(frames, facecolor="none", edgecolor="tab:blue", lw=0.7))
     axis.set_title(f"{reader.path.stem}\n{mpp:.4g} um/px ({plan.mpp_source}); tissue {plan.mask.mean():.1%}\n"
                    f"{len(frames)} of {plan.candidates} windows kept", fontsize=9, parse_math=False)

@@ -26,12 +26,12 @@ from types import SimpleNamespace
 DEFAULT_DATA = "data/synthetic"
 PRESETS = {     # what a flag that is not given means; `paper` numbers are the assumed ones of README
     "small": {"pretrain": {"batch_size": 16, "blr": 0.032, "weight_decay": 0.05, "steps": 3000},
-              "finetune": {"batch_size": 16, "lr": 1e-2, "weight_decay": 1.0, "hidden": 64, "epochs": 12},
-              "abmil": {"epochs": 60}},
+              "finetune": {"batch_size": 16, "lr": 1e-2, "weight_decay": 1.0, "hidden": 64, "epochs": 40, "frozen": 0.75},
+              "abmil": {"epochs": 60, "frozen": 0}},
     "paper": {"pretrain": {"batch_size": 4096, "blr": 1.5e-4, "weight_decay": 0.05, "epochs": 100},
-              "finetune": {"batch_size": 32, "lr": 1e-3, "weight_decay": 0.05, "hidden": 256, "epochs": 20},
+              "finetune": {"batch_size": 32, "lr": 1e-3, "weight_decay": 0.05, "hidden": 256, "epochs": 20, "frozen": 0},
               "abmil": {}},                                       # what differs where there is no encoder: epochs are cheap, and few tokens learn late
-}
+}   # frozen: the share of the epochs before the encoder learns, never less than one of them (paper 4.3)
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -95,7 +95,8 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--dropout", type=float, default=0.2, help="on what is pooled and on the pooled vector (assumed)")
     p.add_argument("--smoothing", type=float, default=0.1, help="label smoothing (assumed)")
     p.add_argument("--layer-decay", type=float, default=0.75, help="each layer's rate against the one above (paper 4.3)")
-    p.add_argument("--frozen-epochs", type=int, default=1, help="epochs before the encoder learns (paper 4.3: 1); with more than one its outputs are held in memory meanwhile")
+    p.add_argument("--frozen-epochs", type=int, help="epochs before the encoder learns; with more than one its outputs are held in memory meanwhile "
+                   "(default: small three quarters of them, paper 1, as in 4.3)")
     p.add_argument("--encoder-rate", type=float, default=0.1, help="the encoder's rate against the aggregator's (assumed)")
     p.add_argument("--case-score", choices=("auto", "max", "mean"), default="auto",
                    help="a case's score from its slides'; auto: whichever ranks the tune split better, max on a tie")
@@ -135,7 +136,7 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--preset", choices=PRESETS, default="small", help="for every run")
     p.add_argument("--steps", type=positive, help="pretraining steps (default: the preset's)")
     p.add_argument("--epochs", type=positive, help="fine-tuning epochs (default: the preset's)")
-    p.add_argument("--frozen-epochs", type=int, default=1, help="as in finetune; as many as --epochs is quickest")
+    p.add_argument("--frozen-epochs", type=int, help="as in finetune (default: the preset's); as many as --epochs is quickest")
 
     p = command("demo", "a synthetic cohort, MEM pretraining, fine-tuning, a small table and a figure, in minutes on two cores", "python train.py demo")
     p.add_argument("--data", default=DEFAULT_DATA, help="DATA folder; the default is made first if it is not there")
@@ -373,7 +374,7 @@ def settings(args, slides, *files) -> dict:
     digest = hashlib.sha256("".join(s.meta["sha256"] for s in slides).encode("utf-8"))
     for path in files:
         digest.update(Path(path).read_bytes())
-    chosen = {k: v for k, v in vars(args).items() if k not in ("out", "device", "workers", "resume", "save_every", "dry_run", "in_memory")}
+    chosen = {k: v for k, v in vars(args).items() if k not in ("out", "device", "workers", "resume", "save_every", "dry_run", "in_memory", "compile")}
     return {**chosen, "tile_encoder": slides[0].meta["encoder"], "inputs_sha256": digest.hexdigest()}
 
 
@@ -392,11 +393,14 @@ def ensure_data(path, compute=None) -> Path:
 
 def fill_in(args, kind: str) -> None:
     """Give the flags that were left out the preset's values."""
-    preset = PRESETS[args.preset]
-    for name, value in {**preset[kind], **(preset["abmil"] if getattr(args, "init", None) == "none" else {})}.items():
+    values = {**PRESETS[args.preset][kind], **(PRESETS[args.preset]["abmil"] if getattr(args, "init", None) == "none" else {})}
+    frozen = values.pop("frozen", 0)
+    for name, value in values.items():
         if getattr(args, name) is None and not (name in ("steps", "epochs") and (getattr(args, "steps", None) or args.epochs)):
             if not (name == "blr" and args.lr is not None):
                 setattr(args, name, value)
+    if kind == "finetune" and args.frozen_epochs is None:
+        args.frozen_epochs = max(1, int(frozen * args.epochs))
 
 
 PRESET_CONFIG = {"small": mixmag.Config.small, "paper": mixmag.Config.paper}
@@ -967,7 +971,7 @@ def finetune_loop(args, run: Run, model, sets: dict, labels: dict, compute) -> d
     bar = progress(total=args.epochs * per_epoch, initial=state["done"] * per_epoch, desc=f"finetune {args.task}")
     for epoch in range(state["done"], args.epochs):
         if model.encoder is not None:
-            frozen = epoch < args.frozen_epochs                    # for one epoch, paper 4.3
+            frozen = epoch < args.frozen_epochs
             model.encoder.requires_grad_(not frozen)
             for split in ("train", "tune"):
                 if not frozen:
@@ -1198,6 +1202,9 @@ def embed_slide(encoder, slide, targets, args, made_by: dict, compute) -> list[i
     keep = keep if args.tokens == "patch" else keep.any(axis=1, keepdims=True)
     level, side, _, box = places(slide.meta, geometry, args.tokens, slice(None), corners)
     width = encoder.config.width * (encoder.config.cls_tokens if args.tokens == "cls" else 1)
+    size, free = 4 * width * int(keep.sum()), data.free_bytes(Path(args.out))
+    if size > free:                                                # asked first: HDF5 does not survive a disk that gets full
+        raise MixmagError(f"its {size / 1e6:.0f} MB do not fit into the {free / 1e6:.0f} MB that are free under {args.out}")
     with ExitStack() as files:
         columns, counts = [level == k for k in range(len(targets))], [0] * len(targets)
         outputs = [open_output(files, target, slide, side[c][0], box[:, c][keep[:, c]][:, :2], width, made_by) for target, c in zip(targets, columns)]
@@ -1423,17 +1430,20 @@ PAPER = {       # AUROC x 100 as printed in tables 1 (Patch, and AB-MIL) and 2 (
 
 def train_row(row: str, task: str, seed: int, args) -> dict:
     """One cell of a table: the two commands that make it, run here, each skipped where it is done. Returns finetune's result."""
+    def flag(name):                                                # where the table was given one
+        return [] if getattr(args, name) is None else [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+
     method, setting, *tokens = row.split("-")
     base = ["--data", args.data, "--seed", str(seed), "--device", args.device, "--preset", args.preset]
     seed_folder, init, magnification = Path(args.out) / f"seed-{seed}", method, "all"
     if method in ("mem", "cmem"):
         init = str(seed_folder / f"{method}-{setting}")
         mask = ["--mask", setting] if method == "mem" else ["--mask", "0.5", "--source", setting]
-        pretrain(parse(["pretrain", *base, *mask, "--out", init, *(["--steps", str(args.steps)] if args.steps else [])]))
+        pretrain(parse(["pretrain", *base, *mask, "--out", init, *flag("steps")]))
     else:
         init, magnification = ("none" if method == "abmil" else "random"), setting
     return finetune(parse(["finetune", *base, "--task", task, "--init", init, "--magnification", magnification, "--tokens", *(tokens or ["patch"]),
-                           "--frozen-epochs", str(args.frozen_epochs), "--out", str(seed_folder / f"{task}-{row}"), *(["--epochs", str(args.epochs)] if args.epochs else [])]))
+                           "--out", str(seed_folder / f"{task}-{row}"), *flag("epochs"), *flag("frozen_epochs")]))
 
 
 def full_title(row: str) -> str:
@@ -1600,7 +1610,7 @@ DEMO_ROWS, DEMO_TASK = ("abmil-20", "abmil-all", "random-all-patch", "mem-0.50-p
 def demo_command(args) -> int:
     """The story in small: a cohort, one pretraining run, five rows of the tables on one task, a table and a figure."""
     began = time.time()
-    args = SimpleNamespace(**{**vars(args), "preset": "small", "seeds": 1, "steps": 1400, "epochs": 8, "frozen_epochs": 1})
+    args = SimpleNamespace(**{**vars(args), "preset": "small", "seeds": 1, "steps": 1400, "epochs": None, "frozen_epochs": 40})
     text = tables(args, DEMO_ROWS, [DEMO_TASK])
     out = Path(args.out)
     pretraining = (out / f"seed-{args.seed}" / "mem-0.50" / "SUMMARY.md").read_text("utf-8")
