@@ -64,7 +64,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--magnifications", type=int, nargs="+", default=[5, 10, 20], help="a run of doublings")
     p.add_argument("--min-tissue", type=float, default=0.25, help="least share of tissue in a window (assumed)")
     p.add_argument("--mask", metavar="FILE|DIR", help="your own tissue mask, PNG or GeoJSON; DIR holds <slide_id>.png or .geojson for each slide")
-    p.add_argument("--shard", metavar="i/n", help="do the i-th of n shares of the slides (default: all; of several processes under torchrun each does its share)")
+    p.add_argument("--shard", metavar="i/n", help="do the i-th of n shares of the slides (default: all, or each process's share under torchrun)")
     p.add_argument("--batch-size", type=int, default=256, help="tiles per call of the encoder")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
     p.add_argument("--dry-run", action="store_true", help="plan only: mpp, windows, tokens and bytes of each slide")
@@ -130,6 +130,9 @@ def catch_signals() -> None:
         signal.signal(s, note)
 
 
+TORCH_SAYS = {"allocate": "out of memory", "DataLoader worker": "a process that loads data was ended", "by peer": "another of the processes ended"}
+
+
 def run_command(function, args) -> int:
     """Call function(args) and turn its end into the exit code that the README promises."""
     catch_signals()
@@ -145,9 +148,11 @@ def run_command(function, args) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):                            # how torch says that memory is out
+        meaning = next((said for words, said in TORCH_SAYS.items() if words in str(error)), None)
+        if isinstance(error, RuntimeError) and not meaning:
             raise
-        print(f"error: {'' if isinstance(error, OSError) else 'out of memory: '}{' '.join(str(error).split())}", file=sys.stderr)
+        said = "out of memory" if isinstance(error, MemoryError) else meaning
+        print(f"error: {f'{said}: ' if said else ''}{' '.join(str(error).split())}", file=sys.stderr)
         return 1
 
 
@@ -311,11 +316,12 @@ def write_slide(path, features, cells, valid, meta: dict) -> None:
     meta = {"format": FORMAT, "created": datetime.fromtimestamp(now, timezone.utc).isoformat(timespec="seconds"), **meta}
     text = {k: v if k in TEXT_FIELDS else json.dumps(v) for k, v in meta.items()}
     text["sha256"] = checksum(features, cells, valid, text)
-    header, end, arrays = {"__metadata__": dict(sorted(text.items()))}, 0, (("cells", "I32", cells), ("features", "F16", features), ("valid", "BOOL", valid))
+    arrays = (("cells", "I32", cells), ("features", "F16", features), ("valid", "BOOL", valid))
+    header, end = {"__metadata__": dict(sorted(text.items()))}, 0           # by hand, because the library writes metadata in random order
     for name, dtype, array in arrays:
         header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": (end, end := end + array.nbytes)}
     raw = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    raw += b" " * (-len(raw) % 8)                                 # by hand, because the library writes metadata in random order: equal slides are equal files
+    raw += b" " * (-len(raw) % 8)
     with whole_file(path) as temporary, open(temporary, "wb") as f:
         f.write(len(raw).to_bytes(8, "little") + raw)
         for *_, array in arrays:
@@ -688,8 +694,9 @@ def synth_cohort(out, scale="quick", dim=64, regions=4, seed=0) -> None:
                 write_slide(path, features, cells, np.ones(features.shape[:2], bool),
                             {**geometry, "slide_id": slide_id, "width": width, "height": height})
         write_csv(out / "tasks" / f"{task}.csv", ("case_id", "slide_id", "label", "split"), [row[:4] for row in rows])
-    seal(out, [f"tasks/{task}.csv" for task in plan], about.name, {**settings, "complete": True, "mechanisms": {task: m[3] for task, m in MECHANISMS.items()},
-         "least_mem_loss": dict(zip(("5", "10", "20"), np.mean(floors, axis=0).tolist()))})
+    seal(out, [f"tasks/{task}.csv" for task in plan], about.name,
+         {**settings, "complete": True, "mechanisms": {task: m[3] for task, m in MECHANISMS.items()},
+          "least_mem_loss": dict(zip(("5", "10", "20"), np.mean(floors, axis=0).tolist()))})
 
 
 def synth_picture(rng, height: int, width: int) -> np.ndarray:
@@ -702,7 +709,8 @@ def synth_picture(rng, height: int, width: int) -> np.ndarray:
     tissue = ((y ** 2 + x ** 2) + 0.25 * smooth(700) < 0.75).float()
     crowding = torch.sigmoid(2 * smooth(300))                     # where nuclei are dense
     centres = (torch.from_numpy(rng.random((height, width), np.float32)) < 0.004 * crowding).float()[None, None]
-    nuclei = F.avg_pool2d(F.avg_pool2d(F.max_pool2d(centres, 13, 1, 6), 7, 1, 3), 5, 1, 2)[0, 0]
+    discs = F.max_pool2d(F.max_pool2d(centres, (13, 1), 1, (6, 0)), (1, 13), 1, (0, 6))
+    nuclei = F.avg_pool2d(F.avg_pool2d(discs, 7, 1, 3), 5, 1, 2)[0, 0]
     eosin = 0.35 + 0.12 * smooth(24) + 0.15 * smooth(120)
     hematoxylin = nuclei * (0.9 + 0.2 * smooth(6)) + 0.03
     density = (tissue * torch.stack([c * hematoxylin + e * eosin.clamp(min=0.02)                       # Beer-Lambert per channel
@@ -719,7 +727,7 @@ def synth_images(out, count: int, seed: int) -> None:
         picture = synth_picture(rng, *(256 * rng.integers(14, 22, size=2)).tolist())
         with whole_file(Path(out) / f"synthetic-{i:03d}.tiff") as temporary, tifffile.TiffWriter(temporary) as tiff:
             for level in range(4):
-                tiff.write(picture, tile=(256, 256), photometric="rgb", compression="zlib", subfiletype=int(level > 0),
+                tiff.write(picture, tile=(256, 256), photometric="rgb", compression="zlib", compressionargs={"level": 1}, subfiletype=int(level > 0),
                            resolution=(2e4 / 2 ** level, 2e4 / 2 ** level), resolutionunit="CENTIMETER")
                 h, w = picture.shape[0] // 2, picture.shape[1] // 2
                 picture = picture[:2 * h, :2 * w].reshape(h, 2, w, 2, 3).mean(axis=(1, 3)).round().astype(np.uint8)
@@ -844,8 +852,8 @@ def slide_mpp(slide, given: float | None = None, giver: str = "--mpp", from_powe
     mpp = 10 / (number(power) or float("nan"))
     if from_power and plausible(mpp, mpp):
         return mpp, openslide.PROPERTY_NAME_OBJECTIVE_POWER
-    raise MixmagError(f"the slide says no mpp ({openslide.PROPERTY_NAME_MPP_X} and the TIFF resolution are missing; {openslide.PROPERTY_NAME_OBJECTIVE_POWER} "
-                      f"is {power!r}); give the true value with --mpp or --manifest"
+    raise MixmagError(f"the slide says no mpp ({openslide.PROPERTY_NAME_MPP_X} and the TIFF resolution are missing; "
+                      f"{openslide.PROPERTY_NAME_OBJECTIVE_POWER} is {power!r}); give the true value with --mpp or --manifest"
                       + ("" if power is None or from_power else ", or take 10 / power with --mpp-from-power"))
 
 
@@ -854,7 +862,7 @@ def read_manifest(path) -> dict:
     Raises MixmagError listing every row that is no number or comes twice."""
     rows = [(Path(r["slide"]).name, r["mpp"]) for r in read_csv(path, ("slide", "mpp")) if r["mpp"]]
     count = Counter(name for name, _ in rows)
-    bad = [f"{name!r} {mpp!r}" + (" (more than one row)" if count[name] > 1 else "") for name, mpp in rows if count[name] > 1 or np.isnan(number(mpp))]
+    bad = [f"{name!r} {mpp!r}" + " (more than one row)" * (count[name] > 1) for name, mpp in rows if count[name] > 1 or np.isnan(number(mpp))]
     if bad:
         raise MixmagError(f"{path}: expected one number of um/px for each slide; found {', '.join(bad)}")
     return {name: number(mpp) for name, mpp in rows}
@@ -1144,7 +1152,8 @@ def read_cell(reader: Reader, plan: TilePlan, col: int, row: int) -> np.ndarray:
         inside = plan.patch(plan.inside, col, row)
         lost = (inside & (np.asarray(rgba.getchannel("A").resize(inside.shape[::-1], Image.Resampling.BOX)) == 0)).mean()
         if lost > MAX_LOST:
-            raise MixmagError(f"level {plan.level} has no pixels for {lost:.0%} of the cell at (col, row) ({col}, {row}), where the thumbnail shows tissue")
+            raise MixmagError(f"level {plan.level} has no pixels for {lost:.0%} of the cell at (col, row) ({col}, {row}), where the thumbnail "
+                              "shows tissue")
     if least < 255:
         pixels = np.array(over_white(rgba).convert("RGBX"))
     K = len(plan.magnifications)
@@ -1267,7 +1276,8 @@ def texture(tiles: torch.Tensor) -> torch.Tensor:
     stains = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])                 # Ruifrok & Johnston 2001
     stained = torch.einsum("sc,bchw->bshw", stains.to(density), density)                                # (B, 3, 224, 224)
     flat = stained.flatten(2)
-    quantiles = flat.quantile(torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]).to(flat), dim=2).permute(1, 2, 0)     # (B, 3, 5)
+    ordered = F.avg_pool2d(stained, 4).flatten(2).sort().values                                         # (B, 3, 56 * 56)
+    quantiles = ordered[..., (torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]) * ordered.shape[-1]).long()]          # (B, 3, 5)
     features = [flat.mean(2), flat.std(2), quantiles.flatten(1)]                                        # 3 + 3 + 15
     for scale in (1, 2, 4, 8, 16):                                # how much varies between neighbours, and within, at each scale
         coarse = F.avg_pool2d(stained[:, :2], scale)
@@ -1322,7 +1332,7 @@ def encode(encoder, tiles: np.ndarray, batch_size: int, device, dim: int | None 
 
 
 def full_batches(parts, size: int):
-    """Yields the tiles of `parts`, arrays (n, 224, 224, 3) of any n, in batches of `size`, the last one smaller. A batch is overwritten by the next."""
+    """Yields the tiles of `parts`, arrays (n, 224, 224, 3) of any n, in batches of `size`, the last one smaller. The next one overwrites it."""
     batch, held = np.empty((size, TILE_PX, TILE_PX, 3), np.uint8), 0
     for part in parts:
         while len(part):
@@ -1385,11 +1395,12 @@ def plan_report(reader: Reader, plan: TilePlan, region: int) -> str:
     nesting, off, kept = drift(plan)
     tokens = [plan.cells * 4 ** k for k in range(len(kept))]
     finest, native = 10.0 / plan.magnifications[-1], plan.mpp * plan.downsample
-    return (f"{reader.path.stem}: {plan.mpp:.4g} um/px ({plan.mpp_source}), level {plan.level} of {len(reader.sizes)} (downsample {plan.downsample:.6g}), "
-            f"{len(plan.windows)} of {plan.candidates} windows hold tissue ({whole} with all {region ** 2} cells), {plan.cells} cells, {sum(tokens)} tokens ("
+    return (f"{reader.path.stem}: {plan.mpp:.4g} um/px ({plan.mpp_source}), level {plan.level} of {len(reader.sizes)} "
+            f"(downsample {plan.downsample:.6g}), {len(plan.windows)} of {plan.candidates} windows hold tissue "
+            f"({whole} with all {region ** 2} cells), {plan.cells} cells, {sum(tokens)} tokens ("
             + ", ".join(f"{m}x {n}" for m, n in zip(plan.magnifications, tokens)) + ")\n"
-            f"    drift: children meet their parents within {nesting:.2g} um, edges keep to the lattice within {off:.2g} um; um/px asked (effective): "
-            + ", ".join(f"{m}x {10 / m:g} ({low:.4g} to {high:.4g})" for m, (low, high) in zip(plan.magnifications, kept))
+            f"    drift: children meet their parents within {nesting:.2g} um, edges keep to the lattice within {off:.2g} um; "
+            "um/px asked (effective): " + ", ".join(f"{m}x {10 / m:g} ({low:.4g} to {high:.4g})" for m, (low, high) in zip(plan.magnifications, kept))
             + (f"; the slide's {native:.4g} um/px are interpolated by {native / finest - 1:.1%}" if native > 1.0005 * finest else ""))
 
 
@@ -1462,7 +1473,8 @@ def tile_command(args) -> int:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     if args.dry_run:
-        print(f"{len(paths) - len(failed)} slides can be tiled, {len(failed)} cannot; {needed / 1e9:.3f} GB are needed, {free_bytes(out) / 1e9:.3f} GB free under {args.out}")
+        print(f"{len(paths) - len(failed)} slides can be tiled, {len(failed)} cannot; {needed / 1e9:.3f} GB are needed, "
+              f"{free_bytes(out) / 1e9:.3f} GB free under {args.out}")
         if needed > free_bytes(out):
             raise MixmagError(f"the slides do not fit under --out {args.out}")
         return 3 if failed else 0
@@ -1503,8 +1515,9 @@ def load_virchow2(device, weights=None) -> Virchow2:
         from timm.layers import SwiGLUPacked
     except (ImportError, RuntimeError) as error:                  # RuntimeError: a torchvision that was built for another torch
         absent = isinstance(error, ModuleNotFoundError) and error.name == "timm"
-        raise MixmagError(f"--encoder virchow2 needs timm, and " + ("it is not installed" if absent else f"the torchvision beside it does not match torch "
-                          f"{torch.__version__} ({error})") + ": pip install timm torchvision==0.28.0, the one that matches torch 2.13, "
+        raise MixmagError("--encoder virchow2 needs timm, and " + ("it is not installed" if absent else
+                          f"the torchvision beside it does not match torch {torch.__version__} ({error})")
+                          + ": pip install timm torchvision==0.28.0, the one that matches torch 2.13, "
                           "for the same device (CPU or CUDA) as torch") from None
     layers = {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU}                                    # no configuration file can say these
     if weights:
@@ -1515,11 +1528,12 @@ def load_virchow2(device, weights=None) -> Virchow2:
     else:
         try:
             model = timm.create_model("hf-hub:paige-ai/Virchow2", pretrained=True, **layers)
-        except OSError as error:                                  # all that the hub and the network raise; its text may hold what is no one's business
+        except OSError as error:                                  # all that the hub and the network raise; its text may hold a token
             refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
-            raise MixmagError("Virchow2 is a gated repository that refused: accept its terms at huggingface.co/paige-ai/Virchow2 and set HF_TOKEN to a token "
-                              "of that account, or give --weights FILE" if refused else
-                              f"Virchow2 cannot be fetched ({error.strerror or type(error).__name__}): without a network give --weights FILE") from None
+            raise MixmagError("Virchow2 is a gated repository that refused: accept its terms at huggingface.co/paige-ai/Virchow2 and set "
+                              "HF_TOKEN to a token of that account, or give --weights FILE" if refused else
+                              f"Virchow2 cannot be fetched ({error.strerror or type(error).__name__}): without a network give "
+                              "--weights FILE") from None
     encoder = Virchow2(model).to(device).eval()
     width = encode(encoder, np.full((2, TILE_PX, TILE_PX, 3), 200, np.uint8), 2, device).shape[1]
     if width != 1280:
@@ -1573,7 +1587,8 @@ def plain_value(item, name: str, kind=(int, float), needed: bool = False):
     value = None if value == "None" else value                    # TRIDENT's way to write it
     fits = isinstance(value, kind) and (value.isprintable() if kind is str else 0 <= value < math.inf)
     if needed and not value or value is not None and not fits:
-        raise MixmagError(f"attribute {name} is {value!r}, expected {'a text' if kind is str else 'a number'}; found {', '.join(item.attrs) or 'none'}")
+        raise MixmagError(f"attribute {name} is {value!r}, expected {'a text' if kind is str else 'a number'}; "
+                          f"found {', '.join(item.attrs) or 'none'}")
     return value
 
 
@@ -1599,7 +1614,8 @@ def embeddings(d, encoder: str | None, job: dict) -> dict:
     """Tiles' features and encoder from a data set (n, D). Virchow2's 2560 numbers, class token and mean patch token, are cut to the class token."""
     asked, cut = job["encoder"], job["class_token"]
     if not encoder and not asked or encoder and asked and encoder != asked:
-        raise MixmagError(f"says its encoder is {encoder!r}, --encoder says {asked!r}" if encoder else "does not name its encoder: say it with --encoder")
+        raise MixmagError(f"says its encoder is {encoder!r}, --encoder says {asked!r}" if encoder else
+                          "does not name its encoder: say it with --encoder")
     if d.shape[1] == 2560 and cut is None and encoder != "virchow2" or cut and d.shape[1] != 2560:
         raise MixmagError(f"holds {d.shape[1]} numbers a tile and says its encoder is {encoder!r}: "
                           + ("--class-token cuts 2560" if cut else "--class-token keeps the first 1280 as for virchow2, --no-class-token all"))
@@ -1619,7 +1635,8 @@ def read_trident(f, job: dict) -> Tiles:
     if overlap:
         raise MixmagError(f"overlap is {overlap:g}, expected 0: tiles that overlap are on no lattice")
     if power and abs(tile_px * power / magnification - side) > 1:
-        raise MixmagError(f"patch_size_level0 is {side:g}, but {tile_px:g} px at {magnification:g}x of {power:g}x are {tile_px * power / magnification:g}")
+        raise MixmagError(f"patch_size_level0 is {side:g}, but {tile_px:g} px at {magnification:g}x of {power:g}x are "
+                          f"{tile_px * power / magnification:g}")
     return Tiles(**embeddings(d, plain_value(d, "encoder", str), job), corners=coords[...].astype(np.float64), side=math.floor(side), tile_px=tile_px,
                  magnification=magnification, name=plain_value(coords, "name", str), size=tuple(size))
 
@@ -1653,8 +1670,9 @@ def agree(levels: list) -> None:
     """Raises MixmagError where a slide's files are not of one slide, one encoder and successive doublings."""
     if any(b.magnification != 2 * a.magnification for a, b in zip(levels, levels[1:])):
         raise MixmagError(f"its files are at {', '.join(f'{t.magnification}x' for t in levels)}; expected doublings in the folders' order")
-    for what, found in (("patch size", [t.tile_px for t in levels]), ("width of an embedding", [t.features.shape[1] for t in levels]),
-                        ("encoder", [t.encoder for t in levels]), ("slide's name", [t.name for t in levels]), ("slide's size", [t.size for t in levels])):
+    facts = {"patch size": "tile_px", "encoder": "encoder", "slide's name": "name", "slide's size": "size"}
+    facts = {what: [getattr(t, name) for t in levels] for what, name in facts.items()}
+    for what, found in {**facts, "width of an embedding": [t.features.shape[1] for t in levels]}.items():
         if any(value != found[0] for value in found):
             raise MixmagError(f"its files do not agree on the {what}: {', '.join(map(str, found))}")
     if all(levels[0].size) and any((t.corners >= t.size).any() for t in levels):
@@ -1678,7 +1696,8 @@ def lattice_places(t: Tiles, side: float, snap: float, drift: float) -> tuple[np
     place = np.rint(exact)
     wrong = ((np.abs(exact - place) > snap + drift * place) | (place < 0) | (place >= 2 ** 31)).any(axis=1)
     if wrong.any():
-        raise MixmagError(f"{t.magnification}x: {wrong.sum()} of {len(wrong)} tiles are off the lattice of {side:g}, first {t.corners[wrong][0].tolist()}")
+        raise MixmagError(f"{t.magnification}x: {wrong.sum()} of {len(wrong)} tiles are off the lattice of {side:g}, first "
+                          f"{t.corners[wrong][0].tolist()}")
     place = place.astype(np.int64)
     step = int(np.gcd.reduce(place.reshape(-1))) if len(place) >= ENOUGH_TILES else 1
     twice = len(place) - len(np.unique(place, axis=0))
@@ -1738,9 +1757,9 @@ def import_slide(job: dict) -> str:
     features, cells, valid = join(levels, placed)
     width, height = levels[0].size if all(levels[0].size) else np.ceil((cells.max(axis=0, initial=-1) + 1) * cell_px)
     write_slide(job["out"], features, cells, valid,
-                {"slide_id": job["slide_id"], "encoder": levels[0].encoder, "magnifications": [t.magnification for t in levels], "tile_px": levels[0].tile_px,
-                 "mpp": mpp, "cell_px": cell_px, "origin": [0.0, 0.0], "width": int(width), "height": int(height), "n_bad": 0, "mpp_source": source,
-                 "residual_um": max(far) * mpp, "settings": settings})
+                {"slide_id": job["slide_id"], "encoder": levels[0].encoder, "magnifications": [t.magnification for t in levels],
+                 "tile_px": levels[0].tile_px, "mpp": mpp, "mpp_source": source, "cell_px": cell_px, "origin": [0.0, 0.0],
+                 "width": int(width), "height": int(height), "n_bad": 0, "residual_um": max(far) * mpp, "settings": settings})
     return "imported"
 
 
@@ -1803,7 +1822,7 @@ def import_command(args) -> int:
             job = {"slide_id": i, "paths": [str(files.get(i)) for files in folders], "out": str(out / "slides" / f"{i}.safetensors"), "tool": tool,
                    "mpp": args.mpp, "encoder": args.encoder, "class_token": args.class_token}
             absent = [place for place, files in zip(places, folders) if i not in files]
-            pool = pool or pools.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))     # a fork would inherit torch's threads
+            pool = pool or pools.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))    # a fork inherits torch's threads
             try:
                 status, reason = ("failed", f"no file in {', '.join(absent)}") if absent else pool.submit(import_worker, job).result()
             except BrokenProcessPool:
@@ -1914,14 +1933,15 @@ class RegionDataset(torch.utils.data.Dataset):
         try:
             self.store = torch.empty(sum(counts), self.slides[0].dim, dtype=torch.float16, device=device)
         except RuntimeError as error:                             # torch's own out-of-memory error is one
-            raise MixmagError(f"the embeddings of {len(counts)} slides take {2e-9 * sum(counts) * self.slides[0].dim:.1f} GB: leave out --in-memory ({error})") from None
+            size = 2e-9 * sum(counts) * self.slides[0].dim
+            raise MixmagError(f"the embeddings of {len(counts)} slides take {size:.1f} GB: leave out --in-memory ({error})") from None
         for part, slide in progress(list(zip(self.store.split(counts), self.slides)), desc="embeddings", leave=False):
             part.copy_(torch.from_numpy(slide.features.reshape(part.shape)))
         self.begins = np.cumsum([0, *counts[:-1]])                                                      # a slide's first row in the store
 
     def fetch(self, batch: dict) -> dict:
         """The batch with its embeddings, whichever way they are kept."""
-        return batch if self.store is None else {**batch, "x": F.embedding(batch["x"], self.store)}       # on a processor 8 times as fast as self.store[...]
+        return batch if self.store is None else {**batch, "x": F.embedding(batch["x"], self.store)}     # 8 times as fast as self.store[...]
 
     def __len__(self) -> int:
         return len(self.slide_of)
@@ -2005,15 +2025,16 @@ class CaseDataset(torch.utils.data.Dataset):
         return len(self.cases)
 
     def __getitems__(self, indices) -> dict:
-        """x (W, n, D) float16, or with `held` what stands for it, valid (W, n) or None, regions (S,) of each slide, case (S,) which of the batch's cases it
-        belongs to, label (cases,) float; nothing for no indices."""
+        """x (W, n, D) float16, or with `held` what stands for it, valid (W, n) or None, regions (S,) of each slide, case (S,) which of the
+        batch's cases it belongs to, label (cases,) float; nothing for no indices."""
         if not len(indices):
             return {}
         chosen = [self.cases[i] for i in indices]
         slide_ids = [i for case in chosen for i in case.slide_ids]
         parts = [self.held.get(i) or gather(self.slides[i], self.rows[i], self.entries) for i in slide_ids]
         x, valid = as_batch(*(np.concatenate(part) for part in zip(*parts)))
-        return {"x": x, "valid": valid, "held": bool(self.held), "regions": torch.tensor([len(self.rows[i]) for i in slide_ids]), "slide_ids": slide_ids,
+        return {"x": x, "valid": valid, "held": bool(self.held), "slide_ids": slide_ids,
+                "regions": torch.tensor([len(self.rows[i]) for i in slide_ids]),
                 "case": torch.repeat_interleave(torch.arange(len(chosen)), torch.tensor([len(c.slide_ids) for c in chosen])),
                 "label": torch.tensor([float(case.label) for case in chosen])}
 

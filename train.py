@@ -30,7 +30,7 @@ PRESETS = {     # what a flag that is not given means; `paper` numbers are the a
               "abmil": {"epochs": 60, "frozen": 0}},
     "paper": {"pretrain": {"batch_size": 4096, "blr": 1.5e-4, "weight_decay": 0.05, "epochs": 100},
               "finetune": {"batch_size": 32, "lr": 1e-3, "weight_decay": 0.05, "hidden": 256, "epochs": 20, "frozen": 0},
-              "abmil": {}},                                       # what differs where there is no encoder: epochs are cheap, and few tokens learn late
+              "abmil": {}},                                       # what differs without an encoder: few tokens learn late, in cheap epochs
 }   # frozen: the share of the epochs before the encoder learns, never less than one of them (paper 4.3)
 
 
@@ -67,7 +67,8 @@ def parse(argv=None) -> argparse.Namespace:
         p.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises (assumed)")
         p.add_argument("--weight-decay", type=float, help="on matrices only (default: the preset's)")
         p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (assumed)")
-        p.add_argument("--amp", choices=("auto", "off", "fp16", "bf16"), default="auto", help="auto: bf16 where the device computes it, else fp16 on a GPU")
+        p.add_argument("--amp", choices=("auto", "off", "fp16", "bf16"), default="auto",
+                       help="auto: bf16 where the device computes it, else fp16 on a GPU")
         p.add_argument("--workers", type=int, default=0, help="processes that load data")
         p.add_argument("--resume", choices=("auto", "off"), default="auto", help="auto: go on where a run of the same settings stopped")
 
@@ -116,7 +117,8 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--data", default=DEFAULT_DATA, help="DATA folder")
     p.add_argument("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
     p.add_argument("--out", required=True, help="folder to write")
-    p.add_argument("--layout", choices=("trident", "clam"), default="trident", help="folders as TRIDENT names them, or CLAM's h5_files/ and pt_files/")
+    p.add_argument("--layout", choices=("trident", "clam"), default="trident",
+                   help="folders as TRIDENT names them, or CLAM's h5_files/ and pt_files/")
     p.add_argument("--min-cover", type=float, default=0.5, help="share of its cells that a region must hold")
 
     p = command("heatmap", "where a fine-tuned run looks on a slide: a picture per magnification, CSV, GeoJSON for QuPath",
@@ -127,7 +129,8 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--image", metavar="SLIDE", help="the slide itself, to draw on and to cut the top regions from (default: a grey ground)")
     p.add_argument("--out", help="folder to write (default: RUN/heatmap/ID)")
 
-    p = command("table", "run rows x tasks x seeds of the paper's tables 1 and 2, skipping what is done", "python train.py table --rows abmil-20 mem-0.50-patch --tasks skin_braf")
+    p = command("table", "run rows x tasks x seeds of the paper's tables 1 and 2, skipping what is done",
+                "python train.py table --rows abmil-20 mem-0.50-patch --tasks skin_braf")
     p.add_argument("--data", default=DEFAULT_DATA, help="DATA folder; the default is made first if it is not there")
     p.add_argument("--out", default="runs/table", help="folder of the runs and of SUMMARY.md")
     p.add_argument("--rows", nargs="+", help="such as abmil-20, random-all-patch, mem-0.50-cls, cmem-7-patch (default: all 24)")
@@ -138,7 +141,8 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--epochs", type=positive, help="fine-tuning epochs (default: the preset's)")
     p.add_argument("--frozen-epochs", type=int, help="as in finetune (default: the preset's); as many as --epochs is quickest")
 
-    p = command("demo", "a synthetic cohort, MEM pretraining, fine-tuning, a small table and a figure, in minutes on two cores", "python train.py demo")
+    p = command("demo", "a synthetic cohort, MEM pretraining, fine-tuning, a small table and a figure, in minutes on two cores",
+                "python train.py demo")
     p.add_argument("--data", default=DEFAULT_DATA, help="DATA folder; the default is made first if it is not there")
     p.add_argument("--out", default="runs/demo", help="folder of the runs, SUMMARY.md and demo.png")
 
@@ -188,8 +192,9 @@ def layer_of(name: str, depth: int) -> int:
 
 
 def parameter_groups(model: torch.nn.Module, depth: int, weight_decay: float, layer_decay: float = 1.0, encoder_rate: float = 1.0) -> list[dict]:
-    """AdamW groups with `lr_scale` = layer_decay ** (layers above), times encoder_rate inside the encoder. No decay on norms and biases (paper 4.2), nor on class and
-    mask tokens and positions (assumed, as MAE). Every parameter is in exactly one group. Source: paper 4.3, BEiT, MAE."""
+    """AdamW groups with `lr_scale` = layer_decay ** (layers above), times encoder_rate inside the encoder. No decay on norms and biases
+    (paper 4.2), nor on class and mask tokens and positions (assumed, as MAE). Every parameter is in exactly one group. Source: paper 4.3,
+    BEiT, MAE."""
     groups = {}
     for name, parameter in model.named_parameters():
         decays = parameter.ndim > 1 and not name.endswith((".cls", ".pos"))
@@ -220,7 +225,8 @@ def machine(args, width: int) -> SimpleNamespace:
     if world > 1 and not distributed.is_initialized():
         distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     dtype = amp_dtype(getattr(args, "amp", "auto"), device, width)
-    return SimpleNamespace(device=device, dtype=dtype, scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), rank=rank, world=world,
+    return SimpleNamespace(device=device, dtype=dtype, rank=rank, world=world,
+                           scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
                            autocast=lambda: torch.autocast(device.type, dtype) if dtype else nullcontext())
 
 
@@ -290,8 +296,8 @@ def usable_scale(compute) -> bool:
 
 # ------------------------------------------------------------------------------------------------------- a run on disk
 
-RUN_FILES = ("config.json", "metrics.jsonl", "last.pt", "prev.pt", "next.pt", "slides.csv", "SUMMARY.md", "curve.png", "model.safetensors", "predictions.csv",
-             "encoder/config.json", "encoder/model.safetensors")
+RUN_FILES = ("config.json", "metrics.jsonl", "last.pt", "prev.pt", "next.pt", "slides.csv", "SUMMARY.md", "curve.png", "model.safetensors",
+             "predictions.csv", "encoder/config.json", "encoder/model.safetensors")
 
 
 class Run:
@@ -449,8 +455,8 @@ def level_table(model, dataset, mean, compute, batch_size: int = 64) -> dict:
 
 def format_levels(losses: dict, magnifications, least: dict | None) -> str:
     """A Markdown table of `level_table`, the model last but for the least loss that a synthetic cohort allows."""
-    names = {"mean": "mean embedding", "shift": "mean + the region's common shift", "parent": "visible parent", "children": "visible children", "neighbours": "visible neighbours",
-             "model": "**mixing encoder**"}
+    names = {"mean": "mean embedding", "shift": "mean + the region's common shift", "parent": "visible parent", "children": "visible children",
+             "neighbours": "visible neighbours", "model": "**mixing encoder**"}
     rows = [(title, losses[name]) for name, title in names.items()]
     if least:
         rows.append(("least possible (synthetic)", [least[str(m)] for m in magnifications]))
@@ -473,7 +479,8 @@ def pretrain_step(model, batch: dict, micro: int, compute) -> dict:
     without a graph, and each part is then drawn by its slice of the loss's gradient (Gao et al. 2021)."""
     axis = batch["x"].ndim - 3                                    # with two views the regions are on axis 1
     B = batch["x"].shape[axis]
-    parts = [[None if batch[k] is None else batch[k].narrow(axis, i, min(micro, B - i)) for k in ("x", "removed", "valid")] for i in range(0, B, micro)]
+    parts = [[None if batch[k] is None else batch[k].narrow(axis, i, min(micro, B - i)) for k in ("x", "removed", "valid")]
+             for i in range(0, B, micro)]
     contrastive, pulls = None, [None] * len(parts)
     if axis == 1 and (len(parts) > 1 or compute.world > 1):
         contrastive, pulls = projection_gradients(model, parts, compute)
@@ -528,9 +535,10 @@ def pretrain(args) -> dict:
         raise MixmagError(f"--batch-size {args.batch_size} is the global one and does not divide into {compute.world} processes")
     dataset = data.RegionDataset(slides, geometry, args.seed, args.mask, views, args.source or 0, min_cover=args.min_cover)
     if not len(dataset):
-        raise MixmagError(f"no window of {args.region} x {args.region} cells is {args.min_cover:.0%} covered in any of {len(slides)} slides (the largest "
-                          f"has {max(len(s.cells) for s in slides)} cells); try --min-cover 0.5 or --region {max(1, args.region - 1)}")
-    run = Run(args.out or Path("runs") / default_run(args), {"kind": "pretrain", **settings(args, slides), "model": config.to_dict()}, args.resume, compute)
+        raise MixmagError(f"no window of {args.region} x {args.region} cells is {args.min_cover:.0%} covered in any of {len(slides)} slides "
+                          f"(the largest has {max(len(s.cells) for s in slides)} cells); try --min-cover 0.5 or --region {max(1, args.region - 1)}")
+    run = Run(args.out or Path("runs") / default_run(args), {"kind": "pretrain", **settings(args, slides), "model": config.to_dict()},
+              args.resume, compute)
     if run.result():
         log(f"{run.folder}: done before")
         return run.result()
@@ -568,7 +576,8 @@ def pretrain_loop(args, run: Run, model, dataset, compute) -> dict:
         optimizer.load_state_dict(state["optimizer"])
         compute.scaler.load_state_dict(state["scaler"])
         start = state["done"]
-    batches = [range(step * args.batch_size + compute.rank * share, step * args.batch_size + (compute.rank + 1) * share) for step in range(start, total)]
+    firsts = range(start * args.batch_size + compute.rank * share, total * args.batch_size, args.batch_size)
+    batches = [range(first, first + share) for first in firsts]
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, collate_fn=as_is,
                                          pin_memory=compute.device.type == "cuda")
     began, recent = time.time(), []
@@ -593,7 +602,8 @@ def pretrain_loop(args, run: Run, model, dataset, compute) -> dict:
             raise Stopped
     bar.close()
     seconds = time.time() - began
-    log(f"{(total - start) * args.batch_size * (1 + (args.source is not None)) * config.geometry().num_tokens / max(seconds, 1e-9):,.0f} tokens per second over {seconds:.0f} s")
+    tokens = (total - start) * args.batch_size * dataset.views * config.geometry().num_tokens
+    log(f"{tokens / max(seconds, 1e-9):,.0f} tokens per second over {seconds:.0f} s")
     return {"steps": total, "seconds": round(seconds, 1)}
 
 
@@ -679,8 +689,9 @@ def draw_pretraining(run: Run, losses, magnifications, least, data_words: str) -
         pairs = [(line["step"], line[f"{m}x"]) for line in lines if line[f"{m}x"] is not None]
         axis.plot(*zip(*pairs), color=colour, lw=1, label=f"{m}x, training batches")
     if losses:
-        for name, style, title in (("mean", ":", "mean embedding, held out"), ("shift", "-.", "mean + common shift, held out"), ("neighbours", "--", "visible neighbours, held out"), ("model", "-", "mixing encoder, held out")):
-            axis.axhline(np.mean(losses[name]), color="black", ls=style, lw=1, label=title)
+        for name, style, title in (("mean", ":", "mean embedding"), ("shift", "-.", "mean + common shift"),
+                                   ("neighbours", "--", "visible neighbours"), ("model", "-", "mixing encoder")):
+            axis.axhline(np.mean(losses[name]), color="black", ls=style, lw=1, label=f"{title}, held out")
     if least:
         axis.axhline(np.mean(list(least.values())), color="grey", lw=3, alpha=0.4, label="least possible")
     axis.set(xlabel="optimizer step", ylabel="1 - cosine at removed tokens", title=f"{run.folder.name}, {data_words}")
@@ -720,7 +731,8 @@ def interval(samples) -> list | None:
 def newest_pretraining() -> Path:
     done = [p.parent for p in Path("runs").glob("*/result.json") if json.loads(p.read_text("utf-8"))["kind"] == "pretrain"]
     if not done:
-        raise MixmagError("no finished pretraining run under runs/: make one with `python train.py pretrain --mask 0.5`, or say --init random or --init none")
+        raise MixmagError("no finished pretraining run under runs/: make one with `python train.py pretrain --mask 0.5`, or say --init random "
+                          "or --init none")
     return max(done, key=lambda p: (p / "result.json").stat().st_mtime)
 
 
@@ -853,7 +865,8 @@ def finite_scores(model, dataset, compute, batch_size: int) -> list[np.ndarray]:
     scores = score_cases(model, dataset, compute, batch_size)
     for case, s in zip(dataset.cases, scores):
         if not np.isfinite(s).all():
-            raise MixmagError(f"case {case.case_id} with slides {', '.join(case.slide_ids)} scores {s.tolist()}; data.py verify says which features are not finite")
+            raise MixmagError(f"case {case.case_id} with slides {', '.join(case.slide_ids)} scores {s.tolist()}; data.py verify says which "
+                              "features are not finite")
     return scores
 
 
@@ -866,12 +879,13 @@ def finetune_epoch(model, optimizer, dataset, compute, args, epoch: int, steps: 
                                          collate_fn=as_is, pin_memory=compute.device.type == "cuda")
     for i, batch in enumerate(loader):
         step = epoch * len(batches) + i
-        torch.manual_seed((1_000_003 * args.seed + step) * compute.world + compute.rank)      # for dropout: a function of the step, so a resumed run has the same
+        torch.manual_seed((1_000_003 * args.seed + step) * compute.world + compute.rank)        # for dropout: so a resumed run has the same
         loss = finetune_step(model, to_device(batch, compute.device), args.smoothing, compute, len(batches[i]), step) if batch else torch.zeros(())
         sum_gradients(model, compute)
         norm = optimizer_step(model, optimizer, compute.scaler, args.lr * lr_at(step, steps, round(args.warmup * steps)), args.clip).item()
         if not math.isfinite(norm) and not usable_scale(compute):
-            raise MixmagError(f"the gradient's norm is {norm} at step {step}, slides {', '.join(batch.get('slide_ids', [])[:5])}, ...; a smaller --lr, or --amp off, may help")
+            raise MixmagError(f"the gradient's norm is {norm} at step {step}, slides {', '.join(batch.get('slide_ids', [])[:5])}, ...; "
+                              "a smaller --lr, or --amp off, may help")
         total += loss * len(batches[i])
         bar.update()
         if stopping(compute):
@@ -916,7 +930,8 @@ def finetune_step(model, batch: dict, smoothing: float, compute, cases: int, ste
     loss = mixmag.min_slide_loss(loss, batch["case"]).sum() / cases                                     # Eq. 9
     compute.scaler.scale(loss).backward()
     if not math.isfinite(loss.item()):
-        raise MixmagError(f"the loss is {loss.item()} at step {step}, slides {', '.join(batch['slide_ids'][:5])}, ...; data.py verify, or a smaller --lr, may help")
+        raise MixmagError(f"the loss is {loss.item()} at step {step}, slides {', '.join(batch['slide_ids'][:5])}, ...; data.py verify, or a "
+                          "smaller --lr, may help")
     return loss.detach().cpu()
 
 
@@ -932,11 +947,13 @@ def finetune(args) -> dict:
     slides = list(by_id.values())
     refuse_seen(args.init, cases)
     model = make_classifier(args, slides, [by_id[i] for c in cases if c.split == "train" for i in c.slide_ids], compute)
-    sets = {split: data.CaseDataset(by_id, [c for c in cases if c.split == split], model.config.geometry(), model.index.cpu(), args.min_cover) for split in data.SPLITS}
+    sets = {split: data.CaseDataset(by_id, [c for c in cases if c.split == split], model.config.geometry(), model.index.cpu(), args.min_cover)
+            for split in data.SPLITS}
     labels = {split: [c.label for c in s.cases] for split, s in sets.items()}
     for split in ("train", "tune"):
         if len(set(labels[split])) < 2:
-            raise MixmagError(f"task {args.task}: the {split} split has {len(labels[split])} usable cases with labels {sorted(set(labels[split]))}; both classes are needed")
+            raise MixmagError(f"task {args.task}: the {split} split has {len(labels[split])} usable cases with labels {sorted(set(labels[split]))}; "
+                              "both classes are needed")
     if args.dry_run:
         return {"plan": finetuning_plan(model, sets, args)}
     name = f"abmil-{args.magnification}" if args.init == "none" else f"{Path(args.init).name}-{args.tokens}-{args.magnification}"
@@ -985,7 +1002,8 @@ def finetune_loop(args, run: Run, model, sets: dict, labels: dict, compute) -> d
         run.note(epoch=epoch, loss=loss, norm=norm if math.isfinite(norm) else None, tune_auroc=tune, case_score=rule,
                  **scaling(compute, optimizer, (epoch + 1) * per_epoch))
         bar.set_postfix(loss=f"{loss:.3f}", tune=f"{tune:.3f}")
-        state.update(done=epoch + 1, lines=run.lines(), model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=compute.scaler.state_dict())
+        state.update(done=epoch + 1, lines=run.lines(), model=model.state_dict(), optimizer=optimizer.state_dict(),
+                     scaler=compute.scaler.state_dict())
         run.save(state)
     bar.close()
     return state
@@ -1058,9 +1076,11 @@ def finetuning_plan(model, sets: dict, args) -> str:
     if model.encoder is not None and args.frozen_epochs > 1:       # the frozen encoder's outputs
         outputs = (n if args.tokens == "patch" else 1) * model.pool.V.in_features
         held += 4 * outputs * sum(len(rows) for split in ("train", "tune") for rows in sets[split].rows.values())
-    lines.append(f"largest case: {largest[1]}, {largest[0]} regions, {largest[0] * n:,d} tokens; alone in a batch it takes {finetuning_memory(model, largest[0], True) / 1e9:.2f} GB")
+    lines.append(f"largest case: {largest[1]}, {largest[0]} regions, {largest[0] * n:,d} tokens; alone in a batch it takes "
+                 f"{finetuning_memory(model, largest[0], True) / 1e9:.2f} GB")
     lines.append(f"an epoch reads the train and the tune split, {read['train'] + read['tune']:.3f} GB; the test split is read once, at the end")
-    lines.append(f"memory: about {(held + max(needs)) / 1e9:.2f} GB in fp32 when the {args.batch_size} largest cases of a split meet in a batch, {held / 1e9:.2f} of them held already")
+    lines.append(f"memory: about {(held + max(needs)) / 1e9:.2f} GB in fp32 when the {args.batch_size} largest cases of a split meet in a batch, "
+                 f"{held / 1e9:.2f} of them held already")
     return "\n".join(lines)
 
 
@@ -1075,8 +1095,9 @@ def finetune_command(args) -> int:
         print(f"{result['task']}: {result['reason']}")
     else:
         low, high = result["interval"] or (math.nan, math.nan)
-        print(f"{result['task']}: test AUROC {result['auroc']:.3f} (95% over cases: {low:.3f} to {high:.3f}), average precision {result['average_precision']:.3f}, "
-              f"{result['cases']['test'][0]} cases; tune AUROC {result['tune_auroc']:.3f} at epoch {result['best_epoch'] + 1}")
+        print(f"{result['task']}: test AUROC {result['auroc']:.3f} (95% over cases: {low:.3f} to {high:.3f}), average precision "
+              f"{result['average_precision']:.3f}, {result['cases']['test'][0]} cases; tune AUROC {result['tune_auroc']:.3f} at epoch "
+              f"{result['best_epoch'] + 1}")
     return 0
 
 
@@ -1132,7 +1153,8 @@ def predict_command(args) -> int:
     scored = [(i, repr(s)) for i, s in scored if math.isfinite(s)]
     write_csv(out, ("slide_id", "score"), scored)
     listed = out.with_name(f"{out.stem}-failed.csv")
-    print(f"{len(scored)} slides scored in {out}" + (f"; {len(failed)} could not be, see {listed}: {', '.join(i for i, *_ in failed[:5])}" if failed else ""))
+    print(f"{len(scored)} slides scored in {out}"
+          + (f"; {len(failed)} could not be, see {listed}: {', '.join(i for i, *_ in failed[:5])}" if failed else ""))
     return report_failed(listed, failed)
 
 
@@ -1153,7 +1175,9 @@ def output_files(args, slide, region: int) -> list[tuple]:
     """(magnification, tile side in px, path) of a slide's feature files, one per magnification (`cls`: one), in folders as TRIDENT or CLAM
     name them."""
     meta, name = slide.meta, f"mixmag_{args.tokens}"
-    sizes = [(meta["magnifications"][0], region * meta["tile_px"])] if args.tokens == "cls" else [(m, meta["tile_px"]) for m in meta["magnifications"]]
+    sizes = [(m, meta["tile_px"]) for m in meta["magnifications"]]
+    if args.tokens == "cls":
+        sizes = [(meta["magnifications"][0], region * meta["tile_px"])]
     inside = f"features_{name}" if args.layout == "trident" else f"{name}/h5_files"
     return [(m, px, Path(args.out) / f"{m}x_{px}px_0px_overlap" / inside / f"{slide.slide_id}.h5") for m, px in sizes]
 
@@ -1177,8 +1201,9 @@ def open_output(files: ExitStack, target: tuple, slide, side: float, coords: np.
     filled, features (N, width) float32. In TRIDENT's layout the coordinates also stand in patches/, where torchmil looks for them."""
     import h5py
     (magnification, px, path), meta = target, slide.meta
-    attributes = {"patch_size": px, "patch_size_level0": round(side), "level0_magnification": round(10 / meta["mpp"]), "target_magnification": magnification,
-                  "overlap": 0, "name": slide.slide_id, "level0_width": meta["width"], "level0_height": meta["height"]}
+    attributes = {"patch_size": px, "patch_size_level0": round(side), "level0_magnification": round(10 / meta["mpp"]),
+                  "target_magnification": magnification, "overlap": 0, "name": slide.slide_id, "level0_width": meta["width"],
+                  "level0_height": meta["height"]}
     patches = path.parents[1] / "patches" / f"{slide.slide_id}_patches.h5"
     if patches.exists():
         with h5py.File(patches) as f:
@@ -1230,8 +1255,8 @@ def embed_command(args) -> int:
     """What an earlier start wrote with the same encoder from the same slides stays; files made by other means are refused."""
     slides = data.read_slides(ensure_data(args.data), args.slides)
     encoder = read_encoder(args.init, slides)
-    made_by = {"encoder": f"mixmag_{args.tokens}", "mixmag_encoder_sha256": hashlib.sha256((encoder_folder(args.init) / "model.safetensors").read_bytes()).hexdigest(),
-               "mixmag_min_cover": args.min_cover}
+    weights = (encoder_folder(args.init) / "model.safetensors").read_bytes()
+    made_by = {"encoder": f"mixmag_{args.tokens}", "mixmag_encoder_sha256": hashlib.sha256(weights).hexdigest(), "mixmag_min_cover": args.min_cover}
     compute, R = machine(args, encoder.config.width), encoder.geometry.region
     encoder.to(compute.device)
     empty, failed, totals = [], [], 0
@@ -1246,10 +1271,11 @@ def embed_command(args) -> int:
             continue
         totals = np.add(totals, counts)
         empty += [slide.slide_id] * (not sum(counts))
-    shown = ", ".join(f"{n} {'regions' if args.tokens == 'cls' else f'at {m}x'}" for n, m in zip(np.atleast_1d(totals), encoder.geometry.magnifications))
-    print(f"{len(slides) - len(failed)} slides, {args.tokens} outputs in {args.out}: {shown}" + (f"; {len(empty)} slides have no {R} x {R} region of which "
-          f"{args.min_cover:.0%} is tissue, so their files hold no rows: {', '.join(empty[:5])}" if empty else "")
-          + (f"; {len(failed)} failed, see {args.out}/failed.csv" if failed else ""))
+    units = ["regions"] if args.tokens == "cls" else [f"at {m}x" for m in encoder.config.magnifications]
+    shown = ", ".join(f"{n} {unit}" for n, unit in zip(np.atleast_1d(totals), units))
+    print(f"{len(slides) - len(failed)} slides, {args.tokens} outputs in {args.out}: {shown}"
+          + (f"; {len(empty)} slides have no {R} x {R} region of which {args.min_cover:.0%} is tissue, so their files hold no rows: "
+             f"{', '.join(empty[:5])}" if empty else "") + (f"; {len(failed)} failed, see {args.out}/failed.csv" if failed else ""))
     return report_failed(Path(args.out) / "failed.csv", failed)
 
 
@@ -1393,14 +1419,16 @@ def heatmap_command(args) -> int:
     for k in levels:
         write_text(out / f"attention-{labels[k]}.geojson", json.dumps(qupath_features(table, k, labels[k], args.slide, run, (x, y)), allow_nan=False))
     rule = json.loads((Path(args.run) / "result.json").read_text("utf-8"))["case_score"]
-    print(f"{args.slide}: score {score:.4f}; a case's score is the {rule} over its slides\n{len(table.weight)} weights in {out}/attention.csv; .geojson and .png of "
+    print(f"{args.slide}: score {score:.4f}; a case's score is the {rule} over its slides\n"
+          f"{len(table.weight)} weights in {out}/attention.csv; .geojson and .png of "
           + ", ".join(labels[k] for k in levels) + ("" if reader else "; no --image, so no top regions") + f"\n{REMARK}")
     try:
         view, ground = (x, y, x + width, y + height), lattice(meta, slide.cells, meta["cell_px"], 120, 255)
         ground = (slide_picture(reader, view, 1600).mean(axis=2), (x, x + width, y + height, y)) if reader else ground
         for k in levels:
-            draw_attention(out / f"attention-{labels[k]}.png", table, k, slide, ground, view, f"{args.slide}\n{labels[k]}: rank percentile of attention "
-                           f"within slide{'' if cls else ' and magnification'}\nrun {run}, score {score:.3f}")
+            title = (f"{args.slide}\n{labels[k]}: rank percentile of attention within slide{'' if cls else ' and magnification'}\n"
+                     f"run {run}, score {score:.3f}")
+            draw_attention(out / f"attention-{labels[k]}.png", table, k, slide, ground, view, title)
         if reader:
             draw_regions(out / "regions.png", table, [] if cls else labels, slide, reader, model.config.region * meta["cell_px"])
     except data.openslide.OpenSlideError as error:
@@ -1452,8 +1480,8 @@ def full_title(row: str) -> str:
 
 def row_title(row: str) -> str:
     method, setting, *_ = row.split("-")
-    return {"abmil": f"AB-MIL {setting}", "random": f"Random {setting}", "mem": f"MEM {setting}", "cmem": f"CMEM {setting}x{setting}"}[method].replace(
-        f" {setting}", f" {setting}x" if method in ("abmil", "random") and setting != "all" else f" {setting}")
+    x = "" if setting == "all" else "x"
+    return {"abmil": f"AB-MIL {setting}{x}", "random": f"Random {setting}{x}", "mem": f"MEM {setting}", "cmem": f"CMEM {setting}x{setting}"}[method]
 
 
 def read_results(folder) -> SimpleNamespace:
@@ -1466,13 +1494,16 @@ def read_results(folder) -> SimpleNamespace:
     columns = [f"{row} {seed}" for row in rows for seed in seeds]
     cases = data.read_csv(folder / "scores.csv", ("task", "label", *columns))
     labels = {task: np.array([int(c["label"]) for c in cases if c["task"] == task]) for task in tasks}
-    scores = {(row, task): np.array([[float(c[f"{row} {seed}"] or "nan") for c in cases if c["task"] == task] for seed in seeds]) for row in rows for task in tasks}
-    return SimpleNamespace(rows=rows, tasks=tasks, seeds=seeds, runs=runs, labels=labels, scores=scores, machine=json.loads((folder / "machine.json").read_text("utf-8")))
+    scores = {(row, task): np.array([[float(c[f"{row} {seed}"] or "nan") for c in cases if c["task"] == task] for seed in seeds])
+              for row in rows for task in tasks}
+    machine = json.loads((folder / "machine.json").read_text("utf-8"))
+    return SimpleNamespace(rows=rows, tasks=tasks, seeds=seeds, runs=runs, labels=labels, scores=scores, machine=machine)
 
 
 def resampled(labels, scores, number: int) -> tuple:
-    """labels (cases,), scores (seeds, cases) of a row on a task -> the mean AUROC over seeds, (resamples,) times with the cases drawn again, and which
-    cases have a score. The draw follows from the task's number, so that all rows and seeds share it and differences are paired. None for no AUROC."""
+    """labels (cases,), scores (seeds, cases) of a row on a task -> the mean AUROC over seeds, (resamples,) times with the cases drawn again,
+    and which cases have a score. The draw follows from the task's number, so that all rows and seeds share it and differences are paired.
+    None for no AUROC."""
     known = ~np.isnan(scores).any(axis=0)
     samples = [bootstrap_aurocs(labels[known], s[known], number) for s in scores]
     return (None if any(s is None for s in samples) else np.mean(samples, axis=0)), known.tolist()
@@ -1480,8 +1511,9 @@ def resampled(labels, scores, number: int) -> tuple:
 
 def format_table(rows, tasks, runs: dict, draws: dict) -> str:
     """A Markdown table of mean AUROC x 100 over seeds; runs as in `read_results`, draws[row, task] of `resampled`."""
-    lines = ["| | " + " | ".join(TASK_TITLES.get(t, t) for t in tasks) + " | average, 95 % over cases | spread over seeds | average precision | tasks | paper, these tasks |",
-             "|---" * (len(tasks) + 6) + "|"]
+    titles = ["", *(TASK_TITLES.get(t, t) for t in tasks), "average, 95 % over cases", "spread over seeds", "average precision", "tasks",
+              "paper, these tasks"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
         values = [[r["auroc"] for r in runs[row, task]] for task in tasks]
         known = np.array([100 * np.array(v) for v in values if None not in v])                          # (tasks, seeds)
@@ -1492,8 +1524,10 @@ def format_table(rows, tasks, runs: dict, draws: dict) -> str:
         spread = f"{known.mean(axis=0).std(ddof=1):.1f}" if len(known) and known.shape[1] > 1 else "-"
         precision = [100 * float(r["average_precision"]) for task in tasks for r in runs[row, task] if r["average_precision"]]
         printed = [PAPER[row][list(TASK_TITLES).index(t)] for t in tasks if t in TASK_TITLES]
-        lines.append(f"| {row_title(row)} | " + " | ".join("n/a" if None in v else f"{100 * np.mean(v):.1f}" for v in values)
-                     + f" | {average} | {spread} | " + (f"{np.mean(precision):.1f}" if precision else "n/a") + f" | {len(known)} of {len(tasks)} | " + (f"{np.mean(printed):.1f}" if len(printed) == len(tasks) else "-") + " |")
+        cells = [row_title(row), *("n/a" if None in v else f"{100 * np.mean(v):.1f}" for v in values), average, spread,
+                 f"{np.mean(precision):.1f}" if precision else "n/a", f"{len(known)} of {len(tasks)}",
+                 f"{np.mean(printed):.1f}" if len(printed) == len(tasks) else "-"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -1509,7 +1543,8 @@ def two_sided(differences: np.ndarray) -> float:
 def format_pairs(rows, tasks, draws: dict) -> str:
     """A Markdown table of differences in AUROC x 100 between rows on the same test cases, by paired bootstrap over cases; p-values of a pair are
     corrected over its tasks by Holm's method. A star says that the two can be told apart."""
-    lines = ["| difference | " + " | ".join(TASK_TITLES.get(t, t) for t in tasks) + " | mean, 95 % over cases | told apart |", "|---" * (len(tasks) + 3) + "|"]
+    titles = ["difference", *(TASK_TITLES.get(t, t) for t in tasks), "mean, 95 % over cases", "told apart"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for one, other in PAIRS:
         pairs = [(draws[one, t], draws[other, t]) for t in tasks] if {one, other} <= set(rows) else []
         differences = [100 * (a - b) if a is not None and b is not None and cases == same else None for (a, cases), (b, same) in pairs]
@@ -1521,9 +1556,10 @@ def format_pairs(rows, tasks, draws: dict) -> str:
             cells = ["n/a" if i not in p else f"{np.mean(d):+.1f}" + ("*" if p[i] < 0.05 else "") for i, d in enumerate(differences)]
             mean = np.mean([differences[i] for i in known], axis=0)
             low, high = interval(mean)
-            told = sum(p[i] < 0.05 for i in known)
-            lines.append(f"| {full_title(one)} - {full_title(other)} | " + " | ".join(cells) + f" | {mean.mean():+.1f} ({low:+.1f} to {high:+.1f}) | on {told} of {len(known)} tasks"
-                         + ("; the mean: yes" if two_sided(mean) < 0.05 else "; the mean: not distinguishable") + " |")
+            told = f"on {sum(p[i] < 0.05 for i in known)} of {len(known)} tasks; the mean: "
+            told += "yes" if two_sided(mean) < 0.05 else "not distinguishable"
+            cells = [f"{full_title(one)} - {full_title(other)}", *cells, f"{mean.mean():+.1f} ({low:+.1f} to {high:+.1f})", told]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
@@ -1552,7 +1588,8 @@ def tables(args, rows, tasks) -> str:
         return ""
     write_csv(out / "results.csv", RESULTS, [[r.get(k) for k in RESULTS] for r in results])
     columns = list(dict.fromkeys(f"{r['row']} {r['seed']}" for r in results))
-    write_csv(out / "scores.csv", ("task", "case_id", "label", *columns), [(*case, *(found.get(c) for c in columns)) for case, found in scores.items()])
+    write_csv(out / "scores.csv", ("task", "case_id", "label", *columns),
+              [(*case, *(found.get(c) for c in columns)) for case, found in scores.items()])
     write_json(out / "machine.json", {**machine_facts(args, path), "seconds": round(time.time() - began + earlier_seconds(out))})
     return format_results(out)
 
@@ -1569,9 +1606,10 @@ def machine_facts(args, path) -> dict:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
     facts = data.synthetic_facts(path)
-    return {"data": f"synthetic cohort, seed {facts['seed']}" if facts else str(path), "preset": args.preset, "steps": args.steps, "epochs": args.epochs,
-            "frozen_epochs": args.frozen_epochs, "commit": commit or None, "processor": cpu[1] if cpu else platform.processor(),
-            "threads": torch.get_num_threads(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "torch": torch.__version__}
+    return {"data": f"synthetic cohort, seed {facts['seed']}" if facts else str(path), "preset": args.preset, "steps": args.steps,
+            "epochs": args.epochs, "frozen_epochs": args.frozen_epochs, "commit": commit or None,
+            "processor": cpu[1] if cpu else platform.processor(), "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "torch": torch.__version__}
 
 
 def format_results(folder) -> str:
@@ -1579,14 +1617,15 @@ def format_results(folder) -> str:
     found = read_results(folder)
     draws = {(row, task): resampled(found.labels[task], found.scores[row, task], i) for row in found.rows for i, task in enumerate(found.tasks)}
     count, m = len(found.seeds), found.machine
-    text = (f"AUROC x 100 on the test cases, {m['data']}, {m['preset']} preset, mean over {count} seed{'s' * (count > 1)}. The last column is the paper's, on its own "
-            "(private) data.")
+    text = (f"AUROC x 100 on the test cases, {m['data']}, {m['preset']} preset, mean over {count} seed{'s' * (count > 1)}. "
+            "The last column is the paper's, on its own (private) data.")
     for title, wanted in (("Table 1: contextualized outputs (Patch)", [r for r in found.rows if not r.endswith("-cls")]),
                           ("Table 2: compressed outputs (CLS)", [r for r in found.rows if r.endswith("-cls")])):
         if wanted:
             text += f"\n\n## {title}\n\n" + format_table(wanted, found.tasks, found.runs, draws)
     if pairs := format_pairs(found.rows, found.tasks, draws):
-        text += f"\n\n## Differences on the same test cases\n\nPaired bootstrap over cases; * told apart at 0.05 after Holm's correction over the tasks.\n\n{pairs}"
+        text += ("\n\n## Differences on the same test cases\n\nPaired bootstrap over cases; * told apart at 0.05 after Holm's correction over "
+                 f"the tasks.\n\n{pairs}")
     return text + "\n"
 
 
@@ -1640,7 +1679,8 @@ def doctor_command(args) -> int:
     """What there is, one line each; a line that starts with WARNING says what will go wrong and what mends it."""
     import importlib.metadata
     import shutil
-    for package in ("torch", "numpy", "openslide-python", "openslide-bin", "scikit-learn", "scipy", "safetensors", "h5py", "tifffile", "matplotlib", "tqdm"):
+    for package in ("torch", "numpy", "openslide-python", "openslide-bin", "scikit-learn", "scipy", "safetensors", "h5py", "tifffile",
+                    "matplotlib", "tqdm"):
         try:
             print(f"{package:18s} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
@@ -1660,7 +1700,8 @@ def doctor_command(args) -> int:
         dtype = amp_dtype("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"), make(64).width)
         print(f"{'precision, ' + preset:18s} {dtype or 'fp32'}")
     free = shutil.disk_usage(".").free / 2 ** 30
-    print(f"{'free disk':18s} {free:.1f} GiB" if free >= 2 else f"WARNING            only {free:.1f} GiB of disk are free: checkpoints and slide files may not fit")
+    print(f"{'free disk':18s} {free:.1f} GiB" if free >= 2 else
+          f"WARNING            only {free:.1f} GiB of disk are free: checkpoints and slide files may not fit")
     shared = Path("/dev/shm")
     if shared.exists() and shutil.disk_usage(shared).total < 2 ** 30:
         print("WARNING            /dev/shm is below 1 GiB: loading with --workers may fail")
@@ -1669,9 +1710,8 @@ def doctor_command(args) -> int:
     return 0
 
 
-COMMANDS = {"pretrain": lambda args: 0 if pretrain(args) else 1, "finetune": finetune_command, "predict": predict_command, "embed": embed_command,
-            "heatmap": heatmap_command,
-            "table": table_command, "demo": demo_command, "doctor": doctor_command}
+COMMANDS = {"pretrain": lambda args: 0 if pretrain(args) else 1, "finetune": finetune_command, "predict": predict_command,
+            "embed": embed_command, "heatmap": heatmap_command, "table": table_command, "demo": demo_command, "doctor": doctor_command}
 
 if __name__ == "__main__":
     sys.exit(data.run_command(COMMANDS[ARGS.command], ARGS))

@@ -18,6 +18,7 @@ import textwrap
 import time
 import types
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -182,6 +183,31 @@ def test_a_signal_to_all_of_several_processes_is_one_signal(cohort, tmp_path):
     assert process.returncode and done >= 10 and "stopped by a signal" in err and time.time() - began < 30
     code, _, err = Command("train.py", *flags[:-2], "--holdout", 0, "--epochs", 1, cwd=tmp_path).end()
     assert code == 1 and "holds a run with other settings: epochs None there, 1 now" in err
+
+
+def children(pid) -> list[int]:
+    return [int(i) for task in Path(f"/proc/{pid}/task").iterdir() for i in (task / "children").read_text().split()]
+
+
+def test_a_process_that_dies_ends_all(cohort, tmp_path):
+    """One of two training processes, and the one that loads data: the others end soon, in one line, and the last checkpoint goes on."""
+    flags = ["pretrain", "--data", str(cohort), "--out", "r", "--batch-size", "4", "--steps", "100000", "--save-every", "10", "--holdout", "0"]
+    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"), *flags],
+                               cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while process.poll() is None and not (tmp_path / "r" / "last.pt").exists():
+        time.sleep(0.05)
+    victim, = (pid for pid in children(process.pid) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(victim, signal.SIGKILL)
+    began, (_, err) = time.time(), process.communicate(timeout=120)
+    assert process.returncode and time.time() - began < 60 and ("error: another of the processes ended" in err or "stopped by a signal" in err)
+    before = torch.load(tmp_path / "r" / "last.pt", weights_only=True)["done"]
+    alone = Command("train.py", *flags, "--workers", 1, cwd=tmp_path)
+    while alone.process.is_alive() and torch.load(tmp_path / "r" / "last.pt", weights_only=True)["done"] == before:
+        time.sleep(0.05)
+    os.kill(max(children(alone.process.pid)), signal.SIGKILL)
+    code, _, err = alone.end(60)
+    assert code == 1 and one_error(err).startswith("error: a process that loads data was ended") and "Traceback" not in err
+    assert torch.load(tmp_path / "r" / "last.pt", weights_only=True)["done"] > before
 
 
 # ------------------------------------------------------------------------------- disk full, read-only, no memory, nobody to read
