@@ -26,12 +26,12 @@ from types import SimpleNamespace
 DEFAULT_DATA = "data/synthetic"
 PRESETS = {     # what a flag that is not given means; `paper` numbers are the assumed ones of README
     "small": {"pretrain": {"batch_size": 16, "blr": 0.032, "weight_decay": 0.05, "steps": 3000},
-              "finetune": {"batch_size": 16, "lr": 1e-2, "weight_decay": 1.0, "hidden": 64, "epochs": 40, "frozen": 0.75},
-              "abmil": {"epochs": 60, "frozen": 0}},
+              "finetune": {"batch_size": 16, "lr": 1e-2, "weight_decay": 1.0, "hidden": 64, "epochs": 20},
+              "abmil": {"epochs": 60}},
     "paper": {"pretrain": {"batch_size": 4096, "blr": 1.5e-4, "weight_decay": 0.05, "epochs": 100},
-              "finetune": {"batch_size": 32, "lr": 1e-3, "weight_decay": 0.05, "hidden": 256, "epochs": 20, "frozen": 0},
+              "finetune": {"batch_size": 32, "lr": 1e-3, "weight_decay": 0.05, "hidden": 256, "epochs": 20},
               "abmil": {}},                                       # what differs without an encoder: few tokens learn late, in cheap epochs
-}   # frozen: the share of the epochs before the encoder learns, never less than one of them (paper 4.3)
+}
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -96,8 +96,8 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--dropout", type=float, default=0.2, help="on what is pooled and on the pooled vector (assumed)")
     p.add_argument("--smoothing", type=float, default=0.1, help="label smoothing (assumed)")
     p.add_argument("--layer-decay", type=float, default=0.75, help="each layer's rate against the one above (paper 4.3)")
-    p.add_argument("--frozen-epochs", type=int, help="epochs before the encoder learns; with more than one its outputs are held in memory meanwhile "
-                   "(default: small three quarters of them, paper 1, as in 4.3)")
+    p.add_argument("--frozen-epochs", type=int, default=1,
+                   help="epochs before the encoder learns (paper 4.3: 1); with more than one its outputs are held in memory meanwhile")
     p.add_argument("--encoder-rate", type=float, default=0.1, help="the encoder's rate against the aggregator's (assumed)")
     p.add_argument("--case-score", choices=("auto", "max", "mean"), default="auto",
                    help="a case's score from its slides'; auto: whichever ranks the tune split better, max on a tie")
@@ -139,7 +139,7 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--preset", choices=PRESETS, default="small", help="for every run")
     p.add_argument("--steps", type=positive, help="pretraining steps (default: the preset's)")
     p.add_argument("--epochs", type=positive, help="fine-tuning epochs (default: the preset's)")
-    p.add_argument("--frozen-epochs", type=int, help="as in finetune (default: the preset's); as many as --epochs is quickest")
+    p.add_argument("--frozen-epochs", type=int, default=1, help="as in finetune; as many as --epochs is quickest")
 
     p = command("demo", "a synthetic cohort, MEM pretraining, fine-tuning, a small table and a figure, in minutes on two cores",
                 "python train.py demo")
@@ -399,14 +399,11 @@ def ensure_data(path, compute=None) -> Path:
 
 def fill_in(args, kind: str) -> None:
     """Give the flags that were left out the preset's values."""
-    values = {**PRESETS[args.preset][kind], **(PRESETS[args.preset]["abmil"] if getattr(args, "init", None) == "none" else {})}
-    frozen = values.pop("frozen", 0)
-    for name, value in values.items():
+    preset = PRESETS[args.preset]
+    for name, value in {**preset[kind], **(preset["abmil"] if getattr(args, "init", None) == "none" else {})}.items():
         if getattr(args, name) is None and not (name in ("steps", "epochs") and (getattr(args, "steps", None) or args.epochs)):
             if not (name == "blr" and args.lr is not None):
                 setattr(args, name, value)
-    if kind == "finetune" and args.frozen_epochs is None:
-        args.frozen_epochs = max(1, int(frozen * args.epochs))
 
 
 PRESET_CONFIG = {"small": mixmag.Config.small, "paper": mixmag.Config.paper}
@@ -988,7 +985,7 @@ def finetune_loop(args, run: Run, model, sets: dict, labels: dict, compute) -> d
     bar = progress(total=args.epochs * per_epoch, initial=state["done"] * per_epoch, desc=f"finetune {args.task}")
     for epoch in range(state["done"], args.epochs):
         if model.encoder is not None:
-            frozen = epoch < args.frozen_epochs
+            frozen = epoch < args.frozen_epochs                    # for one epoch, paper 4.3
             model.encoder.requires_grad_(not frozen)
             for split in ("train", "tune"):
                 if not frozen:
