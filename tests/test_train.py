@@ -615,6 +615,15 @@ def test_embed_goes_on_and_refuses_to_mix(odd, tmp_path, capsys):
     assert patches.read_bytes() == theirs and not list(tmp_path.rglob("poisoned*")) and not list(tmp_path.rglob("*.tmp"))
 
 
+def test_embed_asks_for_room_first(odd, tmp_path, monkeypatch):
+    """HDF5 brings the process down where a disk gets full under it, so what will not fit is refused before its first byte; the others are written."""
+    monkeypatch.setattr(data, "free_bytes", lambda folder: 5000)
+    assert embed(odd, tmp_path) == 3
+    failed = {r["slide_id"]: r["reason"] for r in data.read_csv(tmp_path / "failed.csv", ("slide_id", "stage", "reason"))}
+    assert set(failed) == {"many"} and "MB do not fit into the 0 MB that are free under" in failed["many"]
+    assert {p.stem for p in tmp_path.rglob("features*/*.h5")} == {"holes", "empty"}
+
+
 KINDS = [("none", "patch", "all"), ("none", "patch", 10), ("random", "patch", "all"), ("random", "patch", 20), ("random", "cls", "all"), ("random", "cls", 5)]
 
 
