@@ -221,13 +221,18 @@ def write_csv(path, header, rows) -> None:
         writer.writerows(rows)
 
 
+def file_sha256(path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 SUMS = "SHA256SUMS"
 
 
 def seal(folder, names, last: str, value) -> None:
     """Write the JSON file `last`, and before it SHA256SUMS of it and of those of `names` that are in the folder, which `verify` reads."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    sums = {name: hashlib.sha256((Path(folder) / name).read_bytes()).hexdigest() for name in names if (Path(folder) / name).exists()}
+    sums = {name: file_sha256(Path(folder) / name) for name in names if (Path(folder) / name).exists()}
     sums[last] = hashlib.sha256(text.encode("utf-8")).hexdigest()
     write_text(Path(folder) / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
     write_text(Path(folder) / last, text)
@@ -241,7 +246,7 @@ def seal_findings(sums: Path) -> list[str]:
         path = sums.parent / name
         if not path.is_file():
             findings.append(f"{sums}: {name!r} is not there")
-        elif hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        elif file_sha256(path) != digest:
             findings.append(f"{path}: checksum differs from {sums}: one of them changed after it was written")
     return findings
 
@@ -1411,7 +1416,7 @@ def tile_one(path: Path, encoder, dim: int, args) -> tuple[str, int]:
     out = Path(args.out).resolve() / "slides" / f"{path.stem}.safetensors"
     mask = find_mask(path, args.mask)
     settings = {"region": args.region, "min_tissue": args.min_tissue, "mpp": given_mpp(path, args)[0], "source_bytes": path.stat().st_size,
-                "mask": mask and hashlib.sha256(mask.read_bytes()).hexdigest()}
+                "mask": mask and file_sha256(mask), "weights": args.weights_sha256}
     if out.exists():
         found = read_slide(out).meta
         there = (found["encoder"], found["magnifications"], found.get("settings"))
@@ -1457,6 +1462,7 @@ def tile_command(args) -> int:
         raise MixmagError(f"--out {args.out} would write among the slides themselves; name another folder")
     encoder = tile_encoder(args.encoder, args.device, args.weights)
     dim = encode(encoder, np.full((1, TILE_PX, TILE_PX, 3), 255, np.uint8), 1, args.device).shape[1]
+    args.weights_sha256 = args.weights and file_sha256(args.weights)
     failed, needed = [], 0
     sweep(out / "slides")
     for path in progress(paths, desc="slides"):
@@ -1742,8 +1748,7 @@ def import_slide(job: dict) -> str:
     """One slide's files into its slide file; what was done."""
     settings = {**{k: job[k] for k in ("tool", "mpp", "encoder", "class_token")}, "sources": []}
     for path in job["paths"]:
-        with open(path, "rb") as f:
-            settings["sources"].append(hashlib.file_digest(f, "sha256").hexdigest())
+        settings["sources"].append(file_sha256(path))
     if Path(job["out"]).exists():
         made = read_slide(job["out"]).meta.get("settings")
         if made != settings:

@@ -1252,8 +1252,8 @@ def embed_command(args) -> int:
     """What an earlier start wrote with the same encoder from the same slides stays; files made by other means are refused."""
     slides = data.read_slides(ensure_data(args.data), args.slides)
     encoder = read_encoder(args.init, slides)
-    weights = (encoder_folder(args.init) / "model.safetensors").read_bytes()
-    made_by = {"encoder": f"mixmag_{args.tokens}", "mixmag_encoder_sha256": hashlib.sha256(weights).hexdigest(), "mixmag_min_cover": args.min_cover}
+    made_by = {"encoder": f"mixmag_{args.tokens}", "mixmag_encoder_sha256": data.file_sha256(encoder_folder(args.init) / "model.safetensors"),
+               "mixmag_min_cover": args.min_cover}
     compute, R = machine(args, encoder.config.width), encoder.geometry.region
     encoder.to(compute.device)
     empty, failed, totals = [], [], 0

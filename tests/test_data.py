@@ -1005,6 +1005,19 @@ def test_virchow2_is_asked_for_as_its_authors_say_and_checked(pretend_timm):
             data.tile_encoder("virchow2", "cpu")
 
 
+def test_other_weights_are_another_encoder(tmp_path, monkeypatch, capsys):
+    """A slide is tiled again into the same place only by the very same weights."""
+    write_tiff(tmp_path / "a.tiff", pink(1000, 1000), 0.5)
+    monkeypatch.setattr(data, "tile_encoder", lambda *rest: data.texture)
+    monkeypatch.setattr(sys, "argv", ["data.py", "tile", "--slides", str(tmp_path / "a.tiff"), "--out", str(tmp_path / "d"), "--region", "1",
+                                      "--encoder", "virchow2", "--weights", str(tmp_path / "weights.pt")])
+    codes = []
+    for words in ("one", "one", "other"):
+        (tmp_path / "weights.pt").write_text(words)
+        codes.append(data.tile_command(data.parse()))
+    assert codes == [0, 0, 3] and "give another --out" in capsys.readouterr().err
+
+
 @pytest.fixture
 def shallow(monkeypatch):
     """The real timm, whose models get 1 block. A torchvision built for CUDA fails beside a torch for CPU only for want of two operators that nobody calls here."""
