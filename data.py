@@ -36,6 +36,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
+    def natural(text):
+        if int(text) < 0:
+            raise ValueError
+        return int(text)
+
     def command(name, summary, example):
         return commands.add_parser(name, help=summary, description=summary, epilog=f"example: {example}",
                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -48,7 +53,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--dim", type=int, default=64, help="width of an embedding (Virchow2 has 1280)")
     p.add_argument("--regions", type=int, default=4, help="3 x 3 regions of tissue per slide, on average; at least 2")
     p.add_argument("--images", type=int, default=0, metavar="N", help="write N H&E-like pyramidal TIFFs instead, for the tiler")
-    p.add_argument("--seed", type=int, default=0, help="everything follows from it")
+    p.add_argument("--seed", type=natural, default=0, help="everything follows from it")
 
     p = command("tile", "turn whole-slide images into slide files: tissue, cells on one lattice in exact mpp, embeddings",
                 "python data.py tile --slides slides/ --out data/mine --encoder texture --mpp 0.5")
@@ -437,7 +442,7 @@ def read_task(data, task) -> list[Case]:
 
 
 def evaluation_slides(data) -> set:
-    """All slides of the cases that are in the tune or test split of any task: pretraining never sees them."""
+    """All slides of the cases that are in the tune or test split of any task: pretraining sees them only where pretrain.csv names them."""
     cases = [c for task in task_names(data) for c in read_task(data, task)]
     held = {c.case_id for c in cases if c.split != "train"}
     return {s for c in cases if c.case_id in held for s in c.slide_ids}
@@ -447,7 +452,7 @@ def pretraining_ids(data) -> list[str]:
     """The slides of pretrain.csv; without it, every slide that is in no tune or test split."""
     listed = Path(data) / "pretrain.csv"
     if listed.exists():
-        return [row["slide_id"] for row in read_csv(listed, ("slide_id",))]
+        return list(dict.fromkeys(row["slide_id"] for row in read_csv(listed, ("slide_id",))))
     held = evaluation_slides(data)
     return [p.stem for p in sorted((Path(data) / "slides").glob("*.safetensors")) if p.stem not in held]
 
@@ -2008,19 +2013,20 @@ class RegionDataset(torch.utils.data.Dataset):
 class CaseDataset(torch.utils.data.Dataset):
     """The cases of a split as ragged bags: a case has slides, a slide has regions, a region the chosen tokens.
 
-    index (n,): which of a region's tokens are read (Geometry.select). Slides without a region that holds `min_cover` of its cells,
-    and cases without such slides, are left out and named in `dropped`. What stands in `held`, slide_id -> (array (W, n or 1, d), valid (W, n)),
-    is given in place of that slide's embeddings.
+    index (n,): which of a region's tokens are read (Geometry.select). rows and corners: each slide's regions, as in `windows`, that hold
+    `min_cover` of their cells and a valid token. Slides without one, and cases without such slides, are left out and named in `dropped`.
+    What stands in `held`, slide_id -> (array (W, n or 1, d), valid (W, n)), is given in place of that slide's embeddings.
     """
 
     def __init__(self, slides: dict, cases: list, geometry: Geometry, index, min_cover: float = 0.5):
         self.slides, self.entries = slides, geometry.cell_order().numpy()[np.asarray(index)]
-        self.rows, self.cases, self.dropped, self.held = {}, [], [], {}
+        self.rows, self.corners, self.cases, self.dropped, self.held = {}, {}, [], [], {}
         for case in cases:
             for slide_id in case.slide_ids:
-                rows, _ = windows(slides[slide_id].cells, geometry.region, geometry.region, min_cover)
-                if len(rows) and tokens_of(slides[slide_id], rows, self.entries)[1].any():
-                    self.rows[slide_id] = rows
+                rows, corners = windows(slides[slide_id].cells, geometry.region, geometry.region, min_cover)
+                there = tokens_of(slides[slide_id], rows, self.entries)[1].any(axis=1)
+                if there.any():
+                    self.rows[slide_id], self.corners[slide_id] = rows[there], corners[there]
             usable = [i for i in case.slide_ids if i in self.rows]
             self.dropped += [i for i in case.slide_ids if i not in self.rows]
             if usable:

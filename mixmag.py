@@ -227,7 +227,7 @@ class Standardize(nn.Module):
         return (x.float() - self.mean) / self.std
 
 
-POSITION_SIZE = 0.5     # assumed: root mean square of an initial position; at 0.02 training stalls where it predicts the mean
+POSITION_SIZE = 0.5     # assumed: root mean square of the waves of an initial position; at 0.02 training stalls where it predicts the mean
 
 
 def initial_positions(geometry: Geometry, width: int) -> Tensor:
@@ -267,7 +267,7 @@ class MixingEncoder(nn.Module):
         at invalid tokens mean nothing. Raises ValueError on shapes that do not fit.
         """
         B, n, D = x.shape
-        if D != self.config.dim or (index is None and n != self.geometry.num_tokens):
+        if D != self.config.dim or (n != self.geometry.num_tokens if index is None else index.shape != (B, n)):
             raise ValueError(f"expected (B, {self.geometry.num_tokens}, {self.config.dim}) or fewer tokens with their index, "
                              f"found {tuple(x.shape)} with index {'None' if index is None else tuple(index.shape)}")
         if valid is not None:
@@ -348,10 +348,9 @@ def removal_weights(geometry: Geometry, removed: Tensor, valid: Tensor | None = 
     N, M = geometry.num_tokens, removed.shape[1]
     if valid is None:
         return geometry.level_weights().to(removed.device)[removed] * (N / M)
-    member = F.one_hot(level, geometry.levels).to(torch.float32)                                        # (N, K)
-    count = valid.float() @ member                                                                      # (B, K): N_k
+    count = torch.zeros(len(valid), geometry.levels, device=valid.device).index_add(1, level, valid.float())    # (B, K): N_k
     present = (count > 0).sum(1, keepdim=True).clamp(min=1)                                             # (B, 1): K
-    weight = (valid / (present * count.clamp(min=1) @ member.T)) * (N / M)                              # (B, N)
+    weight = valid / (present * count.clamp(min=1))[:, level] * (N / M)                                 # (B, N)
     return weight.gather(1, removed)
 
 
@@ -440,7 +439,8 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
     B = a.shape[0]
     z = torch.cat([a, b])
     z = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=-1)                               # (2B, P)
-    similarity = (z @ z.T / temperature).masked_fill(torch.eye(2 * B, dtype=torch.bool, device=z.device), -math.inf)
+    with torch.autocast(z.device.type, enabled=False):                       # which would take the product in half precision
+        similarity = (z @ z.T / temperature).masked_fill(torch.eye(2 * B, dtype=torch.bool, device=z.device), -math.inf)
     partner = torch.arange(2 * B, device=z.device).roll(B)
     return F.cross_entropy(similarity, partner)                                                         # Eq. 5
 
@@ -618,8 +618,8 @@ def read_safetensors(path) -> dict:
 def load_encoder(path) -> MixingEncoder:
     """The encoder of an exported folder (config.json and model.safetensors), in eval mode.
 
-    Strict: raises FileNotFoundError for a missing file, ValueError for damage and RuntimeError naming every missing,
-    unexpected or misshapen weight. Nothing is unpickled and nothing is ever left at its random initialisation.
+    Strict: raises FileNotFoundError for a missing file, ValueError or KeyError for damage and RuntimeError naming every
+    missing, unexpected or misshapen weight. Nothing is unpickled and nothing is ever left at its random initialisation.
     """
     path = Path(path)
     encoder = MixingEncoder(Config.from_dict(json.loads((path / "config.json").read_text("utf-8"))["model"]))

@@ -36,8 +36,13 @@ PRESETS = {     # what a flag that is not given means; `paper` numbers are the a
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line. It stands first, and is parsed before the heavy imports, so that --help answers at once."""
+    def natural(text):
+        if int(text) < 0:
+            raise ValueError
+        return int(text)
+
     def positive(text):
-        if int(text) < 1:
+        if natural(text) == 0:
             raise ValueError
         return int(text)
 
@@ -50,7 +55,7 @@ def parse(argv=None) -> argparse.Namespace:
     def command(name, summary, example):
         p = commands.add_parser(name, help=summary, description=summary, epilog=f"example: {example}",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        p.add_argument("--seed", type=int, default=0, help="everything random follows from it")
+        p.add_argument("--seed", type=natural, default=0, help="everything random follows from it")
         p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
         return p
 
@@ -69,7 +74,7 @@ def parse(argv=None) -> argparse.Namespace:
         p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (assumed)")
         p.add_argument("--amp", choices=("auto", "off", "fp16", "bf16"), default="auto",
                        help="auto: bf16 where the device computes it, else fp16 on a GPU")
-        p.add_argument("--workers", type=int, default=0, help="processes that load data")
+        p.add_argument("--workers", type=natural, default=0, help="processes that load data")
         p.add_argument("--resume", choices=("auto", "off"), default="auto", help="auto: go on where a run of the same settings stopped")
 
     p = command("pretrain", "masked embedding modelling, without labels", "python train.py pretrain --mask 0.5 --source 7")
@@ -96,7 +101,7 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--dropout", type=float, default=0.2, help="on what is pooled and on the pooled vector (assumed)")
     p.add_argument("--smoothing", type=float, default=0.1, help="label smoothing (assumed)")
     p.add_argument("--layer-decay", type=float, default=0.75, help="each layer's rate against the one above (paper 4.3)")
-    p.add_argument("--frozen-epochs", type=int, default=1,
+    p.add_argument("--frozen-epochs", type=natural, default=1,
                    help="epochs before the encoder learns (paper 4.3: 1); with more than one its outputs are held in memory meanwhile")
     p.add_argument("--encoder-rate", type=float, default=0.1, help="the encoder's rate against the aggregator's (assumed)")
     p.add_argument("--case-score", choices=("auto", "max", "mean"), default="auto",
@@ -139,7 +144,7 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--preset", choices=PRESETS, default="small", help="for every run")
     p.add_argument("--steps", type=positive, help="pretraining steps (default: the preset's)")
     p.add_argument("--epochs", type=positive, help="fine-tuning epochs (default: the preset's)")
-    p.add_argument("--frozen-epochs", type=int, default=1, help="as in finetune; as many as --epochs is quickest")
+    p.add_argument("--frozen-epochs", type=natural, default=1, help="as in finetune; as many as --epochs is quickest")
 
     p = command("demo", "a synthetic cohort, MEM pretraining, fine-tuning, a small table and a figure, in minutes on two cores",
                 "python train.py demo")
@@ -321,7 +326,7 @@ class Run:
                                   + ", ".join(f"{k} {found.get(k)!r} there, {config.get(k)!r} now" for k in differing)
                                   + "; give another --out, or --resume off to begin anew")
         elif stored.exists():
-            for name in ("result.json", data.SUMS, *RUN_FILES):
+            for name in ("result.json", data.SUMS, *reversed(RUN_FILES)):           # config.json last: until then this is the run that it was
                 (self.folder / name).unlink(missing_ok=True)
         data.sweep(self.folder, self.folder / "encoder")
         if not self.result():                                     # a finished one may be read-only
@@ -398,12 +403,14 @@ def ensure_data(path, compute=None) -> Path:
 
 
 def fill_in(args, kind: str) -> None:
-    """Give the flags that were left out the preset's values."""
-    preset = PRESETS[args.preset]
-    for name, value in {**preset[kind], **(preset["abmil"] if getattr(args, "init", None) == "none" else {})}.items():
-        if getattr(args, name) is None and not (name in ("steps", "epochs") and (getattr(args, "steps", None) or args.epochs)):
-            if not (name == "blr" and args.lr is not None):
-                setattr(args, name, value)
+    """Give the flags that were left out the preset's values. steps and epochs, and lr and blr, stand for each other."""
+    values = dict(PRESETS[args.preset][kind])
+    if getattr(args, "init", None) == "none":
+        values.update(PRESETS[args.preset]["abmil"])
+    given = {"steps": getattr(args, "steps", None) or args.epochs, "epochs": getattr(args, "steps", None) or args.epochs, "blr": args.lr}
+    for name, value in values.items():
+        if getattr(args, name) is None and given.get(name) is None:
+            setattr(args, name, value)
 
 
 PRESET_CONFIG = {"small": mixmag.Config.small, "paper": mixmag.Config.paper}
@@ -558,7 +565,7 @@ def pretrain_loop(args, run: Run, model, dataset, compute) -> dict:
     config = model.config
     total = args.steps or math.ceil(args.epochs * len(dataset) / args.batch_size)
     warmup = round(args.warmup * total)
-    peak = args.lr or args.blr * args.batch_size / 256                                          # linear scaling rule
+    peak = args.blr * args.batch_size / 256 if args.lr is None else args.lr                     # linear scaling rule
     optimizer = torch.optim.AdamW(parameter_groups(model, config.depth, args.weight_decay), lr=peak, betas=(0.9, 0.95), fused=True)     # assumed
     share = args.batch_size // compute.world                                                    # of each process
     if args.in_memory:
@@ -877,7 +884,10 @@ def finetune_epoch(model, optimizer, dataset, compute, args, epoch: int, steps: 
     for i, batch in enumerate(loader):
         step = epoch * len(batches) + i
         torch.manual_seed((1_000_003 * args.seed + step) * compute.world + compute.rank)        # for dropout: so a resumed run has the same
-        loss = finetune_step(model, to_device(batch, compute.device), args.smoothing, compute, len(batches[i]), step) if batch else torch.zeros(())
+        if batch:
+            loss = finetune_step(model, to_device(batch, compute.device), args.smoothing, compute, len(batches[i]), step)
+        else:                                                      # no case is left for this process, whose scaler is to know its device all the same
+            loss = compute.scaler.scale(torch.zeros((), device=compute.device)).cpu()
         sum_gradients(model, compute)
         norm = optimizer_step(model, optimizer, compute.scaler, args.lr * lr_at(step, steps, round(args.warmup * steps)), args.clip).item()
         if not math.isfinite(norm) and not usable_scale(compute):
@@ -1009,6 +1019,7 @@ def finetune_loop(args, run: Run, model, sets: dict, labels: dict, compute) -> d
 def finish_finetuning(run: Run, model, sets, labels, state: dict, compute, args) -> None:
     """Save the best epoch's classifier, score tune and test with it, write predictions.csv and result.json."""
     model.load_state_dict(state["best"])
+    sets["tune"].held.clear()                                      # a run that stopped before this has none either
     rule, rows, scores = CASE_SCORES[state["case_score"]], [], {}
     for split in ("tune", "test"):
         scores[split] = [float(rule(s)) for s in finite_scores(model, sets[split], compute, args.batch_size)]
@@ -1121,7 +1132,7 @@ def open_run(args, ids) -> tuple:
     machine."""
     model, config = read_classifier(args.run)
     folder = args.data or config["data"]
-    compute = machine(args, model.config.width)
+    compute = machine(SimpleNamespace(device=args.device, amp=config["amp"]), model.config.width)
     slides = {s.slide_id: s for s in data.read_slides(folder, ids)}
     one = next(iter(slides.values()))
     wanted = (config["tile_encoder"], model.config.dim, model.config.magnifications)
@@ -1278,7 +1289,7 @@ def embed_command(args) -> int:
 
 # ------------------------------------------------------------------------------------------------------------- heatmaps
 
-def attention_table(model, dataset, min_cover: float, compute) -> tuple[SimpleNamespace, float]:
+def attention_table(model, dataset, compute) -> tuple[SimpleNamespace, float]:
     """The only slide of `dataset` through the model -> what it pooled, in its own order, and the slide's score. Arrays of length T: level, side,
     place (T, 2), box (T, 4) as in `places`; window, region (T, 2) its place; weight, which sums to 1; rank, the share of the slide's weights of the
     same level that are no larger (ties share their mean); and .cells, (T, R*R) rows of slide.cells that each one's region holds, or -1."""
@@ -1286,7 +1297,7 @@ def attention_table(model, dataset, min_cover: float, compute) -> tuple[SimpleNa
     slide, batch = dataset.slides[case.case_id], to_device(dataset.__getitems__([0]), compute.device)
     with torch.no_grad(), compute.autocast():
         logit, attention = model(batch["x"], batch["regions"], batch["valid"])
-    rows, corners = data.windows(slide.cells, geometry.region, geometry.region, min_cover)
+    rows, corners = dataset.rows[case.case_id], dataset.corners[case.case_id]
     level, side, place, box = places(slide.meta, geometry, model.tokens, model.index.cpu().numpy(), corners)
     keep = np.ones((len(rows), 1), bool) if cls else data.tokens_of(slide, rows, dataset.entries)[1]
     window, token = keep.nonzero()                                 # window by window, as the model pools them
@@ -1395,6 +1406,21 @@ def qupath_features(table, level: int, label: str, slide_id: str, run: str, offs
 REMARK = "attention says what the model weighed in its sum, not why: it is no evidence of causality"
 
 
+def draw_maps(out: Path, table, slide, labels: list, reader, bounds: tuple, side: float, title: str) -> None:
+    """A picture per magnification, and of the top regions where the slide itself (`reader`) is at hand. bounds: what is drawn, side: of a
+    region, level-0 px. labels: the names of the levels, "regions" where regions were pooled."""
+    left, top, right, bottom = bounds
+    tokens = labels != ["regions"]
+    ground = lattice(slide.meta, slide.cells, slide.meta["cell_px"], 120, 255)
+    if reader:
+        ground = slide_picture(reader, bounds, 1600).mean(axis=2), (left, right, bottom, top)
+    for k in np.unique(table.level):
+        draw_attention(out / f"attention-{labels[k]}.png", table, k, slide, ground, bounds,
+                       f"{slide.slide_id}\n{labels[k]}: rank percentile of attention within slide{' and magnification' * tokens}\n{title}")
+    if reader:
+        draw_regions(out / "regions.png", table, labels if tokens else [], slide, reader, side)
+
+
 def heatmap_command(args) -> int:
     """CSV and GeoJSON come first: they need no pixel, so that an image that cannot be read costs nothing but the pictures."""
     model, config, dataset, compute = open_run(args, [args.slide])
@@ -1402,32 +1428,26 @@ def heatmap_command(args) -> int:
         raise MixmagError(f"{args.slide} has no region of which {config['min_cover']:.0%} is tissue: there is nothing to draw")
     slide, run, out = dataset.slides[args.slide], Path(args.run).resolve().name, Path(args.out or Path(args.run) / "heatmap" / args.slide)
     meta, reader = slide.meta, data.Reader(args.image) if args.image else None
-    whole, bounds = (0, 0, meta["width"], meta["height"]), reader.slide.properties if reader else {}
+    whole, said = (0, 0, meta["width"], meta["height"]), reader.slide.properties if reader else {}
     if reader and reader.slide.dimensions != whole[2:]:
         raise MixmagError(f"--image {args.image} has {reader.slide.dimensions} pixels, {args.slide} was tiled from {whole[2:]}: not the same slide")
-    x, y, width, height = (int(bounds.get(f"openslide.bounds-{k}", v)) for k, v in zip(("x", "y", "width", "height"), whole))
-    table, score = attention_table(model, dataset, config["min_cover"], compute)
-    cls, levels = config["tokens"] == "cls", np.unique(table.level)
-    names = [config["magnification"]] if cls else meta["magnifications"]
-    labels = ["regions"] if cls else [f"{m}x" for m in names]
+    x, y, width, height = (int(said.get(f"openslide.bounds-{k}", v)) for k, v in zip(("x", "y", "width", "height"), whole))
+    table, score = attention_table(model, dataset, compute)
+    names = [config["magnification"]] if config["tokens"] == "cls" else meta["magnifications"]
+    labels, levels = ["regions"] if config["tokens"] == "cls" else [f"{m}x" for m in names], np.unique(table.level)
     write_csv(out / "attention.csv", ("magnification", "col", "row", "x", "y", "side", "region_col", "region_row", "attention", "rank"),
               ((names[k], *place, *box[:2], side, *region, repr(weight), repr(rank)) for k, place, box, side, region, weight, rank in zip(
                   table.level, table.place, table.box, table.side, table.region, table.weight.tolist(), table.rank.tolist())))
     for k in levels:
-        write_text(out / f"attention-{labels[k]}.geojson", json.dumps(qupath_features(table, k, labels[k], args.slide, run, (x, y)), allow_nan=False))
+        features = qupath_features(table, k, labels[k], args.slide, run, (x, y))
+        write_text(out / f"attention-{labels[k]}.geojson", json.dumps(features, allow_nan=False))
     rule = json.loads((Path(args.run) / "result.json").read_text("utf-8"))["case_score"]
     print(f"{args.slide}: score {score:.4f}; a case's score is the {rule} over its slides\n"
           f"{len(table.weight)} weights in {out}/attention.csv; .geojson and .png of "
           + ", ".join(labels[k] for k in levels) + ("" if reader else "; no --image, so no top regions") + f"\n{REMARK}")
     try:
-        view, ground = (x, y, x + width, y + height), lattice(meta, slide.cells, meta["cell_px"], 120, 255)
-        ground = (slide_picture(reader, view, 1600).mean(axis=2), (x, x + width, y + height, y)) if reader else ground
-        for k in levels:
-            title = (f"{args.slide}\n{labels[k]}: rank percentile of attention within slide{'' if cls else ' and magnification'}\n"
-                     f"run {run}, score {score:.3f}")
-            draw_attention(out / f"attention-{labels[k]}.png", table, k, slide, ground, view, title)
-        if reader:
-            draw_regions(out / "regions.png", table, [] if cls else labels, slide, reader, model.config.region * meta["cell_px"])
+        draw_maps(out, table, slide, labels, reader, (x, y, x + width, y + height), model.config.region * meta["cell_px"],
+                  f"run {run}, score {score:.3f}")
     except data.openslide.OpenSlideError as error:
         raise MixmagError(f"{args.image}: its pixels cannot be read ({error}); without --image the maps are drawn on grey") from None
     return 0
@@ -1537,6 +1557,14 @@ def two_sided(differences: np.ndarray) -> float:
     return min(1.0, 2 * (1 + min((differences <= 0).sum(), (differences >= 0).sum())) / (1 + len(differences)))
 
 
+def holm(p: dict) -> dict:
+    """The p-values of a family, corrected for its size (Holm 1979)."""
+    corrected, limit = {}, 0.0
+    for place, i in enumerate(sorted(p, key=p.get)):
+        limit = corrected[i] = max(limit, min(1.0, p[i] * (len(p) - place)))
+    return corrected
+
+
 def format_pairs(rows, tasks, draws: dict) -> str:
     """A Markdown table of differences in AUROC x 100 between rows on the same test cases, by paired bootstrap over cases; p-values of a pair are
     corrected over its tasks by Holm's method. A star says that the two can be told apart."""
@@ -1547,9 +1575,7 @@ def format_pairs(rows, tasks, draws: dict) -> str:
         differences = [100 * (a - b) if a is not None and b is not None and cases == same else None for (a, cases), (b, same) in pairs]
         known = [i for i, d in enumerate(differences) if d is not None]
         if known:
-            p, limit = {i: two_sided(differences[i]) for i in known}, 0.0
-            for place, i in enumerate(sorted(known, key=p.get)):                                        # Holm 1979
-                limit = p[i] = max(limit, min(1.0, p[i] * (len(known) - place)))
+            p = holm({i: two_sided(differences[i]) for i in known})
             cells = ["n/a" if i not in p else f"{np.mean(d):+.1f}" + ("*" if p[i] < 0.05 else "") for i, d in enumerate(differences)]
             mean = np.mean([differences[i] for i in known], axis=0)
             low, high = interval(mean)

@@ -157,6 +157,8 @@ def test_pretraining_leaves_out_every_tune_and_test_slide(tmp_path):
     task(tmp_path, [("1", "a", 0, "train"), ("2", "b", 1, "tune")])
     task(tmp_path, [("2", "b", 0, "train"), ("3", "c", 1, "test")], "u")
     assert data.pretraining_ids(tmp_path) == ["a", "d"]
+    data.write_csv(tmp_path / "pretrain.csv", ("slide_id",), [("d",), ("b",), ("d",)])
+    assert data.pretraining_ids(tmp_path) == ["d", "b"]
 
 
 # ----------------------------------------------------------------------------------------------------- synthetic cohort
@@ -1571,6 +1573,17 @@ def test_slides_without_a_region_are_named(tmp_path):
     cases = [data.Case("1", 0, "train", ["whole", "scrap"]), data.Case("2", 1, "train", ["scrap"])]
     dataset = data.CaseDataset(slides, cases, Geometry(3), Geometry(3).select())
     assert len(dataset) == 1 and dataset.dropped == ["scrap", "scrap"]
+
+
+def test_regions_without_a_valid_token_are_no_regions(tmp_path):
+    """Two regions, one of which has nothing at 20x: it gives no class tokens to pool where 20x alone is read."""
+    valid = np.ones((2, 21), bool)
+    valid[1, 5:] = False
+    make_slide(tmp_path, "a", cells=[(0, 0), (1, 0)], valid=valid)
+    slides, geometry = {"a": data.read_slides(tmp_path)[0]}, Geometry(1)
+    for magnification, corners in ((20, [[0, 0]]), (5, [[0, 0], [1, 0]])):
+        dataset = data.CaseDataset(slides, [data.Case("1", 0, "train", ["a"])], geometry, geometry.select(magnification))
+        assert dataset.corners["a"].tolist() == corners and dataset.__getitems__([0])["regions"].tolist() == [len(corners)]
 
 
 def test_statistics_equal_the_definition(tmp_path):

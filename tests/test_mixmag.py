@@ -211,6 +211,8 @@ def test_encoder_refuses_wrong_shapes():
         MixingEncoder(tiny())(torch.randn(2, 83, 10))
     with pytest.raises(ValueError, match="expected"):
         MixingEncoder(tiny())(torch.randn(2, 84, 11))
+    with pytest.raises(ValueError, match="expected"):
+        MixingEncoder(tiny())(torch.randn(2, 4, 10), torch.zeros(2, 1, dtype=torch.long))
 
 
 def test_standardize_survives_a_constant_dimension():
@@ -259,6 +261,16 @@ def test_nt_xent_equals_the_loop():
         total -= math.log(math.exp((z[i] @ z[j]).item() / 0.2) / others) / 8
     assert mixmag.nt_xent(a, b, 0.2).item() == pytest.approx(total, abs=1e-12)
     assert torch.autograd.gradcheck(lambda a, b: mixmag.nt_xent(a, b, 0.2), (a, b))
+
+
+def test_losses_are_in_full_precision_under_autocast():
+    """Half-precision products would round similarities / temperature, and the counts of valid tokens above 256."""
+    torch.manual_seed(0)
+    a, b, g = torch.randn(64, 16), torch.randn(64, 16), Geometry(5)
+    removed, valid = mixmag.random_removal(2, g.num_tokens, 0.5), torch.rand(2, g.num_tokens) > 0.2
+    plain = mixmag.nt_xent(a, b, 0.1), mixmag.removal_weights(g, removed, valid)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(x, y) for x, y in zip(plain, (mixmag.nt_xent(a, b, 0.1), mixmag.removal_weights(g, removed, valid))))
 
 
 def test_gated_abmil_equals_the_loop_over_ragged_bags():

@@ -637,7 +637,7 @@ def test_attention_lies_where_a_loop_over_windows_puts_it(odd, init, tokens, mag
         model.whiten.fit(torch.randn_like(model.whiten.mean), torch.diag(torch.rand(len(model.whiten.matrix))))
     slide = data.read_slides(odd, ["holes"])[0]
     dataset = data.CaseDataset({"holes": slide}, [data.Case("holes", 0, "", ["holes"])], config.geometry(), model.index, 0.5)
-    table, score = train.attention_table(model, dataset, 0.5, compute())
+    table, score = train.attention_table(model, dataset, compute())
     levels = (0, 1, 2) if magnification == "all" else ((5, 10, 20).index(magnification),)
     expected, inputs = brute_force(slide, levels=levels)
     x, valid = (torch.from_numpy(np.stack(part)) for part in list(zip(*inputs))[:2])
