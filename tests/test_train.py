@@ -10,6 +10,7 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -166,6 +167,31 @@ def test_scaled_step_equals_the_plain_one_and_skips_infinities():
     next(scaled.parameters()).grad.view(-1)[0] = math.inf
     norm = train.optimizer_step(scaled, scaled_optimizer, scaler, 1e-3, 0.1).item()
     assert not math.isfinite(norm) and scaler.get_scale() == 512.0 and all(torch.equal(a, b) for a, b in zip(before, scaled.parameters()))
+
+
+def test_a_process_without_a_case_takes_its_step_too(cohort, monkeypatch):
+    """The second of two processes, and a single case: under fp16 its scaler has seen no loss, and the step is the other process's."""
+    monkeypatch.setattr(train, "sum_over_processes", lambda values, compute: values)
+    slides = {s.slide_id: s for s in data.read_slides(cohort)}
+    dataset = data.CaseDataset(slides, data.read_task(cohort, "skin_braf")[:1], mixmag.Geometry(3), mixmag.Geometry(3).select())
+    model = mixmag.SlideClassifier(mixmag.Config.small(64), None, hidden=8)
+    optimizer = torch.optim.AdamW(train.parameter_groups(model, 4, 0.0))
+    args = SimpleNamespace(seed=0, batch_size=4, workers=0, smoothing=0.1, lr=1e-3, warmup=0, clip=1)
+    machine = SimpleNamespace(**{**vars(compute(torch.float16)), "rank": 1, "world": 2})
+    assert train.finetune_epoch(model, optimizer, dataset, machine, args, 0, 1, train.progress(total=1)) == (0.0, 0.0)
+    assert all(state["step"] == 1 for state in optimizer.state.values()) and len(optimizer.state) == len(list(model.parameters()))
+
+
+def test_a_run_begun_anew_is_never_a_mixture(tmp_path, monkeypatch):
+    """Killed while --resume off clears the folder: until nothing of the old run is left, its config.json says whose it is."""
+    (tmp_path / "encoder").mkdir()
+    names = [*train.RUN_FILES, "result.json", data.SUMS]
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    unlink, gone = Path.unlink, []
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: (gone.append(path.name), unlink(path, missing_ok=missing_ok)))
+    train.Run(tmp_path, {"lr": 1}, "off", compute())
+    assert len(gone) >= len(names) and gone[len(names) - 1] == "config.json" and json.loads((tmp_path / "config.json").read_text()) == {"lr": 1}
 
 
 def test_precision_is_chosen_by_width_on_a_processor():
