@@ -1531,6 +1531,7 @@ def format_table(rows, tasks, runs: dict, draws: dict) -> str:
     titles = ["", *(TASK_TITLES.get(t, t) for t in tasks), "average, 95 % over cases", "spread over seeds", "average precision", "tasks",
               "paper, these tasks"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    title = row_title if len({row.endswith("-cls") for row in rows}) == 1 else full_title               # say the outputs where they differ
     for row in rows:
         values = [[r["auroc"] for r in runs[row, task]] for task in tasks]
         known = np.array([100 * np.array(v) for v in values if None not in v])                          # (tasks, seeds)
@@ -1541,7 +1542,7 @@ def format_table(rows, tasks, runs: dict, draws: dict) -> str:
         spread = f"{known.mean(axis=0).std(ddof=1):.1f}" if len(known) and known.shape[1] > 1 else "-"
         precision = [100 * float(r["average_precision"]) for task in tasks for r in runs[row, task] if r["average_precision"]]
         printed = [PAPER[row][list(TASK_TITLES).index(t)] for t in tasks if t in TASK_TITLES]
-        cells = [row_title(row), *("n/a" if None in v else f"{100 * np.mean(v):.1f}" for v in values), average, spread,
+        cells = [title(row), *("n/a" if None in v else f"{100 * np.mean(v):.1f}" for v in values), average, spread,
                  f"{np.mean(precision):.1f}" if precision else "n/a", f"{len(known)} of {len(tasks)}",
                  f"{np.mean(printed):.1f}" if len(printed) == len(tasks) else "-"]
         lines.append(f"| {' | '.join(cells)} |")

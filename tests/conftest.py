@@ -35,7 +35,10 @@ def command(script, args, cwd, out, environment, limits):
         resource.setrlimit(getattr(resource, name), (value, value))
     sys.argv = [script, *args]
     import data
+    import torch
     import train
+    if "WORLD_SIZE" in environment:
+        torch.set_num_threads(1)                                   # as torchrun does
     module = {"data.py": data, "train.py": train}[script]
     arguments = module.parse()
     sys.exit(data.run_command(module.COMMANDS[arguments.command], arguments))
