@@ -226,6 +226,14 @@ def write_csv(path, header, rows) -> None:
         writer.writerows(rows)
 
 
+def report_failed(path, failed: list) -> int:
+    """Write the table of (slide_id, stage, reason), or none where nothing failed; the exit code that goes with it."""
+    Path(path).unlink(missing_ok=True)
+    if failed:
+        write_csv(path, ("slide_id", "stage", "reason"), failed)
+    return 3 if failed else 0
+
+
 def file_sha256(path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -1445,7 +1453,9 @@ def tile_one(path: Path, encoder, dim: int, args) -> tuple[str, int]:
     return report + ("" if plan.windows else "; nothing to embed"), size
 
 
-def tile_command(args) -> int:
+def slides_to_tile(args) -> tuple[list[Path], Path]:
+    """The slides of this share, after everything that can be refused before any work, and where those that fail are to be listed. args.manifest
+    becomes what it says."""
     try:
         Geometry(args.region, args.magnifications)
     except ValueError as error:
@@ -1454,8 +1464,6 @@ def tile_command(args) -> int:
     share, shares = (int(part) for part in shard.split("/")) if re.fullmatch(r"\d+/\d+", shard) else (1, 0)
     if share >= shares:
         raise MixmagError(f"--shard {shard}: expected i/n with 0 <= i < n")
-    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    args.device = torch.device(args.device.replace("auto", gpu))
     paths, args.manifest = find_slides(args.slides), read_manifest(args.manifest) if args.manifest else {}
     strangers = set(args.manifest) - {name for path in paths for name in (path.name, path.stem)}
     if strangers:
@@ -1465,11 +1473,18 @@ def tile_command(args) -> int:
     paths, out = paths[share::shares], Path(args.out).resolve()
     if any(path.resolve().parent in (out, out / "slides") for path in paths):
         raise MixmagError(f"--out {args.out} would write among the slides themselves; name another folder")
+    return paths, out / ("failed.csv" if shares == 1 else f"failed-{share}-of-{shares}.csv")
+
+
+def tile_command(args) -> int:
+    paths, listed = slides_to_tile(args)
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    args.device = torch.device(args.device.replace("auto", gpu))
     encoder = tile_encoder(args.encoder, args.device, args.weights)
     dim = encode(encoder, np.full((1, TILE_PX, TILE_PX, 3), 255, np.uint8), 1, args.device).shape[1]
     args.weights_sha256 = args.weights and file_sha256(args.weights)
     failed, needed = [], 0
-    sweep(out / "slides")
+    sweep(listed.parent / "slides")
     for path in progress(paths, desc="slides"):
         try:
             report, size = tile_one(path, encoder, dim, args)
@@ -1484,17 +1499,14 @@ def tile_command(args) -> int:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     if args.dry_run:
-        print(f"{len(paths) - len(failed)} slides can be tiled, {len(failed)} cannot; {needed / 1e9:.3f} GB are needed, "
-              f"{free_bytes(out) / 1e9:.3f} GB free under {args.out}")
-        if needed > free_bytes(out):
+        free = free_bytes(listed.parent)
+        print(f"{len(paths) - len(failed)} slides can be tiled, {len(failed)} cannot; {needed / 1e9:.3f} GB are needed, {free / 1e9:.3f} GB free "
+              f"under {args.out}")
+        if needed > free:
             raise MixmagError(f"the slides do not fit under --out {args.out}")
         return 3 if failed else 0
-    listed = out / ("failed.csv" if shares == 1 else f"failed-{share}-of-{shares}.csv")
-    listed.unlink(missing_ok=True)
-    if failed:
-        write_csv(listed, ("slide_id", "stage", "reason"), failed)
     print(f"{len(paths) - len(failed)} slides done, {len(failed)} failed" + (f" (see {listed})" if failed else ""))
-    return 3 if failed else 0
+    return report_failed(listed, failed)
 
 
 # -------------------------------------------------------------------------------------------------------------- Virchow2
@@ -1845,11 +1857,8 @@ def import_command(args) -> int:
             print(f"{i}: {status}, {said}" if found else f"{i}: FAILED: {reason}", file=sys.stdout if found else sys.stderr, flush=True)
     failed = [(i, "import", reason) for i, status, reason, *_ in rows if status == "failed"]
     write_csv(out / "import.csv", IMPORT_COLUMNS, rows)
-    (out / "failed.csv").unlink(missing_ok=True)
-    if failed:
-        write_csv(out / "failed.csv", ("slide_id", "stage", "reason"), failed)
     print(f"{len(rows) - len(failed)} slides imported, {len(failed)} failed; {out / 'import.csv'} says what did not match")
-    return 3 if failed else 0
+    return report_failed(out / "failed.csv", failed)
 
 
 # --------------------------------------------------------------------------------------------------------- windows, batches

@@ -168,7 +168,7 @@ from safetensors.torch import save_file                                         
 
 import data                                                                                                 # noqa: E402
 import mixmag                                                                                               # noqa: E402
-from data import MixmagError, Stopped, progress, whole_file, write_csv, write_json, write_text              # noqa: E402
+from data import MixmagError, Stopped, progress, report_failed, whole_file, write_csv, write_json, write_text   # noqa: E402
 
 
 def log(*words) -> None:
@@ -407,7 +407,8 @@ def fill_in(args, kind: str) -> None:
     values = dict(PRESETS[args.preset][kind])
     if getattr(args, "init", None) == "none":
         values.update(PRESETS[args.preset]["abmil"])
-    given = {"steps": getattr(args, "steps", None) or args.epochs, "epochs": getattr(args, "steps", None) or args.epochs, "blr": args.lr}
+    length = getattr(args, "steps", None) or args.epochs
+    given = {"steps": length, "epochs": length, "blr": args.lr}
     for name, value in values.items():
         if getattr(args, name) is None and given.get(name) is None:
             setattr(args, name, value)
@@ -1141,14 +1142,6 @@ def open_run(args, ids) -> tuple:
     cases = [data.Case(i, 0, "", [i]) for i in slides]
     dataset = data.CaseDataset(slides, cases, model.config.geometry(), model.index, config["min_cover"])
     return model.to(compute.device), config, dataset, compute
-
-
-def report_failed(path, failed: list) -> int:
-    """The table of (slide_id, stage, reason), as data.py writes it, or none; returns the exit code that goes with it."""
-    Path(path).unlink(missing_ok=True)
-    if failed:
-        write_csv(path, ("slide_id", "stage", "reason"), failed)
-    return 3 if failed else 0
 
 
 def predict_command(args) -> int:

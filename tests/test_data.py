@@ -151,11 +151,14 @@ def test_labels_are_zero_or_one(tmp_path, label):
         data.read_task(tmp_path, "t")
 
 
-def test_pretraining_leaves_out_every_tune_and_test_slide(tmp_path):
+@pytest.mark.parametrize("one, other", [([("2", "b", 1, "tune")], [("2", "b", 0, "train"), ("3", "c", 1, "test")]),
+                                        ([("2", "b", 1, "train")], [("2", "c", 1, "test"), ("3", "d", 0, "train")])])
+def test_pretraining_leaves_out_every_tune_and_test_case(tmp_path, one, other):
+    """Whole, with all its slides, whatever another task says of them; pretrain.csv overrules."""
     for i in "abcd":
         make_slide(tmp_path, i)
-    task(tmp_path, [("1", "a", 0, "train"), ("2", "b", 1, "tune")])
-    task(tmp_path, [("2", "b", 0, "train"), ("3", "c", 1, "test")], "u")
+    task(tmp_path, [("1", "a", 0, "train"), *one])
+    task(tmp_path, other, "u")
     assert data.pretraining_ids(tmp_path) == ["a", "d"]
     data.write_csv(tmp_path / "pretrain.csv", ("slide_id",), [("d",), ("b",), ("d",)])
     assert data.pretraining_ids(tmp_path) == ["d", "b"]

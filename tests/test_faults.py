@@ -350,15 +350,6 @@ def test_smallest_batches_and_splits(cohort, tmp_path):
 
 # -------------------------------------------------------------------------------------------------------------------- leakage
 
-def test_a_case_is_held_out_whole(tmp_path):
-    """Another slide of a test case is no pretraining slide, whatever another task says of it."""
-    for i in "abcd":
-        make_slide(tmp_path, i)
-    task(tmp_path, [("1", "a", 0, "train"), ("2", "b", 1, "train")])
-    task(tmp_path, [("2", "c", 1, "test"), ("3", "d", 0, "train")], "u")
-    assert data.pretraining_ids(tmp_path) == ["a", "d"]
-
-
 def test_an_encoder_of_unknown_slides_is_flagged(cohort, tmp_path):
     """What an encoder saw is listed beside it; without that list fine-tuning says that it cannot tell."""
     run("train.py", "pretrain", *PRETRAIN, "--data", cohort, "--out", "p", cwd=tmp_path)
