@@ -494,8 +494,9 @@ class GatedABMIL(nn.Module):
         top = score.detach().new_full((bags,), -math.inf).scatter_reduce(0, bag, score.detach(), "amax")
         e = (score - top[bag]).exp()
         attention = e / e.new_zeros(bags).index_add(0, bag, e)[bag]                                     # Eq. 8  (T,)
-        weighted = attention[:, None] * x.to(attention)
-        return weighted.new_zeros(bags, x.shape[1]).index_add(0, bag, weighted), attention              # Eq. 7  (bags, d)
+        pooled = F.embedding_bag(torch.arange(len(x), device=x.device), x.to(attention), lengths.cumsum(0) - lengths, mode="sum",
+                                 per_sample_weights=attention)                                          # Eq. 7  (bags, d)
+        return pooled, attention
 
 
 def min_slide_loss(loss: Tensor, case: Tensor) -> Tensor:
