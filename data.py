@@ -135,7 +135,7 @@ def catch_signals() -> None:
         signal.signal(s, note)
 
 
-TORCH_SAYS = {"allocate": "out of memory", "DataLoader worker": "a process that loads data was ended", "by peer": "another of the processes ended"}
+TORCH_SAYS = {"allocate": "out of memory", "DataLoader worker": "another of the processes ended", "by peer": "another of the processes ended"}
 
 
 def run_command(function, args) -> int:
@@ -1911,14 +1911,6 @@ def as_batch(x: np.ndarray, valid: np.ndarray) -> tuple:
     return torch.from_numpy(x), None if valid.all() else torch.from_numpy(valid)
 
 
-def shared_empty(*shape) -> torch.Tensor:
-    """float16, not filled; in a process that loads for another one in memory that both see, so that nothing is copied between them."""
-    if torch.utils.data.get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.float16)
-    storage = torch.UntypedStorage._new_shared(2 * math.prod(shape))
-    return torch.empty(0, dtype=torch.float16).set_(storage, 0, shape)
-
-
 class RegionDataset(torch.utils.data.Dataset):
     """Random windows for pretraining, turned, with what is to be removed. Sample i is a function of (seed, i) alone: epoch i // W
     is a permutation of all W windows.
@@ -1940,7 +1932,8 @@ class RegionDataset(torch.utils.data.Dataset):
         self.slide_of = np.repeat(np.arange(len(slides)), self.per_slide)                               # (W,)
         self.all_valid = all(s.valid.all() for s in slides)
         self.shuffled = (None, None)                                                                    # an epoch and its order
-        self.store = self.begins = None
+        self.store = self.begins = self.ring = None
+        self.served = 0                                                                                 # how often `read` wrote to the ring
 
     def __getstate__(self) -> dict:
         return {**vars(self), "store": None}                      # processes that load only say which embeddings are wanted
@@ -1957,6 +1950,22 @@ class RegionDataset(torch.utils.data.Dataset):
         for part, slide in progress(list(zip(self.store.split(counts), self.slides)), desc="embeddings", leave=False):
             part.copy_(torch.from_numpy(slide.features.reshape(part.shape)))
         self.begins = np.cumsum([0, *counts[:-1]])                                                      # a slide's first row in the store
+
+    def reuse(self, batch: int, workers: int) -> None:
+        """From now on each batch lies where an earlier one lay, for memory fresh from the system costs several times what the gather does:
+        a batch of `batch` samples is valid until the next one is asked for. Call it before the processes that load begin."""
+        slots = 3 * workers or 1                                  # of each process: the batch in use and the two that a DataLoader asks for ahead
+        shape = (slots, self.views * batch, self.geometry.num_tokens, self.slides[0].dim)
+        room = torch.UntypedStorage._new_shared(2 * math.prod(shape)) if workers else torch.UntypedStorage(2 * math.prod(shape))
+        self.ring = torch.empty(0, dtype=torch.float16).set_(room, 0, shape)
+
+    def room(self, shape) -> torch.Tensor:
+        """float16 of shape (B, N, D), not filled."""
+        if self.ring is None:
+            return torch.empty(shape, dtype=torch.float16)
+        worker, self.served = torch.utils.data.get_worker_info(), self.served + 1
+        slot = 3 * worker.id + self.served % 3 if worker else 0
+        return self.ring[slot, :shape[0]]
 
     def fetch(self, batch: dict) -> dict:
         """The batch with its embeddings, whichever way they are kept."""
@@ -1998,7 +2007,7 @@ class RegionDataset(torch.utils.data.Dataset):
 
     def read(self, window, token, valid) -> torch.Tensor:
         """(B, N, D) float16 from the slides' files."""
-        x = shared_empty(*token.shape, self.slides[0].dim)
+        x = self.room((*token.shape, self.slides[0].dim))
         for slide, rows, out in zip(self.slide_of[window], token, x.numpy()):
             np.take(self.slides[slide].features.reshape(-1, self.slides[0].dim), rows, axis=0, out=out, mode="clip")     # clip: straight into out
         if not valid.all():

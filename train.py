@@ -571,6 +571,8 @@ def pretrain_loop(args, run: Run, model, dataset, compute) -> dict:
     share = args.batch_size // compute.world                                                    # of each process
     if args.in_memory:
         dataset.hold(compute.device)
+    else:
+        dataset.reuse(share, args.workers)
     if args.compile:
         model.compile(dynamic=False)                              # all parts are of one shape but for a last smaller one
     log(f"{run.folder}: {parameters(model)}, {len(dataset.slides)} slides with {len(dataset)} windows, batch {args.batch_size} in parts of "

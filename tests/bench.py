@@ -324,6 +324,8 @@ def loading(batches: int = 40, batch: int = 64):
                 np.take(maps[i], rows[i], axis=0, out=out[i % batch], mode="clip")
 
         def loaded(workers):
+            if dataset.store is None:
+                dataset.reuse(batch, workers)
             order = [range(i, i + batch) for i in range(0, batch * batches, batch)]
             for found in torch.utils.data.DataLoader(dataset, batch_sampler=order, num_workers=workers, collate_fn=train.as_is):
                 dataset.fetch(train.to_device(found, DEVICE))
