@@ -2,8 +2,10 @@
 import multiprocessing
 import os
 import resource
+import shutil
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("SOURCE_DATE_EPOCH", "946684800")            # of all slide files: equal content is equal bytes
+os.environ.setdefault("OMP_NUM_THREADS", "1")                      # for the notebooks run beside the other tests
 SERVER = multiprocessing.get_context("forkserver")                 # has imported what the commands import, and computed nothing
 SERVER.set_forkserver_preload(["train", "matplotlib.pyplot", "h5py", "tifffile"])
 
@@ -85,3 +88,22 @@ def cohort(tmp_path_factory):
     data.synth_cohort(folder, regions=2, seed=3)
     data.QUICK_FLOORS, data.COHORT = before, whole
     return folder
+
+
+def execute(path, folder) -> None:
+    """A notebook, offline, quick, and with nothing but the modules and its own folder beside it. An error in a cell is raised here."""
+    import nbformat
+    from nbclient import NotebookClient
+    os.environ["IPYTHONDIR"] = str(folder / "ipython")
+    for module in ROOT.glob("*.py"):
+        shutil.copy(module, folder)
+    shutil.copytree(path.parent, folder / "notebooks")
+    NotebookClient(nbformat.read(path, 4), timeout=900, kernel_name="python3", resources={"metadata": {"path": str(folder / "notebooks")}}).execute()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def executed(request, tmp_path_factory):
+    """path -> the future of its execution: the notebooks that are asked for run one after the other beside all tests, from the first test on."""
+    paths = [item.callspec.params["path"] for item in request.session.items if item.name.startswith("test_runs[")]
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield {path: pool.submit(execute, path, tmp_path_factory.mktemp(path.stem)) for path in paths}

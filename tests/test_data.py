@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import openslide
@@ -323,6 +324,28 @@ def test_tiles_are_area_means(tmp_path, scale, levels):
         assert abs(off.mean()) < 0.5 and np.abs(off).mean() < 0.8, (entry, off.mean(), np.abs(off).mean())
     parent = tiles[1:].reshape(2, 2, 224, 224, 3).swapaxes(1, 2).reshape(224, 2, 224, 2, 3)            # a tile is the mean of its children
     assert np.abs(parent.mean(axis=(1, 3)) - tiles[0]).max() <= 0.5
+
+
+def test_openslide_is_never_asked_for_what_is_not_there(tmp_path, monkeypatch):
+    """Every read of the thumbnail and of all cells, also those at the borders: an existing level, a positive size, and no pixel beyond the level's."""
+    asked, read = [], openslide.OpenSlide.read_region
+
+    def noted(slide, location, level, size):
+        asked.append(level)
+        assert 0 <= level < slide.level_count and min(size) >= 1 and min(location) >= 0
+        scale = slide.level_downsamples[level]
+        assert all(round(x / scale) + n <= whole for x, n, whole in zip(location, size, slide.level_dimensions[level]))
+        return read(slide, location, level, size)
+
+    monkeypatch.setattr(openslide.OpenSlide, "read_region", noted)
+    rng = np.random.default_rng(9)
+    for i in range(8):
+        mpp = rng.uniform(0.2, 0.5)
+        height, width = (448 / mpp * rng.uniform(1, 2, 2)).astype(int)
+        path = write_tiff(tmp_path / f"{i}.tiff", pink(height, width, i), mpp, levels=[(1,), (1, 2, 4), (1, 3)][i % 3])
+        plan = data.plan_slide(data.Reader(path), Args(min_tissue=0.0, region=1))
+        assert len(list(data.read_cells(data.Reader(path), plan))) == plan.cells > 0
+    assert set(asked) == {0, 1, 2}
 
 
 class Ramp:
@@ -1529,6 +1552,26 @@ def test_embeddings_held_in_memory_are_those_of_the_files(tmp_path):
         assert pickle.loads(pickle.dumps(held)).store is None
         assert expected["x"].shape == found["x"].shape and torch.equal(expected["x"][expected["valid"]], found["x"][found["valid"]])
         assert all(torch.equal(expected[k], found[k]) for k in ("valid", "removed", "slide")) and not expected["valid"].all()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_batch_stays_as_it_is_until_the_next_is_asked_for(tmp_path, workers):
+    """However long it is in use and however far ahead the others are; and all lie in the same few places, seen by main as one piece of memory."""
+    cells, holes = [(c, r) for c in range(4) for r in range(5)], np.random.default_rng(1).random((20, 21)) > 0.1
+    for i, valid in enumerate((None, holes, None)):
+        make_slide(tmp_path, str(i), cells, seed=i, valid=valid)
+    fresh, again = (data.RegionDataset(data.read_slides(tmp_path), Geometry(3), 7, 0.5, views=2, source=4) for _ in range(2))
+    again.reuse(4, workers)
+    batches = [range(i, i + 4) for i in range(0, 120, 4)] + [range(2)]
+    loader = torch.utils.data.DataLoader(again, batch_sampler=batches, num_workers=workers, collate_fn=lambda batch: batch,
+                                         multiprocessing_context="fork" if workers else None)
+    places = Counter()
+    for indices, batch in zip(batches, loader, strict=True):
+        time.sleep(0.02)
+        expected = fresh.__getitems__(indices)
+        assert all(torch.equal(expected[k], batch[k]) for k in ("x", "removed", "slide")) and (expected["valid"] is None) == (batch["valid"] is None)
+        places[batch["x"].data_ptr()] += 1
+    assert len(places) == (3 * workers or 1) and min(places.values()) > 3
 
 
 def test_an_epoch_sees_every_window_once(cohort):

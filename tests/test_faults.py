@@ -18,6 +18,7 @@ import textwrap
 import time
 import types
 from collections import Counter
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -206,7 +207,7 @@ def test_a_process_that_dies_ends_all(cohort, tmp_path):
         time.sleep(0.05)
     os.kill(max(children(alone.process.pid)), signal.SIGKILL)
     code, _, err = alone.end(60)
-    assert code == 1 and one_error(err).startswith("error: a process that loads data was ended") and "Traceback" not in err
+    assert code == 1 and one_error(err).startswith("error: another of the processes ended") and "Traceback" not in err
     assert torch.load(tmp_path / "r" / "last.pt", weights_only=True)["done"] > before
 
 
@@ -264,6 +265,26 @@ def test_nobody_reads_the_output(cohort, tmp_path):
     script = f"{sys.executable} {ROOT / 'data.py'} verify {tmp_path}"
     done = subprocess.run(["bash", "-c", f"{script} | true; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, env={**os.environ, "LANG": "C", "LC_ALL": "C"})
     assert done.returncode in (0, 1) and not done.stderr
+
+
+def test_zone_and_locale_change_nothing(tmp_path):
+    """Times are UTC with their offset, and numbers have a point, also where the machine's zone is another and its decimals have a comma."""
+    made = subprocess.run(["localedef", "-i", "de_DE", "-f", "UTF-8", tmp_path / "de_DE.UTF-8"], capture_output=True) if shutil.which("localedef") else None
+    comma = {"LOCPATH": str(tmp_path), "LC_ALL": "de_DE.UTF-8"} if made and (tmp_path / "de_DE.UTF-8").exists() else {}
+    code = ("import locale, sys\nif sys.argv.pop(1): locale.setlocale(locale.LC_ALL, ''); assert locale.str(0.5) == '0,5'\n"
+            "import data\nsys.argv = sys.argv[1:]\nimport runpy; runpy.run_path(sys.argv[0], run_name='__main__')")
+    write_tiff(tmp_path / "S.tiff", pink(1000, 1000), 0.5)
+    found = []
+    for name, environment in (("plain", {"TZ": "UTC", "LC_ALL": "C"}), ("other", {"TZ": "Asia/Tokyo", **comma})):
+        env = {k: v for k, v in os.environ.items() if k != "SOURCE_DATE_EPOCH"} | environment | {"PYTHONPATH": str(ROOT)}
+        began = datetime.now(timezone.utc).replace(microsecond=0)
+        done = subprocess.run([sys.executable, "-c", code, "comma" if "LOCPATH" in environment else "", data.__file__, "tile", "--slides", "S.tiff", "--out", name,
+                               "--mpp", "0.5", "--region", "1", "--encoder", "texture"], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert "1 slides done, 0 failed" in done.stdout, done.stdout + done.stderr
+        slide = data.read_slide(tmp_path / name / "slides" / "S.safetensors")
+        assert slide.meta["created"].endswith("+00:00") and began <= datetime.fromisoformat(slide.meta["created"]) <= datetime.now(timezone.utc)
+        found.append(({k: v for k, v in slide.meta.items() if k not in ("created", "sha256")}, slide.features.tobytes(), done.stdout.replace(name, "")))
+    assert found[0] == found[1]
 
 
 def test_old_rests_of_killed_writers_are_swept(tmp_path):

@@ -1,33 +1,13 @@
 """Every notebook runs from top to bottom in a copy, and is committed as it ran.     python -m pytest tests/test_notebooks.py"""
 import base64
 import re
-import shutil
-from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import pytest
 from conftest import ROOT
-from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-
-
-def execute(path, folder) -> None:
-    """Offline, quick, and with nothing but the modules and its own folder beside it. An error in a cell is raised here."""
-    for module in ROOT.glob("*.py"):
-        shutil.copy(module, folder)
-    shutil.copytree(path.parent, folder / "notebooks")
-    NotebookClient(nbformat.read(path, 4), timeout=900, kernel_name="python3", resources={"metadata": {"path": str(folder / "notebooks")}}).execute()
-
-
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    """path -> the future of its execution, two at a time: much of a notebook is one process waiting for another."""
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
-        patch.setenv("IPYTHONDIR", str(tmp_path_factory.mktemp("ipython")))
-        longest_first = sorted(NOTEBOOKS, key=lambda path: path.stem != "06_slide_to_heatmap")
-        yield {path: pool.submit(execute, path, tmp_path_factory.mktemp(path.stem)) for path in longest_first}
 
 
 @every_notebook
