@@ -508,7 +508,7 @@ def min_slide_loss(loss: Tensor, case: Tensor) -> Tensor:
 class Whiten(nn.Module):
     """(h - mean) @ matrix: takes from each output what is always there at its place in the region, and gives all directions about the
     same size, with constants of the training slides. A trained encoder's outputs vary mostly by place and by what is common; what
-    is rare, and a biomarker often is, is small beside it, and attention pooling on a hundred slides does not find it otherwise.
+    is rare, and a biomarker often is, is small beside it, and attention pooling on a hundred slides finds it less often otherwise.
 
     places: n output tokens per region (1 for "cls"). The identity until it is fitted.
     """

@@ -83,7 +83,7 @@ def cohort(tmp_path_factory):
     """A corner of the synthetic cohort: two tasks, 2 regions a slide, 16 to 24 cases a split; training on it takes seconds."""
     import data
     data.QUICK_FLOORS, before = {"train": (24, 10), "tune": (16, 6), "test": (24, 10)}, data.QUICK_FLOORS
-    data.COHORT, whole = {task: {split: (10, 11, 0.3) for split in data.SPLITS} for task in ("breast_cdh1", "skin_braf")}, data.COHORT
+    data.COHORT, whole = {task: {split: (10, 11, 0.3) for split in data.SPLITS} for task in ("gastric_her2", "skin_braf")}, data.COHORT
     folder = tmp_path_factory.mktemp("cohort")
     data.synth_cohort(folder, regions=2, seed=3)
     data.QUICK_FLOORS, data.COHORT = before, whole

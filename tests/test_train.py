@@ -360,8 +360,8 @@ def test_test_labels_decide_nothing(cohort, tmp_path):
 
 @pytest.mark.parametrize("flags", [("--init", "none", "--magnification", 5), ("--init", "none"), ("--init", "random", "--magnification", 20, "--tokens", "cls"), ("--tokens", "cls")])
 def test_every_kind_of_row_trains(runs, cohort, flags):
-    out, _ = run("train.py", "finetune", "--task", "breast_cdh1", "--data", cohort, *flags, "--epochs", 1, "--batch-size", 16, cwd=runs)
-    assert "breast_cdh1: test AUROC 0." in out
+    out, _ = run("train.py", "finetune", "--task", "gastric_her2", "--data", cohort, *flags, "--epochs", 1, "--batch-size", 16, cwd=runs)
+    assert "gastric_her2: test AUROC 0." in out
 
 
 def test_cmem_trains(runs, cohort):
@@ -399,7 +399,7 @@ def test_faults_end_in_one_clear_line(runs, cohort, tmp_path):
         return err
 
     assert "no finished pretraining run" in error("finetune", "--task", "skin_braf", "--data", cohort, cwd=tmp_path)
-    assert "no such task; found breast_cdh1, skin_braf" in error("finetune", "--task", "nothing", "--data", cohort)
+    assert "no such task; found gastric_her2, skin_braf" in error("finetune", "--task", "nothing", "--data", cohort)
     assert "cls with an encoder" in error("finetune", "--task", "skin_braf", "--data", cohort, "--init", "none", "--tokens", "cls", "--out", "x1")
     assert "40 is not among" in error("finetune", "--task", "skin_braf", "--data", cohort, "--init", "random", "--magnification", 40, "--out", "x2")
     error("finetune", "--task", "skin_braf", "--magnification", "20x", code=2)
