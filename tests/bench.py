@@ -310,7 +310,7 @@ def write_cohort(folder, slides: int, side: int, dim: int = 1280) -> None:
                           "width": 896 * side, "height": 896 * side, "n_bad": 0})
 
 
-def loading(batches: int = 40, batch: int = 64):
+def loading(batches: int = 400, batch: int = 64):
     """Random windows of 484 kB from files that the system holds in memory. `bare`: the same rows out of the same memory maps, and nothing else."""
     with tempfile.TemporaryDirectory() as folder:
         write_cohort(folder, 24, 16)
@@ -333,7 +333,7 @@ def loading(batches: int = 40, batch: int = 64):
         bare()
         for held in (False, True):
             for workers in (0, 1, 2):
-                seconds = in_turn(5, ours=lambda: loaded(workers), bare=bare)
+                seconds = in_turn(3, ours=lambda: loaded(workers), bare=bare)
                 yield row(f"windows, {workers} workers" + (f", in memory on {DEVICE.type}" if held else ""), batch * batches, "windows/s", seconds, "bare", 0.8)
             dataset.hold(DEVICE)
 
