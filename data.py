@@ -33,6 +33,10 @@ from pathlib import Path
 
 def parse() -> argparse.Namespace:
     """The command line. It stands first, and is parsed before the heavy imports, so that --help answers at once."""
+    class Help(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):
+            return action.help if action.default is None else super()._get_help_string(action)
+
     parser = argparse.ArgumentParser(prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -43,7 +47,7 @@ def parse() -> argparse.Namespace:
 
     def command(name, summary, example):
         return commands.add_parser(name, help=summary, description=summary, epilog=f"example: {example}",
-                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                   formatter_class=Help)
 
     p = command("synth", "make a synthetic cohort: embedding pyramids with seven planted biomarkers",
                 "python data.py synth --out data/synthetic --scale quick")

@@ -49,12 +49,16 @@ def parse(argv=None) -> argparse.Namespace:
     def magnification(text):
         return text if text == "all" else positive(text)
 
+    class Help(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):
+            return action.help if action.default is None else super()._get_help_string(action)
+
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name, summary, example):
         p = commands.add_parser(name, help=summary, description=summary, epilog=f"example: {example}",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=Help)
         p.add_argument("--seed", type=natural, default=0, help="everything random follows from it")
         p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
         return p
