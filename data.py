@@ -1957,9 +1957,9 @@ class RegionDataset(torch.utils.data.Dataset):
 
     def reuse(self, batch: int, workers: int) -> None:
         """From now on each batch lies where an earlier one lay, for memory fresh from the system costs several times what the gather does:
-        a batch of `batch` samples is valid until the next one is asked for. Call it before the processes that load begin."""
-        slots = 3 * workers or 1                                  # of each process: the batch in use and the two that a DataLoader asks for ahead
-        shape = (slots, self.views * batch, self.geometry.num_tokens, self.slides[0].dim)
+        a batch of `batch` samples is valid until the next one is asked for. For a DataLoader with prefetch_factor 1, so that of each process
+        that loads one batch is in use and one on its way; call it before they begin."""
+        shape = (2 * workers or 1, self.views * batch, self.geometry.num_tokens, self.slides[0].dim)
         room = torch.UntypedStorage._new_shared(2 * math.prod(shape)) if workers else torch.UntypedStorage(2 * math.prod(shape))
         self.ring = torch.empty(0, dtype=torch.float16).set_(room, 0, shape)
 
@@ -1968,7 +1968,7 @@ class RegionDataset(torch.utils.data.Dataset):
         if self.ring is None:
             return torch.empty(shape, dtype=torch.float16)
         worker, self.served = torch.utils.data.get_worker_info(), self.served + 1
-        slot = 3 * worker.id + self.served % 3 if worker else 0
+        slot = 2 * worker.id + self.served % 2 if worker else 0
         return self.ring[slot, :shape[0]]
 
     def fetch(self, batch: dict) -> dict:

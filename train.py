@@ -590,7 +590,7 @@ def pretrain_loop(args, run: Run, model, dataset, compute) -> dict:
     firsts = range(start * args.batch_size + compute.rank * share, total * args.batch_size, args.batch_size)
     batches = [range(first, first + share) for first in firsts]
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, collate_fn=as_is,
-                                         pin_memory=compute.device.type == "cuda")
+                                         prefetch_factor=1 if args.workers else None, pin_memory=compute.device.type == "cuda")
     began, recent = time.time(), []
     bar = progress(total=total, initial=start, desc="pretrain")
     for step, batch in enumerate(loader, start=start):

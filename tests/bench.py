@@ -327,7 +327,7 @@ def loading(batches: int = 400, batch: int = 64):
             if dataset.store is None:
                 dataset.reuse(batch, workers)
             order = [range(i, i + batch) for i in range(0, batch * batches, batch)]
-            for found in torch.utils.data.DataLoader(dataset, batch_sampler=order, num_workers=workers, collate_fn=train.as_is):
+            for found in torch.utils.data.DataLoader(dataset, batch_sampler=order, num_workers=workers, collate_fn=train.as_is, prefetch_factor=1 if workers else None):
                 dataset.fetch(train.to_device(found, DEVICE))
 
         bare()
