@@ -1960,7 +1960,12 @@ class RegionDataset(torch.utils.data.Dataset):
         a batch of `batch` samples is valid until the next one is asked for. For a DataLoader with prefetch_factor 1, so that of each process
         that loads one batch is in use and one on its way; call it before they begin."""
         shape = (2 * workers or 1, self.views * batch, self.geometry.num_tokens, self.slides[0].dim)
-        room = torch.UntypedStorage._new_shared(2 * math.prod(shape)) if workers else torch.UntypedStorage(2 * math.prod(shape))
+        size = 2 * math.prod(shape)
+        try:
+            room = torch.UntypedStorage._new_shared(size) if workers else torch.UntypedStorage(size)
+        except RuntimeError as error:                             # torch's own out-of-memory error is one
+            raise MixmagError(f"{shape[0]} batches take {1e-9 * size:.1f} GB{' of shared memory' * bool(workers)}: a smaller --batch-size or fewer "
+                              f"--workers take less ({error})") from None
         self.ring = torch.empty(0, dtype=torch.float16).set_(room, 0, shape)
 
     def room(self, shape) -> torch.Tensor:

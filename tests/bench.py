@@ -356,17 +356,21 @@ def slide_cost(regions: int, learns: bool) -> tuple[float, int]:
 
 
 def finetuning(most: int = 1000):
-    """Memory of a slide in Patch mode, all of the encoder learning; and the aggregator on ragged bags, forward and backward. `loop`: bag by bag."""
+    """Memory of a slide in Patch mode, all of the encoder learning."""
     sizes = [most // 8, most // 4, most // 2, most]
     peaks = [in_child(slide_cost, regions, True)[1] / 1e9 for regions in sizes]
     for regions, peak in zip(sizes, peaks):
         yield {"line": f"slide of {regions} regions, {189 * regions:,} tokens", "value": peak, "unit": "GB", "peer": "8 GB", "ratio": 8 / peak, "target": 1.0}
     slope, base = np.polyfit(sizes, peaks, 1)
     print(f"  {base:.2f} GB + {1e6 * slope / 189:.1f} kB per token")
+
+
+def bags():
+    """The aggregator on ragged bags, forward and backward. `loop`: bag by bag."""
     for name, dim, lengths in (("32 bags of 1 to 64, 3072 wide", 3072, range(1, 65, 2)), ("512 bags of 1 to 32, 64 wide", 64, [1 + i % 32 for i in range(512)])):
         pool, x, lengths = mixmag.GatedABMIL(dim).to(DEVICE), torch.randn(sum(lengths), dim, device=DEVICE), torch.tensor(list(lengths), device=DEVICE)
-        bags = [(part, torch.tensor([len(part)], device=DEVICE)) for part in x.split(lengths.tolist())]
-        seconds = in_turn(9, model_clock, ours=lambda: pool(x, lengths)[0].sum().backward(), loop=lambda: torch.cat([pool(*bag)[0] for bag in bags]).sum().backward())
+        alone = [(part, torch.tensor([len(part)], device=DEVICE)) for part in x.split(lengths.tolist())]
+        seconds = in_turn(9, model_clock, ours=lambda: pool(x, lengths)[0].sum().backward(), loop=lambda: torch.cat([pool(*bag)[0] for bag in alone]).sum().backward())
         yield row(f"AB-MIL, {name}", len(lengths), "bags/s", seconds, "loop", 3.0)
 
 
@@ -404,7 +408,8 @@ def growth():
         print("  " + ", ".join(f"{scale * base:.3g} {what} + {scale * slope:.3g} x {unit}" for (slope, base), scale, what in zip(fits, (1e6, 1e-6), ("us", "MB"))))
 
 
-BENCHES = {"tiling": tiling, "memory": memory, "pretraining": pretraining, "loading": loading, "finetuning": finetuning, "growth": growth}
+BENCHES = {"tiling": tiling, "memory": memory, "pretraining": pretraining, "loading": loading, "finetuning": finetuning, "bags": bags,
+           "growth": growth}
 
 
 def main() -> None:
