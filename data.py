@@ -1950,7 +1950,7 @@ class RegionDataset(torch.utils.data.Dataset):
             self.store = torch.empty(sum(counts), self.slides[0].dim, dtype=torch.float16, device=device)
         except RuntimeError as error:                             # torch's own out-of-memory error is one
             size = 2e-9 * sum(counts) * self.slides[0].dim
-            raise MixmagError(f"the embeddings of {len(counts)} slides take {size:.1f} GB: leave out --in-memory ({error})") from None
+            raise MixmagError(f"out of memory: the embeddings of {len(counts)} slides take {size:.1f} GB; leave out --in-memory ({error})") from None
         for part, slide in progress(list(zip(self.store.split(counts), self.slides)), desc="embeddings", leave=False):
             part.copy_(torch.from_numpy(slide.features.reshape(part.shape)))
         self.begins = np.cumsum([0, *counts[:-1]])                                                      # a slide's first row in the store
@@ -1964,8 +1964,8 @@ class RegionDataset(torch.utils.data.Dataset):
         try:
             room = torch.UntypedStorage._new_shared(size) if workers else torch.UntypedStorage(size)
         except RuntimeError as error:                             # torch's own out-of-memory error is one
-            raise MixmagError(f"{shape[0]} batches take {1e-9 * size:.1f} GB{' of shared memory' * bool(workers)}: a smaller --batch-size or fewer "
-                              f"--workers take less ({error})") from None
+            raise MixmagError(f"out of memory: {shape[0]} times a batch of {batch} take {1e-9 * size:.1f} GB{' of shared memory' * bool(workers)}; a "
+                              f"smaller --batch-size or fewer --workers take less ({error})") from None
         self.ring = torch.empty(0, dtype=torch.float16).set_(room, 0, shape)
 
     def room(self, shape) -> torch.Tensor:
