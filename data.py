@@ -1936,15 +1936,15 @@ class RegionDataset(torch.utils.data.Dataset):
         self.slide_of = np.repeat(np.arange(len(slides)), self.per_slide)                               # (W,)
         self.all_valid = all(s.valid.all() for s in slides)
         self.shuffled = (None, None)                                                                    # an epoch and its order
-        self.store = self.begins = self.ring = None
-        self.served = 0                                                                                 # how often `read` wrote to the ring
+        self.store = self.gathered = self.begins = self.ring = None
+        self.served, self.packs = 0, False                                                              # how often a place of the ring was filled
 
     def __getstate__(self) -> dict:
-        return {**vars(self), "store": None}                      # processes that load only say which embeddings are wanted
+        return {**vars(self), "store": None, "gathered": None}    # processes that load only say which embeddings are wanted
 
     def hold(self, device) -> None:
-        """From now on `__getitems__` says which embeddings are wanted, and `fetch` gathers them from one tensor on the device. Raises
-        MixmagError where they do not fit."""
+        """From now on `__getitems__` says which embeddings are wanted, and `fetch` gathers them from one tensor on the device, always to the
+        same place. Raises MixmagError where they do not fit."""
         counts = [s.valid.size for s in self.slides]
         try:
             self.store = torch.empty(sum(counts), self.slides[0].dim, dtype=torch.float16, device=device)
@@ -1953,12 +1953,14 @@ class RegionDataset(torch.utils.data.Dataset):
             raise MixmagError(f"out of memory: the embeddings of {len(counts)} slides take {size:.1f} GB; leave out --in-memory ({error})") from None
         for part, slide in progress(list(zip(self.store.split(counts), self.slides)), desc="embeddings", leave=False):
             part.copy_(torch.from_numpy(slide.features.reshape(part.shape)))
-        self.begins = np.cumsum([0, *counts[:-1]])                                                      # a slide's first row in the store
+        self.begins, self.ring = np.cumsum([0, *counts[:-1]]), None                                     # a slide's first row in the store
+        self.gathered, self.packs = self.store.new_empty(0), self.store.device.type == "cpu"
 
-    def reuse(self, batch: int, workers: int) -> None:
+    def reuse(self, batch: int, workers: int, device) -> None:
         """From now on each batch lies where an earlier one lay, for memory fresh from the system costs several times what the gather does:
         a batch of `batch` samples is valid until the next one is asked for. For a DataLoader with prefetch_factor 1, so that of each process
-        that loads one batch is in use and one on its way; call it before they begin."""
+        that loads one batch is in use and one on its way; call it before they begin. On a processor, where nothing is to be pinned, they
+        send plain arrays and the number of the embeddings' place: sending tensors between processes costs half as much as making them."""
         shape = (2 * workers or 1, self.views * batch, self.geometry.num_tokens, self.slides[0].dim)
         size = 2 * math.prod(shape)
         try:
@@ -1966,19 +1968,18 @@ class RegionDataset(torch.utils.data.Dataset):
         except RuntimeError as error:                             # torch's own out-of-memory error is one
             raise MixmagError(f"out of memory: {shape[0]} times a batch of {batch} take {1e-9 * size:.1f} GB{' of shared memory' * bool(workers)}; a "
                               f"smaller --batch-size or fewer --workers take less ({error})") from None
-        self.ring = torch.empty(0, dtype=torch.float16).set_(room, 0, shape)
+        self.ring, self.packs = torch.empty(0, dtype=torch.float16).set_(room, 0, shape), torch.device(device).type == "cpu"
 
-    def room(self, shape) -> torch.Tensor:
-        """float16 of shape (B, N, D), not filled."""
-        if self.ring is None:
-            return torch.empty(shape, dtype=torch.float16)
-        worker, self.served = torch.utils.data.get_worker_info(), self.served + 1
-        slot = 2 * worker.id + self.served % 2 if worker else 0
-        return self.ring[slot, :shape[0]]
-
-    def fetch(self, batch: dict) -> dict:
-        """The batch with its embeddings, whichever way they are kept."""
-        return batch if self.store is None else {**batch, "x": F.embedding(batch["x"], self.store)}     # 8 times as fast as self.store[...]
+    def fetch(self, batch: dict, device) -> dict:
+        """A batch of `__getitems__`, made here or by a process that loads, as tensors on the device; embeddings come from where they are kept."""
+        if isinstance(batch["x"], int):
+            axes = batch["slide"].shape
+            batch = {**batch, "x": self.ring[batch["x"], :math.prod(axes)].unflatten(0, axes)}
+        batch = {k: v if v is None else torch.as_tensor(v).to(device, non_blocking=True) for k, v in batch.items()}
+        if self.store is not None:
+            rows, batch["x"] = batch["x"], self.gathered.resize_(*batch["x"].shape, self.store.shape[1])
+            torch.index_select(self.store, 0, rows.flatten(), out=batch["x"].view(-1, self.store.shape[1]))
+        return batch
 
     def __len__(self) -> int:
         return len(self.slide_of)
@@ -1988,21 +1989,29 @@ class RegionDataset(torch.utils.data.Dataset):
             self.shuffled = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self)))
         return self.shuffled[1]
 
-    def partner(self, window: int, rng) -> int:
-        """The second view of a window."""
+    def chances(self, indices: np.ndarray) -> np.ndarray:
+        """Samples (B,) -> (views, B, N + 4 or a few more) numbers in 0..1. Sample i has the i-th stretch of one random stream to itself."""
+        calls = -(-(self.geometry.num_tokens + 4) // 4)           # of Philox for a view; each makes four numbers
+        runs = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
+        streams = [np.random.Generator(np.random.Philox(key=self.seed).advance(int(run[0]) * self.views * calls)) for run in runs]
+        return np.concatenate([s.random((len(run), self.views, 4 * calls)) for s, run in zip(streams, runs)]).swapaxes(0, 1)
+
+    def partner(self, window: int, chance: np.ndarray) -> int:
+        """The second view of a window; chance (3,)."""
         slide, corner = self.slide_of[window], self.corners[window]
         mine = slice(self.first[slide], self.first[slide + 1])
-        start = corner - rng.integers(0, self.reach + 1, size=2)                                        # of the source window
-        inside = ((self.corners[mine] >= start) & (self.corners[mine] <= start + self.reach)).all(axis=1)
-        return int(self.first[slide] + rng.choice(inside.nonzero()[0]))
+        start = corner - (chance[:2] * (self.reach + 1)).astype(int)                                    # of the source window
+        inside = ((self.corners[mine] >= start) & (self.corners[mine] <= start + self.reach)).all(axis=1).nonzero()[0]
+        return int(self.first[slide] + inside[int(chance[2] * len(inside))])
 
-    def draw(self, i: int) -> list:
-        """Sample i as [(window, turn, removed (M,))] for each view."""
-        epoch, position = divmod(i, len(self))
-        rng = np.random.default_rng([self.seed, epoch, position])
-        first = int(self.order_of(epoch)[position])
-        chosen = [first, self.partner(first, rng)][:self.views] if self.views == 2 else [first]
-        return [(w, int(rng.integers(8)) if self.turn else 0, rng.permutation(self.geometry.num_tokens)[:self.removed_tokens]) for w in chosen]
+    def draw(self, indices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Samples (B,) -> for each view the window (views, B), how it is turned (views, B) and the tokens that go (views, B, M)."""
+        indices, N = np.asarray(indices), self.geometry.num_tokens
+        chance = self.chances(indices)
+        first = [self.order_of(epoch)[position] for epoch, position in zip(*np.divmod(indices, len(self)))]
+        window = np.array([first, *([self.partner(*pair) for pair in zip(first, part)] for part in chance[1:, :, N + 1:N + 4])])
+        turn = (8 * self.turn * chance[..., N]).astype(int)
+        return window, turn, chance[..., :N].argsort(axis=-1)[..., :self.removed_tokens]
 
     def tokens_of(self, window, turn) -> tuple[np.ndarray, np.ndarray]:
         """(B,) windows and how each is turned -> (B, N) the rows of its slide's (C*T, D) embeddings, and which of them are valid."""
@@ -2014,27 +2023,32 @@ class RegionDataset(torch.utils.data.Dataset):
             return token, cell >= 0
         return token, (cell >= 0) & np.stack([self.slides[s].valid.reshape(-1)[rows] for s, rows in zip(self.slide_of[window], token)])
 
-    def read(self, window, token, valid) -> torch.Tensor:
-        """(B, N, D) float16 from the slides' files."""
-        x = self.room((*token.shape, self.slides[0].dim))
+    def read(self, window, token, valid, place: int | None) -> torch.Tensor:
+        """(B, N, D) float16 from the slides' files, in a place of the ring or, with None, in memory of its own."""
+        D = self.slides[0].dim
+        x = torch.empty((*token.shape, D), dtype=torch.float16) if place is None else self.ring[place, :len(token)]
         for slide, rows, out in zip(self.slide_of[window], token, x.numpy()):
-            np.take(self.slides[slide].features.reshape(-1, self.slides[0].dim), rows, axis=0, out=out, mode="clip")     # clip: straight into out
+            np.take(self.slides[slide].features.reshape(-1, D), rows, axis=0, out=out, mode="clip")     # clip: straight into out
         if not valid.all():
             x[torch.from_numpy(~valid)] = 0
         return x
 
     def __getitems__(self, indices) -> dict:
         """x (B, N, D) float16, or after `hold` the rows (B, N) that stand for it, removed (B, M), valid (B, N) or None, slide (B,); with two views
-        each has a leading axis of 2."""
-        draws = [view for views in zip(*(self.draw(i) for i in indices)) for view in views]             # view-major
-        window, turn = np.array([draw[:2] for draw in draws]).T
-        token, valid = self.tokens_of(window, turn)                                                     # (B, N)
-        x = torch.from_numpy(token + self.begins[self.slide_of[window], None]) if self.begins is not None else self.read(window, token, valid)
-        batch = {"x": x, "removed": torch.from_numpy(np.stack([removed for *_, removed in draws])), "slide": torch.from_numpy(self.slide_of[window]),
-                 "valid": None if valid.all() else torch.from_numpy(valid)}
-        if self.views == 2:
-            batch = {k: v if v is None else v.unflatten(0, (2, -1)) for k, v in batch.items()}
-        return batch
+        each has a leading axis of 2. Where a process that loads is to send arrays, what `fetch` makes these of."""
+        worker, place = torch.utils.data.get_worker_info(), None
+        if self.ring is not None:
+            self.served += 1
+            place = 2 * worker.id + self.served % 2 if worker else 0
+        window, turn, removed = self.draw(indices)
+        axes, window = window.shape[self.views == 1:], window.reshape(-1)
+        token, valid = self.tokens_of(window, turn.reshape(-1))                                         # (views B, N)
+        x = self.read(window, token, valid, place) if self.begins is None else token + self.begins[self.slide_of[window], None]
+        batch = {"x": x, "removed": removed.reshape(len(window), -1), "valid": None if valid.all() else valid, "slide": self.slide_of[window]}
+        batch = {k: v if v is None else v.reshape(*axes, *v.shape[1:]) for k, v in batch.items()}
+        if worker and self.packs:
+            return batch if place is None else {**batch, "x": place}
+        return {k: v if v is None else torch.as_tensor(v) for k, v in batch.items()}
 
 
 class CaseDataset(torch.utils.data.Dataset):

@@ -576,7 +576,7 @@ def pretrain_loop(args, run: Run, model, dataset, compute) -> dict:
     if args.in_memory:
         dataset.hold(compute.device)
     else:
-        dataset.reuse(share, args.workers)
+        dataset.reuse(share, args.workers, compute.device)
     if args.compile:
         model.compile(dynamic=False)                              # all parts are of one shape but for a last smaller one
     log(f"{run.folder}: {parameters(model)}, {len(dataset.slides)} slides with {len(dataset)} windows, batch {args.batch_size} in parts of "
@@ -595,7 +595,7 @@ def pretrain_loop(args, run: Run, model, dataset, compute) -> dict:
     bar = progress(total=total, initial=start, desc="pretrain")
     for step, batch in enumerate(loader, start=start):
         rate = peak * lr_at(step, total, warmup)
-        logged = pretrain_step(model, dataset.fetch(to_device(batch, compute.device)), args.micro_batch, compute)
+        logged = pretrain_step(model, dataset.fetch(batch, compute.device), args.micro_batch, compute)
         sum_gradients(model, compute)
         recent.append((step, batches[step - start], logged["loss"], optimizer_step(model, optimizer, compute.scaler, rate, args.clip)))
         last, stop = step + 1 == total, stopping(compute)
@@ -627,7 +627,7 @@ def refuse_non_finite(run: Run, recent: list, dataset, compute) -> float | None:
     losses, norms = (torch.stack([r[i].float() for r in recent]).tolist() for i in (2, 3))
     for (step, indices, *_), loss, norm in zip(recent, losses, norms):
         if not math.isfinite(loss) or not (math.isfinite(norm) or usable_scale(compute)):
-            batch = dataset.fetch(to_device(dataset.__getitems__(indices), compute.device))
+            batch = dataset.fetch(dataset.__getitems__(indices), compute.device)
             rows = batch["x"].isfinite().flatten(-2).all(-1).logical_not()
             names = sorted({dataset.slides[i].slide_id for i in (batch["slide"][rows] if rows.any() else batch["slide"].flatten()).tolist()})
             raise MixmagError(f"{run.folder}: at step {step} the loss is {loss:.4g} and its gradient's norm {norm:.4g}; " + (

@@ -315,7 +315,7 @@ def loading(batches: int = 400, batch: int = 64):
     with tempfile.TemporaryDirectory() as folder:
         write_cohort(folder, 24, 16)
         dataset = data.RegionDataset(data.read_slides(folder), mixmag.Geometry(3), 0, 0.5)
-        window, turn = np.array([dataset.draw(i)[0][:2] for i in range(batch * batches)]).T
+        (window,), (turn,), _ = dataset.draw(range(batch * batches))
         rows, maps = dataset.tokens_of(window, turn)[0], [dataset.slides[s].features.reshape(-1, 1280) for s in dataset.slide_of[window]]
         out = np.empty((batch, 189, 1280), np.float16)
 
@@ -325,10 +325,10 @@ def loading(batches: int = 400, batch: int = 64):
 
         def loaded(workers):
             if dataset.store is None:
-                dataset.reuse(batch, workers)
+                dataset.reuse(batch, workers, DEVICE)
             order = [range(i, i + batch) for i in range(0, batch * batches, batch)]
             for found in torch.utils.data.DataLoader(dataset, batch_sampler=order, num_workers=workers, collate_fn=train.as_is, prefetch_factor=1 if workers else None):
-                dataset.fetch(train.to_device(found, DEVICE))
+                dataset.fetch(found, DEVICE)
 
         bare()
         for held in (False, True):
