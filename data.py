@@ -142,6 +142,15 @@ def catch_signals() -> None:
 TORCH_SAYS = {"allocate": "out of memory", "DataLoader worker": "another of the processes ended", "by peer": "another of the processes ended"}
 
 
+def find_device(name: str) -> torch.device:
+    """Raises MixmagError for a device that is not there. `auto` is the GPU that torchrun gave this process, or the processor."""
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    name = gpu if name == "auto" or name == "cuda" and "RANK" in os.environ else name
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name) or name != "cpu" and int(name[5:] or 0) >= torch.cuda.device_count():
+        raise MixmagError(f"--device {name}: expected auto, cpu or cuda[:i]; torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here")
+    return torch.device(name)
+
+
 def run_command(function, args) -> int:
     """Call function(args) and turn its end into the exit code that the README promises."""
     catch_signals()
@@ -221,6 +230,17 @@ def write_text(path, text: str) -> None:
 
 def write_json(path, value) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path) -> dict:
+    """Raises MixmagError for a file that is missing or holds anything but names and values."""
+    try:
+        value = json.loads(Path(path).read_text("utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"found {type(value).__name__}, expected names and values")
+        return value
+    except (OSError, ValueError) as error:
+        raise MixmagError(f"{path}: cannot be read as JSON ({error})") from None
 
 
 def write_csv(path, header, rows) -> None:
@@ -380,15 +400,23 @@ def read_slide(path) -> Slide:
     return Slide(path, meta, cells, valid, shape[2], 8 + length + entry["data_offsets"][0], (status.st_ino, status.st_mtime_ns))
 
 
-def read_slides(data, ids=None) -> list[Slide]:
-    """The slides of DATA, by id. All must agree on encoder, width and magnifications: MixmagError names the first that does not."""
+def read_slides(data, ids=None, failed: list | None = None) -> list[Slide]:
+    """The slides of DATA, by id. All must agree on encoder, width and magnifications: MixmagError names the first that does not. One that
+    cannot be read is refused, too, or, where `failed` is given, left out and listed there as (slide_id, stage, reason)."""
     folder = Path(data) / "slides"
     paths = sorted(folder.glob("*.safetensors")) if ids is None else [folder / f"{i}.safetensors" for i in sorted(ids)]
     absent = [p.stem for p in paths if p.parent != folder or not p.exists()]                            # an id is no path
     if absent or not paths:
         raise MixmagError(f"{folder}: " + (f"{len(absent)} slides have no file, such as {absent[0]!r}" if absent else
                                            "no slide files (make them with data.py tile, or data.py synth)"))
-    slides = [read_slide(p) for p in progress(paths, desc="slides", leave=False)]
+    slides = []
+    for path in progress(paths, desc="slides", leave=False):
+        try:
+            slides.append(read_slide(path))
+        except MixmagError as error:
+            if failed is None or len(failed) + 1 == len(paths):
+                raise
+            failed.append((path.stem, "read", str(error)))
     for s in slides:
         if s.slide_id != s.path.stem:
             raise MixmagError(f"{s.path}: holds slide {s.slide_id!r}; a slide file is named after its slide")
@@ -690,7 +718,7 @@ def synth_plan(scale: str, seed: int) -> dict:
 def synthetic_facts(path) -> dict:
     """What synthetic.json says of a synthetic cohort; empty for any other data."""
     about = Path(path) / "synthetic.json"
-    return json.loads(about.read_text("utf-8")) if about.exists() else {}
+    return read_json(about) if about.exists() else {}
 
 
 def synth_cohort(out, scale="quick", dim=64, regions=4, seed=0) -> None:
@@ -1482,8 +1510,7 @@ def slides_to_tile(args) -> tuple[list[Path], Path]:
 
 def tile_command(args) -> int:
     paths, listed = slides_to_tile(args)
-    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    args.device = torch.device(args.device.replace("auto", gpu))
+    args.device = find_device(args.device)
     encoder = tile_encoder(args.encoder, args.device, args.weights)
     dim = encode(encoder, np.full((1, TILE_PX, TILE_PX, 3), 255, np.uint8), 1, args.device).shape[1]
     args.weights_sha256 = args.weights and file_sha256(args.weights)

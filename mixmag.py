@@ -25,6 +25,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
+def full(x: Tensor) -> Tensor:
+    """In fp32, or fp64 where it is that."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 # ------------------------------------------------------------------------------------------------ geometry of a region
 
 class Geometry:
@@ -43,12 +48,19 @@ class Geometry:
         self.levels = len(self.magnifications)                                                                   # K
         self.sides = [self.region * 2 ** k for k in range(self.levels)]
         self.tokens_per_cell = sum(4 ** k for k in range(self.levels))                                           # T
+        self._level = {}                                                         # on each device that asked for it
         self.num_tokens = sum(side ** 2 for side in self.sides)                                          # Eq. 1:  N
 
     def token_table(self) -> Tensor:
         """(N, 3) long: level (0 is the lowest magnification), row and column on that level's grid."""
         grids = [torch.cartesian_prod(torch.arange(side), torch.arange(side)) for side in self.sides]
         return torch.cat([F.pad(grid, (1, 0), value=k) for k, grid in enumerate(grids)])
+
+    def level(self, device=None) -> Tensor:
+        """(N,) long: the first column of the token table, held on the device, so that no step waits for a copy of it."""
+        if device not in self._level:
+            self._level[device] = self.token_table()[:, 0].to(device)
+        return self._level[device]
 
     def cell_table(self) -> Tensor:
         """(T, 3) long: the token table of a single cell."""
@@ -82,7 +94,7 @@ class Geometry:
             return torch.arange(self.num_tokens)
         if magnification not in self.magnifications:
             raise ValueError(f"magnification {magnification} is not among {self.magnifications}")
-        return (self.token_table()[:, 0] == self.magnifications.index(magnification)).nonzero().flatten()
+        return (self.level() == self.magnifications.index(magnification)).nonzero().flatten()
 
     def relatives(self) -> dict:
         """name -> (N, N) bool, row = token, column = its parent / its children / its (up to eight) neighbours."""
@@ -126,6 +138,10 @@ class Config:
 
     def __post_init__(self):
         self.magnifications = tuple(self.magnifications)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and not (isinstance(value, int) and value > 0):
+                raise ValueError(f"config: {field.name} is {value!r}, expected a whole number above 0")
         for width, heads in ((self.width, self.heads), (self.decoder_width, self.decoder_heads)):
             if width % heads:
                 raise ValueError(f"a width of {width} does not divide into {heads} heads")
@@ -139,6 +155,8 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
         known = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(values, dict):
+            raise ValueError(f"config: expected names and values, found {values!r}")
         if set(values) != known:
             raise ValueError(f"config: unknown keys {sorted(set(values) - known)}, missing keys {sorted(known - set(values))}")
         return cls(**values)
@@ -147,8 +165,9 @@ class Config:
 # --------------------------------------------------------------------------------------------------------- transformer
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k' / sqrt(d/h)) v; q, k, v and the result (B, h, n, d/h), mask (B, 1, 1, n) bool or None. torch's fused kernel, but for bf16
-    on a processor: there its forward and backward take 3 to 5 times as long as the formula written out."""
+    """softmax(q k' / sqrt(d/h)) v; q, k, v and the result (B, h, n, d/h), mask (B, 1, 1, n) bool or None.
+
+    torch's fused kernel, but for bf16 on a processor: there it takes 3 to 5 times as long as the formula written out."""
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     score = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)                                          # (B, h, n, n)
@@ -156,8 +175,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. x (B, n, d); mask (B, 1, 1, n) bool, True where a token may be attended to, or None; first: the token
-    from which on outputs are wanted -> (B, n - first, d)."""
+    """Multi-head self-attention. x (B, n, d), mask (B, 1, 1, n) bool, True where a token may be attended to, or None,
+    first: the token from which on outputs are wanted -> (B, n - first, d)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -166,8 +185,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, first: int = 0) -> Tensor:
-        W, b = self.qkv.weight.tensor_split([x.shape[-1]]), self.qkv.bias.tensor_split([x.shape[-1]])
-        qkv = (F.linear(x[:, first:], W[0], b[0]), *F.linear(x, W[1], b[1]).chunk(2, dim=-1)) if first else self.qkv(x).chunk(3, dim=-1)
+        if first:                                                                # queries of the wanted tokens only
+            (Wq, Wkv), (bq, bkv) = (p.tensor_split([x.shape[-1]]) for p in (self.qkv.weight, self.qkv.bias))
+            qkv = F.linear(x[:, first:], Wq, bq), *F.linear(x, Wkv, bkv).chunk(2, dim=-1)
+        else:
+            qkv = self.qkv(x).chunk(3, dim=-1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv)                 # each (B, h, n, d/h)
         return self.proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
@@ -179,7 +201,7 @@ class SwiGLU(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         hidden = 64 * max(1, round(8 * width / 3 / 64))
-        self.w1, self.w2 = nn.Linear(width, hidden), nn.Linear(width, hidden)      # apart: chunks of one would be copied in backward
+        self.w1, self.w2 = nn.Linear(width, hidden), nn.Linear(width, hidden)    # chunks of one: a copy more in backward
         self.w3 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -220,14 +242,15 @@ class Standardize(nn.Module):
 
     def fit(self, mean: Tensor, std: Tensor) -> None:
         """mean, std (D,). A dimension that hardly varies is left at the typical scale instead of being blown up."""
+        typical = std[std > 0].median() if (std > 0).any() else torch.ones_like(std)
         self.mean.copy_(mean)
-        self.std.copy_(std.clamp(min=1e-2 * std.median().clamp(min=1e-6)))
+        self.std.copy_(torch.where(std < 1e-2 * typical, typical, std))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x.float() - self.mean) / self.std
+        return (full(x) - self.mean) / self.std
 
 
-POSITION_SIZE = 0.5     # assumed: root mean square of the waves of an initial position; at 0.02 training stalls where it predicts the mean
+POSITION_SIZE = 0.5     # assumed: root mean square of an initial position; at 0.02 MEM stays longer where it predicts the mean
 
 
 def initial_positions(geometry: Geometry, width: int) -> Tensor:
@@ -330,7 +353,7 @@ def random_removal(B: int, N: int, mask: float, generator: torch.Generator | Non
 def complement(removed: Tensor, N: int) -> Tensor:
     """removed (B, M) -> (B, N - M): the other tokens, in ascending order."""
     gone = torch.zeros(removed.shape[0], N, dtype=torch.uint8, device=removed.device).scatter(1, removed, 1)
-    return gone.argsort(dim=1, stable=True)[:, :N - removed.shape[1]]       # unlike nonzero(), its size is known: a GPU need not wait
+    return gone.argsort(dim=1, stable=True)[:, :N - removed.shape[1]]       # unlike nonzero(), of known size: no GPU waits
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -344,10 +367,8 @@ def removal_weights(geometry: Geometry, removed: Tensor, valid: Tensor | None = 
     m is the removal ratio M/N. In expectation over masks every magnification weighs 1/K. With invalid tokens, N_k and K
     count what the region really holds, and invalid ones weigh 0. Source: paper section 3.1.1.
     """
-    level = geometry.token_table()[:, 0].to(removed.device)
-    N, M = geometry.num_tokens, removed.shape[1]
-    if valid is None:
-        return geometry.level_weights().to(removed.device)[removed] * (N / M)
+    level, N, M = geometry.level(removed.device), geometry.num_tokens, removed.shape[1]
+    valid = torch.ones(len(removed), N, dtype=torch.bool, device=removed.device) if valid is None else valid
     count = torch.zeros(len(valid), geometry.levels, device=valid.device).index_add(1, level, valid.float())    # (B, K): N_k
     present = (count > 0).sum(1, keepdim=True).clamp(min=1)                                             # (B, 1): K
     weight = valid / (present * count.clamp(min=1))[:, level] * (N / M)                                 # (B, N)
@@ -357,8 +378,7 @@ def removal_weights(geometry: Geometry, removed: Tensor, valid: Tensor | None = 
 def mem_loss(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """Masked embedding loss. pred, target (B, M, D), weight (B, M) -> scalar, the mean over regions of Eq. 2, in fp32 or
     better. Source: paper section 3.1.1."""
-    pred, target = (t if t.dtype == torch.float64 else t.float() for t in (pred, target))
-    cosine = F.cosine_similarity(pred, target, dim=-1)                                                  # Eq. 3  (B, M)
+    cosine = F.cosine_similarity(full(pred), full(target), dim=-1)                                      # Eq. 3  (B, M)
     return (weight * (1 - cosine)).sum(1).mean()                                                        # Eq. 2
 
 
@@ -366,22 +386,22 @@ def level_losses(geometry: Geometry, pred: Tensor, target: Tensor, removed: Tens
                  valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """pred, target (B, M, D) at removed (B, M) -> (K,) sums of 1 - cosine over the valid removed tokens of each
     magnification, and (K,) how many there were."""
-    level = geometry.token_table()[:, 0].to(removed.device)[removed]                                    # (B, M)
+    level = geometry.level(removed.device)[removed]                                                     # (B, M)
     loss = 1 - F.cosine_similarity(pred.float(), target.float(), dim=-1)                                # (B, M)
     scored = torch.ones_like(loss) if valid is None else valid.gather(1, removed).to(loss)
     zero = loss.new_zeros(geometry.levels)
-    return (zero.index_add(0, level.flatten(), (loss * scored).flatten()), zero.index_add(0, level.flatten(), scored.flatten()))
+    return tuple(zero.index_add(0, level.flatten(), values.flatten()) for values in (loss * scored, scored))
 
 
 def trivial_predictions(geometry: Geometry, x: Tensor, removed: Tensor, mean: Tensor, valid: Tensor | None = None) -> dict:
     """What needs no network: name -> (B, M, D) predictions of the removed tokens from the visible ones.
 
-    x (B, N, D), removed (B, M), mean (K, D) the mean direction (of embeddings scaled to length 1) of each magnification. `mean` predicts
-    that; `shift` adds what the region's visible tokens have in common, the mean of their deviations from it, such as their
-    stain; `parent`, `children` and `neighbours` the mean of the visible ones (falling back to `mean` where none is visible).
+    x (B, N, D), removed (B, M), mean (K, D) the mean direction (of embeddings scaled to length 1) of each magnification.
+    `mean` predicts that; `shift` adds what the region's visible tokens have in common, the mean of their deviations from it,
+    such as their stain; `parent`, `children`, `neighbours` the mean of the visible ones (`mean` where none is visible).
     An encoder is worth something where its loss is below all of these.
     """
-    level = geometry.token_table()[:, 0].to(x.device)
+    level = geometry.level(x.device)
     visible = torch.ones(x.shape[:2], device=x.device).scatter(1, removed, 0.0)                         # (B, N)
     visible = visible if valid is None else visible * valid
     x = (x if valid is None else x.masked_fill(~valid[..., None], 0)).float()
@@ -409,8 +429,8 @@ class MaskedEmbeddingModel(nn.Module):
         """x (B, N, D), mask the removal ratio or the removed indices themselves (B, M), valid (B, N) bool or None.
 
         1. choose the removed tokens   2. encode the kept ones   3. decode at the removed places   4. score them
-        Returns .loss, .pred (B, M, D), .removed (B, M), .cls (B, 4, d), .per_level (K,) mean loss of each magnification (nan
-        where none was removed), .per_level_count (K,).
+        Returns .loss, .pred (B, M, D), .removed (B, M), .cls (B, 4, d), .per_level (K,) the mean loss of each magnification
+        (nan where none was removed), .per_level_count (K,).
         """
         geometry = self.encoder.geometry
         removed = mask if torch.is_tensor(mask) else random_removal(*x.shape[:2], mask, generator, x.device)        # 1
@@ -421,7 +441,8 @@ class MaskedEmbeddingModel(nn.Module):
             target = target.masked_fill(~valid.gather(1, removed)[..., None], 0)
         loss = mem_loss(pred, target, removal_weights(geometry, removed, valid))                                    # 4
         total, count = level_losses(geometry, pred.detach(), target, removed, valid)
-        return SimpleNamespace(loss=loss, pred=pred, removed=removed, cls=cls, per_level=total / count, per_level_count=count)
+        return SimpleNamespace(loss=loss, pred=pred, removed=removed, cls=cls,
+                               per_level=total / count, per_level_count=count)
 
     def encode_kept(self, x: Tensor, removed: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, N, D), removed (B, M) -> kept (B, N - M), cls (B, 4, d), tokens (B, N - M, d)."""
@@ -437,8 +458,7 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
     Each of the 2B projections is to find its partner among the 2B - 1 others. Source: paper section 3.1.2, SimCLR.
     """
     B = a.shape[0]
-    z = torch.cat([a, b])
-    z = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=-1)                               # (2B, P)
+    z = F.normalize(full(torch.cat([a, b])), dim=-1)                                                    # (2B, P)
     with torch.autocast(z.device.type, enabled=False):                       # which would take the product in half precision
         similarity = (z @ z.T / temperature).masked_fill(torch.eye(2 * B, dtype=torch.bool, device=z.device), -math.inf)
     partner = torch.arange(2 * B, device=z.device).roll(B)
@@ -458,7 +478,7 @@ class ContrastiveEmbeddingModel(MaskedEmbeddingModel):
                 generator: torch.Generator | None = None) -> SimpleNamespace:
         """views (2, B, N, D); mask a ratio or removed indices (2, B, M); valid (2, B, N) or None.
 
-        Returns what MEM returns on the 2B regions, with .mem, .z (2, B, P), .contrastive and .loss = mem + weight * contrastive.
+        Returns what MEM returns on the 2B regions, and .mem, .z (2, B, P), .contrastive; .loss = mem + weight * contrastive.
         """
         flat = [t.flatten(0, 1) if torch.is_tensor(t) else t for t in (views, mask, valid)]
         out = super().forward(*flat, generator)
@@ -486,16 +506,15 @@ class GatedABMIL(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """x (T, d): the bags one after the other, lengths (bags,) long -> pooled (bags, d), attention (T,), which sums to 1
         in each bag. Raises ValueError for an empty bag or lengths that do not add up to T."""
-        if int(lengths.sum()) != x.shape[0] or int(lengths.min()) < 1:
+        if not len(lengths) or int(lengths.min()) < 1 or int(lengths.sum()) != x.shape[0]:
             raise ValueError(f"bags must hold at least one token each and {x.shape[0]} together, found {lengths.tolist()}")
         bags, bag = len(lengths), torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths)   # (T,)
-        score = self.w(torch.tanh(self.V(x)) * torch.sigmoid(self.U(x))).squeeze(1)                     # (T,)
-        score = score if score.dtype == torch.float64 else score.float()
+        score = full(self.w(torch.tanh(self.V(x)) * torch.sigmoid(self.U(x)))).squeeze(1)               # (T,)
         top = score.detach().new_full((bags,), -math.inf).scatter_reduce(0, bag, score.detach(), "amax")
         e = (score - top[bag]).exp()
         attention = e / e.new_zeros(bags).index_add(0, bag, e)[bag]                                     # Eq. 8  (T,)
-        pooled = F.embedding_bag(torch.arange(len(x), device=x.device), x.to(attention), lengths.cumsum(0) - lengths, mode="sum",
-                                 per_sample_weights=attention)                                          # Eq. 7  (bags, d)
+        pooled = F.embedding_bag(torch.arange(len(x), device=x.device), x.to(attention), lengths.cumsum(0) - lengths,
+                                 mode="sum", per_sample_weights=attention)                              # Eq. 7  (bags, d)
         return pooled, attention
 
 
@@ -506,9 +525,9 @@ def min_slide_loss(loss: Tensor, case: Tensor) -> Tensor:
 
 
 class Whiten(nn.Module):
-    """(h - mean) @ matrix: takes from each output what is always there at its place in the region, and gives all directions about the
-    same size, with constants of the training slides. A trained encoder's outputs vary mostly by place and by what is common; what
-    is rare, and a biomarker often is, is small beside it, and attention pooling on a hundred slides finds it less often otherwise.
+    """(h - mean) @ matrix: takes from each output what is always there at its place in the region, and gives all directions
+    about the same size, with constants of the training slides. A trained encoder's outputs vary mostly by place and by what is
+    common; what is rare, and a biomarker often is, is small beside it: attention pooling on a hundred slides would miss it.
 
     places: n output tokens per region (1 for "cls"). The identity until it is fitted.
     """
@@ -527,7 +546,7 @@ class Whiten(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """h (W, n, d) -> the same shape."""
-        return (h.float() - self.mean) @ self.matrix
+        return (full(h) - self.mean) @ self.matrix
 
 
 class SlideClassifier(nn.Module):
@@ -555,15 +574,18 @@ class SlideClassifier(nn.Module):
             part.apply(_init_linear)
 
     def encode(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """x (W, n, D), valid (W, n) or None -> (W, n, d) contextualized or (W, 1, 4d) compressed outputs, not yet whitened."""
+        """x (W, n, D), valid (W, n) or None -> (W, n, d) contextualized or (W, 1, 4d) compressed outputs, not whitened.
+        Raises ValueError on another n or D than this classifier reads."""
+        if x.shape[1:] != (len(self.index), self.config.dim):
+            raise ValueError(f"expected regions of ({len(self.index)}, {self.config.dim}), found {tuple(x.shape[1:])}")
         if self.encoder is None:
             return self.standardize(x)
         cls, tokens = self.encoder(x, self.index.expand(x.shape[0], -1), valid)
         return tokens if self.tokens == "patch" else cls.flatten(1)[:, None]
 
     def outputs(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """`encode`, a chunk of regions at a time. Where the encoder learns, a chunk is computed again on the way back, so that memory
-        holds the outputs of a slide and the activations of one chunk."""
+        """`encode`, a chunk of regions at a time. Where the encoder learns, a chunk is computed again on the way back, so that
+        memory holds the outputs of a slide and the activations of one chunk."""
         learns = torch.is_grad_enabled() and self.encoder is not None and self.encoder.pos.requires_grad
         parts = []
         for i in range(0, x.shape[0], self.chunk):
@@ -576,15 +598,16 @@ class SlideClassifier(nn.Module):
         """h (W, n or 1, d): what `outputs` made of the regions of all slides, the rest as in `forward`."""
         if self.whiten is not None:
             h = self.whiten(h)
-        if valid is None or self.tokens == "cls":
+        if valid is None:
             per_region = torch.full((h.shape[0],), h.shape[1], device=h.device)
             h = h.flatten(0, 1)
         else:
+            valid = valid.any(1, keepdim=True) if self.tokens == "cls" else valid
             per_region, h = valid.sum(1), h[valid]
         slide = torch.repeat_interleave(torch.arange(len(regions), device=h.device), regions)           # (W,)
         lengths = torch.zeros_like(regions).index_add(0, slide, per_region)                             # (S,)
         pooled, attention = self.pool(self.dropout(h), lengths)
-        return self.head(self.dropout(pooled)).squeeze(1).float(), attention
+        return full(self.head(self.dropout(pooled))).squeeze(1), attention
 
     def forward(self, x: Tensor, regions: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (W, n, D): the regions of all slides one after the other, regions (S,) long how many each has, valid (W, n) bool

@@ -9,7 +9,6 @@ Shape letters as in mixmag.py. Results go to stdout, everything else to stderr. 
 last.pt and prev.pt (checkpoints), what came out, and result.json once it is finished.
 """
 import argparse
-import copy
 import hashlib
 import json
 import math
@@ -36,15 +35,14 @@ PRESETS = {     # what a flag that is not given means; `paper` numbers are the a
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line. It stands first, and is parsed before the heavy imports, so that --help answers at once."""
-    def natural(text):
-        if int(text) < 0:
-            raise ValueError
-        return int(text)
+    def within(kind, low, high):
+        def number(text):
+            if not low <= kind(text) <= high:                     # NaN is not
+                raise argparse.ArgumentTypeError(f"{text} is not within {low:g} to {high:g}")
+            return kind(text)
+        return number
 
-    def positive(text):
-        if natural(text) == 0:
-            raise ValueError
-        return int(text)
+    natural, positive, share, rate = within(int, 0, 2 ** 32 - 1), within(int, 1, 2 ** 32 - 1), within(float, 0, 1), within(float, 1e-30, 1e3)
 
     def magnification(text):
         return text if text == "all" else positive(text)
@@ -66,16 +64,16 @@ def parse(argv=None) -> argparse.Namespace:
     def training(p, steps):
         p.add_argument("--data", default=DEFAULT_DATA, help="DATA folder; the default is made first if it is not there")
         p.add_argument("--out", help="run folder (default: a name made of the settings, under runs/)")
-        p.add_argument("--preset", choices=PRESETS, default="small", help="small: 1 M parameters, for two CPU cores; paper: as assumed there")
-        p.add_argument("--region", type=positive, default=3, help="cells per region side (assumed)")
+        p.add_argument("--preset", choices=PRESETS, default="small", help="small: 1 M parameters, for two CPU cores; paper: as assumed there; in finetune that of --init's encoder, else small")
+        p.add_argument("--region", type=positive, default=3, help="cells per region side (assumed: 3)")
         p.add_argument("--batch-size", type=positive, help="global batch size (default: the preset's)")
         p.add_argument("--epochs", type=positive, help="passes over the data (default: the preset's)")
         if steps:
             p.add_argument("--steps", type=positive, help="optimizer steps, instead of epochs (default: the preset's)")
-        p.add_argument("--lr", type=float, help="peak learning rate (default: the preset's)")
-        p.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises (assumed)")
-        p.add_argument("--weight-decay", type=float, help="on matrices only (default: the preset's)")
-        p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (assumed)")
+        p.add_argument("--lr", type=rate, help="peak learning rate (default: the preset's)")
+        p.add_argument("--warmup", type=share, default=0.05, help="share of the steps in which the rate rises (assumed)")
+        p.add_argument("--weight-decay", type=within(float, 0, 1e3), help="on matrices only (default: the preset's)")
+        p.add_argument("--clip", type=rate, default=1.0, help="largest gradient norm (assumed)")
         p.add_argument("--amp", choices=("auto", "off", "fp16", "bf16"), default="auto",
                        help="auto: bf16 where the device computes it, else fp16 on a GPU")
         p.add_argument("--workers", type=natural, default=0, help="processes that load data")
@@ -85,10 +83,10 @@ def parse(argv=None) -> argparse.Namespace:
     training(p, steps=True)
     p.add_argument("--mask", type=float, default=0.5, help="removal ratio (paper: 0.25, 0.50, 0.75)")
     p.add_argument("--source", type=positive, metavar="S", help="add the contrastive term on two views of an S x S source window (paper: 3, 7, 11)")
-    p.add_argument("--blr", type=float, help="base rate: lr = blr * batch / 256 (default: the preset's)")
+    p.add_argument("--blr", type=rate, help="base rate: lr = blr * batch / 256 (default: the preset's)")
     p.add_argument("--micro-batch", type=positive, default=64, help="regions per forward pass; gradients accumulate to the batch")
-    p.add_argument("--min-cover", type=float, default=1.0, help="share of its cells that a window must hold")
-    p.add_argument("--holdout", type=float, default=0.05, help="share of cases kept out, to measure the loss on")
+    p.add_argument("--min-cover", type=share, default=1.0, help="share of its cells that a window must hold")
+    p.add_argument("--holdout", type=within(float, 0, 0.9), default=0.05, help="share of cases kept out, to measure the loss on")
     p.add_argument("--save-every", type=positive, default=100, help="steps between checkpoints")
     p.add_argument("--in-memory", action="store_true", help="hold all embeddings in the device's memory and gather there")
     p.add_argument("--compile", action="store_true", help="torch.compile the model; the first step then takes minutes")
@@ -96,21 +94,22 @@ def parse(argv=None) -> argparse.Namespace:
     p = command("finetune", "train slide-level prediction of a biomarker and score its test set once",
                 "python train.py finetune --task skin_braf --init runs/mem-0.50 --tokens cls")
     training(p, steps=False)
+    p.set_defaults(preset=None, region=None)                      # then those of the encoder
     p.add_argument("--task", required=True, help="name of a table in DATA/tasks")
     p.add_argument("--init", metavar="RUN|random|none", help="pretraining run, random weights, or none: AB-MIL on the tile embeddings "
                    "(default: the newest pretraining run)")
     p.add_argument("--tokens", choices=("patch", "cls"), default="patch", help="contextualized (table 1) or compressed (table 2) outputs")
     p.add_argument("--magnification", type=magnification, default="all", help="all, or the only one whose embeddings are read")
     p.add_argument("--hidden", type=positive, help="width of the AB-MIL attention (default: the preset's)")
-    p.add_argument("--dropout", type=float, default=0.2, help="on what is pooled and on the pooled vector (assumed)")
-    p.add_argument("--smoothing", type=float, default=0.1, help="label smoothing (assumed)")
-    p.add_argument("--layer-decay", type=float, default=0.75, help="each layer's rate against the one above (paper 4.3)")
+    p.add_argument("--dropout", type=within(float, 0, 0.99), default=0.2, help="on what is pooled and on the pooled vector (assumed)")
+    p.add_argument("--smoothing", type=share, default=0.1, help="label smoothing (assumed)")
+    p.add_argument("--layer-decay", type=share, default=0.75, help="each layer's rate against the one above (paper 4.3)")
     p.add_argument("--frozen-epochs", type=natural, default=1,
                    help="epochs before the encoder learns (paper 4.3: 1); with more than one its outputs are held in memory meanwhile")
-    p.add_argument("--encoder-rate", type=float, default=0.1, help="the encoder's rate against the aggregator's (assumed)")
+    p.add_argument("--encoder-rate", type=share, default=0.1, help="the encoder's rate against the aggregator's (assumed)")
     p.add_argument("--case-score", choices=("auto", "max", "mean"), default="auto",
                    help="a case's score from its slides'; auto: whichever ranks the tune split better, max on a tie")
-    p.add_argument("--min-cover", type=float, default=0.5, help="share of its cells that a region must hold")
+    p.add_argument("--min-cover", type=share, default=0.5, help="share of its cells that a region must hold")
     p.add_argument("--dry-run", action="store_true", help="plan only: cases, tokens, bytes per epoch and the memory that the largest batch will take")
 
     p = command("predict", "score slides with a fine-tuned run", "python train.py predict --run runs/skin_braf-mem-0.50-patch-all --data data/mine")
@@ -128,7 +127,7 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--out", required=True, help="folder to write")
     p.add_argument("--layout", choices=("trident", "clam"), default="trident",
                    help="folders as TRIDENT names them, or CLAM's h5_files/ and pt_files/")
-    p.add_argument("--min-cover", type=float, default=0.5, help="share of its cells that a region must hold")
+    p.add_argument("--min-cover", type=share, default=0.5, help="share of its cells that a region must hold")
 
     p = command("heatmap", "where a fine-tuned run looks on a slide: a picture per magnification, CSV, GeoJSON for QuPath",
                 "python train.py heatmap --run runs/skin_braf-mem-0.50-patch-all --slide S1 --image slides/S1.svs")
@@ -159,8 +158,23 @@ def parse(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def packages() -> list[str]:
+    """A line for each package that the project needs, a WARNING for one that is not there."""
+    import importlib.metadata
+    lines = []
+    for package in ("torch", "numpy", "openslide-python", "openslide-bin", "scikit-learn", "scipy", "safetensors", "h5py", "tifffile",
+                    "matplotlib", "tqdm"):
+        try:
+            lines.append(f"{package:18s} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"WARNING            {package} is not installed: pip install -r requirements.txt")
+    return lines
+
+
 if __name__ == "__main__":
     ARGS = parse()
+    if ARGS.command == "doctor" and any("WARNING" in line for line in packages()):                          # the imports below would fail
+        sys.exit("\n".join(packages()))
 
 import numpy as np                                                                                          # noqa: E402
 import torch                                                                                                # noqa: E402
@@ -226,11 +240,7 @@ def amp_dtype(mode: str, device: torch.device, width: int) -> torch.dtype | None
 def machine(args, width: int) -> SimpleNamespace:
     """Where, in which precision and as which of how many processes to compute: .device, .autocast(), .scaler (which does nothing
     unless in fp16), .rank and .world. Processes are those that torchrun started; they meet here."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise MixmagError(f"--device {name}: torch {torch.__version__} sees no GPU here")
-    rank, world = process()
-    device = torch.device(name if world == 1 or name == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}")
+    device, (rank, world) = data.find_device(args.device), process()
     if world > 1 and not distributed.is_initialized():
         distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     dtype = amp_dtype(getattr(args, "amp", "auto"), device, width)
@@ -294,8 +304,10 @@ def optimizer_step(model, optimizer, scaler, rate: float, clip: float) -> torch.
 
 def scaling(compute, optimizer, steps: int) -> dict:
     """For the metrics: fp16's scale, and how many of all steps it skipped; nothing in another precision."""
+    if not compute.scaler.is_enabled():
+        return {}
     taken = max((int(s["step"]) for s in optimizer.state.values()), default=0)
-    return {"scale": compute.scaler.get_scale(), "skipped": steps - taken} if compute.scaler.is_enabled() else {}
+    return {"scale": compute.scaler.get_scale(), "skipped": steps - taken}
 
 
 def usable_scale(compute) -> bool:
@@ -305,8 +317,12 @@ def usable_scale(compute) -> bool:
 
 # ------------------------------------------------------------------------------------------------------- a run on disk
 
-RUN_FILES = ("config.json", "metrics.jsonl", "last.pt", "prev.pt", "next.pt", "slides.csv", "SUMMARY.md", "curve.png", "model.safetensors",
-             "predictions.csv", "encoder/config.json", "encoder/model.safetensors")
+RUN_FILES = ("config.json", "metrics.jsonl", "last.pt", "prev.pt", "next.pt", "SUMMARY.md", "curve.png", "model.safetensors", "predictions.csv",
+             "encoder/config.json", "encoder/slides.csv", "encoder/model.safetensors")
+
+
+class OtherSettings(MixmagError):
+    """What stands in --out was made with other settings. A table, or a loop over slides, goes no further."""
 
 
 class Run:
@@ -322,13 +338,15 @@ class Run:
 
     def claim(self, config: dict, resume: str) -> None:
         stored = self.folder / "config.json"
+        if not stored.exists() and (strange := [n for n in RUN_FILES if n.endswith(".pt") and (self.folder / n).exists()]):
+            raise MixmagError(f"{self.folder} holds {strange[0]} but no config.json, so nobody knows of what; name another --out")
         if stored.exists() and resume == "auto":
-            found = json.loads(stored.read_text("utf-8"))
+            found = data.read_json(stored)
             differing = sorted(k for k in found.keys() | config.keys() if found.get(k) != config.get(k))
             if differing:
-                raise MixmagError(f"{self.folder} holds a run with other settings: "
-                                  + ", ".join(f"{k} {found.get(k)!r} there, {config.get(k)!r} now" for k in differing)
-                                  + "; give another --out, or --resume off to begin anew")
+                raise OtherSettings(f"{self.folder} holds a run with other settings: "
+                                    + ", ".join(f"{k} {found.get(k)!r} there, {config.get(k)!r} now" for k in differing)
+                                    + "; give another --out, or --resume off to begin anew")
         elif stored.exists():
             for name in ("result.json", data.SUMS, *reversed(RUN_FILES)):           # config.json last: until then this is the run that it was
                 (self.folder / name).unlink(missing_ok=True)
@@ -338,7 +356,7 @@ class Run:
 
     def result(self) -> dict | None:
         done = self.folder / "result.json"
-        return json.loads(done.read_text("utf-8")) if done.exists() else None
+        return data.read_json(done) if done.exists() else None
 
     def save(self, state: dict) -> None:
         """Write last.pt; the one before stays as prev.pt. Plain types and tensors only."""
@@ -358,11 +376,12 @@ class Run:
             if path.exists():
                 try:
                     state = torch.load(path, map_location="cpu", weights_only=True)
+                    lines, done = state["lines"], state["done"]
                 except Exception as error:          # whatever a damaged file makes torch raise: say so, take the one before
                     log(f"{path}: not a whole checkpoint, trying the one before ({str(error).splitlines()[0]})")
                     continue
-                self.cut_metrics(state["lines"])
-                log(f"going on from {path}, {state['done']} done")
+                self.cut_metrics(lines)
+                log(f"going on from {path}, {done} done")
                 return state
         self.cut_metrics(0)
         return None
@@ -390,6 +409,7 @@ def settings(args, slides, *files) -> dict:
     for path in files:
         digest.update(Path(path).read_bytes())
     chosen = {k: v for k, v in vars(args).items() if k not in ("out", "device", "workers", "resume", "save_every", "dry_run", "in_memory", "compile")}
+    chosen.update({k: str(Path(chosen[k])) for k in ("data", "init") if chosen.get(k)})         # the same folder is the same however it is spelt
     return {**chosen, "tile_encoder": slides[0].meta["encoder"], "inputs_sha256": digest.hexdigest()}
 
 
@@ -555,14 +575,17 @@ def pretrain(args) -> dict:
     model = (mixmag.MaskedEmbeddingModel if views == 1 else mixmag.ContrastiveEmbeddingModel)(config)
     mean, std, directions = data.feature_statistics(slides)
     model.encoder.standardize.fit(mean, std)
-    if run.writes:
-        write_csv(run.folder / "slides.csv", ("slide_id", "role"), [(i, "train") for i in ids] + [(i, "held-out") for i in held_ids])
     facts = pretrain_loop(args, run, model.to(compute.device), dataset, compute)
     if run.writes:
-        export_encoder(run, model.encoder, slides[0])
+        export_encoder(run, model.encoder, slides[0], args.preset, [(i, "train") for i in ids] + [(i, "held-out") for i in held_ids])
         finish_pretraining(run, model, path, held_ids, directions, compute, args, facts)
     meet(compute)
     return run.result()
+
+
+def pretrain_command(args) -> int:
+    pretrain(args)
+    return 0
 
 
 def pretrain_loop(args, run: Run, model, dataset, compute) -> dict:
@@ -571,6 +594,9 @@ def pretrain_loop(args, run: Run, model, dataset, compute) -> dict:
     total = args.steps or math.ceil(args.epochs * len(dataset) / args.batch_size)
     warmup = round(args.warmup * total)
     peak = args.blr * args.batch_size / 256 if args.lr is None else args.lr                     # linear scaling rule
+    if args.lr is None and peak > HIGHEST_RATE:
+        raise MixmagError(f"--batch-size {args.batch_size}: linear scaling makes a peak rate of {peak:.2g} of a base rate of {args.blr:g}, at which "
+                          "nothing is learned; give --lr, a smaller --blr, or --preset paper")
     optimizer = torch.optim.AdamW(parameter_groups(model, config.depth, args.weight_decay), lr=peak, betas=(0.9, 0.95), fused=True)     # assumed
     share = args.batch_size // compute.world                                                    # of each process
     if args.in_memory:
@@ -619,6 +645,7 @@ def pretrain_loop(args, run: Run, model, dataset, compute) -> dict:
 
 
 LOG_EVERY = 10                                                    # steps
+HIGHEST_RATE = 0.02                                               # assumed: ten times what the small preset learns at
 
 
 def refuse_non_finite(run: Run, recent: list, dataset, compute) -> float | None:
@@ -646,13 +673,15 @@ def note_pretraining(run: Run, step: int, logged: dict, rate: float, norm, confi
     bar.set_postfix(loss=f"{logged['loss']:.3f}")
 
 
-def export_encoder(run: Run, encoder, slide) -> None:
-    """RUN/encoder: weights and config, which mixmag.load_encoder reads. The config comes last: its presence says it is whole."""
+def export_encoder(run: Run, encoder, slide, preset: str, seen: list) -> None:
+    """RUN/encoder: weights and config, which mixmag.load_encoder reads, and which slides it saw. The config comes last: its presence says that it
+    is whole."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     (run.folder / "encoder").mkdir(exist_ok=True)
     with whole_file(run.folder / "encoder" / "model.safetensors") as temporary:
         save_file(weights, temporary)
-    write_json(run.folder / "encoder" / "config.json", {"model": encoder.config.to_dict(), "tile_encoder": slide.meta["encoder"],
+    write_csv(run.folder / "encoder" / "slides.csv", ("slide_id", "role"), seen)
+    write_json(run.folder / "encoder" / "config.json", {"model": encoder.config.to_dict(), "tile_encoder": slide.meta["encoder"], "preset": preset,
                "licence": "the terms of the tile encoder's outputs pass on to these weights (Virchow2: CC-BY-NC-ND 4.0)"})
 
 
@@ -740,7 +769,7 @@ def interval(samples) -> list | None:
 
 
 def newest_pretraining() -> Path:
-    done = [p.parent for p in Path("runs").glob("*/result.json") if json.loads(p.read_text("utf-8"))["kind"] == "pretrain"]
+    done = [p.parent for p in Path("runs").glob("*/result.json") if data.read_json(p).get("kind") == "pretrain"]
     if not done:
         raise MixmagError("no finished pretraining run under runs/: make one with `python train.py pretrain --mask 0.5`, or say --init random "
                           "or --init none")
@@ -751,6 +780,8 @@ def encoder_folder(run) -> Path:
     """The exported encoder of a run, or the folder itself where it is one."""
     for folder in (Path(run) / "encoder", Path(run)):
         if (folder / "model.safetensors").exists() and (folder / "config.json").exists():
+            if "kind" in data.read_json(folder / "config.json"):
+                raise MixmagError(f"{folder} is a fine-tuning run; --init wants a pretraining run, or its encoder folder")
             return folder
     raise MixmagError(f"{run}: no exported encoder (encoder/model.safetensors and encoder/config.json); the run may not be finished")
 
@@ -760,25 +791,38 @@ def read_encoder(run, slides) -> mixmag.MixingEncoder:
     folder = encoder_folder(run)
     try:
         encoder = mixmag.load_encoder(folder)
-        trained_on = json.loads((folder / "config.json").read_text("utf-8"))["tile_encoder"]
+        trained_on = data.read_json(folder / "config.json")["tile_encoder"]
     except (ValueError, KeyError, RuntimeError) as error:
-        raise MixmagError(f"{folder}: {error}") from None
+        raise MixmagError(f"{folder}: {' '.join(str(error).split())}") from None
     found = (slides[0].meta["encoder"], slides[0].dim, tuple(slides[0].meta["magnifications"]))
     if found != (trained_on, encoder.config.dim, encoder.config.magnifications):
         raise MixmagError(f"{folder} was trained on {(trained_on, encoder.config.dim, encoder.config.magnifications)}, the slides hold {found}")
     return encoder
 
 
-def refuse_seen(run, cases) -> None:
-    """An encoder that saw tune or test slides in pretraining gives scores that mean nothing."""
-    listed = encoder_folder(run).parent / "slides.csv" if run not in ("none", "random") else Path("none")
-    if run not in ("none", "random") and not listed.exists():
+def take_over(args) -> None:
+    """What the encoder of --init decides where its flag was left out: the preset, and the region's size, which cannot be another."""
+    known = {} if args.init in ("none", "random") else data.read_json(encoder_folder(args.init) / "config.json")
+    region = known.get("model", {}).get("region", args.region or 3)
+    if args.region not in (None, region):
+        raise MixmagError(f"--region {args.region}: the encoder of {args.init} reads regions of {region} x {region} cells")
+    args.preset, args.region = args.preset or known.get("preset", "small"), region
+
+
+def refuse_seen(run, path, cases) -> None:
+    """An encoder that in pretraining saw a tune or test case of this task, be it by a slide of another task, gives scores that mean nothing."""
+    if run in ("none", "random"):
+        return
+    listed = encoder_folder(run) / "slides.csv"
+    if not listed.exists():
         log(f"WARNING: {listed} is not there, so whether this encoder saw the tune or test slides cannot be told")
-    if listed.exists():
-        seen = {row["slide_id"] for row in data.read_csv(listed, ("slide_id", "role")) if row["role"] == "train"}
-        leaked = [s for c in cases if c.split != "train" for s in c.slide_ids if s in seen]
-        if leaked:
-            raise MixmagError(f"{run} was pretrained on {len(leaked)} tune or test slides of this task, such as {leaked[0]!r}; pretrain without them")
+        return
+    seen = {row["slide_id"] for row in data.read_csv(listed, ("slide_id", "role")) if row["role"] == "train"}
+    held = {c.case_id for c in cases if c.split != "train"}
+    known = [c for task in data.task_names(path) for c in data.task_findings(Path(path) / "tasks" / f"{task}.csv")[0] if c.case_id in held]
+    leaked = sorted({s for c in known for s in c.slide_ids} & seen)
+    if leaked:
+        raise MixmagError(f"{run} was pretrained on {len(leaked)} slides of tune or test cases of this task, such as {leaked[0]!r}; pretrain without them")
 
 
 def make_classifier(args, slides, train_slides, compute) -> mixmag.SlideClassifier:
@@ -799,10 +843,15 @@ def make_classifier(args, slides, train_slides, compute) -> mixmag.SlideClassifi
         mean, std, _ = data.feature_statistics(train_slides)
         (encoder or model).standardize.fit(mean, std)
     model.to(compute.device)
-    if compute.world > 1:
-        for tensor in model.state_dict().values():
-            distributed.broadcast(tensor, 0)
+    share_state(model, compute)
     return model
+
+
+def share_state(module, compute) -> None:
+    """All processes go on with the first one's."""
+    if compute.world > 1:
+        for tensor in module.state_dict().values():
+            distributed.broadcast(tensor, 0)
 
 
 def fit_whitening(model, dataset, compute, limit: int = 4000) -> None:
@@ -816,9 +865,7 @@ def fit_whitening(model, dataset, compute, limit: int = 4000) -> None:
         count, total, square = count + there.sum(0), total + h.sum(0), square + torch.einsum("wnd,wne->de", h, h)
     mean = total / count.clamp(min=1)                                                                           # (n, d)
     model.whiten.fit(mean.float(), ((square - torch.einsum("nd,ne->de", mean * count, mean)) / count.sum()).float())
-    if compute.world > 1:
-        for tensor in model.whiten.state_dict().values():
-            distributed.broadcast(tensor, 0)
+    share_state(model.whiten, compute)
 
 
 def encoded(model, dataset, slide_id: str, compute) -> tuple[np.ndarray, np.ndarray]:
@@ -849,7 +896,7 @@ def score_cases(model, dataset, compute, batch_size: int) -> list[np.ndarray]:
             batch = to_device(dataset.__getitems__(mine), compute.device)
             with torch.no_grad(), compute.autocast():
                 logit = slide_logits(model, batch)
-            probability, case = torch.sigmoid(logit.float()).cpu().double().numpy(), batch["case"].cpu().numpy()
+            probability, case = torch.sigmoid(logit.cpu().double()).numpy(), batch["case"].cpu().numpy()        # fp32 would tie them at 1
             scores.update({i: probability[case == c] for c, i in enumerate(mine)})
         if stopping(compute):
             raise Stopped
@@ -952,14 +999,15 @@ def finetune_step(model, batch: dict, smoothing: float, compute, cases: int, ste
 def finetune(args) -> dict:
     """Train on the train split, keep the epoch that ranks the tune split best, score the test split once (paper 4.3). Returns
     result.json."""
+    args.init = args.init or str(newest_pretraining())
+    take_over(args)
     fill_in(args, "finetune")
     compute = machine(args, PRESET_CONFIG[args.preset](1).width)
     path = ensure_data(args.data, compute)
-    args.init = args.init or str(newest_pretraining())
     cases = data.read_task(path, args.task)
     by_id = {s.slide_id: s for s in data.read_slides(path, {i for c in cases for i in c.slide_ids})}
     slides = list(by_id.values())
-    refuse_seen(args.init, cases)
+    refuse_seen(args.init, path, cases)
     model = make_classifier(args, slides, [by_id[i] for c in cases if c.split == "train" for i in c.slide_ids], compute)
     sets = {split: data.CaseDataset(by_id, [c for c in cases if c.split == split], model.config.geometry(), model.index.cpu(), args.min_cover)
             for split in data.SPLITS}
@@ -969,7 +1017,8 @@ def finetune(args) -> dict:
             raise MixmagError(f"task {args.task}: the {split} split has {len(labels[split])} usable cases with labels {sorted(set(labels[split]))}; "
                               "both classes are needed")
     if args.dry_run:
-        return {"plan": finetuning_plan(model, sets, args)}
+        print(finetuning_plan(model, sets, args) if compute.rank == 0 else "", end="")
+        return {}
     name = f"abmil-{args.magnification}" if args.init == "none" else f"{Path(args.init).name}-{args.tokens}-{args.magnification}"
     files = [path / "tasks" / f"{args.task}.csv"] + ([encoder_folder(args.init) / "model.safetensors"] if args.init not in ("none", "random") else [])
     run = Run(args.out or Path("runs") / f"{args.task}-{name}{f'-s{args.seed}' if args.seed else ''}",
@@ -1012,7 +1061,7 @@ def finetune_loop(args, run: Run, model, sets: dict, labels: dict, compute) -> d
         loss, norm = finetune_epoch(model, optimizer, sets["train"], compute, args, epoch, args.epochs * per_epoch, bar)
         rule, tune = best_case_score(labels["tune"], finite_scores(model, sets["tune"], compute, args.batch_size), args.case_score)
         if tune >= state["best_auroc"]:                           # of equals the later, which has learned longer
-            state.update(best=copy.deepcopy({k: v.cpu() for k, v in model.state_dict().items()}), best_auroc=tune, best_epoch=epoch, case_score=rule)
+            state.update(best={k: v.cpu().clone() for k, v in model.state_dict().items()}, best_auroc=tune, best_epoch=epoch, case_score=rule)
         run.note(epoch=epoch, loss=loss, norm=norm if math.isfinite(norm) else None, tune_auroc=tune, case_score=rule,
                  **scaling(compute, optimizer, (epoch + 1) * per_epoch))
         bar.set_postfix(loss=f"{loss:.3f}", tune=f"{tune:.3f}")
@@ -1096,21 +1145,18 @@ def finetuning_plan(model, sets: dict, args) -> str:
     lines.append(f"an epoch reads the train and the tune split, {read['train'] + read['tune']:.3f} GB; the test split is read once, at the end")
     lines.append(f"memory: about {(held + max(needs)) / 1e9:.2f} GB in fp32 when the {args.batch_size} largest cases of a split meet in a batch, "
                  f"{held / 1e9:.2f} of them held already")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def finetune_command(args) -> int:
     result = finetune(args)
-    if process()[0]:
-        return 0
-    if args.dry_run:
-        print(result["plan"])
+    if process()[0] or args.dry_run:
         return 0
     if result["auroc"] is None:
         print(f"{result['task']}: {result['reason']}")
     else:
-        low, high = result["interval"] or (math.nan, math.nan)
-        print(f"{result['task']}: test AUROC {result['auroc']:.3f} (95% over cases: {low:.3f} to {high:.3f}), average precision "
+        over = "too few for an interval" if result["interval"] is None else "95% over cases: {:.3f} to {:.3f}".format(*result["interval"])
+        print(f"{result['task']}: test AUROC {result['auroc']:.3f} ({over}), average precision "
               f"{result['average_precision']:.3f}, {result['cases']['test'][0]} cases; tune AUROC {result['tune_auroc']:.3f} at epoch "
               f"{result['best_epoch'] + 1}")
     return 0
@@ -1124,7 +1170,7 @@ def read_classifier(folder) -> tuple[mixmag.SlideClassifier, dict]:
     if not (folder / "result.json").exists() or not (folder / "model.safetensors").exists():
         raise MixmagError(f"{folder}: not a finished fine-tuning run (result.json and model.safetensors are wanted)")
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config = data.read_json(folder / "config.json")
         model_settings = mixmag.Config.from_dict(config["model"])
         encoder = None if config["init"] == "none" else mixmag.MixingEncoder(model_settings)
         model = mixmag.SlideClassifier(model_settings, encoder, config["tokens"], config["magnification"], config["hidden"])
@@ -1134,13 +1180,13 @@ def read_classifier(folder) -> tuple[mixmag.SlideClassifier, dict]:
     return model.eval(), config
 
 
-def open_run(args, ids) -> tuple:
+def open_run(args, ids, failed: list | None = None) -> tuple:
     """A fine-tuned run and the slides `ids` (None: all) of DATA (None: the run's), each a case of its own -> model, the run's config, data set,
-    machine."""
+    machine. failed: as in data.read_slides."""
     model, config = read_classifier(args.run)
     folder = args.data or config["data"]
     compute = machine(SimpleNamespace(device=args.device, amp=config["amp"]), model.config.width)
-    slides = {s.slide_id: s for s in data.read_slides(folder, ids)}
+    slides = {s.slide_id: s for s in data.read_slides(folder, ids, failed)}
     one = next(iter(slides.values()))
     wanted = (config["tile_encoder"], model.config.dim, model.config.magnifications)
     if (one.meta["encoder"], one.dim, tuple(one.meta["magnifications"])) != wanted:
@@ -1151,11 +1197,12 @@ def open_run(args, ids) -> tuple:
 
 
 def predict_command(args) -> int:
-    model, config, dataset, compute = open_run(args, args.slides)
+    failed = []
+    model, config, dataset, compute = open_run(args, args.slides, failed)
     scores = score_cases(model, dataset, compute, 1)               # one slide at a time: memory is that of the largest
     out = Path(args.out or Path(args.run) / "predict.csv")
     scored = [(case.case_id, float(s[0])) for case, s in zip(dataset.cases, scores)]
-    failed = [(i, "predict", f"no region of which {config['min_cover']:.0%} is tissue") for i in dataset.dropped]
+    failed += [(i, "predict", f"no region of which {config['min_cover']:.0%} is tissue") for i in dataset.dropped]
     failed += [(i, "predict", f"the score is {s}; data.py verify says which features are not finite") for i, s in scored if not math.isfinite(s)]
     scored = [(i, repr(s)) for i, s in scored if math.isfinite(s)]
     write_csv(out, ("slide_id", "score"), scored)
@@ -1195,11 +1242,14 @@ def rows_before(paths, made_by: dict) -> list[int] | None:
     counts = []
     for path in paths:
         if path.exists():
-            with h5py.File(path) as f:
-                found = {k: f["features"].attrs.get(k) for k in made_by}
-                counts.append(len(f["features"]))
+            try:
+                with h5py.File(path) as f:
+                    found = {k: f["features"].attrs.get(k) for k in made_by}
+                    counts.append(len(f["features"]))
+            except (OSError, KeyError) as error:
+                raise MixmagError(f"{path}: is no file of embeddings ({error}); remove it, or give another --out") from None
             if found != made_by:
-                raise MixmagError(f"{path} was made with {found}, now asked for {made_by}; give another --out")
+                raise OtherSettings(f"{path} was made with {found}, now asked for {made_by}; give another --out")
     return counts if len(counts) == len(paths) else None
 
 
@@ -1260,18 +1310,20 @@ def embed_slide(encoder, slide, targets, args, made_by: dict, compute) -> list[i
 
 def embed_command(args) -> int:
     """What an earlier start wrote with the same encoder from the same slides stays; files made by other means are refused."""
-    slides = data.read_slides(ensure_data(args.data), args.slides)
+    empty, failed, totals = [], [], 0
+    slides = data.read_slides(ensure_data(args.data), args.slides, failed)
     encoder = read_encoder(args.init, slides)
     made_by = {"encoder": f"mixmag_{args.tokens}", "mixmag_encoder_sha256": data.file_sha256(encoder_folder(args.init) / "model.safetensors"),
                "mixmag_min_cover": args.min_cover}
     compute, R = machine(args, encoder.config.width), encoder.geometry.region
     encoder.to(compute.device)
-    empty, failed, totals = [], [], 0
     for slide in progress(slides, desc="embed"):
         targets, by = output_files(args, slide, R), {**made_by, "mixmag_slide_sha256": slide.meta["sha256"]}
-        counts = rows_before([path for *_, path in targets], by)
         try:
+            counts = rows_before([path for *_, path in targets], by)
             counts = embed_slide(encoder, slide, targets, args, by, compute) if counts is None else counts
+        except OtherSettings:
+            raise
         except (MixmagError, OSError) as error:
             failed.append((slide.slide_id, "embed", str(error)))
             log(f"{slide.slide_id}: FAILED: {error}")
@@ -1280,7 +1332,7 @@ def embed_command(args) -> int:
         empty += [slide.slide_id] * (not sum(counts))
     units = ["regions"] if args.tokens == "cls" else [f"at {m}x" for m in encoder.config.magnifications]
     shown = ", ".join(f"{n} {unit}" for n, unit in zip(np.atleast_1d(totals), units))
-    print(f"{len(slides) - len(failed)} slides, {args.tokens} outputs in {args.out}: {shown}"
+    print(f"{len(slides) - sum(stage == 'embed' for _, stage, _ in failed)} slides, {args.tokens} outputs in {args.out}: {shown}"
           + (f"; {len(empty)} slides have no {R} x {R} region of which {args.min_cover:.0%} is tissue, so their files hold no rows: "
              f"{', '.join(empty[:5])}" if empty else "") + (f"; {len(failed)} failed, see {args.out}/failed.csv" if failed else ""))
     return report_failed(Path(args.out) / "failed.csv", failed)
@@ -1306,7 +1358,7 @@ def attention_table(model, dataset, compute) -> tuple[SimpleNamespace, float]:
     for k in np.unique(level):
         rank[level == k] = stats.rankdata(weight[level == k]) / (level == k).sum()
     return SimpleNamespace(level=level, side=side[token], place=place[keep], box=box[keep], window=window, region=corners[window] // geometry.region,
-                           weight=weight, rank=rank, cells=rows[window]), float(torch.sigmoid(logit.float()))
+                           weight=weight, rank=rank, cells=rows[window]), float(torch.sigmoid(logit.double()))
 
 
 def slide_picture(reader, box, width: int) -> np.ndarray:
@@ -1440,7 +1492,7 @@ def heatmap_command(args) -> int:
     for k in levels:
         features = qupath_features(table, k, labels[k], args.slide, run, (x, y))
         write_text(out / f"attention-{labels[k]}.geojson", json.dumps(features, allow_nan=False))
-    rule = json.loads((Path(args.run) / "result.json").read_text("utf-8"))["case_score"]
+    rule = data.read_json(Path(args.run) / "result.json")["case_score"]
     print(f"{args.slide}: score {score:.4f}; a case's score is the {rule} over its slides\n"
           f"{len(table.weight)} weights in {out}/attention.csv; .geojson and .png of "
           + ", ".join(labels[k] for k in levels) + ("" if reader else "; no --image, so no top regions") + f"\n{REMARK}")
@@ -1512,7 +1564,7 @@ def read_results(folder) -> SimpleNamespace:
     labels = {task: np.array([int(c["label"]) for c in cases if c["task"] == task]) for task in tasks}
     scores = {(row, task): np.array([[float(c[f"{row} {seed}"] or "nan") for c in cases if c["task"] == task] for seed in seeds])
               for row in rows for task in tasks}
-    machine = json.loads((folder / "machine.json").read_text("utf-8"))
+    machine = data.read_json(folder / "machine.json")
     return SimpleNamespace(rows=rows, tasks=tasks, seeds=seeds, runs=runs, labels=labels, scores=scores, machine=machine)
 
 
@@ -1539,7 +1591,7 @@ def format_table(rows, tasks, runs: dict, draws: dict) -> str:
         if len(known) and all(d is not None for d in drawn):
             average += " ({:.1f} to {:.1f})".format(*(100 * v for v in interval(np.mean(drawn, axis=0))))
         spread = f"{known.mean(axis=0).std(ddof=1):.1f}" if len(known) and known.shape[1] > 1 else "-"
-        precision = [100 * float(r["average_precision"]) for task in tasks for r in runs[row, task] if r["average_precision"]]
+        precision = [100 * float(r["average_precision"]) for t, v in zip(tasks, values) for r in runs[row, t] if None not in v]
         printed = [PAPER[row][list(TASK_TITLES).index(t)] for t in tasks if t in TASK_TITLES]
         cells = [title(row), *("n/a" if None in v else f"{100 * np.mean(v):.1f}" for v in values), average, spread,
                  f"{np.mean(precision):.1f}" if precision else "n/a", f"{len(known)} of {len(tasks)}",
@@ -1589,37 +1641,39 @@ def format_pairs(rows, tasks, draws: dict) -> str:
 RESULTS = ("row", "task", "seed", "auroc", "low", "high", "average_precision", "tune_auroc", "best_epoch", "case_score")
 
 
-def tables(args, rows, tasks) -> str:
-    """Run what is missing, write OUT/results.csv, scores.csv and machine.json, and return what they say as Markdown."""
-    path, out, began = ensure_data(args.data), Path(args.out), time.time()
-    results, scores = [], {}
+def tables(args, rows, tasks) -> tuple[str, int]:
+    """Run what is missing, write OUT/results.csv, scores.csv and machine.json -> what they say as Markdown, and how many cells there is nothing of.
+    Raises MixmagError, and writes nothing, where runs of other settings are in the way, or no cell could be had."""
+    path, out, began = Path(args.data), Path(args.out), time.time()
+    results, scores, rows, tasks = [], {}, list(dict.fromkeys(rows)), list(dict.fromkeys(tasks))
     for seed in range(args.seed, args.seed + args.seeds):
         for row in rows:
             for task in tasks:
                 try:
                     result = train_row(row, task, seed, args)
                 except MixmagError as error:                       # the other cells do not suffer for this one, which the table shows as n/a
+                    if isinstance(error, OtherSettings) or process()[1] > 1:        # of several processes some may have gone on
+                        raise
                     log(f"{task} {row}: {error}")
-                    result = {}
+                    result, refused = {}, error
                 low, high = result.get("interval") or (None, None)
                 results.append({**result, "row": row, "task": task, "seed": seed, "low": low, "high": high})
                 if result and process()[0] == 0:
                     for case in data.read_csv(out / f"seed-{seed}" / f"{task}-{row}" / "predictions.csv", ("case_id", "label", "score", "split")):
                         if case["split"] == "test":
                             scores.setdefault((task, case["case_id"], case["label"]), {})[f"{row} {seed}"] = f"{float(case['score']):.9g}"
+    missing = sum("kind" not in r for r in results)
     if process()[0]:
-        return ""
+        return "", 0                                              # the first one says it
+    if not scores:
+        raise MixmagError(f"no cell of the table could be had; the last one: {refused}")
     write_csv(out / "results.csv", RESULTS, [[r.get(k) for k in RESULTS] for r in results])
     columns = list(dict.fromkeys(f"{r['row']} {r['seed']}" for r in results))
     write_csv(out / "scores.csv", ("task", "case_id", "label", *columns),
               [(*case, *(found.get(c) for c in columns)) for case, found in scores.items()])
-    write_json(out / "machine.json", {**machine_facts(args, path), "seconds": round(time.time() - began + earlier_seconds(out))})
-    return format_results(out)
-
-
-def earlier_seconds(out: Path) -> float:
-    """A table may take several starts; their times add up."""
-    return json.loads((out / "machine.json").read_text("utf-8"))["seconds"] if (out / "machine.json").exists() else 0
+    earlier = data.read_json(out / "machine.json")["seconds"] if (out / "machine.json").exists() else 0         # of starts before this one
+    write_json(out / "machine.json", {**machine_facts(args, path), "seconds": round(time.time() - began + earlier)})
+    return format_results(out), missing
 
 
 def machine_facts(args, path) -> dict:
@@ -1653,17 +1707,17 @@ def format_results(folder) -> str:
 
 
 def table_command(args) -> int:
-    path = ensure_data(args.data)
+    path = ensure_data(args.data, machine(args, PRESET_CONFIG[args.preset](1).width))
     here = {"all", *map(str, data.read_slides(path)[0].meta["magnifications"])}
     rows = args.rows or [r for r in PAPER if not r.startswith(("abmil", "random")) or r.split("-")[1] in here]
     tasks = args.tasks or ([t for t in TASK_TITLES if t in data.task_names(path)] or data.task_names(path))
     if unknown := [r for r in rows if r not in PAPER] or [t for t in tasks if t not in data.task_names(path)]:
         raise MixmagError(f"{unknown[0]}: no such row or task; rows are {', '.join(PAPER)}; tasks are {', '.join(data.task_names(path))}")
-    text = tables(args, rows, tasks)
+    text, missing = tables(args, rows, tasks)
     if process()[0] == 0:
         write_text(Path(args.out) / "SUMMARY.md", "# The paper's tables, run here\n\n" + text)
         print(text)
-    return 0
+    return 3 if missing else 0
 
 
 DEMO_ROWS, DEMO_TASK = ("abmil-20", "abmil-all", "random-all-patch", "mem-0.50-patch", "mem-0.50-cls"), "gastric_her2"     # learned in 1400 steps
@@ -1671,10 +1725,12 @@ DEMO_ROWS, DEMO_TASK = ("abmil-20", "abmil-all", "random-all-patch", "mem-0.50-p
 
 def demo_command(args) -> int:
     """The story in small: a cohort, one pretraining run, five rows of the tables on one task, a table and a figure."""
-    began = time.time()
+    began, out = time.time(), Path(args.out)
     args = SimpleNamespace(**{**vars(args), "preset": "small", "seeds": 1, "steps": 1400, "epochs": 14, "frozen_epochs": 1})
-    text = tables(args, DEMO_ROWS, [DEMO_TASK])
-    out = Path(args.out)
+    data.read_task(ensure_data(args.data, machine(args, PRESET_CONFIG[args.preset](1).width)), DEMO_TASK)
+    text, _ = tables(args, DEMO_ROWS, [DEMO_TASK])
+    if process()[0]:
+        return 0
     pretraining = (out / f"seed-{args.seed}" / "mem-0.50" / "SUMMARY.md").read_text("utf-8")
     write_text(out / "SUMMARY.md", f"# Demo\n\n{text}\n{pretraining.replace('# ', '## ', 1)}")
     draw_demo(out, args.seed)
@@ -1686,7 +1742,7 @@ def demo_command(args) -> int:
 def draw_demo(out: Path, seed: int) -> None:
     """demo.png: test AUROC and its interval over cases, method by method."""
     figure, axis = plot(6.8, 2.6)
-    results = [json.loads((out / f"seed-{seed}" / f"{DEMO_TASK}-{row}" / "result.json").read_text("utf-8")) for row in DEMO_ROWS]
+    results = [data.read_json(out / f"seed-{seed}" / f"{DEMO_TASK}-{row}" / "result.json") for row in DEMO_ROWS]
     value, (low, high) = np.array([r["auroc"] for r in results]), np.array([r["interval"] for r in results]).T
     axis.errorbar(value, range(len(value)), xerr=[value - low, high - value], fmt="o", capsize=3)
     axis.set(yticks=range(len(DEMO_ROWS)), yticklabels=[full_title(r) for r in DEMO_ROWS],
@@ -1700,14 +1756,8 @@ def draw_demo(out: Path, seed: int) -> None:
 
 def doctor_command(args) -> int:
     """What there is, one line each; a line that starts with WARNING says what will go wrong and what mends it."""
-    import importlib.metadata
     import shutil
-    for package in ("torch", "numpy", "openslide-python", "openslide-bin", "scikit-learn", "scipy", "safetensors", "h5py", "tifffile",
-                    "matplotlib", "tqdm"):
-        try:
-            print(f"{package:18s} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            print(f"WARNING            {package} is not installed: pip install -r requirements.txt")
+    print("\n".join(packages()))
     library = data.openslide.__library_version__
     print(f"{'python':18s} {sys.version.split()[0]}\n{'OpenSlide library':18s} {library}")
     if tuple(map(int, library.split(".")[:3])) < (4, 0, 1):
@@ -1733,7 +1783,7 @@ def doctor_command(args) -> int:
     return 0
 
 
-COMMANDS = {"pretrain": lambda args: 0 if pretrain(args) else 1, "finetune": finetune_command, "predict": predict_command,
+COMMANDS = {"pretrain": pretrain_command, "finetune": finetune_command, "predict": predict_command,
             "embed": embed_command, "heatmap": heatmap_command, "table": table_command, "demo": demo_command, "doctor": doctor_command}
 
 if __name__ == "__main__":

@@ -374,7 +374,7 @@ def test_smallest_batches_and_splits(cohort, tmp_path):
 def test_an_encoder_of_unknown_slides_is_flagged(cohort, tmp_path):
     """What an encoder saw is listed beside it; without that list fine-tuning says that it cannot tell."""
     run("train.py", "pretrain", *PRETRAIN, "--data", cohort, "--out", "p", cwd=tmp_path)
-    listed = {r["slide_id"] for r in data.read_csv(tmp_path / "p" / "slides.csv", ("slide_id",))}
+    listed = {r["slide_id"] for r in data.read_csv(tmp_path / "p" / "encoder" / "slides.csv", ("slide_id",))}
     assert listed == set(data.pretraining_ids(cohort)) and not listed & data.evaluation_slides(cohort)
     flags = ("finetune", "--task", "skin_braf", "--data", cohort, "--epochs", 1, "--magnification", 10)
     _, err = run("train.py", *flags, "--init", "p", "--out", "f", cwd=tmp_path)

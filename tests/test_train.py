@@ -304,7 +304,7 @@ def test_pretrain_leaves_a_whole_run(runs, cohort):
     state = torch.load(folder / "last.pt", weights_only=True)
     assert all(torch.equal(v, state["model"][f"encoder.{k}"]) for k, v in encoder.state_dict().items())
     assert (folder / "curve.png").stat().st_size > 5000 and "mixing encoder" in (folder / "SUMMARY.md").read_text()
-    with open(folder / "slides.csv", newline="") as f:
+    with open(folder / "encoder" / "slides.csv", newline="") as f:
         roles = {row["slide_id"]: row["role"] for row in csv.DictReader(f)}
     assert not set(roles) & data.evaluation_slides(cohort) and set(roles.values()) == {"train", "held-out"}
     assert [line["step"] for line in lines(folder / "metrics.jsonl")] == [10, 12]
@@ -415,7 +415,7 @@ def test_faults_end_in_one_clear_line(runs, cohort, tmp_path):
     data.write_csv(leaky / "pretrain.csv", ("slide_id",), [(p.stem,) for p in (cohort / "slides").iterdir()])
     run("train.py", "pretrain", "--data", leaky, "--steps", 2, "--batch-size", 2, "--out", "saw-it-all", cwd=tmp_path)
     for init in (tmp_path / "saw-it-all", tmp_path / "saw-it-all" / "encoder"):
-        assert "tune or test slides" in error("finetune", "--task", "skin_braf", "--data", cohort, "--init", init)
+        assert "slides of tune or test cases" in error("finetune", "--task", "skin_braf", "--data", cohort, "--init", init)
 
 
 def test_one_class_in_the_test_split_is_said(cohort, tmp_path):
@@ -524,7 +524,7 @@ def odd(tmp_path_factory):
         torch.manual_seed(seed)
         encoder = mixmag.MixingEncoder(mixmag.Config(6, region=2, width=16, depth=1, heads=2))
         (folder / f"run{seed}").mkdir()
-        train.export_encoder(train.SimpleNamespace(folder=folder / f"run{seed}"), encoder, data.read_slides(folder, ["many"])[0])
+        train.export_encoder(train.SimpleNamespace(folder=folder / f"run{seed}"), encoder, data.read_slides(folder, ["many"])[0], "small", [])
     return folder
 
 
