@@ -23,6 +23,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -40,10 +41,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def natural(text):
-        if int(text) < 0:
-            raise ValueError
-        return int(text)
+    def within(kind, low, high):
+        def number(text):
+            if not low <= kind(text) <= high:                     # NaN is not
+                raise argparse.ArgumentTypeError(f"{text} is not within {low:g} to {high:g}")
+            return kind(text)
+        return number
+
+    natural, positive = within(int, 0, 2 ** 32 - 1), within(int, 1, 2 ** 32 - 1)
 
     def command(name, summary, example):
         return commands.add_parser(name, help=summary, description=summary, epilog=f"example: {example}",
@@ -54,9 +59,9 @@ def parse() -> argparse.Namespace:
     p.add_argument("--out", default="data/synthetic", help="folder to write")
     p.add_argument("--scale", choices=("quick", "full"), default="quick",
                    help="full: the paper's case and slide counts; quick: a twentieth, with floors that keep every split rankable")
-    p.add_argument("--dim", type=int, default=64, help="width of an embedding (Virchow2 has 1280)")
-    p.add_argument("--regions", type=int, default=4, help="3 x 3 regions of tissue per slide, on average; at least 2")
-    p.add_argument("--images", type=int, default=0, metavar="N", help="write N H&E-like pyramidal TIFFs instead, for the tiler")
+    p.add_argument("--dim", type=positive, default=64, help="width of an embedding (Virchow2 has 1280)")
+    p.add_argument("--regions", type=positive, default=4, help="3 x 3 regions of tissue per slide, on average; at least 2")
+    p.add_argument("--images", type=natural, default=0, metavar="N", help="write N H&E-like pyramidal TIFFs instead, for the tiler")
     p.add_argument("--seed", type=natural, default=0, help="everything follows from it")
 
     p = command("tile", "turn whole-slide images into slide files: tissue, cells on one lattice in exact mpp, embeddings",
@@ -69,12 +74,12 @@ def parse() -> argparse.Namespace:
     p.add_argument("--mpp", type=float, help="micrometres per level-0 pixel, for slides that do not say, or nothing plausible (default: their own)")
     p.add_argument("--manifest", metavar="CSV", help="columns slide (file name or id) and mpp: as --mpp, for each slide; goes before it")
     p.add_argument("--mpp-from-power", action="store_true", help="take 10 / objective power where a slide says no mpp at all")
-    p.add_argument("--region", type=int, default=3, help="cells per side of the windows that are accepted or not as a whole")
-    p.add_argument("--magnifications", type=int, nargs="+", default=[5, 10, 20], help="a run of doublings")
-    p.add_argument("--min-tissue", type=float, default=0.25, help="least share of tissue in a window (assumed)")
+    p.add_argument("--region", type=positive, default=3, help="cells per side of the windows that are accepted or not as a whole")
+    p.add_argument("--magnifications", type=positive, nargs="+", default=[5, 10, 20], help="a run of doublings")
+    p.add_argument("--min-tissue", type=within(float, 0, 1), default=0.25, help="least share of tissue in a window (assumed)")
     p.add_argument("--mask", metavar="FILE|DIR", help="your own tissue mask, PNG or GeoJSON; DIR holds <slide_id>.png or .geojson for each slide")
     p.add_argument("--shard", metavar="i/n", help="do the i-th of n shares of the slides (default: all, or each process's share under torchrun)")
-    p.add_argument("--batch-size", type=int, default=256, help="tiles per call of the encoder")
+    p.add_argument("--batch-size", type=positive, default=256, help="tiles per call of the encoder")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
     p.add_argument("--dry-run", action="store_true", help="plan only: mpp, windows, tokens and bytes of each slide")
 
@@ -89,7 +94,7 @@ def parse() -> argparse.Namespace:
                    "or all of them (default: cut where the file says virchow2)")
     p.add_argument("--mpp", type=float, help="the true micrometres per level-0 pixel of these slides, checked against their files; "
                    "with STAMP's, which have no pixels, it places them on the slide")
-    p.add_argument("--region", type=int, default=3, help="cells per side of the windows that are counted in import.csv")
+    p.add_argument("--region", type=positive, default=3, help="cells per side of the windows that are counted in import.csv")
 
     p = command("verify", "check slide files and task tables; print every finding; exit 1 if there is any",
                 "python data.py verify data/mine")
@@ -423,6 +428,20 @@ def read_slides(data, ids=None, failed: list | None = None) -> list[Slide]:
         if kind(s) != kind(slides[0]):
             raise MixmagError(f"{s.path}: made with {kind(s)}, but {slides[0].slide_id} with {kind(slides[0])}")
     return slides
+
+
+def done_before(path, wanted: dict, mpp: float | None) -> bool:
+    """Whether this slide file is there. Raises MixmagError where it is, but of other metadata than `wanted` (of which None stands for any), or of
+    another mpp than the user says (2 %)."""
+    if not Path(path).exists():
+        return False
+    found = read_slide(path).meta
+    there, wanted = ({k: v.get(k) for k, w in wanted.items() if w is not None} for v in (found, wanted))
+    if there != wanted:
+        raise MixmagError(f"{path} was made with {there}, now asked for {wanted}; give another --out")
+    if mpp is not None and not abs(mpp - found["mpp"]) <= 0.02 * found["mpp"]:
+        raise MixmagError(f"{path} was made at {found['mpp']:g} um/px, now asked for {mpp:g}; give another --out")
+    return True
 
 
 def kind(slide: Slide) -> str:
@@ -1043,15 +1062,16 @@ def polygons(node) -> list:
     inside = {"FeatureCollection": "features", "Feature": "geometry", "GeometryCollection": "geometries"}
     if node["type"] in inside:
         return polygons(node[inside[node["type"]]])
-    if node["type"] not in ("Polygon", "MultiPolygon"):
-        raise ValueError(f"a {node['type']} has no area; expected Polygon or MultiPolygon")
+    if node["type"] not in ("Polygon", "MultiPolygon"):           # points and lines, which annotations hold beside them, have no area
+        return []
     return [node["coordinates"]] if node["type"] == "Polygon" else node["coordinates"]
 
 
 def read_mask(path: Path, slide, shape: tuple) -> np.ndarray:
     """(h, w) bool from one's own mask: a PNG of any size over the whole slide, non-zero is tissue; or GeoJSON polygons in level-0
-    pixels, counted from the corner of the slide's bounds as QuPath does (for most formats the slide's corner).
-    Raises MixmagError for a file that is neither, has another shape than the slide (2 %), or holds no tissue."""
+    pixels, counted from the corner of the slide's bounds as QuPath does (for most formats the slide's corner), or from the slide's own corner
+    where the file has a `crs`, as TRIDENT's have.
+    Raises MixmagError for a file that is neither, has another shape than the slide or leaves it (2 %), or holds no tissue."""
     (width, height), (h, w) = slide.dimensions, shape
     try:
         if path.suffix.lower() == ".png":
@@ -1062,12 +1082,14 @@ def read_mask(path: Path, slide, shape: tuple) -> np.ndarray:
                 raise MixmagError(f"{path}: {pixels.shape[1]} x {pixels.shape[0]} is another shape than the slide's {width} x {height}")
             mask = np.asarray(Image.fromarray(pixels.astype(np.uint8) * 255).resize((w, h), Image.Resampling.BOX)) > 127
         else:
-            corner = [int(slide.properties.get(f"openslide.bounds-{k}", 0)) for k in "xy"]
-            canvas = Image.new("1", (w, h))
-            for rings in polygons(json.loads(path.read_text("utf-8"))):
+            drawn, canvas = json.loads(path.read_text("utf-8-sig")), Image.new("1", (w, h))
+            corner = [0 if "crs" in drawn else int(slide.properties.get(f"openslide.bounds-{k}", 0)) for k in "xy"]
+            for rings in polygons(drawn):
                 layer = Image.new("1", (w, h)) if len(rings) > 1 else canvas                            # a hole cuts its own polygon only
                 for i, ring in enumerate(rings):
                     points = (np.array(ring, float)[:, :2] + corner) * (w / width, h / height)
+                    if (np.abs(points - (w / 2, h / 2)) > np.array([w, h]) * 0.52 + 1).any():
+                        raise MixmagError(f"{path}: a polygon leaves the slide's {width} x {height} px; expected level-0 pixels")
                     ImageDraw.Draw(layer).polygon(points.reshape(-1).tolist(), fill=int(i == 0))
                 canvas.paste(layer, mask=layer)
             mask = np.asarray(canvas)
@@ -1114,6 +1136,11 @@ class TilePlan:
         return sum(w[2] * w[3] for w in self.windows)
 
     @property
+    def held(self) -> float:
+        """The share of the mask's tissue that lies in the windows; the rest is in windows with too little of it, or beyond the last whole cell."""
+        return sum(self.patch(self.mask, *w).sum() for w in self.windows) / max(1, self.mask.sum())
+
+    @property
     def shrink(self) -> int:
         """How many of the level's pixels, to the nearest whole number, a pixel of the finest magnification is the mean of."""
         return max(1, round(10.0 / self.magnifications[-1] / self.mpp / self.downsample))
@@ -1126,9 +1153,10 @@ class TilePlan:
 
     @functools.cached_property
     def inside(self) -> np.ndarray:
-        """The mask without its holes and its rim: unscanned glass is no hole in tissue, a lost tile is."""
+        """The mask without its rim and, but for large ones, its holes: a lost tile is a hole in tissue, an unscanned lumen or glass is none."""
         from scipy import ndimage
-        return ndimage.binary_erosion(ndimage.binary_fill_holes(self.mask), iterations=2)
+        holes = ndimage.binary_fill_holes(self.mask) & ~self.mask
+        return ndimage.binary_erosion(self.mask | holes & ~pieces(holes, 4 * HOLE), iterations=2)
 
 
 def tile_edges(lines: np.ndarray, k: int) -> np.ndarray:
@@ -1279,8 +1307,8 @@ def draw_qc(path, reader: Reader, plan: TilePlan, magnifications: list) -> None:
         axis.contour(x, y, seen, levels=[0.5], colors="lime", linewidths=0.7)
     frames = [Rectangle((x, y), w, h) for x, y, w, h in (box(*w) for w in plan.windows)]
     axis.add_collection(PatchCollection(frames, facecolor="none", edgecolor="tab:blue", lw=0.7))
-    axis.set_title(f"{reader.path.stem}\n{mpp:.4g} um/px ({plan.mpp_source}); tissue {plan.mask.mean():.1%}\n"
-                   f"{len(frames)} of {plan.candidates} windows kept", fontsize=9, parse_math=False)
+    axis.set_title("\n".join([*textwrap.wrap(reader.path.stem, 60), f"{mpp:.4g} um/px ({plan.mpp_source}); tissue {plan.mask.mean():.1%}",
+                              f"{len(frames)} of {plan.candidates} windows kept, {plan.held:.0%} of the tissue"]), fontsize=9, parse_math=False)
     axis.set(xticks=[], yticks=[])
     scale_bar(axis, width * mpp)
     if plan.windows:
@@ -1298,7 +1326,7 @@ def draw_window(figure, grid, reader: Reader, plan: TilePlan, window: tuple, cel
         tiles = read_window(reader, plan, window)
     except (openslide.OpenSlideError, MixmagError) as error:
         axis = figure.add_subplot(grid[:, 2:], frame_on=False, xticks=[], yticks=[])
-        axis.text(0.5, 0.5, f"the window with most tissue cannot be read:\n{error}", ha="center", wrap=True, parse_math=False)
+        axis.text(0.5, 0.5, f"the window with most tissue cannot be read:\n{error}", ha="center", wrap=True, parse_math=False).set_in_layout(False)
         return
     tiles, side = tiles.reshape(window[3], window[2], *tiles.shape[1:]), plan.cell_px * plan.mpp         # (rows, cols, T, 224, 224, 3), um
     for line, (name, part) in enumerate((("window", tiles), ("one cell", tiles[cell[1]:cell[1] + 1, cell[0]:cell[0] + 1]))):
@@ -1424,17 +1452,39 @@ def tile_slide(reader: Reader, plan: TilePlan, encoder, dim: int, args) -> tuple
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".dcm", ".czi")
 
 
+def files_below(folder: Path):
+    """Slide files in a folder and those below it, also by links, but not in hidden ones; each folder once."""
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(place))
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and os.path.realpath(os.path.join(place, f)) not in seen)
+        yield from (Path(place, f) for f in sorted(files) if not f.startswith(".") and Path(f).suffix.lower() in SLIDE_SUFFIXES)
+
+
+def first_of_series(paths: list) -> list:
+    """Without the further files of a DICOM slide: any of a series opens all of it."""
+    seen, kept = {}, []
+    for path in paths:
+        try:
+            series = path.parent, openslide.OpenSlide(path).properties["openslide.quickhash-1"] if path.suffix.lower() == ".dcm" else path.name
+        except (openslide.OpenSlideError, OSError, KeyError):
+            series = path.parent, path.name                       # what cannot be opened says so when its turn comes
+        if seen.setdefault(series, path) == path:
+            kept.append(path)
+        else:
+            print(f"{path}: the same DICOM series as {seen[series].name}", file=sys.stderr)
+    return kept
+
+
 def find_slides(places) -> list[Path]:
-    """Slide files, named or found in folders, sorted. Raises MixmagError where two would have the same slide id."""
-    paths = []
-    for place in map(Path, places):
-        paths += sorted(p for p in place.rglob("[!.]*") if p.suffix.lower() in SLIDE_SUFFIXES) if place.is_dir() else [place]
-    by_id = defaultdict(list)
+    """Slide files, named or found in folders. Raises MixmagError where two would have the same slide id."""
+    paths = [path for place in map(Path, places) for path in (files_below(place) if place.is_dir() else [place])]
+    paths, by_id = first_of_series(list({path.resolve(): path for path in paths}.values())), defaultdict(list)
     for path in paths:
         by_id[path.stem.lower()].append(str(path))
-    clashes = [same for same in by_id.values() if len(same) > 1]
+    clashes = [" and ".join(same) for same in by_id.values() if len(same) > 1]
     if clashes or not paths:
-        raise MixmagError(f"two slides with one id: {', '.join(clashes[0])}; rename one" if clashes else
+        raise MixmagError(f"slides with one id: {'; '.join(clashes)}: rename them" if clashes else
                           f"no slides in {', '.join(map(str, places))} (suffixes: {' '.join(SLIDE_SUFFIXES)})")
     return paths
 
@@ -1447,7 +1497,7 @@ def plan_report(reader: Reader, plan: TilePlan, region: int) -> str:
     finest, native = 10.0 / plan.magnifications[-1], plan.mpp * plan.downsample
     return (f"{reader.path.stem}: {plan.mpp:.4g} um/px ({plan.mpp_source}), level {plan.level} of {len(reader.sizes)} "
             f"(downsample {plan.downsample:.6g}), {len(plan.windows)} of {plan.candidates} windows hold tissue "
-            f"({whole} with all {region ** 2} cells), {plan.cells} cells, {sum(tokens)} tokens ("
+            f"({whole} with all {region ** 2} cells) and {plan.held:.0%} of it, {plan.cells} cells, {sum(tokens)} tokens ("
             + ", ".join(f"{m}x {n}" for m, n in zip(plan.magnifications, tokens)) + ")\n"
             f"    drift: children meet their parents within {nesting:.2g} um, edges keep to the lattice within {off:.2g} um; "
             "um/px asked (effective): " + ", ".join(f"{m}x {10 / m:g} ({low:.4g} to {high:.4g})" for m, (low, high) in zip(plan.magnifications, kept))
@@ -1460,13 +1510,9 @@ def tile_one(path: Path, encoder, dim: int, args) -> tuple[str, int]:
         raise MixmagError(f"{path}: no such file")
     out = Path(args.out).resolve() / "slides" / f"{path.stem}.safetensors"
     mask = find_mask(path, args.mask)
-    settings = {"region": args.region, "min_tissue": args.min_tissue, "mpp": given_mpp(path, args)[0], "source_bytes": path.stat().st_size,
-                "mask": mask and file_sha256(mask), "weights": args.weights_sha256}
-    if out.exists():
-        found = read_slide(out).meta
-        there = (found["encoder"], found["magnifications"], found.get("settings"))
-        if there != (args.encoder, args.magnifications, settings):
-            raise MixmagError(f"{out} was made with {there}, now asked for {(args.encoder, args.magnifications, settings)}; give another --out")
+    settings = {"region": args.region, "min_tissue": args.min_tissue, "source_bytes": path.stat().st_size, "mask": mask and file_sha256(mask),
+                "weights": args.weights_sha256}
+    if done_before(out, {"encoder": args.encoder, "magnifications": args.magnifications, "settings": settings}, given_mpp(path, args)[0]):
         return f"{path.stem}: done before", 0
     reader = Reader(path)
     plan = plan_slide(reader, args)
@@ -1521,7 +1567,9 @@ def tile_command(args) -> int:
             report, size = tile_one(path, encoder, dim, args)
             needed += size
             print(report, flush=True)
-        except (MixmagError, openslide.OpenSlideError, OSError, ValueError, RuntimeError) as error:
+        except Stopped:
+            raise
+        except Exception as error:                                # whatever a slide, or the user's encoder, raises
             reason = str(error) if isinstance(error, MixmagError) else f"{type(error).__name__}: {error}"
             failed.append((path.stem, "tile", reason))
             print(f"{path.stem}: FAILED: {reason}", file=sys.stderr)
@@ -1780,7 +1828,7 @@ def level0(levels: list, job: dict) -> tuple[float, float, str]:
     if job["tool"] == "trident":
         cell_px = float(trident_cell(levels))
         mpp, source = cell_um / cell_px, "nominal, from the tiles' side"
-        if given and abs(given - mpp) > 0.02 * mpp:
+        if given and abs(given - mpp) > 0.2 * mpp:                # TRIDENT cuts 0.2 to 0.3 um/px as if they were 0.25
             raise MixmagError(f"--mpp says {given}, but tiles of {cell_px:g} px at {levels[0].magnification}x were cut as if it were {mpp:.4g}")
     else:
         mpp, source = given or 10 / levels[-1].magnification, "none: pixels of the finest magnification"
@@ -1789,18 +1837,13 @@ def level0(levels: list, job: dict) -> tuple[float, float, str]:
             t.corners /= mpp
     if not 0.1 <= (given or mpp) <= 4:
         raise MixmagError(f"mpp is {given or mpp:.4g}, expected 0.1 to 4 um/px")
-    return cell_px, given or mpp, "--mpp" if given else source
+    return cell_px, given or mpp, f"--mpp (cut as if {mpp:.4g})" if given and abs(given - mpp) > 0.02 * mpp else "--mpp" if given else source
 
 
 def import_slide(job: dict) -> str:
     """One slide's files into its slide file; what was done."""
-    settings = {**{k: job[k] for k in ("tool", "mpp", "encoder", "class_token")}, "sources": []}
-    for path in job["paths"]:
-        settings["sources"].append(file_sha256(path))
-    if Path(job["out"]).exists():
-        made = read_slide(job["out"]).meta.get("settings")
-        if made != settings:
-            raise MixmagError(f"{job['out']} was made with {made}, now asked for {settings}; give another --out")
+    settings = {"tool": job["tool"], "class_token": job["class_token"], "sources": [file_sha256(path) for path in job["paths"]]}
+    if done_before(job["out"], {"encoder": job["encoder"], "settings": settings}, job["mpp"]):
         return "done before"
     levels = [read_tiles(path, job) for path in job["paths"]]
     agree(levels)
@@ -1812,7 +1855,8 @@ def import_slide(job: dict) -> str:
     write_slide(job["out"], features, cells, valid,
                 {"slide_id": job["slide_id"], "encoder": levels[0].encoder, "magnifications": [t.magnification for t in levels],
                  "tile_px": levels[0].tile_px, "mpp": mpp, "mpp_source": source, "cell_px": cell_px, "origin": [0.0, 0.0],
-                 "width": int(width), "height": int(height), "n_bad": 0, "residual_um": max(far) * mpp, "settings": settings})
+                 "width": int(width), "height": int(height), "n_bad": 0, "residual_um": max(far) * mpp, "settings": settings,
+                 "size_known": all(levels[0].size)})
     return "imported"
 
 
@@ -1865,8 +1909,6 @@ def import_command(args) -> int:
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
     tool, places, out = "trident" if args.trident else "stamp", args.trident or args.stamp, Path(args.out)
-    if args.region < 1:
-        raise MixmagError(f"--region {args.region}: expected at least 1")
     folders = [import_folder(place, tool, args.encoder) for place in places]
     rows, pool = [], None
     sweep(out / "slides")
@@ -1917,6 +1959,17 @@ def windows(cells: np.ndarray, region: int, stride: int, min_cover: float) -> tu
     rows = np.where(have[at] == wanted, order[at], -1)
     kept = (rows >= 0).mean(axis=1) >= min_cover
     return rows[kept], corners[kept]
+
+
+def covering(cells: np.ndarray, region: int, min_cover: float) -> tuple[np.ndarray, np.ndarray]:
+    """`windows` side by side, as inference takes them. Where none holds `min_cover` of its cells, the fullest one, so that a slide smaller than
+    a window is usable."""
+    rows, corners = windows(cells, region, region, min_cover)
+    if not len(rows):
+        rows, corners = windows(cells, region, region, 0.0)
+        fullest = (rows >= 0).sum(axis=1).argsort(kind="stable")[-1:]
+        return rows[fullest], corners[fullest]
+    return rows, corners
 
 
 def gather(slide: Slide, rows: np.ndarray, entries: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -2081,8 +2134,8 @@ class RegionDataset(torch.utils.data.Dataset):
 class CaseDataset(torch.utils.data.Dataset):
     """The cases of a split as ragged bags: a case has slides, a slide has regions, a region the chosen tokens.
 
-    index (n,): which of a region's tokens are read (Geometry.select). rows and corners: each slide's regions, as in `windows`, that hold
-    `min_cover` of their cells and a valid token. Slides without one, and cases without such slides, are left out and named in `dropped`.
+    index (n,): which of a region's tokens are read (Geometry.select). rows and corners: each slide's regions, as in `covering`, that hold a
+    valid token. Slides without one, and cases without such slides, are left out and named in `dropped`.
     What stands in `held`, slide_id -> (array (W, n or 1, d), valid (W, n)), is given in place of that slide's embeddings.
     """
 
@@ -2091,7 +2144,7 @@ class CaseDataset(torch.utils.data.Dataset):
         self.rows, self.corners, self.cases, self.dropped, self.held = {}, {}, [], [], {}
         for case in cases:
             for slide_id in case.slide_ids:
-                rows, corners = windows(slides[slide_id].cells, geometry.region, geometry.region, min_cover)
+                rows, corners = covering(slides[slide_id].cells, geometry.region, min_cover)
                 there = tokens_of(slides[slide_id], rows, self.entries)[1].any(axis=1)
                 if there.any():
                     self.rows[slide_id], self.corners[slide_id] = rows[there], corners[there]

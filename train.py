@@ -1083,7 +1083,7 @@ def finish_finetuning(run: Run, model, sets, labels, state: dict, compute, args)
         return
     dropped = sorted(i for s in sets.values() for i in s.dropped)
     if dropped:
-        log(f"{len(dropped)} slides without a region of which {args.min_cover:.0%} is tissue were left out, such as {dropped[0]}")
+        log(f"{len(dropped)} slides without tissue were left out, such as {dropped[0]}")
     with whole_file(run.folder / "model.safetensors") as temporary:
         save_file({k: v.contiguous() for k, v in state["best"].items()}, temporary)
     for split in scores:
@@ -1202,7 +1202,7 @@ def predict_command(args) -> int:
     scores = score_cases(model, dataset, compute, 1)               # one slide at a time: memory is that of the largest
     out = Path(args.out or Path(args.run) / "predict.csv")
     scored = [(case.case_id, float(s[0])) for case, s in zip(dataset.cases, scores)]
-    failed += [(i, "predict", f"no region of which {config['min_cover']:.0%} is tissue") for i in dataset.dropped]
+    failed += [(i, "predict", "no tissue, or no valid token") for i in dataset.dropped]
     failed += [(i, "predict", f"the score is {s}; data.py verify says which features are not finite") for i, s in scored if not math.isfinite(s)]
     scored = [(i, repr(s)) for i, s in scored if math.isfinite(s)]
     write_csv(out, ("slide_id", "score"), scored)
@@ -1258,7 +1258,7 @@ def open_output(files: ExitStack, target: tuple, slide, side: float, coords: np.
     filled, features (N, width) float32. In TRIDENT's layout the coordinates also stand in patches/, where torchmil looks for them."""
     import h5py
     (magnification, px, path), meta = target, slide.meta
-    attributes = {"patch_size": px, "patch_size_level0": round(side), "level0_magnification": round(10 / meta["mpp"]),
+    attributes = {"patch_size": px, "patch_size_level0": round(side), "level0_magnification": round(10 / meta["mpp"], 6),
                   "target_magnification": magnification, "overlap": 0, "name": slide.slide_id, "level0_width": meta["width"],
                   "level0_height": meta["height"]}
     patches = path.parents[1] / "patches" / f"{slide.slide_id}_patches.h5"
@@ -1278,7 +1278,7 @@ def embed_slide(encoder, slide, targets, args, made_by: dict, compute) -> list[i
     """Write one slide's outputs, 64 regions at a time; how many rows each file holds. `cls`: one file, a row per region; `patch`: one file per
     magnification, a row per valid tile."""
     geometry = encoder.geometry
-    rows, corners = data.windows(slide.cells, geometry.region, geometry.region, args.min_cover)
+    rows, corners = data.covering(slide.cells, geometry.region, args.min_cover)
     entries = geometry.cell_order().numpy()
     keep = data.tokens_of(slide, rows, entries)[1]
     keep = keep if args.tokens == "patch" else keep.any(axis=1, keepdims=True)
@@ -1333,7 +1333,7 @@ def embed_command(args) -> int:
     units = ["regions"] if args.tokens == "cls" else [f"at {m}x" for m in encoder.config.magnifications]
     shown = ", ".join(f"{n} {unit}" for n, unit in zip(np.atleast_1d(totals), units))
     print(f"{len(slides) - sum(stage == 'embed' for _, stage, _ in failed)} slides, {args.tokens} outputs in {args.out}: {shown}"
-          + (f"; {len(empty)} slides have no {R} x {R} region of which {args.min_cover:.0%} is tissue, so their files hold no rows: "
+          + (f"; {len(empty)} slides have no tissue, so their files hold no rows: "
              f"{', '.join(empty[:5])}" if empty else "") + (f"; {len(failed)} failed, see {args.out}/failed.csv" if failed else ""))
     return report_failed(Path(args.out) / "failed.csv", failed)
 
@@ -1368,8 +1368,13 @@ def slide_picture(reader, box, width: int) -> np.ndarray:
     step, bands = max(1, round(512 * reader.slide.level_downsamples[level] * width / (right - left))), []
     for start in range(0, height, step):
         rows = min(step, height - start)
-        part, within = reader.read(level, (left, top + (bottom - top) * start / height, right, top + (bottom - top) * (start + rows) / height))
-        bands.append(np.asarray(part.resize((width, rows), data.Image.Resampling.BOX, box=within)))
+        band = left, top + (bottom - top) * start / height, right, top + (bottom - top) * (start + rows) / height
+        try:
+            part, within = reader.read(level, band)
+            bands.append(np.asarray(part.resize((width, rows), data.Image.Resampling.BOX, box=within)))
+        except data.openslide.OpenSlideError as error:
+            log(f"{reader.path}: rows {band[1]:.0f} to {band[3]:.0f} cannot be read and are drawn grey ({error})")
+            bands.append(np.full((rows, width, 3), 128, np.uint8))
     return np.concatenate(bands)
 
 
@@ -1476,9 +1481,11 @@ def heatmap_command(args) -> int:
     """CSV and GeoJSON come first: they need no pixel, so that an image that cannot be read costs nothing but the pictures."""
     model, config, dataset, compute = open_run(args, [args.slide])
     if dataset.dropped:
-        raise MixmagError(f"{args.slide} has no region of which {config['min_cover']:.0%} is tissue: there is nothing to draw")
+        raise MixmagError(f"{args.slide} has no tissue: there is nothing to draw")
     slide, run, out = dataset.slides[args.slide], Path(args.run).resolve().name, Path(args.out or Path(args.run) / "heatmap" / args.slide)
     meta, reader = slide.meta, data.Reader(args.image) if args.image else None
+    if reader and not meta.get("size_known", True) and np.all(np.array(reader.slide.dimensions) >= (meta["width"], meta["height"])):
+        meta["width"], meta["height"] = reader.slide.dimensions    # until now they were those of the cells
     whole, said = (0, 0, meta["width"], meta["height"]), reader.slide.properties if reader else {}
     if reader and reader.slide.dimensions != whole[2:]:
         raise MixmagError(f"--image {args.image} has {reader.slide.dimensions} pixels, {args.slide} was tiled from {whole[2:]}: not the same slide")
@@ -1496,11 +1503,8 @@ def heatmap_command(args) -> int:
     print(f"{args.slide}: score {score:.4f}; a case's score is the {rule} over its slides\n"
           f"{len(table.weight)} weights in {out}/attention.csv; .geojson and .png of "
           + ", ".join(labels[k] for k in levels) + ("" if reader else "; no --image, so no top regions") + f"\n{REMARK}")
-    try:
-        draw_maps(out, table, slide, labels, reader, (x, y, x + width, y + height), model.config.region * meta["cell_px"],
-                  f"run {run}, score {score:.3f}")
-    except data.openslide.OpenSlideError as error:
-        raise MixmagError(f"{args.image}: its pixels cannot be read ({error}); without --image the maps are drawn on grey") from None
+    draw_maps(out, table, slide, labels, reader, (x, y, x + width, y + height), model.config.region * meta["cell_px"],
+              f"run {run}, score {score:.3f}")
     return 0
 
 

@@ -10,7 +10,6 @@ import argparse
 import copy
 import functools
 import io
-import json
 import math
 import multiprocessing
 import os

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import pickle
-import re
 import signal
 import subprocess
 import sys
@@ -640,8 +639,8 @@ def test_png_masks_cover_the_whole_slide(tmp_path, mode, size):
     ("m.png", Image.new("L", (50, 90), 255), "50 x 90 is another shape than the slide's 9000 x 5000"),
     ("m.png", Image.new("L", (92, 50), 255), "92 x 50 is another shape"), ("m.png", b"no picture", "m.png: cannot be read as a mask"),
     ("m.geojson", {"type": "FeatureCollection", "features": []}, "m.geojson: holds no tissue"),
-    ("m.geojson", {"type": "Polygon", "coordinates": [ring(20000, 0, 100)]}, "holds no tissue"),
-    ("m.geojson", {"type": "Point", "coordinates": [5, 5]}, "a Point has no area"),
+    ("m.geojson", {"type": "Polygon", "coordinates": [ring(20000, 0, 100)]}, "a polygon leaves the slide's 9000 x 5000 px"),
+    ("m.geojson", {"type": "Point", "coordinates": [5, 5]}, "holds no tissue"),
     ("m.geojson", {"type": "Polygon", "coordinates": [["x", "y"]]}, "cannot be read as a mask"),
     ("m.geojson", {"name": "no type"}, "cannot be read"), ("m.geojson", b"{", "cannot be read"), ("m.geojson", b"\xff\xfe", "cannot be read")])
 def test_masks_that_are_none_are_refused(tmp_path, name, content, message):
@@ -906,7 +905,7 @@ def test_slides_with_one_id_are_refused(tmp_path):
     for name in ("a.tiff", "A.svs"):
         (tmp_path / name).touch()
     _, err = run("data.py", "tile", "--slides", tmp_path, "--out", tmp_path / "d", cwd=tmp_path, code=1)
-    assert "two slides with one id" in err
+    assert "slides with one id" in err
 
 
 def test_texture_is_finite_deterministic_and_blind_to_turning():
@@ -1200,7 +1199,7 @@ def off(column, row, where):
     ({5: {"features": np.array([[1.0] * 8, [1.0] * 7 + [np.nan]] * 6, np.float16)}}, {}, "5x/s.h5: NaN.* in 6 of 12 tiles, first in row 1"),
     ({5: {"features": np.eye(12, dtype=np.float32)[:, :11]}}, {}, "nothing but zeros in 1 of 12 tiles, first in row 11"),
     ({5: {"features": np.ones((12, 8), np.int64)}}, {}, "features is int64"), ({5: {"features": np.ones((12, 8, 1), np.float32)}}, {}, "features is float32"),
-    ({}, {"mpp": 0.26}, "--mpp says 0.26, but tiles of 1792 px at 5x were cut as if it were 0.25"), ({}, {"encoder": "uni_v2"}, "'virchow2', --encoder says 'uni_v2'"),
+    ({}, {"mpp": 0.31}, "--mpp says 0.31, but tiles of 1792 px at 5x were cut as if it were 0.25"), ({}, {"encoder": "uni_v2"}, "'virchow2', --encoder says 'uni_v2'"),
     ({m: {"encoder": None} for m in (5, 10, 20)}, {}, "say it with --encoder"), ({}, {"class_token": True}, "holds 8 numbers .*--class-token cuts 2560")])
 def test_what_does_not_match_is_refused_by_name(tmp_path, changes, settings, message):
     with pytest.raises(MixmagError, match=message):
@@ -1228,7 +1227,8 @@ def test_import_says_where_mpp_and_encoder_are_from(tmp_path):
     meta = data.read_slide(asked["out"]).meta
     assert (meta["mpp"], meta["mpp_source"], meta["cell_px"], meta["encoder"]) == (0.2525, "--mpp", 1792.0, "virchow2")
     with pytest.raises(MixmagError, match="give another --out"):
-        data.import_slide({**asked, "mpp": 0.25})
+        data.import_slide({**asked, "mpp": 0.26})
+    assert data.import_slide({**asked, "mpp": None, "encoder": None}) == "done before"                  # whatever made it was said the first time
     three(tmp_path, {20: {"features": np.ones((192, 8), np.float32)}}, encoder=None)
     with pytest.raises(MixmagError, match="give another --out"):
         data.import_slide(asked)
@@ -1612,7 +1612,7 @@ def test_case_batches_are_ragged_bags(cohort):
 
 def test_slides_without_a_region_are_named(tmp_path):
     make_slide(tmp_path, "whole", cells=[(c, r) for c in range(3) for r in range(3)])
-    make_slide(tmp_path, "scrap", cells=[(0, 0)])
+    make_slide(tmp_path, "scrap", cells=[])
     slides = {s.slide_id: s for s in data.read_slides(tmp_path)}
     cases = [data.Case("1", 0, "train", ["whole", "scrap"]), data.Case("2", 1, "train", ["scrap"])]
     dataset = data.CaseDataset(slides, cases, Geometry(3), Geometry(3).select())
@@ -1651,3 +1651,68 @@ def test_help_answers_at_once():
         assert time.time() - began < 5                             # about 0.1 s; importing torch alone takes longer than a second
         out = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / script), "--help"], capture_output=True, text=True).stderr
         assert "torch" not in out
+
+
+def test_a_slide_smaller_than_a_window_is_usable(tmp_path):
+    """Its fullest window counts in inference, and in pretraining none."""
+    small, whole = data.read_slide(make_slide(tmp_path, "small", cells=[(0, 0), (1, 0), (4, 1)])), data.read_slide(
+        make_slide(tmp_path, "whole", cells=[(c, r) for c in range(3) for r in range(3)] + [(3, 0)]))
+    assert data.covering(small.cells, 3, 0.5)[1].tolist() == [[0, 0]] and data.covering(whole.cells, 3, 0.5)[1].tolist() == [[0, 0]]
+    assert data.covering(small.cells[:0], 3, 0.5)[0].shape == (0, 9)
+    cases = [data.Case("1", 0, "train", ["small"])]
+    batch = data.CaseDataset({"small": small}, cases, Geometry(3), Geometry(3).select()).__getitems__([0])
+    assert batch["regions"].tolist() == [1] and batch["valid"].sum() == 2 * 21
+    assert len(data.RegionDataset([small], Geometry(3), 0, 0.5)) == 0
+
+
+def test_a_flag_for_one_slide_does_not_undo_another(tmp_path, monkeypatch, capsys):
+    """--mpp for a slide that says nothing leaves what was tiled at the slide's own; another mpp is refused."""
+    (tmp_path / "s").mkdir()
+    write_tiff(tmp_path / "s" / "says.tiff", pink(900, 900), 0.5)
+    write_tiff(tmp_path / "s" / "silent.tiff", pink(900, 900), None)
+    flags = ("--slides", tmp_path / "s", "--out", tmp_path / "d", "--region", 1)
+    assert tile(monkeypatch, *flags) == 3
+    assert tile(monkeypatch, *flags, "--mpp", 0.5) == 0 and "says: done before" in capsys.readouterr().out
+    assert tile(monkeypatch, *flags, "--mpp", 0.4) == 3 and "was made at 0.5 um/px, now asked for 0.4" in capsys.readouterr().err
+
+
+def test_folders_are_searched_by_links_and_not_where_hidden(tmp_path):
+    (tmp_path / "store" / "deep").mkdir(parents=True)
+    for name in ("store/deep/a.tiff", "b.tiff", ".snapshot/b.tiff", "c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "here").mkdir()
+    os.symlink(tmp_path / "store", tmp_path / "here" / "linked")
+    os.symlink(tmp_path / "here", tmp_path / "here" / "loop")
+    os.symlink(tmp_path / ".snapshot", tmp_path / "here" / ".hidden")
+    assert [p.name for p in data.find_slides([tmp_path / "here", tmp_path / "b.tiff", tmp_path / "here" / ".." / "b.tiff"])] == ["a.tiff", "b.tiff"]
+    for name in ("here/A.svs", "here/B.svs"):
+        (tmp_path / name).touch()
+    with pytest.raises(MixmagError, match="(?s)A.svs.*a.tiff.*B.svs.*b.tiff"):
+        data.find_slides([tmp_path / "here", tmp_path / "b.tiff"])
+
+
+def test_a_dicom_series_is_one_slide(real, capsys):
+    files = sorted((real / "slides").glob("openslide-python-boxes_*.dcm"))
+    same = {data.openslide.OpenSlide(p).properties["openslide.quickhash-1"] for p in files}
+    assert len(data.find_slides(files)) == len(same)
+    assert capsys.readouterr().err.count("the same DICOM series") == len(files) - len(same)
+
+
+def test_unscanned_holes_are_no_lost_tiles():
+    """A large hole in tissue, which scanners leave out, against one of a lost tile's size."""
+    mask = np.ones((300, 300), bool)
+    mask[100:200, 100:200] = mask[20:30, 20:30] = False
+    plan = data.TilePlan(0.5, "", [5, 10, 20], 896.0, (0.0, 0.0), 0, 1.0, (), [], 0, None, mask, np.array([1 / 32, 1 / 32]))
+    assert not plan.inside[110:190, 110:190].any() and plan.inside[20:30, 20:30].all() and not plan.inside[0].any()
+
+
+@pytest.mark.parametrize("crs, corner", [({}, (3000, 2000)), ({"crs": {"type": "name"}}, (0, 0))])
+def test_masks_begin_where_their_tool_counts_from(tmp_path, crs, corner):
+    """QuPath counts from the corner of the bounds; TRIDENT, whose files have a crs, from the slide's. Points and lines have no area."""
+    class Slide:
+        dimensions, properties = (9000, 5000), {"openslide.bounds-x": "3000", "openslide.bounds-y": "2000"}
+    shapes = [{"type": "Feature", "geometry": {"type": "Point", "coordinates": [1, 1]}}, {"type": "Polygon", "coordinates": [[[0, 0], [1000, 0], [1000, 500], [0, 500]]]}]
+    (tmp_path / "m.geojson").write_bytes(b"\xef\xbb\xbf" + json.dumps({"type": "FeatureCollection", "features": shapes, **crs}).encode())
+    y, x = np.nonzero(data.read_mask(tmp_path / "m.geojson", Slide, (50, 90)))
+    assert (x.min(), y.min()) == (corner[0] // 100, corner[1] // 100) and len(x) >= 50

@@ -518,3 +518,34 @@ def test_mixmag_imports_torch_and_the_standard_library_only():
 def test_float64_is_kept_where_it_is_given():
     assert mixmag.mem_loss(torch.randn(1, 2, 3).double(), torch.randn(1, 2, 3).double(), torch.rand(1, 2).double()).dtype == torch.float64
     assert np.isfinite(mixmag.nt_xent(torch.randn(2, 3).half(), torch.randn(2, 3).half(), 0.1).item())
+
+
+def test_classifiers_read_regions_of_their_own_size():
+    """A baseline on one magnification refuses the tokens of all; a region without a valid token is pooled by neither kind of output."""
+    config = mixmag.Config(8, region=1, width=16, depth=1, heads=2)
+    x, regions = torch.randn(4, 21, 8), torch.tensor([4])
+    for encoder in (None, mixmag.MixingEncoder(config)):
+        with pytest.raises(ValueError, match=r"expected regions of \(16, 8\), found \(21, 8\)"):
+            mixmag.SlideClassifier(config, encoder, magnification=20)(x, regions)
+    valid = torch.ones(4, 21, dtype=torch.bool)
+    valid[2] = False
+    for tokens in ("patch", "cls"):
+        model = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config), tokens).eval()
+        kept = valid.any(1)
+        logit, attention = model(x, regions, valid)
+        expected, other = model(x[kept], regions - 1)
+        assert torch.allclose(logit, expected, atol=1e-6) and torch.allclose(attention, other, atol=1e-6)
+
+
+def test_dimensions_that_hardly_vary_keep_the_typical_scale():
+    layer = mixmag.Standardize(4)
+    layer.fit(torch.zeros(4), torch.tensor([2.0, 2.0, 2.0, 0.0]))
+    assert layer(torch.ones(1, 4)).tolist() == [[0.5] * 4]
+    layer.fit(torch.zeros(4), torch.zeros(4))
+    assert layer(torch.ones(1, 4, dtype=torch.float64)).dtype == torch.float64 and layer(torch.ones(1, 4)).tolist() == [[1.0] * 4]
+
+
+@pytest.mark.parametrize("changes", [{"width": "96"}, {"heads": 0}, {"depth": 1.5}])
+def test_sizes_are_whole_numbers(changes):
+    with pytest.raises(ValueError, match=f"config: {next(iter(changes))} is"):
+        mixmag.Config.from_dict({**mixmag.Config.small(8).to_dict(), **changes})

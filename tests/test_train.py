@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -864,3 +865,96 @@ def test_finetune_plans_before_work(cohort, tmp_path):
     model = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config), hidden=train.PRESETS["small"]["finetune"]["hidden"])
     assert predicted - float(planned.split(" of them held")[0].split()[-1]) == pytest.approx(train.finetuning_memory(model, most, True) / 1e9, abs=0.011)
     assert "dry_run" not in json.loads((tmp_path / "r/config.json").read_text())
+
+
+def test_a_table_of_other_settings_replaces_nothing(runs, cohort):
+    """What a table's folder holds stays when it is asked for with other settings, or nothing can be had; what could not be had costs exit code 3."""
+    args = ("table", "--data", cohort, "--rows", "abmil-20", "--tasks", "skin_braf", "--out", "t")
+    run("train.py", *args, "--epochs", 1, cwd=runs)
+    before = {p: p.read_bytes() for p in (runs / "t").iterdir() if p.is_file()}
+    _, err = run("train.py", *args, "--epochs", 2, cwd=runs, code=1)
+    assert "holds a run with other settings: epochs 1 there, 2 now" in err and {p: p.read_bytes() for p in (runs / "t").iterdir() if p.is_file()} == before
+    (runs / "one-class" / "tasks").mkdir(parents=True)
+    os.symlink(cohort / "slides", runs / "one-class" / "slides")
+    shutil.copy(cohort / "tasks" / "gastric_her2.csv", runs / "one-class" / "tasks")
+    rows = [(r["case_id"], r["slide_id"], 0, r["split"]) for r in data.read_csv(cohort / "tasks" / "skin_braf.csv", ("case_id", "slide_id", "split"))]
+    data.write_csv(runs / "one-class" / "tasks" / "skin_braf.csv", ("case_id", "slide_id", "label", "split"), rows)
+    args = ("table", "--data", "one-class", "--rows", "abmil-20", "abmil-20", "--epochs", 1, "--out")
+    out, _ = run("train.py", *args, "u", cwd=runs, code=3)
+    assert out.count("| AB-MIL 20x |") == 1 and "| n/a | **" in out and "1 of 2" in out
+    _, err = run("train.py", *args, "v", "--tasks", "skin_braf", cwd=runs, code=1)
+    assert "no cell of the table could be had" in err and not (runs / "v" / "results.csv").exists()
+
+
+def test_a_case_seen_by_another_tasks_slide_is_a_leak(runs, cohort, tmp_path):
+    seen = next(r["slide_id"] for r in data.read_csv(runs / "runs/mem-0.50/encoder/slides.csv", ("slide_id", "role")) if r["role"] == "train")
+    shutil.copytree(cohort / "tasks", tmp_path / "d" / "tasks")
+    os.symlink(cohort / "slides", tmp_path / "d" / "slides")
+    path = tmp_path / "d" / "tasks" / "skin_braf.csv"
+    columns = ("case_id", "slide_id", "label", "split")
+    case = next(r["case_id"] for r in data.read_csv(path, columns) if r["split"] == "test")
+    data.write_csv(path.with_name("other.csv"), columns, [(case, seen, 1, "train")])
+    for name in ("gastric_her2", "skin_braf"):                     # where that slide has been so far
+        rows = [tuple(r.values()) for r in data.read_csv(path.with_name(f"{name}.csv"), columns) if r["slide_id"] != seen]
+        data.write_csv(path.with_name(f"{name}.csv"), columns, rows)
+    _, err = run("train.py", "finetune", "--task", "skin_braf", "--data", tmp_path / "d", "--init", "runs/mem-0.50", "--out", tmp_path / "f", cwd=runs, code=1)
+    assert f"was pretrained on 1 slides of tune or test cases of this task, such as '{seen}'" in err
+
+
+def test_the_encoder_brings_preset_and_region(runs, cohort):
+    args = train.parse(["finetune", "--task", "x", "--init", str(runs / "runs/mem-0.50")])
+    train.take_over(args)
+    assert (args.preset, args.region) == ("small", 3)
+    about = json.loads((runs / "runs/mem-0.50/encoder/config.json").read_text())
+    (runs / "other").mkdir()
+    shutil.copy(runs / "runs/mem-0.50/encoder/model.safetensors", runs / "other")
+    data.write_json(runs / "other" / "config.json", {**about, "preset": "paper", "model": {**about["model"], "region": 2}})
+    for flags, expected in (((), ("paper", 2)), (("--preset", "small"), ("small", 2))):
+        args = train.parse(["finetune", "--task", "x", "--init", str(runs / "other"), *flags])
+        train.take_over(args)
+        assert (args.preset, args.region) == expected
+    with pytest.raises(MixmagError, match="--region 4: the encoder of .* reads regions of 2 x 2"):
+        train.take_over(train.parse(["finetune", "--task", "x", "--init", str(runs / "other"), "--region", "4"]))
+    with pytest.raises(MixmagError, match="is a fine-tuning run"):
+        train.encoder_folder(next((runs / "runs").glob("skin_braf-*")))
+
+
+@pytest.mark.parametrize("flags", [("--lr", "nan"), ("--lr", -1), ("--clip", 0), ("--smoothing", 5), ("--warmup", -1), ("--layer-decay", 2), ("--weight-decay", "inf"),
+                                   ("--dropout", 1.5), ("--seed", 2 ** 40), ("--min-cover", "x"), ("--batch-size", 0)])
+def test_flags_out_of_range_are_usage_errors(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        train.parse(["finetune", "--task", "x", *map(str, flags)])
+    assert end.value.code == 2 and f"argument {flags[0]}" in capsys.readouterr().err
+
+
+def test_what_scales_to_nonsense_is_refused(cohort, tmp_path):
+    _, err = run("train.py", "pretrain", "--data", cohort, "--batch-size", 4096, "--steps", 1, "--out", "x", cwd=tmp_path, code=1)
+    assert "makes a peak rate of 0.51" in err and "--preset paper" in err
+    _, err = run("train.py", "pretrain", "--data", cohort, "--device", "gpu", "--out", "x", cwd=tmp_path, code=1)
+    assert "--device gpu: expected auto, cpu or cuda[:i]" in err
+
+
+def test_one_damaged_slide_costs_itself(runs, cohort, tmp_path):
+    """predict and embed go on without it; a damaged earlier output of embed costs its slide."""
+    ids = [c.slide_ids[0] for c in data.read_task(cohort, "skin_braf")][:3]
+    (tmp_path / "slides").mkdir()
+    for i in ids:
+        shutil.copy(cohort / "slides" / f"{i}.safetensors", tmp_path / "slides")
+    (tmp_path / "slides" / f"{ids[0]}.safetensors").write_bytes((tmp_path / "slides" / f"{ids[0]}.safetensors").read_bytes()[:5000])
+    tuned = next(p.parent for p in (runs / "runs").glob("skin_braf-*/result.json"))
+    out, _ = run("train.py", "predict", "--run", tuned, "--data", tmp_path, "--out", tmp_path / "p.csv", cwd=runs, code=3)
+    assert "2 slides scored" in out and [r["slide_id"] for r in data.read_csv(tmp_path / "p-failed.csv", ("slide_id",))] == [ids[0]]
+    embed = ("embed", "--init", "runs/mem-0.50", "--data", tmp_path, "--out", tmp_path / "e")
+    out, _ = run("train.py", *embed, cwd=runs, code=3)
+    path = next((tmp_path / "e").rglob(f"features_*/{ids[1]}.h5"))
+    path.write_bytes(path.read_bytes()[:300])
+    out, err = run("train.py", *embed, cwd=runs, code=3)
+    assert "1 slides, cls outputs" in out and f"{path}: is no file of embeddings" in err
+
+
+def test_weights_without_a_config_are_not_taken_up(runs, cohort, tmp_path):
+    (tmp_path / "r").mkdir()
+    shutil.copy(runs / "runs/mem-0.50/last.pt", tmp_path / "r")
+    for resume in ("auto", "off"):
+        _, err = run("train.py", "pretrain", "--data", cohort, *QUICK_PRETRAIN, "--out", tmp_path / "r", "--resume", resume, cwd=tmp_path, code=1)
+        assert "holds last.pt but no config.json" in err
