@@ -1257,8 +1257,9 @@ def open_output(files: ExitStack, target: tuple, slide, side: float, coords: np.
     """A file in TRIDENT's shape: coords (N, 2) int64, level-0 top-left corners, with the attributes that readers look for, and, returned to be
     filled, features (N, width) float32. In TRIDENT's layout the coordinates also stand in patches/, where torchmil looks for them."""
     import h5py
-    (magnification, px, path), meta = target, slide.meta
-    attributes = {"patch_size": px, "patch_size_level0": round(side), "level0_magnification": round(10 / meta["mpp"], 6),
+    (magnification, px, path), meta, power = target, slide.meta, 10 / slide.meta["mpp"]
+    power = round(power) if abs(px * round(power) / magnification - side) < 1 else power                # so that the attributes agree
+    attributes = {"patch_size": px, "patch_size_level0": round(side), "level0_magnification": power,
                   "target_magnification": magnification, "overlap": 0, "name": slide.slide_id, "level0_width": meta["width"],
                   "level0_height": meta["height"]}
     patches = path.parents[1] / "patches" / f"{slide.slide_id}_patches.h5"

@@ -254,7 +254,7 @@ def test_a_folder_that_cannot_be_written_is_said(cohort, tmp_path, place):
 
 
 def test_no_memory_is_one_line(cohort, tmp_path):
-    for flags in (("pretrain", "--batch-size", 100_000, "--micro-batch", 100_000), ("finetune", *FINETUNE[:-1], 100_000, "--hidden", 10_000_000)):
+    for flags in (("pretrain", "--batch-size", 100_000, "--micro-batch", 100_000, "--lr", 1e-3), ("finetune", *FINETUNE[:-1], 100_000, "--hidden", 10_000_000)):
         _, err = run("train.py", *flags, "--data", cohort, "--out", "r", "--resume", "off", cwd=tmp_path, code=1, RLIMIT_AS=10 ** 9)
         assert "out of memory" in one_error(err)
     assert not list(tmp_path.rglob("*.pt"))
@@ -380,8 +380,11 @@ def test_an_encoder_of_unknown_slides_is_flagged(cohort, tmp_path):
     _, err = run("train.py", *flags, "--init", "p", "--out", "f", cwd=tmp_path)
     assert "WARNING" not in err
     (tmp_path / "p" / "encoder").rename(tmp_path / "e")
+    _, err = run("train.py", *flags, "--init", "e", "--out", "h", cwd=tmp_path)                        # it goes with the encoder
+    assert "WARNING" not in err
+    (tmp_path / "e" / "slides.csv").unlink()
     _, err = run("train.py", *flags, "--init", "e", "--out", "g", cwd=tmp_path)
-    assert "WARNING: slides.csv is not there" in err and "cannot be told" in err
+    assert "WARNING: e/slides.csv is not there" in err and "cannot be told" in err
 
 
 # -------------------------------------------------------------------------------------------------------------- hostile input
