@@ -106,6 +106,8 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--layer-decay", type=share, default=0.75, help="each layer's rate against the one above (paper 4.3)")
     p.add_argument("--frozen-epochs", type=natural, default=1,
                    help="epochs before the encoder learns (paper 4.3: 1); with more than one its outputs are held in memory meanwhile")
+    p.add_argument("--starts", type=positive, default=1, help="random starts of the aggregator, each tried for all epochs on the frozen encoder's outputs; "
+                   "the tune split chooses with which to go on")
     p.add_argument("--encoder-rate", type=share, default=0.1, help="the encoder's rate against the aggregator's (assumed)")
     p.add_argument("--case-score", choices=("auto", "max", "mean"), default="auto",
                    help="a case's score from its slides'; auto: whichever ranks the tune split better, max on a tie")
@@ -148,6 +150,7 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--steps", type=positive, help="pretraining steps (default: the preset's)")
     p.add_argument("--epochs", type=positive, help="fine-tuning epochs (default: the preset's)")
     p.add_argument("--frozen-epochs", type=natural, default=1, help="as in finetune; as many as --epochs is quickest")
+    p.add_argument("--starts", type=positive, default=1, help="as in finetune")
 
     p = command("demo", "a synthetic cohort, MEM pretraining, fine-tuning, a small table and a figure, in minutes on two cores",
                 "python train.py demo")
@@ -1044,10 +1047,13 @@ def finetune_loop(args, run: Run, model, sets: dict, labels: dict, compute) -> d
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         compute.scaler.load_state_dict(state["scaler"])
-    elif model.encoder is not None:
-        if args.frozen_epochs > 1:
-            hold_outputs(model, sets["train"], compute)
-        fit_whitening(model, sets["train"], compute)
+    else:
+        if model.encoder is not None:
+            if max(args.frozen_epochs, args.starts) > 1:
+                hold_outputs(model, sets["train"], compute)
+            fit_whitening(model, sets["train"], compute)
+        if args.starts > 1:
+            state.update(best_start(args, run, model, sets, labels, compute))
     bar = progress(total=args.epochs * per_epoch, initial=state["done"] * per_epoch, desc=f"finetune {args.task}")
     for epoch in range(state["done"], args.epochs):
         if model.encoder is not None:
@@ -1070,6 +1076,34 @@ def finetune_loop(args, run: Run, model, sets: dict, labels: dict, compute) -> d
         run.save(state)
     bar.close()
     return state
+
+
+def best_start(args, run: Run, model, sets: dict, labels: dict, compute) -> dict:
+    """Give the aggregator the weights that rank the tune split best, of several random starts that learn on the frozen encoder's outputs. Attention
+    that has to find what is rare among thousands of tokens finds it from some starts and not from others. Returns what `finetune_loop` knows
+    of its best epoch, which is 0 here."""
+    if model.encoder is not None:
+        model.encoder.requires_grad_(False)
+        hold_outputs(model, sets["tune"], compute)
+    steps, best = args.epochs * math.ceil(len(sets["train"]) / args.batch_size), {"best_auroc": -1.0}
+    bar = progress(total=args.starts * steps, desc=f"starts {args.task}")
+    for start in range(args.starts):
+        if start:
+            torch.manual_seed(1_000_003 * args.seed + start)
+            for part in (model.pool, model.head):
+                part.apply(mixmag._init_linear)
+            share_state(model, compute)
+        optimizer, reached = torch.optim.AdamW(parameter_groups(model, model.config.depth, args.weight_decay), lr=args.lr, fused=True), -1.0
+        for epoch in range(args.epochs):
+            finetune_epoch(model, optimizer, sets["train"], compute, args, epoch, steps, bar)
+            rule, tune = best_case_score(labels["tune"], finite_scores(model, sets["tune"], compute, args.batch_size), args.case_score)
+            reached = max(reached, tune)
+            if tune >= best["best_auroc"]:
+                best = {"best": {k: v.cpu().clone() for k, v in model.state_dict().items()}, "best_auroc": tune, "best_epoch": -1, "case_score": rule}
+        run.note(start=start, tune_auroc=reached)
+    bar.close()
+    model.load_state_dict(best["best"])
+    return best
 
 
 def finish_finetuning(run: Run, model, sets, labels, state: dict, compute, args) -> None:
@@ -1137,7 +1171,7 @@ def finetuning_plan(model, sets: dict, args) -> str:
         needs.append(finetuning_memory(model, sum(w for w, _ in regions[-args.batch_size:]), split == "train"))
         largest = max([largest, *regions])
     held = peak_memory()
-    if model.encoder is not None and args.frozen_epochs > 1:       # the frozen encoder's outputs
+    if model.encoder is not None and max(args.frozen_epochs, args.starts) > 1:      # the frozen encoder's outputs
         outputs = (n if args.tokens == "patch" else 1) * model.pool.V.in_features
         held += 4 * outputs * sum(len(rows) for split in ("train", "tune") for rows in sets[split].rows.values())
     lines.append(f"largest case: {largest[1]}, {largest[0]} regions, {largest[0] * n:,d} tokens; alone in a batch it takes "
@@ -1544,7 +1578,7 @@ def train_row(row: str, task: str, seed: int, args) -> dict:
     else:
         init, magnification = ("none" if method == "abmil" else "random"), setting
     return finetune(parse(["finetune", *base, "--task", task, "--init", init, "--magnification", magnification, "--tokens", *(tokens or ["patch"]),
-                           "--out", str(seed_folder / f"{task}-{row}"), *flag("epochs"), *flag("frozen_epochs")]))
+                           "--out", str(seed_folder / f"{task}-{row}"), *flag("epochs"), *flag("frozen_epochs"), *flag("starts")]))
 
 
 def full_title(row: str) -> str:
@@ -1689,7 +1723,7 @@ def machine_facts(args, path) -> dict:
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
     facts = data.synthetic_facts(path)
     return {"data": f"synthetic cohort, seed {facts['seed']}" if facts else str(path), "preset": args.preset, "steps": args.steps,
-            "epochs": args.epochs, "frozen_epochs": args.frozen_epochs, "commit": commit or None,
+            "epochs": args.epochs, "frozen_epochs": args.frozen_epochs, "starts": args.starts, "commit": commit or None,
             "processor": cpu[1] if cpu else platform.processor(), "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "torch": torch.__version__}
 
@@ -1731,7 +1765,7 @@ DEMO_ROWS, DEMO_TASK = ("abmil-20", "abmil-all", "random-all-patch", "mem-0.50-p
 def demo_command(args) -> int:
     """The story in small: a cohort, one pretraining run, five rows of the tables on one task, a table and a figure."""
     began, out = time.time(), Path(args.out)
-    args = SimpleNamespace(**{**vars(args), "preset": "small", "seeds": 1, "steps": 1400, "epochs": 14, "frozen_epochs": 1})
+    args = SimpleNamespace(**{**vars(args), "preset": "small", "seeds": 1, "steps": 1400, "epochs": 14, "frozen_epochs": 1, "starts": 1})
     data.read_task(ensure_data(args.data, machine(args, PRESET_CONFIG[args.preset](1).width)), DEMO_TASK)
     text, _ = tables(args, DEMO_ROWS, [DEMO_TASK])
     if process()[0]:

@@ -958,3 +958,16 @@ def test_weights_without_a_config_are_not_taken_up(runs, cohort, tmp_path):
     for resume in ("auto", "off"):
         _, err = run("train.py", "pretrain", "--data", cohort, *QUICK_PRETRAIN, "--out", tmp_path / "r", "--resume", resume, cwd=tmp_path, code=1)
         assert "holds last.pt but no config.json" in err
+
+
+def test_of_several_starts_tune_chooses(runs, cohort, tmp_path):
+    """Each start is noted, the result ranks tune at least as well as the best of them, and the same command gives the same again."""
+    flags = ("finetune", "--task", "skin_braf", "--data", cohort, "--init", runs / "runs/mem-0.50", "--epochs", 2, "--starts", 3, "--out")
+    for out in "ab":
+        run("train.py", *flags, tmp_path / out, cwd=tmp_path)
+    noted = lines(tmp_path / "a" / "metrics.jsonl")
+    starts = [line["tune_auroc"] for line in noted if "start" in line]
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert len(starts) == 3 and len(set(starts)) > 1 and [line["epoch"] for line in noted[3:]] == [0, 1]
+    assert result["tune_auroc"] == max(starts + [line["tune_auroc"] for line in noted[3:]])
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in ("predictions.csv", "metrics.jsonl"))
