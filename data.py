@@ -2171,15 +2171,16 @@ class CaseDataset(torch.utils.data.Dataset):
                 "label": torch.tensor([float(case.label) for case in chosen])}
 
 
-def feature_statistics(slides, limit: int = 20000) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def feature_statistics(slides, levels=None, limit: int = 20000) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """mean (D,) and std (D,) over the tokens of evenly spread cells (at most about `limit`), and (K, D) the mean direction of each
-    magnification, of embeddings scaled to length 1: the constant prediction that minimises Eq. 2."""
+    magnification, of embeddings scaled to length 1: the constant prediction that minimises Eq. 2. levels: the only ones that count, 0 the lowest."""
     share = max(1, -(-sum(len(s.cells) for s in slides) // limit))
     count, total, squares, per_level = 0, 0.0, 0.0, 0
     starts = Geometry(1, slides[0].meta["magnifications"]).cell_table()[:, 0].numpy()                   # (T,) level of each entry
+    counted = np.isin(starts, range(len(starts)) if levels is None else levels)
     sums = np.zeros((starts.max() + 1, slides[0].dim))
     for slide in progress(slides, desc="statistics", leave=False):
-        x, valid = np.asarray(slide.features[::share], np.float64), slide.valid[::share]                # (C', T, D)
+        x, valid = np.asarray(slide.features[::share], np.float64), slide.valid[::share] & counted      # (C', T, D), (C', T)
         tokens = x[valid]
         if not np.isfinite(tokens).all():
             raise MixmagError(f"{slide.path}: holds NaN or infinite features; data.py verify says where")

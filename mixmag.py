@@ -233,16 +233,17 @@ def _attention_mask(valid: Tensor | None, cls_tokens: int) -> Tensor | None:
 
 
 class Standardize(nn.Module):
-    """(x - mean) / std per embedding dimension, with the constants of the training data (0 and 1 until they are given)."""
+    """(x - mean) / std per embedding dimension, with the constants of the training data (0 and 1 until they are given).
+    shape: (D,), or (n, D) where each place has constants of its own."""
 
-    def __init__(self, dim: int):
+    def __init__(self, *shape: int):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("std", torch.ones(dim))
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("std", torch.ones(shape))
 
     def fit(self, mean: Tensor, std: Tensor) -> None:
-        """mean, std (D,). A dimension that hardly varies is left at the typical scale instead of being blown up."""
-        typical = std[std > 0].median() if (std > 0).any() else torch.ones_like(std)
+        """A dimension that hardly varies is left at the typical scale instead of being blown up."""
+        typical = torch.where(std > 0, std, math.nan).nanmedian(-1, keepdim=True).values.nan_to_num(1.0)
         self.mean.copy_(mean)
         self.std.copy_(torch.where(std < 1e-2 * typical, typical, std))
 
@@ -564,7 +565,7 @@ class SlideClassifier(nn.Module):
         self.config, self.encoder, self.tokens = config, encoder, tokens
         self.chunk = chunk or max(1, 256 * 96 // config.width)               # regions whose activations take about 2 GB
         self.register_buffer("index", config.geometry().select(magnification), persistent=False)        # (n,)
-        self.standardize = Standardize(config.dim) if encoder is None else None
+        self.standardize = Standardize(len(self.index), config.dim) if encoder is None else None
         width = config.dim if encoder is None else config.width * (config.cls_tokens if tokens == "cls" else 1)
         self.whiten = Whiten(len(self.index) if tokens == "patch" else 1, width) if encoder is not None else None
         self.dropout = nn.Dropout(dropout)

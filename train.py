@@ -829,8 +829,8 @@ def refuse_seen(run, path, cases) -> None:
 
 
 def make_classifier(args, slides, train_slides, compute) -> mixmag.SlideClassifier:
-    """Encoder from `args.init` (a run, random or none) under a fresh AB-MIL. Constants of inputs and of what is pooled come from the
-    training slides, unless the encoder brings its own."""
+    """Encoder from `args.init` (a run, random or none) under a fresh AB-MIL. Constants of the inputs come from the training slides, of those
+    tokens that are read and without an encoder for each magnification by itself, unless the encoder brings its own."""
     torch.manual_seed(args.seed)
     if args.init in ("none", "random"):
         config = model_config(args, slides)
@@ -843,8 +843,12 @@ def make_classifier(args, slides, train_slides, compute) -> mixmag.SlideClassifi
     except ValueError as error:
         raise MixmagError(f"--tokens {args.tokens} --magnification {args.magnification} --init {args.init}: {error}") from None
     if args.init in ("none", "random"):
-        mean, std, _ = data.feature_statistics(train_slides)
-        (encoder or model).standardize.fit(mean, std)
+        level = config.geometry().level()[model.index]                                                          # (n,)
+        if encoder:
+            encoder.standardize.fit(*data.feature_statistics(train_slides, level.unique().tolist())[:2])
+        else:
+            per_level = {k: data.feature_statistics(train_slides, [k])[:2] for k in level.unique().tolist()}
+            model.standardize.fit(*(torch.stack([per_level[k][i] for k in level.tolist()]) for i in (0, 1)))    # (n, D)
     model.to(compute.device)
     share_state(model, compute)
     return model

@@ -1716,3 +1716,14 @@ def test_masks_begin_where_their_tool_counts_from(tmp_path, crs, corner):
     (tmp_path / "m.geojson").write_bytes(b"\xef\xbb\xbf" + json.dumps({"type": "FeatureCollection", "features": shapes, **crs}).encode())
     y, x = np.nonzero(data.read_mask(tmp_path / "m.geojson", Slide, (50, 90)))
     assert (x.min(), y.min()) == (corner[0] // 100, corner[1] // 100) and len(x) >= 50
+
+
+def test_statistics_of_some_magnifications(tmp_path):
+    """Against the tokens themselves, of slides small enough to be read whole."""
+    valid = np.random.default_rng(0).random((2, 21)) > 0.2
+    slides = [data.read_slide(make_slide(tmp_path, "a", valid=valid)), data.read_slide(make_slide(tmp_path, "b", seed=1))]
+    every = np.concatenate([s.features[:, 1:5][s.valid[:, 1:5]] for s in slides]).astype(np.float64)
+    mean, std, directions = data.feature_statistics(slides, [1])
+    assert np.allclose(mean, every.mean(0), atol=1e-6) and np.allclose(std, every.std(0), atol=1e-6)
+    assert np.allclose(directions[1], (every / np.linalg.norm(every, axis=1, keepdims=True)).mean(0), atol=1e-6)
+    assert np.allclose(data.feature_statistics(slides, [0, 1, 2])[0], data.feature_statistics(slides)[0])

@@ -971,3 +971,19 @@ def test_of_several_starts_tune_chooses(runs, cohort, tmp_path):
     assert len(starts) == 3 and len(set(starts)) > 1 and [line["epoch"] for line in noted[3:]] == [0, 1]
     assert result["tune_auroc"] == max(starts + [line["tune_auroc"] for line in noted[3:]])
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in ("predictions.csv", "metrics.jsonl"))
+
+
+def test_abmil_reads_each_magnification_by_its_own_constants(cohort):
+    """What tiles of a magnification have in common is no news: the inputs of AB-MIL have mean 0 and standard deviation 1 in each."""
+    cases = [c for c in data.read_task(cohort, "skin_braf") if c.split == "train"]
+    slides = data.read_slides(cohort, {i for c in cases for i in c.slide_ids})
+    for magnification in (10, "all"):
+        args = train.parse(["finetune", "--task", "skin_braf", "--init", "none", "--magnification", str(magnification)])
+        train.take_over(args)
+        train.fill_in(args, "finetune")
+        model = train.make_classifier(args, slides, slides, train.machine(args, 96))
+        dataset = data.CaseDataset({s.slide_id: s for s in slides}, cases, model.config.geometry(), model.index)
+        x = model.encode(dataset.__getitems__(range(len(dataset)))["x"])                    # (W, n, D)
+        level = model.config.geometry().level()[model.index]
+        for k in level.unique():
+            assert x[:, level == k].mean((0, 1)).abs().max() < 1e-3 and (x[:, level == k].std((0, 1)) - 1).abs().max() < 1e-2
