@@ -987,3 +987,18 @@ def test_abmil_reads_each_magnification_by_its_own_constants(cohort):
         level = model.config.geometry().level()[model.index]
         for k in level.unique():
             assert x[:, level == k].mean((0, 1)).abs().max() < 1e-3 and (x[:, level == k].std((0, 1)) - 1).abs().max() < 1e-2
+
+
+def test_heatmap_takes_the_size_that_import_could_not_know(pictured, tmp_path):
+    """STAMP's files do not say how large the slide is; the image does, unless its cells would not fit on it."""
+    slide = data.read_slides(pictured / "d", ["synthetic-000"])[0]
+    for size, known, fits in (((2688, 1792), False, True), ((2688, 1792), True, False), ((2900, 1792), False, False)):
+        folder = tmp_path / f"{size[0]}-{known}"
+        meta = {**{k: slide.meta[k] for k in data.FIELDS if k not in ("format", "created", "sha256")}, "width": size[0], "height": size[1], "size_known": known}
+        data.write_slide(folder / "slides" / "synthetic-000.safetensors", np.array(slide.features), slide.cells, slide.valid, meta)
+        flags = ("--data", folder, "--image", pictured / "images/synthetic-000.tiff", "--out", folder / "out")
+        if fits:
+            assert heatmap(pictured, "none", *flags) == 0 and (folder / "out" / "regions.png").exists()
+        else:
+            with pytest.raises(MixmagError, match="not the same slide"):
+                heatmap(pictured, "none", *flags)
