@@ -1479,7 +1479,7 @@ def first_of_series(paths: list) -> list:
 def find_slides(places) -> list[Path]:
     """Slide files, named or found in folders. Raises MixmagError where two would have the same slide id."""
     paths = [path for place in map(Path, places) for path in (files_below(place) if place.is_dir() else [place])]
-    paths, by_id = first_of_series(list({path.resolve(): path for path in paths}.values())), defaultdict(list)
+    paths, by_id = first_of_series(list({(path.resolve(), path.name): path for path in paths}.values())), defaultdict(list)
     for path in paths:
         by_id[path.stem.lower()].append(str(path))
     clashes = [" and ".join(same) for same in by_id.values() if len(same) > 1]
@@ -1565,14 +1565,15 @@ def tile_command(args) -> int:
     for path in progress(paths, desc="slides"):
         try:
             report, size = tile_one(path, encoder, dim, args)
-            needed += size
-            print(report, flush=True)
         except Stopped:
             raise
         except Exception as error:                                # whatever a slide, or the user's encoder, raises
             reason = str(error) if isinstance(error, MixmagError) else f"{type(error).__name__}: {error}"
             failed.append((path.stem, "tile", reason))
             print(f"{path.stem}: FAILED: {reason}", file=sys.stderr)
+        else:
+            needed += size
+            print(report, flush=True)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:                  # torchrun ends all processes with the first that ends with a code such as 3
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
         torch.distributed.barrier()
