@@ -1224,7 +1224,7 @@ def read_cell(reader: Reader, plan: TilePlan, col: int, row: int) -> np.ndarray:
     Raises openslide.OpenSlideError or MixmagError for pixels that cannot be read, or are missing where there was tissue."""
     (left, right), (top, bottom) = (lines[i:i + 2].tolist() for lines, i in zip(plan.lines, (col, row)))
     rgba = reader.region(plan.level, left, top, right, bottom)
-    pixels = np.array(rgba)                                       # (h, w, 4): torch and Pillow work faster on four bytes a pixel than on three
+    pixels = np.asarray(rgba)                                     # (h, w, 4): torch and Pillow work faster on four bytes a pixel than on three
     least = pixels.view(np.uint32).min() >> 24                    # of the alphas: they are the highest bytes
     if least == 0:
         inside = plan.patch(plan.inside, col, row)
@@ -1233,11 +1233,11 @@ def read_cell(reader: Reader, plan: TilePlan, col: int, row: int) -> np.ndarray:
             raise MixmagError(f"level {plan.level} has no pixels for {lost:.0%} of the cell at (col, row) ({col}, {row}), where the thumbnail "
                               "shows tissue")
     if least < 255:
-        pixels = np.array(over_white(rgba).convert("RGBX"))
+        pixels = np.asarray(over_white(rgba).convert("RGBX"))
     K = len(plan.magnifications)
     side = TILE_PX * 2 ** (K - 1) * plan.shrink
     if pixels.shape[:2] != (side, side):
-        planes = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+        planes = torch.from_numpy(pixels.copy())[None].permute(0, 3, 1, 2)
         pixels = F.interpolate(planes, size=(side, side), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
     picture, tiles = Image.frombuffer("RGBX", (side, side), pixels, "raw", "RGBX", 0, 1), np.empty(((4 ** K - 1) // 3, TILE_PX, TILE_PX, 3), np.uint8)
     for k, shrink in zip(range(K - 1, -1, -1), (plan.shrink, *[2] * K)):

@@ -202,7 +202,7 @@ def tiling():
     """`plain`: level 0 decoded once and thrown away, at the best block size; `by_tile`: as tools that read every tile by itself."""
     rng = np.random.default_rng(0)
     picture = data.synth_picture(rng, 2600, 2600)[300:2300, 300:2300] + rng.normal(0, 6, (2000, 2000, 3))
-    picture = np.tile(picture.clip(0, 255).astype(np.uint8), (3, 3, 1))                                 # 1.56 bits per pixel as JPEG; CMU-1 has 1.55
+    picture = np.tile(picture.clip(0, 255).astype(np.uint8), (6, 6, 1))                                 # 1.56 bits per pixel as JPEG; CMU-1 has 1.55
     with tempfile.TemporaryDirectory() as folder:
         for name, mpp, shrinks in (("20x scan, 0.5 um/px, levels 1 2 4", 0.5, (1, 2, 4)), ("20x scan, 0.499 um/px, levels 1 4 16", 0.499, (1, 4, 16)),
                                    ("40x scan, 0.2522 um/px, levels 1 4 16", 0.2522, (1, 4, 16))):
