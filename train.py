@@ -10,6 +10,7 @@ last.pt and prev.pt (checkpoints), what came out, and result.json once it is fin
 """
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -503,32 +504,35 @@ def default_run(args) -> str:
     return name + (f"-r{args.region}" if args.region != 3 else "") + (f"-s{args.seed}" if args.seed else "")
 
 
-def pretrain_step(model, batch: dict, micro: int, compute) -> dict:
-    """Forward and backward over this process's share of the global batch, `micro` regions at a time; gradients add up to those of the
-    whole batch's mean. Returns sums to log, left on the device: loss, per level and for CMEM its two terms.
+def in_parts(batch: dict, micro: int) -> list[tuple]:
+    """(x, removed, valid) of at most `micro` regions each; with two views the regions are on axis 1."""
+    axis = batch["x"].ndim - 3
+    B = batch["x"].shape[axis]
+    return [tuple(None if batch[k] is None else batch[k].narrow(axis, i, min(micro, B - i)) for k in ("x", "removed", "valid")) for i in range(0, B, micro)]
+
+
+def pretrain_step(model, loads, share: int, micro: int, compute) -> dict:
+    """Forward and backward over this process's share of the global batch, which comes in `loads`, at most `micro` regions at a time; gradients add
+    up to those of the whole batch's mean. Returns sums to log, left on the device: loss, per level and for CMEM its two terms.
 
     The negatives of NT-Xent are the whole global batch. Where that does not go through in one pass, all projections are made first,
     without a graph, and each part is then drawn by its slice of the loss's gradient (Gao et al. 2021)."""
-    axis = batch["x"].ndim - 3                                    # with two views the regions are on axis 1
-    B = batch["x"].shape[axis]
-    parts = [[None if batch[k] is None else batch[k].narrow(axis, i, min(micro, B - i)) for k in ("x", "removed", "valid")]
-             for i in range(0, B, micro)]
-    contrastive, pulls = None, [None] * len(parts)
-    if axis == 1 and (len(parts) > 1 or compute.world > 1):
+    parts = (part for batch in loads for part in in_parts(batch, micro))
+    contrastive, pulls, logged = None, itertools.repeat(None), {}
+    if isinstance(model, mixmag.ContrastiveEmbeddingModel) and len(parts := list(parts)) + compute.world > 2:
         contrastive, pulls = projection_gradients(model, parts, compute)
-    logged = {}
     for part, pull in zip(parts, pulls):
-        share = part[0].shape[axis] / (B * compute.world)
+        weight = part[0].shape[-3] / (share * compute.world)
         with compute.autocast():
             out = model(*part)
         if pull is not None:                                      # the same gradient as that of .contrastive over the whole batch
             out.contrastive = contrastive
             out.loss = out.mem + model.config.contrastive_weight * contrastive
-            scaled = out.mem * share + model.config.contrastive_weight * (out.z.float() * pull).sum()
+            scaled = out.mem * weight + model.config.contrastive_weight * (out.z.float() * pull).sum()
         else:
-            scaled = out.loss * share
+            scaled = out.loss * weight
         compute.scaler.scale(scaled).backward()
-        terms = {name: getattr(out, name).detach() * share for name in ("loss", "mem", "contrastive") if hasattr(out, name)}
+        terms = {name: getattr(out, name).detach() * weight for name in ("loss", "mem", "contrastive") if hasattr(out, name)}
         terms["levels"] = torch.stack([(out.per_level * out.per_level_count).nan_to_num(), out.per_level_count])
         logged = {name: logged.get(name, 0) + value for name, value in terms.items()}
     return logged
@@ -602,10 +606,11 @@ def pretrain_loop(args, run: Run, model, dataset, compute) -> dict:
                           "nothing is learned; give --lr, a smaller --blr, or --preset paper")
     optimizer = torch.optim.AdamW(parameter_groups(model, config.depth, args.weight_decay), lr=peak, betas=(0.9, 0.95), fused=True)     # assumed
     share = args.batch_size // compute.world                                                    # of each process
+    load = share if args.source else min(share, max(1, LOAD // args.micro_batch) * args.micro_batch)            # NT-Xent wants all of it at once
     if args.in_memory:
         dataset.hold(compute.device)
     else:
-        dataset.reuse(share, args.workers, compute.device)
+        dataset.reuse(load, args.workers, compute.device)
     if args.compile:
         model.compile(dynamic=False)                              # all parts are of one shape but for a last smaller one
     log(f"{run.folder}: {parameters(model)}, {len(dataset.slides)} slides with {len(dataset)} windows, batch {args.batch_size} in parts of "
@@ -617,16 +622,16 @@ def pretrain_loop(args, run: Run, model, dataset, compute) -> dict:
         compute.scaler.load_state_dict(state["scaler"])
         start = state["done"]
     firsts = range(start * args.batch_size + compute.rank * share, total * args.batch_size, args.batch_size)
-    batches = [range(first, first + share) for first in firsts]
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, collate_fn=as_is,
+    batches = [[range(i, min(i + load, first + share)) for i in range(first, first + share, load)] for first in firsts]
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=list(itertools.chain(*batches)), num_workers=args.workers, collate_fn=as_is,
                                          prefetch_factor=1 if args.workers else None, pin_memory=compute.device.type == "cuda")
-    began, recent = time.time(), []
+    began, recent, loads = time.time(), [], (dataset.fetch(batch, compute.device) for batch in loader)
     bar = progress(total=total, initial=start, desc="pretrain")
-    for step, batch in enumerate(loader, start=start):
+    for step, batch in enumerate(batches, start=start):
         rate = peak * lr_at(step, total, warmup)
-        logged = pretrain_step(model, dataset.fetch(batch, compute.device), args.micro_batch, compute)
+        logged = pretrain_step(model, itertools.islice(loads, len(batch)), share, args.micro_batch, compute)
         sum_gradients(model, compute)
-        recent.append((step, batches[step - start], logged["loss"], optimizer_step(model, optimizer, compute.scaler, rate, args.clip)))
+        recent.append((step, batch, logged["loss"], optimizer_step(model, optimizer, compute.scaler, rate, args.clip)))
         last, stop = step + 1 == total, stopping(compute)
         saves = (step + 1) % args.save_every == 0 or last or stop
         if saves or (step + 1) % LOG_EVERY == 0:                  # only here does anything wait for the device
@@ -648,21 +653,25 @@ def pretrain_loop(args, run: Run, model, dataset, compute) -> dict:
 
 
 LOG_EVERY = 10                                                    # steps
+LOAD = 256                                                        # regions that are loaded at once, so that a large batch need not fit into memory
 HIGHEST_RATE = 0.02                                               # assumed: ten times what the small preset learns at
 
 
 def refuse_non_finite(run: Run, recent: list, dataset, compute) -> float | None:
-    """recent: (step, indices, loss, norm of the gradient) of the steps since the last call. The last norm, None where fp16's scaler
+    """recent: (step, indices of its loads, loss, norm of the gradient) of the steps since the last call. The last norm, None where fp16's scaler
     skipped that step. Raises MixmagError for a loss, or without a scaler a gradient, that is not finite."""
     losses, norms = (torch.stack([r[i].float() for r in recent]).tolist() for i in (2, 3))
-    for (step, indices, *_), loss, norm in zip(recent, losses, norms):
+    for (step, loads, *_), loss, norm in zip(recent, losses, norms):
         if not math.isfinite(loss) or not (math.isfinite(norm) or usable_scale(compute)):
-            batch = dataset.fetch(dataset.__getitems__(indices), compute.device)
-            rows = batch["x"].isfinite().flatten(-2).all(-1).logical_not()
-            names = sorted({dataset.slides[i].slide_id for i in (batch["slide"][rows] if rows.any() else batch["slide"].flatten()).tolist()})
+            seen, bad = set(), set()
+            for indices in loads:
+                batch = dataset.fetch(dataset.__getitems__(indices), compute.device)
+                seen.update(batch["slide"].flatten().tolist())
+                bad.update(batch["slide"][~batch["x"].isfinite().flatten(-2).all(-1)].tolist())
+            names = ", ".join(sorted(dataset.slides[i].slide_id for i in bad or seen)[:5])
             raise MixmagError(f"{run.folder}: at step {step} the loss is {loss:.4g} and its gradient's norm {norm:.4g}; " + (
-                f"the embeddings of {', '.join(names[:5])} are not finite (see data.py verify)" if rows.any() else
-                f"all embeddings are finite (slides {', '.join(names[:5])}, ...): try a smaller --lr") + "; the last good checkpoint stays")
+                f"the embeddings of {names} are not finite (see data.py verify)" if bad else
+                f"all embeddings are finite (slides {names}, ...): try a smaller --lr") + "; the last good checkpoint stays")
     return norms[-1] if math.isfinite(norms[-1]) else None
 
 

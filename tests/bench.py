@@ -254,7 +254,7 @@ def mem_step(model, x, removed, dtype=None):
 
     def step():
         model.zero_grad(set_to_none=True)
-        train.pretrain_step(model, {"x": x, "removed": removed, "valid": None}, len(x), compute)
+        train.pretrain_step(model, [{"x": x, "removed": removed, "valid": None}], len(x), len(x), compute)
     return step
 
 

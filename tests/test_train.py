@@ -96,17 +96,30 @@ def model_and_optimizer(cls=mixmag.MaskedEmbeddingModel):
 
 @pytest.mark.parametrize("views", [1, 2])
 def test_accumulated_gradient_equals_the_whole(views):
-    """For CMEM too, whose negatives are the whole batch however it is cut."""
+    """For CMEM too, whose negatives are the whole batch however it is cut; and however it is loaded."""
     model, _ = model_and_optimizer(mixmag.MaskedEmbeddingModel if views == 1 else mixmag.ContrastiveEmbeddingModel)
     gradients = []
-    for micro in (6, 4, 1):
+    loaded = [dict(zip(("x", "removed", "valid"), part)) for part in train.in_parts(a_batch(views), 4)]
+    for micro, loads in ((6, [a_batch(views)]), (4, [a_batch(views)]), (1, [a_batch(views)]), (6, loaded), (3, iter(loaded))):
         model.zero_grad()
-        logged = train.pretrain_step(model, a_batch(views), micro, compute())
+        logged = train.pretrain_step(model, loads, 6, micro, compute())
         gradients.append([p.grad.clone() for p in model.parameters()] + list(logged.values()))
     for other in gradients[1:]:
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients[0], other))
     if views == 2:
         assert logged["loss"].item() == pytest.approx((logged["mem"] + logged["contrastive"]).item(), abs=1e-5) and logged["contrastive"] > 1
+
+
+def test_a_batch_is_the_same_however_much_of_it_is_loaded_at_once(cohort, tmp_path, monkeypatch):
+    """Loads of 8 of 10 windows in parts of 4, or all 10 in one: bit for bit, and no more than a load is ever held."""
+    held, reuse = [], data.RegionDataset.reuse
+    monkeypatch.setattr(data.RegionDataset, "reuse", lambda self, batch, *rest: held.append(batch) or reuse(self, batch, *rest))
+    weights = []
+    for load in (256, 8):
+        monkeypatch.setattr(train, "LOAD", load)
+        train.pretrain(train.parse(["pretrain", "--data", str(cohort), "--out", str(tmp_path / str(load)), "--steps", "3", "--batch-size", "10", "--micro-batch", "4"]))
+        weights.append((tmp_path / str(load) / "encoder" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] and held == [10, 8]
 
 
 def test_losing_slides_are_left_out_and_change_no_gradient():
@@ -142,7 +155,7 @@ def test_the_model_can_be_captured_for_compilation():
         model, _ = model_and_optimizer()
         if compiled:
             model.compile(dynamic=False, backend="aot_eager")
-        train.pretrain_step(model, a_batch(), 6, compute())
+        train.pretrain_step(model, [a_batch()], 6, 6, compute())
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-5) for name in gradients[0])
 
@@ -150,7 +163,7 @@ def test_the_model_can_be_captured_for_compilation():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_agrees_with_full_precision(dtype):
     model, _ = model_and_optimizer()
-    full, half = (train.pretrain_step(model, a_batch(), 6, compute(d))["loss"].item() for d in (None, dtype))
+    full, half = (train.pretrain_step(model, [a_batch()], 6, 6, compute(d))["loss"].item() for d in (None, dtype))
     assert half == pytest.approx(full, rel=0.02)
 
 
