@@ -312,8 +312,9 @@ def write_cohort(folder, slides: int, side: int, dim: int = 1280) -> None:
                           "width": 896 * side, "height": 896 * side, "n_bad": 0})
 
 
-def loading(batches: int = 400, batch: int = 64):
-    """Random windows of 484 kB from files that the system holds in memory. `bare`: the same rows out of the same memory maps, and nothing else."""
+def loading(batches: int = 300, batch: int = train.LOAD):
+    """Random windows of 484 kB from files that the system holds in memory, as many at once as pretraining loads. `bare`: the same rows out of the
+    same memory maps, and nothing else."""
     with tempfile.TemporaryDirectory() as folder:
         write_cohort(folder, 24, 16)
         dataset = data.RegionDataset(data.read_slides(folder), mixmag.Geometry(3), 0, 0.5)
