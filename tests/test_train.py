@@ -464,6 +464,29 @@ def test_doctor_names_what_is_installed(tmp_path):
     assert torch.__version__.split("+")[0] in out and "free disk" in out
 
 
+def test_doctor_names_what_is_missing(tmp_path):
+    """In place of the traceback that importing it would be."""
+    (tmp_path / "sitecustomize.py").write_text("""import importlib.metadata as m
+version = m.version
+def absent(name):
+    if name == "h5py":
+        raise m.PackageNotFoundError(name)
+    return version(name)
+m.version = absent
+""")
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "doctor"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1 and "WARNING            h5py is not installed: pip install -r requirements.txt" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_demo_wants_its_own_task(cohort, tmp_path):
+    (tmp_path / "d" / "tasks").mkdir(parents=True)
+    os.symlink(cohort / "slides", tmp_path / "d" / "slides")
+    shutil.copy(cohort / "tasks" / "skin_braf.csv", tmp_path / "d" / "tasks")
+    _, err = run("train.py", "demo", "--data", "d", cwd=tmp_path, code=1)
+    assert "gastric_her2.csv: no such task; found skin_braf" in err and not (tmp_path / "runs").exists()
+
+
 def several(ranks, *args, cwd):
     """The command in processes that find each other as those of torchrun do, with gloo."""
     with socket.socket() as probe:
@@ -878,6 +901,18 @@ def test_finetune_plans_before_work(cohort, tmp_path):
     model = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config), hidden=train.PRESETS["small"]["finetune"]["hidden"])
     assert predicted - float(planned.split(" of them held")[0].split()[-1]) == pytest.approx(train.finetuning_memory(model, most, True) / 1e9, abs=0.011)
     assert "dry_run" not in json.loads((tmp_path / "r/config.json").read_text())
+
+
+def test_a_table_of_several_processes(runs, cohort):
+    """torchrun makes the table that one process makes, and a cell that is refused ends all of them, in one line, with nothing written."""
+    args = ("table", "--data", cohort, "--rows", "abmil-20", "random-10-patch", "--tasks", "skin_braf", "--epochs", 1)
+    torchrun(2, *args, "--out", "several", cwd=runs)
+    assert len(train.read_results(runs / "several").runs) == 2
+    before = {p: p.read_bytes() for p in (runs / "several").iterdir() if p.is_file()}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"),
+                           *map(str, args[:-1]), "2", "--out", "several"], cwd=runs, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode and "holds a run with other settings" in done.stderr
+    assert {p: p.read_bytes() for p in (runs / "several").iterdir() if p.is_file()} == before
 
 
 def test_a_table_of_other_settings_replaces_nothing(runs, cohort):
