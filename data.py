@@ -94,6 +94,7 @@ def parse() -> argparse.Namespace:
                    "or all of them (default: cut where the file says virchow2)")
     p.add_argument("--mpp", type=float, help="the true micrometres per level-0 pixel of these slides, checked against their files; "
                    "with STAMP's, which have no pixels, it places them on the slide")
+    p.add_argument("--manifest", metavar="CSV", help="columns slide (file name or id) and mpp: as --mpp, for each slide; goes before it")
     p.add_argument("--region", type=positive, default=3, help="cells per side of the windows that are counted in import.csv")
 
     p = command("verify", "check slide files and task tables; print every finding; exit 1 if there is any",
@@ -815,6 +816,7 @@ def synth_command(args) -> int:
 # ------------------------------------------------------------------------------------------------------------- the tiler
 
 CACHE_BYTES = 2 ** 27                                             # of decoded tiles, shared by neighbouring reads of a slide (assumed)
+SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".dcm", ".czi")
 
 
 class Reader:
@@ -927,8 +929,10 @@ def slide_mpp(slide, given: float | None = None, giver: str = "--mpp", from_powe
 
 
 def read_manifest(path) -> dict:
-    """{slide: mpp} from a CSV with columns slide (file name or id) and mpp; an empty mpp leaves the slide to its own properties.
-    Raises MixmagError listing every row that is no number or comes twice."""
+    """{slide: mpp} from a CSV with columns slide (file name or id) and mpp; an empty mpp leaves the slide to its own properties. Nothing without a
+    path. Raises MixmagError listing every row that is no number or comes twice."""
+    if path is None:
+        return {}
     rows = [(Path(r["slide"]).name, r["mpp"]) for r in read_csv(path, ("slide", "mpp")) if r["mpp"]]
     count = Counter(name for name, _ in rows)
     bad = [f"{name!r} {mpp!r}" + " (more than one row)" * (count[name] > 1) for name, mpp in rows if count[name] > 1 or np.isnan(number(mpp))]
@@ -937,9 +941,20 @@ def read_manifest(path) -> dict:
     return {name: number(mpp) for name, mpp in rows}
 
 
-def given_mpp(path: Path, args) -> tuple[float | None, str]:
-    """What the user says of a slide, and where: its row of the manifest, else --mpp."""
-    rows = sorted({path.name, path.stem} & set(args.manifest))
+def ids_of(name: str) -> set:
+    """The slides that a row of a manifest may mean: an id may have dots in it."""
+    return {name, Path(name).stem} if Path(name).suffix.lower() in SLIDE_SUFFIXES else {name}
+
+
+def name_strangers(manifest: dict, slide_ids: set) -> None:
+    strangers = [name for name in manifest if not ids_of(name) & slide_ids]
+    if strangers:
+        print(f"--manifest: {len(strangers)} of {len(manifest)} rows name no slide here, such as {min(strangers)}", file=sys.stderr)
+
+
+def given_mpp(slide_id: str, args) -> tuple[float | None, str]:
+    """What the user says of a slide, and where: its row of the manifest, by its id or its file's name, else --mpp."""
+    rows = sorted(name for name in args.manifest if slide_id in ids_of(name))
     if len(rows) > 1:
         raise MixmagError(f"--manifest has two rows for this slide, {' and '.join(rows)}; keep one")
     return (args.manifest[rows[0]], f"--manifest row {rows[0]}") if rows else (args.mpp, "--mpp")
@@ -1184,7 +1199,7 @@ def plan_slide(reader: Reader, args) -> TilePlan:
     """Lattice of cells in exact mpp from the slide's (or its bounds') corner; windows of region x region cells on a lattice of
     that stride; a window is accepted by its tissue, with those of its cells that lie wholly on the slide."""
     slide, R, finest = reader.slide, args.region, 10.0 / args.magnifications[-1]                        # 20x is 0.5 um/px, 5x is 2.0
-    mpp, source = slide_mpp(slide, *given_mpp(reader.path, args), args.mpp_from_power)
+    mpp, source = slide_mpp(slide, *given_mpp(reader.path.stem, args), args.mpp_from_power)
     if mpp > MAX_STRETCH * finest:
         coarser = [str(m) for m in args.magnifications if mpp <= MAX_STRETCH * 10.0 / m]
         raise MixmagError(f"its {mpp:g} um/px are coarser than {args.magnifications[-1]}x ({finest:g} um/px), and nothing is upsampled; "
@@ -1449,9 +1464,6 @@ def tile_slide(reader: Reader, plan: TilePlan, encoder, dim: int, args) -> tuple
     return (features[good], cells[good], len(bad)) if bad else (features, cells, 0)
 
 
-SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".dcm", ".czi")
-
-
 def files_below(folder: Path):
     """Slide files in a folder and those below it, also by links, but not in hidden ones; each folder once."""
     seen = set()
@@ -1512,7 +1524,7 @@ def tile_one(path: Path, encoder, dim: int, args) -> tuple[str, int]:
     mask = find_mask(path, args.mask)
     settings = {"region": args.region, "min_tissue": args.min_tissue, "source_bytes": path.stat().st_size, "mask": mask and file_sha256(mask),
                 "weights": args.weights_sha256}
-    if done_before(out, {"encoder": args.encoder, "magnifications": args.magnifications, "settings": settings}, given_mpp(path, args)[0]):
+    if done_before(out, {"encoder": args.encoder, "magnifications": args.magnifications, "settings": settings}, given_mpp(path.stem, args)[0]):
         return f"{path.stem}: done before", 0
     reader = Reader(path)
     plan = plan_slide(reader, args)
@@ -1542,10 +1554,8 @@ def slides_to_tile(args) -> tuple[list[Path], Path]:
     share, shares = (int(part) for part in shard.split("/")) if re.fullmatch(r"\d+/\d+", shard) else (1, 0)
     if share >= shares:
         raise MixmagError(f"--shard {shard}: expected i/n with 0 <= i < n")
-    paths, args.manifest = find_slides(args.slides), read_manifest(args.manifest) if args.manifest else {}
-    strangers = set(args.manifest) - {name for path in paths for name in (path.name, path.stem)}
-    if strangers:
-        print(f"--manifest: {len(strangers)} of {len(args.manifest)} rows name no slide here, such as {min(strangers)}", file=sys.stderr)
+    paths, args.manifest = find_slides(args.slides), read_manifest(args.manifest)
+    name_strangers(args.manifest, {path.stem for path in paths})
     if args.mask and Path(args.mask).is_file() and len(paths) > 1:
         raise MixmagError(f"--mask {args.mask} is one file for {len(paths)} slides; give a folder of <slide_id>.png or .geojson")
     paths, out = paths[share::shares], Path(args.out).resolve()
@@ -1825,12 +1835,12 @@ def join(levels: list, placed: list) -> tuple[np.ndarray, np.ndarray, np.ndarray
 def level0(levels: list, job: dict) -> tuple[float, float, str]:
     """A cell's side in level-0 px, mpp, and who says so: TRIDENT's files know pixels and a nominal magnification, so that mpp follows from
     the side, or is --mpp where that agrees; STAMP's know micrometres, which become pixels of --mpp, else of the finest magnification."""
-    cell_um, given = 10 * levels[0].tile_px / levels[0].magnification, job["mpp"]
+    cell_um, (given, giver) = 10 * levels[0].tile_px / levels[0].magnification, job["mpp"]
     if job["tool"] == "trident":
         cell_px = float(trident_cell(levels))
         mpp, source = cell_um / cell_px, "nominal, from the tiles' side"
         if given and abs(given - mpp) > 0.2 * mpp:                # TRIDENT cuts 0.2 to 0.3 um/px as if they were 0.25
-            raise MixmagError(f"--mpp says {given}, but tiles of {cell_px:g} px at {levels[0].magnification}x were cut as if it were {mpp:.4g}")
+            raise MixmagError(f"{giver} says {given}, but tiles of {cell_px:g} px at {levels[0].magnification}x were cut as if it were {mpp:.4g}")
     else:
         mpp, source = given or 10 / levels[-1].magnification, "none: pixels of the finest magnification"
         cell_px = cell_um / mpp
@@ -1838,13 +1848,13 @@ def level0(levels: list, job: dict) -> tuple[float, float, str]:
             t.corners /= mpp
     if not 0.1 <= (given or mpp) <= 4:
         raise MixmagError(f"mpp is {given or mpp:.4g}, expected 0.1 to 4 um/px")
-    return cell_px, given or mpp, f"--mpp (cut as if {mpp:.4g})" if given and abs(given - mpp) > 0.02 * mpp else "--mpp" if given else source
+    return cell_px, given or mpp, f"{giver} (cut as if {mpp:.4g})" if given and abs(given - mpp) > 0.02 * mpp else giver if given else source
 
 
 def import_slide(job: dict) -> str:
     """One slide's files into its slide file; what was done."""
     settings = {"tool": job["tool"], "class_token": job["class_token"], "sources": [file_sha256(path) for path in job["paths"]]}
-    if done_before(job["out"], {"encoder": job["encoder"], "settings": settings}, job["mpp"]):
+    if done_before(job["out"], {"encoder": job["encoder"], "settings": settings}, job["mpp"][0]):
         return "done before"
     levels = [read_tiles(path, job) for path in job["paths"]]
     agree(levels)
@@ -1911,12 +1921,14 @@ def import_command(args) -> int:
     from concurrent.futures.process import BrokenProcessPool
     tool, places, out = "trident" if args.trident else "stamp", args.trident or args.stamp, Path(args.out)
     folders = [import_folder(place, tool, args.encoder) for place in places]
-    rows, pool = [], None
+    rows, pool, slide_ids, args.manifest = [], None, sorted(set().union(*folders)), read_manifest(args.manifest)
+    name_strangers(args.manifest, set(slide_ids))
+    given = {i: given_mpp(i, args) for i in slide_ids}
     sweep(out / "slides")
     with contextlib.ExitStack() as pools:
-        for i in progress(sorted(set().union(*folders)), desc="slides"):
+        for i in progress(slide_ids, desc="slides"):
             job = {"slide_id": i, "paths": [str(files.get(i)) for files in folders], "out": str(out / "slides" / f"{i}.safetensors"), "tool": tool,
-                   "mpp": args.mpp, "encoder": args.encoder, "class_token": args.class_token}
+                   "mpp": given[i], "encoder": args.encoder, "class_token": args.class_token}
             absent = [place for place, files in zip(places, folders) if i not in files]
             pool = pool or pools.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))    # a fork inherits torch's threads
             try:

@@ -459,12 +459,12 @@ def test_manifest_names_slides_by_file_or_id(tmp_path):
     path = tmp_path / "m.csv"
     path.write_text("slide,mpp,note\nfolder/a.svs,\"0,25\",x\nb.c,0.5,\nd.svs,,nothing said\n", "utf-8")
     args = Args(mpp=0.3, manifest=data.read_manifest(path))
-    asked = {name: data.given_mpp(data.Path(name), args) for name in ("x/a.svs", "b.c.tiff", "d.svs")}
-    assert asked == {"x/a.svs": (0.25, "--manifest row a.svs"), "b.c.tiff": (0.5, "--manifest row b.c"), "d.svs": (0.3, "--mpp")}
+    asked = {name: data.given_mpp(name, args) for name in ("a", "b.c", "b", "d")}
+    assert asked == {"a": (0.25, "--manifest row a.svs"), "b.c": (0.5, "--manifest row b.c"), "b": (0.3, "--mpp"), "d": (0.3, "--mpp")}
     with pytest.raises(MixmagError, match="row a.svs says 0.25.*leave --manifest row a.svs out"):
-        data.slide_mpp(stub(x="0.5", y="0.5"), *asked["x/a.svs"])
+        data.slide_mpp(stub(x="0.5", y="0.5"), *asked["a"])
     with pytest.raises(MixmagError, match="two rows"):
-        data.given_mpp(data.Path("a.svs"), Args(manifest={"a": 0.5, "a.svs": 0.5}))
+        data.given_mpp("a", Args(manifest={"a": 0.5, "a.svs": 0.5}))
     path.write_text("slide,mpp\na,0.5\nb,half\na,0.25\n", "utf-8")
     with pytest.raises(MixmagError, match="'a' '0.5'.*more than one row.*'b' 'half'"):
         data.read_manifest(path)
@@ -1125,7 +1125,7 @@ def grid(cols, rows, side, kept=lambda col, row: True):
 
 
 def job(folder, *paths, tool="trident", **changes):
-    return {"slide_id": "s", "paths": [str(p) for p in paths], "out": str(folder / "slides" / "s.safetensors"), "tool": tool, "mpp": None, "encoder": None,
+    return {"slide_id": "s", "paths": [str(p) for p in paths], "out": str(folder / "slides" / "s.safetensors"), "tool": tool, "mpp": (None, "--mpp"), "encoder": None,
             "class_token": None, **changes}
 
 
@@ -1199,7 +1199,7 @@ def off(column, row, where):
     ({5: {"features": np.array([[1.0] * 8, [1.0] * 7 + [np.nan]] * 6, np.float16)}}, {}, "5x/s.h5: NaN.* in 6 of 12 tiles, first in row 1"),
     ({5: {"features": np.eye(12, dtype=np.float32)[:, :11]}}, {}, "nothing but zeros in 1 of 12 tiles, first in row 11"),
     ({5: {"features": np.ones((12, 8), np.int64)}}, {}, "features is int64"), ({5: {"features": np.ones((12, 8, 1), np.float32)}}, {}, "features is float32"),
-    ({}, {"mpp": 0.31}, "--mpp says 0.31, but tiles of 1792 px at 5x were cut as if it were 0.25"), ({}, {"encoder": "uni_v2"}, "'virchow2', --encoder says 'uni_v2'"),
+    ({}, {"mpp": (0.31, "--mpp")}, "--mpp says 0.31, but tiles of 1792 px at 5x were cut as if it were 0.25"), ({}, {"encoder": "uni_v2"}, "'virchow2', --encoder says 'uni_v2'"),
     ({m: {"encoder": None} for m in (5, 10, 20)}, {}, "say it with --encoder"), ({}, {"class_token": True}, "holds 8 numbers .*--class-token cuts 2560")])
 def test_what_does_not_match_is_refused_by_name(tmp_path, changes, settings, message):
     with pytest.raises(MixmagError, match=message):
@@ -1222,7 +1222,7 @@ def test_folders_in_the_wrong_order_are_refused(tmp_path):
 
 def test_import_says_where_mpp_and_encoder_are_from(tmp_path):
     """--mpp within 2 % of the nominal one is taken; --encoder names what the files do not; the second time nothing is done, or refused."""
-    asked = job(tmp_path, *three(tmp_path, encoder=None), mpp=0.2525, encoder="virchow2")
+    asked = job(tmp_path, *three(tmp_path, encoder=None), mpp=(0.2525, "--mpp"), encoder="virchow2")
     assert data.import_slide(asked) == "imported" and data.import_slide(asked) == "done before"
     meta = data.read_slide(asked["out"]).meta
     assert (meta["mpp"], meta["mpp_source"], meta["cell_px"], meta["encoder"]) == (0.2525, "--mpp", 1792.0, "virchow2")
@@ -1297,7 +1297,7 @@ def test_stamps_micrometres_are_snapped_to_the_lattice(tmp_path, mpp, given):
     paths, made = [tmp_path / str(m) / "a" / "s.h5" for m in (5, 10, 20)], []
     for k, path in enumerate(paths):
         made.append(stamp_file(path, 448.0 / 2 ** k, mpp, 9 * 2 ** k, 7 * 2 ** k, seed=k))
-    data.import_slide(job(tmp_path, *paths, tool="stamp", mpp=given))
+    data.import_slide(job(tmp_path, *paths, tool="stamp", mpp=(given, "--mpp")))
     slide = data.read_slide(tmp_path / "slides" / "s.safetensors")
     assert slide.meta["mpp"] == (given or 0.5) and slide.meta["cell_px"] * slide.meta["mpp"] == pytest.approx(448) and data.verify(tmp_path) == []
     expected = by_hand([p * 1792 // 2 ** k for k, (p, _) in enumerate(made)], [f for _, f in made], [1792, 896, 448], (5, 10, 20))
@@ -1394,6 +1394,22 @@ def slide_of_three(folder, slide_id, **settings):
 def table(path):
     with open(path, newline="") as f:
         return {row["slide_id"]: row for row in csv.DictReader(f)}
+
+
+def test_import_takes_each_slides_own_mpp(tmp_path):
+    """STAMP's files know micrometres only: a cohort of 40x and 20x scans has its pixels from the manifest."""
+    for i, mpp in (("a", 0.25), ("b.1", 0.5), ("c", 0.25)):
+        for m in (5, 10):
+            stamp_file(tmp_path / str(m) / f"{i}.h5", 2240 / m, mpp, m, m, drop=-1)
+    (tmp_path / "m.csv").write_text("slide,mpp\na.svs,0.2528\nb.1,0.4991\nz.svs,0.25\n")
+    args = ("import", "--stamp", 5, 10, "--out", "d", "--mpp", 0.25, "--manifest", "m.csv")
+    _, err = run("data.py", *args, cwd=tmp_path)
+    rows, slides = table(tmp_path / "d" / "import.csv"), {s.slide_id: s for s in data.read_slides(tmp_path / "d")}
+    assert {i: (row["mpp"], row["mpp_source"]) for i, row in rows.items()} == {
+        "a": ("0.2528", "--manifest row a.svs"), "b.1": ("0.4991", "--manifest row b.1"), "c": ("0.25", "--mpp")}
+    assert all(s.meta["cell_px"] == pytest.approx(448 / s.meta["mpp"]) for s in slides.values()) and "1 of 3 rows name no slide here, such as z.svs" in err
+    (tmp_path / "m.csv").write_text("slide,mpp\na.svs,0.2528\na,0.25\n")
+    assert "two rows for this slide" in run("data.py", *args, cwd=tmp_path, code=1)[1]
 
 
 def test_an_imported_cohort_trains(tmp_path):
