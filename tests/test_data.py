@@ -1227,8 +1227,8 @@ def test_import_says_where_mpp_and_encoder_are_from(tmp_path):
     meta = data.read_slide(asked["out"]).meta
     assert (meta["mpp"], meta["mpp_source"], meta["cell_px"], meta["encoder"]) == (0.2525, "--mpp", 1792.0, "virchow2")
     with pytest.raises(MixmagError, match="give another --out"):
-        data.import_slide({**asked, "mpp": 0.26})
-    assert data.import_slide({**asked, "mpp": None, "encoder": None}) == "done before"                  # whatever made it was said the first time
+        data.import_slide({**asked, "mpp": (0.26, "--mpp")})
+    assert data.import_slide({**asked, "mpp": (None, "--mpp"), "encoder": None}) == "done before"                  # whatever made it was said the first time
     three(tmp_path, {20: {"features": np.ones((192, 8), np.float32)}}, encoder=None)
     with pytest.raises(MixmagError, match="give another --out"):
         data.import_slide(asked)
