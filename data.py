@@ -145,7 +145,7 @@ def catch_signals() -> None:
         signal.signal(s, note)
 
 
-TORCH_SAYS = {"allocate": "out of memory", "DataLoader worker": "another of the processes ended", "by peer": "another of the processes ended"}
+TORCH_SAYS = {"allocate": "out of memory", "by peer": "another of the processes ended"}
 
 
 def find_device(name: str) -> torch.device:
@@ -191,6 +191,23 @@ def until_stopped(items):
         if STOP_SIGNALS:
             raise Stopped
         yield item
+
+
+def ahead(function, items, threads: int):
+    """function(item) of each, in order, while threads work on the next ones, at most two each; without threads, each when it is asked for. Numpy,
+    torch, Pillow and OpenSlide let go of the interpreter for the work on embeddings and pixels."""
+    if not threads:
+        yield from map(function, items)
+        return
+    pool = ThreadPoolExecutor(threads)
+    try:
+        futures = (pool.submit(function, item) for item in items)
+        waiting = deque(itertools.islice(futures, 2 * threads))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(itertools.islice(futures, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
@@ -1270,7 +1287,7 @@ def read_window(reader: Reader, plan: TilePlan, window: tuple) -> np.ndarray:
 
 def read_cells(reader: Reader, plan: TilePlan):
     """Yields (number of the window, (col, row), tiles or the error that says why there are none) in the plan's order, while threads
-    read a few cells ahead: OpenSlide, Pillow and torch let go of the interpreter for the work on pixels."""
+    read a few cells ahead."""
     def read(cell):
         try:
             return read_cell(reader, plan, *cell)
@@ -1278,12 +1295,8 @@ def read_cells(reader: Reader, plan: TilePlan):
             return error
 
     cells = [(i, (col + c, row + r)) for i, (col, row, cols, rows) in enumerate(plan.windows) for r in range(rows) for c in range(cols)]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        futures = (pool.submit(read, cell) for _, cell in cells)
-        ahead = deque(itertools.islice(futures, 4 * torch.get_num_threads()))
-        for i, cell in cells:
-            yield i, cell, ahead.popleft().result()
-            ahead.extend(itertools.islice(futures, 1))
+    for (i, cell), tiles in zip(cells, ahead(read, [cell for _, cell in cells], torch.get_num_threads())):
+        yield i, cell, tiles
 
 
 def scale_bar(axis, across: float) -> None:
@@ -2003,12 +2016,21 @@ def tokens_of(slide: Slide, rows: np.ndarray, entries: np.ndarray) -> tuple[np.n
     return token, (cell >= 0) & slide.valid.reshape(-1)[token]
 
 
-def as_batch(x: np.ndarray, valid: np.ndarray) -> tuple:
+def as_batch(x: np.ndarray, valid: np.ndarray, device="cpu") -> tuple:
     """Tensors; the validity mask is None where nothing is invalid, and then no mask is ever built."""
-    return torch.from_numpy(x), None if valid.all() else torch.from_numpy(valid)
+    return torch.from_numpy(x).to(device), None if valid.all() else torch.from_numpy(valid).to(device)
 
 
-class RegionDataset(torch.utils.data.Dataset):
+def to_device(batch: dict, device) -> dict:
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def pinned(batch: dict, device) -> dict:
+    """In memory that a GPU copies from by itself, where the device is one."""
+    return {k: v.pin_memory() if torch.is_tensor(v) else v for k, v in batch.items()} if torch.device(device).type == "cuda" else batch
+
+
+class RegionDataset:
     """Random windows for pretraining, turned, with what is to be removed. Sample i is a function of (seed, i) alone: epoch i // W
     is a permutation of all W windows.
 
@@ -2029,11 +2051,7 @@ class RegionDataset(torch.utils.data.Dataset):
         self.slide_of = np.repeat(np.arange(len(slides)), self.per_slide)                               # (W,)
         self.all_valid = all(s.valid.all() for s in slides)
         self.shuffled = (None, None)                                                                    # an epoch and its order
-        self.store = self.gathered = self.begins = self.ring = None
-        self.served, self.packs = 0, False                                                              # how often a place of the ring was filled
-
-    def __getstate__(self) -> dict:
-        return {**vars(self), "store": None, "gathered": None}    # processes that load only say which embeddings are wanted
+        self.store = self.gathered = None
 
     def hold(self, device) -> None:
         """From now on `__getitems__` says which embeddings are wanted, and `fetch` gathers them from one tensor on the device, always to the
@@ -2046,29 +2064,25 @@ class RegionDataset(torch.utils.data.Dataset):
             raise MixmagError(f"out of memory: the embeddings of {len(counts)} slides take {size:.1f} GB; leave out --in-memory ({error})") from None
         for part, slide in progress(list(zip(self.store.split(counts), self.slides)), desc="embeddings", leave=False):
             part.copy_(torch.from_numpy(slide.features.reshape(part.shape)))
-        self.begins, self.ring = np.cumsum([0, *counts[:-1]]), None                                     # a slide's first row in the store
-        self.gathered, self.packs = self.store.new_empty(0), self.store.device.type == "cpu"
+        self.begins = np.cumsum([0, *counts[:-1]])                                                      # a slide's first row in the store
+        self.gathered = self.store.new_empty(0)
 
-    def reuse(self, batch: int, workers: int, device) -> None:
-        """From now on each batch lies where an earlier one lay, for memory fresh from the system costs several times what the gather does:
-        a batch of `batch` samples is valid until the next one is asked for. For a DataLoader with prefetch_factor 1, so that of each process
-        that loads one batch is in use and one on its way; call it before they begin. On a processor, where nothing is to be pinned, they
-        send plain arrays and the number of the embeddings' place: sending tensors between processes costs half as much as making them."""
-        shape = (2 * workers or 1, self.views * batch, self.geometry.num_tokens, self.slides[0].dim)
-        size = 2 * math.prod(shape)
-        try:
-            room = torch.UntypedStorage._new_shared(size) if workers else torch.UntypedStorage(size)
-        except RuntimeError as error:                             # torch's own out-of-memory error is one
-            raise MixmagError(f"out of memory: {shape[0]} times a batch of {batch} take {1e-9 * size:.1f} GB{' of shared memory' * bool(workers)}; a "
-                              f"smaller --batch-size or fewer --workers take less ({error})") from None
-        self.ring, self.packs = torch.empty(0, dtype=torch.float16).set_(room, 0, shape), torch.device(device).type == "cpu"
+    def batches(self, loads: list, threads: int, device):
+        """Yields `fetch` of each of the loads, lists of samples, while threads make the next ones. On a processor a batch is valid until the next
+        one is asked for: it lies where an earlier one lay, for memory fresh from the system costs several times what the gather does."""
+        shape = self.views * max(map(len, loads), default=0), self.geometry.num_tokens, self.slides[0].dim
+        reused = torch.device(device).type == "cpu" and self.store is None
+        room = [torch.empty(shape, dtype=torch.float16) if reused else None for _ in range(2 * threads or 1)]
+
+        def make(numbered):
+            number, indices = numbered
+            return pinned(self.__getitems__(indices, room[number % len(room)]), device)
+
+        yield from (self.fetch(batch, device) for batch in ahead(make, enumerate(loads), threads))
 
     def fetch(self, batch: dict, device) -> dict:
-        """A batch of `__getitems__`, made here or by a process that loads, as tensors on the device; embeddings come from where they are kept."""
-        if isinstance(batch["x"], int):
-            axes = batch["slide"].shape
-            batch = {**batch, "x": self.ring[batch["x"], :math.prod(axes)].unflatten(0, axes)}
-        batch = {k: v if v is None else torch.as_tensor(v).to(device, non_blocking=True) for k, v in batch.items()}
+        """A batch of `__getitems__` on the device; embeddings come from where they are kept."""
+        batch = to_device(batch, device)
         if self.store is not None:
             rows, batch["x"] = batch["x"], self.gathered.resize_(*batch["x"].shape, self.store.shape[1])
             torch.index_select(self.store, 0, rows.flatten(), out=batch["x"].view(-1, self.store.shape[1]))
@@ -2078,9 +2092,11 @@ class RegionDataset(torch.utils.data.Dataset):
         return len(self.slide_of)
 
     def order_of(self, epoch: int) -> np.ndarray:
-        if self.shuffled[0] != epoch:
-            self.shuffled = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self)))
-        return self.shuffled[1]
+        known, order = self.shuffled                              # read once: other threads may be in another epoch
+        if known != epoch:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
+            self.shuffled = epoch, order
+        return order
 
     def chances(self, indices: np.ndarray) -> np.ndarray:
         """Samples (B,) -> (views, B, N + 4 or a few more) numbers in 0..1. Sample i has the i-th stretch of one random stream to itself."""
@@ -2116,35 +2132,29 @@ class RegionDataset(torch.utils.data.Dataset):
             return token, cell >= 0
         return token, (cell >= 0) & np.stack([self.slides[s].valid.reshape(-1)[rows] for s, rows in zip(self.slide_of[window], token)])
 
-    def read(self, window, token, valid, place: int | None) -> torch.Tensor:
-        """(B, N, D) float16 from the slides' files, in a place of the ring or, with None, in memory of its own."""
+    def read(self, window, token, valid, out: torch.Tensor | None) -> torch.Tensor:
+        """(B, N, D) float16 from the slides' files, at the beginning of `out` where there is one."""
         D = self.slides[0].dim
-        x = torch.empty((*token.shape, D), dtype=torch.float16) if place is None else self.ring[place, :len(token)]
-        for slide, rows, out in zip(self.slide_of[window], token, x.numpy()):
-            np.take(self.slides[slide].features.reshape(-1, D), rows, axis=0, out=out, mode="clip")     # clip: straight into out
+        x = torch.empty((*token.shape, D), dtype=torch.float16) if out is None else out[:len(token)]
+        for slide, rows, part in zip(self.slide_of[window], token, x.numpy()):
+            np.take(self.slides[slide].features.reshape(-1, D), rows, axis=0, out=part, mode="clip")    # clip: straight into it
         if not valid.all():
-            x[torch.from_numpy(~valid)] = 0
+            x.numpy()[~valid] = 0
         return x
 
-    def __getitems__(self, indices) -> dict:
-        """x (B, N, D) float16, or after `hold` the rows (B, N) that stand for it, removed (B, M), valid (B, N) or None, slide (B,); with two views
-        each has a leading axis of 2. Where a process that loads is to send arrays, what `fetch` makes these of."""
-        worker, place = torch.utils.data.get_worker_info(), None
-        if self.ring is not None:
-            self.served += 1
-            place = 2 * worker.id + self.served % 2 if worker else 0
+    def __getitems__(self, indices, out: torch.Tensor | None = None) -> dict:
+        """x (B, N, D) float16, in `out` where it is given, or after `hold` the rows (B, N) that stand for it, removed (B, M), valid (B, N) or None,
+        slide (B,); with two views each has a leading axis of 2."""
         window, turn, removed = self.draw(indices)
         axes, window = window.shape[self.views == 1:], window.reshape(-1)
         token, valid = self.tokens_of(window, turn.reshape(-1))                                         # (views B, N)
-        x = self.read(window, token, valid, place) if self.begins is None else token + self.begins[self.slide_of[window], None]
-        batch = {"x": x, "removed": removed.reshape(len(window), -1), "valid": None if valid.all() else valid, "slide": self.slide_of[window]}
-        batch = {k: v if v is None else v.reshape(*axes, *v.shape[1:]) for k, v in batch.items()}
-        if worker and self.packs:
-            return batch if place is None else {**batch, "x": place}
-        return {k: v if v is None else torch.as_tensor(v) for k, v in batch.items()}
+        x = self.read(window, token, valid, out) if self.store is None else torch.from_numpy(token + self.begins[self.slide_of[window], None])
+        batch = {"x": x, "removed": torch.from_numpy(removed.reshape(len(window), -1)), "valid": None if valid.all() else torch.from_numpy(valid),
+                 "slide": torch.from_numpy(self.slide_of[window])}
+        return {k: v if v is None else v.unflatten(0, axes) for k, v in batch.items()}
 
 
-class CaseDataset(torch.utils.data.Dataset):
+class CaseDataset:
     """The cases of a split as ragged bags: a case has slides, a slide has regions, a region the chosen tokens.
 
     index (n,): which of a region's tokens are read (Geometry.select). rows and corners: each slide's regions, as in `covering`, that hold a

@@ -77,7 +77,7 @@ def parse(argv=None) -> argparse.Namespace:
         p.add_argument("--clip", type=rate, default=1.0, help="largest gradient norm (assumed)")
         p.add_argument("--amp", choices=("auto", "off", "fp16", "bf16"), default="auto",
                        help="auto: bf16 where the device computes it, else fp16 on a GPU")
-        p.add_argument("--workers", type=natural, default=0, help="processes that load data")
+        p.add_argument("--workers", type=natural, default=0, help="threads that load the next batches")
         p.add_argument("--resume", choices=("auto", "off"), default="auto", help="auto: go on where a run of the same settings stopped")
 
     p = command("pretrain", "masked embedding modelling, without labels", "python train.py pretrain --mask 0.5 --source 7")
@@ -284,15 +284,6 @@ def sum_gradients(model, compute) -> None:
             p.grad = gradient.view_as(p)
 
 
-def to_device(batch: dict, device) -> dict:
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-
-
-def as_is(batch):
-    """The data sets make whole batches, so there is nothing to collate."""
-    return batch
-
-
 def optimizer_step(model, optimizer, scaler, rate: float, clip: float) -> torch.Tensor:
     """Unscale, clip, step at `rate` times each group's lr_scale, update the scale, clear. Returns the gradient's norm, left on its
     device so that nothing waits for it; under fp16 a step with an infinite one is skipped and the scale halved."""
@@ -471,7 +462,7 @@ def level_table(model, dataset, mean, compute, batch_size: int = 64) -> dict:
     geometry, sums = model.encoder.geometry, {}
     model.eval()
     for start in progress(range(0, len(dataset), batch_size), desc="held-out", leave=False):
-        batch = to_device(dataset.__getitems__(range(start, min(start + batch_size, len(dataset)))), compute.device)
+        batch = data.to_device(dataset.__getitems__(range(start, min(start + batch_size, len(dataset)))), compute.device)
         x, removed, valid = batch["x"], batch["removed"], batch["valid"]
         with torch.no_grad(), compute.autocast():
             predictions = {"model": mixmag.MaskedEmbeddingModel.forward(model, x, removed, valid).pred.float()}
@@ -609,8 +600,6 @@ def pretrain_loop(args, run: Run, model, dataset, compute) -> dict:
     load = share if args.source else min(share, max(1, LOAD // args.micro_batch) * args.micro_batch)            # NT-Xent wants all of it at once
     if args.in_memory:
         dataset.hold(compute.device)
-    else:
-        dataset.reuse(load, args.workers, compute.device)
     if args.compile:
         model.compile(dynamic=False)                              # all parts are of one shape but for a last smaller one
     log(f"{run.folder}: {parameters(model)}, {len(dataset.slides)} slides with {len(dataset)} windows, batch {args.batch_size} in parts of "
@@ -623,9 +612,8 @@ def pretrain_loop(args, run: Run, model, dataset, compute) -> dict:
         start = state["done"]
     firsts = range(start * args.batch_size + compute.rank * share, total * args.batch_size, args.batch_size)
     batches = [[range(i, min(i + load, first + share)) for i in range(first, first + share, load)] for first in firsts]
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=list(itertools.chain(*batches)), num_workers=args.workers, collate_fn=as_is,
-                                         prefetch_factor=1 if args.workers else None, pin_memory=compute.device.type == "cuda")
-    began, recent, loads = time.time(), [], (dataset.fetch(batch, compute.device) for batch in loader)
+    loads = dataset.batches(list(itertools.chain(*batches)), args.workers, compute.device)
+    began, recent = time.time(), []
     bar = progress(total=total, initial=start, desc="pretrain")
     for step, batch in enumerate(batches, start=start):
         rate = peak * lr_at(step, total, warmup)
@@ -887,9 +875,8 @@ def fit_whitening(model, dataset, compute, limit: int = 4000) -> None:
 def encoded(model, dataset, slide_id: str, compute) -> tuple[np.ndarray, np.ndarray]:
     """A slide of data.CaseDataset through the encoder as it is -> (W, n or 1, d) float32 and valid (W, n)."""
     x, valid = data.gather(dataset.slides[slide_id], dataset.rows[slide_id], dataset.entries)
-    batch, mask = data.as_batch(x, valid)
     with torch.no_grad(), compute.autocast():
-        return model.outputs(batch.to(compute.device), None if mask is None else mask.to(compute.device)).float().cpu().numpy(), valid
+        return model.outputs(*data.as_batch(x, valid, compute.device)).float().cpu().numpy(), valid
 
 
 def hold_outputs(model, dataset, compute) -> None:
@@ -909,7 +896,7 @@ def score_cases(model, dataset, compute, batch_size: int) -> list[np.ndarray]:
     for start in range(0, len(dataset), batch_size * compute.world):
         mine = range(start, min(start + batch_size * compute.world, len(dataset)))[compute.rank::compute.world]
         if mine:
-            batch = to_device(dataset.__getitems__(mine), compute.device)
+            batch = data.to_device(dataset.__getitems__(mine), compute.device)
             with torch.no_grad(), compute.autocast():
                 logit = slide_logits(model, batch)
             probability, case = torch.sigmoid(logit.cpu().double()).numpy(), batch["case"].cpu().numpy()        # fp32 would tie them at 1
@@ -949,13 +936,12 @@ def finetune_epoch(model, optimizer, dataset, compute, args, epoch: int, steps: 
     Returns the mean loss and the norm of the last gradient."""
     order, total = np.random.default_rng([args.seed, 4, epoch]).permutation(len(dataset)), torch.zeros(())
     batches = [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=[b[compute.rank::compute.world] for b in batches], num_workers=args.workers,
-                                         collate_fn=as_is, pin_memory=compute.device.type == "cuda")
-    for i, batch in enumerate(loader):
+    mine = [b[compute.rank::compute.world] for b in batches]
+    for i, batch in enumerate(data.ahead(lambda indices: data.pinned(dataset.__getitems__(indices), compute.device), mine, args.workers)):
         step = epoch * len(batches) + i
         torch.manual_seed((1_000_003 * args.seed + step) * compute.world + compute.rank)        # for dropout: so a resumed run has the same
         if batch:
-            loss = finetune_step(model, to_device(batch, compute.device), args.smoothing, compute, len(batches[i]), step)
+            loss = finetune_step(model, data.to_device(batch, compute.device), args.smoothing, compute, len(batches[i]), step)
         else:                                                      # no case is left for this process, whose scaler is to know its device all the same
             loss = compute.scaler.scale(torch.zeros((), device=compute.device)).cpu()
         sum_gradients(model, compute)
@@ -1339,9 +1325,9 @@ def embed_slide(encoder, slide, targets, args, made_by: dict, compute) -> list[i
         columns, counts = [level == k for k in range(len(targets))], [0] * len(targets)
         outputs = [open_output(files, target, slide, side[c][0], box[:, c][keep[:, c]][:, :2], width, made_by) for target, c in zip(targets, columns)]
         for i in range(0, len(rows), 64):
-            batch, mask = data.as_batch(*data.gather(slide, rows[i:i + 64], entries))
+            x, valid = data.as_batch(*data.gather(slide, rows[i:i + 64], entries), compute.device)
             with torch.inference_mode(), compute.autocast():
-                cls, contextual = encoder(batch.to(compute.device), valid=None if mask is None else mask.to(compute.device))
+                cls, contextual = encoder(x, valid=valid)
             made = (cls.flatten(1)[:, None] if args.tokens == "cls" else contextual).float().cpu().numpy()      # (w, n or 1, d)
             if not np.isfinite(made[keep[i:i + 64]]).all():
                 raise MixmagError(f"{slide.path}: its outputs are not finite; data.py verify says which features are not")
@@ -1393,7 +1379,7 @@ def attention_table(model, dataset, compute) -> tuple[SimpleNamespace, float]:
     place (T, 2), box (T, 4) as in `places`; window, region (T, 2) its place; weight, which sums to 1; rank, the share of the slide's weights of the
     same level that are no larger (ties share their mean); and .cells, (T, R*R) rows of slide.cells that each one's region holds, or -1."""
     (case,), geometry, cls = dataset.cases, model.config.geometry(), model.tokens == "cls"
-    slide, batch = dataset.slides[case.case_id], to_device(dataset.__getitems__([0]), compute.device)
+    slide, batch = dataset.slides[case.case_id], data.to_device(dataset.__getitems__([0]), compute.device)
     with torch.no_grad(), compute.autocast():
         logit, attention = model(batch["x"], batch["regions"], batch["valid"])
     rows, corners = dataset.rows[case.case_id], dataset.corners[case.case_id]
@@ -1829,7 +1815,7 @@ def doctor_command(args) -> int:
           f"WARNING            only {free:.1f} GiB of disk are free: checkpoints and slide files may not fit")
     shared = Path("/dev/shm")
     if shared.exists() and shutil.disk_usage(shared).total < 2 ** 30:
-        print("WARNING            /dev/shm is below 1 GiB: loading with --workers may fail")
+        print("WARNING            /dev/shm is below 1 GiB: several GPUs under torchrun may fail, for NCCL talks through it")
     if not os.access(".", os.W_OK):
         print("WARNING            this folder is not writable: give --out elsewhere")
     return 0

@@ -327,11 +327,8 @@ def loading(batches: int = 300, batch: int = train.LOAD):
                 np.take(maps[i], rows[i], axis=0, out=out[i % batch], mode="clip")
 
         def loaded(workers):
-            if dataset.store is None:
-                dataset.reuse(batch, workers, DEVICE)
-            order = [range(i, i + batch) for i in range(0, batch * batches, batch)]
-            for found in torch.utils.data.DataLoader(dataset, batch_sampler=order, num_workers=workers, collate_fn=train.as_is, prefetch_factor=1 if workers else None):
-                dataset.fetch(found, DEVICE)
+            for _ in dataset.batches([range(i, i + batch) for i in range(0, batch * batches, batch)], workers, DEVICE):
+                pass
 
         bare()
         for held in (False, True):

@@ -1563,31 +1563,43 @@ def test_embeddings_held_in_memory_are_those_of_the_files(tmp_path):
     for settings in ({}, {"views": 2, "source": 4}):
         files, held = (data.RegionDataset(data.read_slides(tmp_path), Geometry(3), 7, 0.5, **settings) for _ in range(2))
         held.hold("cpu")
-        loader = torch.utils.data.DataLoader(held, batch_sampler=[range(20)], num_workers=1, collate_fn=lambda batch: batch, multiprocessing_context="fork")
-        expected, found = files.__getitems__(range(20)), held.fetch(next(iter(loader)), "cpu")
-        assert pickle.loads(pickle.dumps(held)).store is None
+        expected, (found,) = files.__getitems__(range(20)), held.batches([range(20)], 1, "cpu")
         assert expected["x"].shape == found["x"].shape and torch.equal(expected["x"][expected["valid"]], found["x"][found["valid"]])
         assert all(torch.equal(expected[k], found[k]) for k in ("valid", "removed", "slide")) and not expected["valid"].all()
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_a_batch_stays_as_it_is_until_the_next_is_asked_for(tmp_path, workers):
-    """However long it is in use and however far ahead the others are; and all lie in the same few places, seen by main as one piece of memory."""
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_a_batch_stays_as_it_is_until_the_next_is_asked_for(tmp_path, threads):
+    """However long it is in use and however far ahead the threads are, over the border of epochs; and all lie in the same few places."""
     cells, holes = [(c, r) for c in range(4) for r in range(5)], np.random.default_rng(1).random((20, 21)) > 0.1
     for i, valid in enumerate((None, holes, None)):
         make_slide(tmp_path, str(i), cells, seed=i, valid=valid)
     fresh, again = (data.RegionDataset(data.read_slides(tmp_path), Geometry(3), 7, 0.5, views=2, source=4) for _ in range(2))
-    again.reuse(4, workers, "cpu")
-    batches = [range(i, i + 4) for i in range(0, 120, 4)] + [range(2)]
-    loader = torch.utils.data.DataLoader(again, batch_sampler=batches, num_workers=workers, collate_fn=lambda batch: batch,
-                                         prefetch_factor=1 if workers else None, multiprocessing_context="fork" if workers else None)
-    places = Counter()
-    for indices, batch in zip(batches, loader, strict=True):
+    loads, places = [range(i, i + 4) for i in range(0, 120, 4)] + [range(2)], Counter()
+    for indices, batch in zip(loads, again.batches(loads, threads, "cpu"), strict=True):
         time.sleep(0.02)
-        expected, batch = fresh.__getitems__(indices), again.fetch(batch, "cpu")
+        expected = fresh.__getitems__(indices)
         assert all(torch.equal(expected[k], batch[k]) for k in ("x", "removed", "slide")) and (expected["valid"] is None) == (batch["valid"] is None)
         places[batch["x"].data_ptr()] += 1
-    assert len(places) == (2 * workers or 1) and min(places.values()) > 3
+    assert len(places) == (2 * threads or 1) and min(places.values()) > 3
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_work_ahead_keeps_its_order_and_ends_with_its_reader(threads):
+    """Results come in order; at most two items a thread are begun before the first result is asked for more than once; an error comes where it belongs,
+    and a reader who stops ends the rest."""
+    begun = []
+
+    def slowly(item):
+        begun.append(item)
+        time.sleep(0.02 * (item % 3 == 0))
+        return 1 / (item - 30)
+
+    results = data.ahead(slowly, range(40), threads)
+    assert [next(results) for _ in range(10)] == [1 / (i - 30) for i in range(10)] and len(begun) <= 10 + 2 * threads
+    with pytest.raises(ZeroDivisionError):
+        list(results)
+    assert max(begun) <= 30 + 2 * threads and sorted(set(begun)) == sorted(begun)
 
 
 def test_an_epoch_sees_every_window_once(cohort):

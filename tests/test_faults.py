@@ -191,7 +191,7 @@ def children(pid) -> list[int]:
 
 
 def test_a_process_that_dies_ends_all(cohort, tmp_path):
-    """One of two training processes, and the one that loads data: the others end soon, in one line, and the last checkpoint goes on."""
+    """One of two training processes: the other ends soon, in one line."""
     flags = ["pretrain", "--data", str(cohort), "--out", "r", "--batch-size", "4", "--steps", "100000", "--save-every", "10", "--holdout", "0"]
     process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"), *flags],
                                cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -201,14 +201,6 @@ def test_a_process_that_dies_ends_all(cohort, tmp_path):
     os.kill(victim, signal.SIGKILL)
     began, (_, err) = time.time(), process.communicate(timeout=120)
     assert process.returncode and time.time() - began < 60 and ("error: another of the processes ended" in err or "stopped by a signal" in err)
-    before = torch.load(tmp_path / "r" / "last.pt", weights_only=True)["done"]
-    alone = Command("train.py", *flags, "--workers", 1, cwd=tmp_path)
-    while alone.process.is_alive() and torch.load(tmp_path / "r" / "last.pt", weights_only=True)["done"] == before:
-        time.sleep(0.05)
-    os.kill(max(children(alone.process.pid)), signal.SIGKILL)
-    code, _, err = alone.end(60)
-    assert code == 1 and one_error(err).startswith("error: another of the processes ended") and "Traceback" not in err
-    assert torch.load(tmp_path / "r" / "last.pt", weights_only=True)["done"] > before
 
 
 # ------------------------------------------------------------------------------- disk full, read-only, no memory, nobody to read
