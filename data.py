@@ -170,7 +170,7 @@ def run_command(function, args) -> int:
         return 130 if signal.SIGINT in STOP_SIGNALS else 75
     except BrokenPipeError:                                       # `| head` closed our stdout: there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 128 + signal.SIGPIPE                               # as the shell says it of a program that does not catch it
     except (OSError, MemoryError, RuntimeError) as error:
         meaning = next((said for words, said in TORCH_SAYS.items() if words in str(error)), None)
         if isinstance(error, RuntimeError) and not meaning:
@@ -237,8 +237,9 @@ def whole_file(path):
 def sweep(*folders) -> None:
     """Remove what killed writers left in folders: temporary files that nobody has touched for an hour."""
     for rest in (path for folder in folders for path in Path(folder).glob(".*.*.tmp")):
-        if time.time() - rest.stat().st_mtime > 3600:
-            rest.unlink()
+        with contextlib.suppress(FileNotFoundError):              # another process sweeps too, or a writer has just finished
+            if time.time() - rest.stat().st_mtime > 3600:
+                rest.unlink()
 
 
 def free_bytes(folder: Path) -> int:
@@ -312,14 +313,14 @@ def seal_findings(sums: Path) -> list[str]:
 
 
 def read_csv(path, columns) -> list[dict]:
-    """Rows as dicts of stripped strings. Raises MixmagError for a missing file or column."""
+    """Rows as dicts of stripped strings, with the number of the line where each ends under "line". Raises MixmagError for a missing file or column."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
             reader = csv.DictReader(f)
             missing = [c for c in columns if c not in (reader.fieldnames or [])]
             if missing:
                 raise MixmagError(f"{path}: column {', '.join(missing)} is missing; found {reader.fieldnames}")
-            return [{c: (row[c] or "").strip() for c in columns} for row in reader]
+            return [{**{c: (row[c] or "").strip() for c in columns}, "line": reader.line_num} for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise MixmagError(f"{path}: cannot be read as a UTF-8 CSV ({error})") from None
 
@@ -484,8 +485,8 @@ def task_names(data) -> list[str]:
 def task_findings(path) -> tuple[list[Case], list[str]]:
     """The cases of a task table, and everything that is wrong with it."""
     findings, cases, seen = [], {}, set()
-    for number, row in enumerate(read_csv(path, ("case_id", "slide_id", "label", "split")), start=2):
-        where = f"{path}: line {number}: "
+    for row in read_csv(path, ("case_id", "slide_id", "label", "split")):
+        where = f"{path}: line {row['line']}: "
         if not row["case_id"] or not row["slide_id"]:
             findings.append(f"{where}case_id or slide_id is empty")
         elif "/" in row["slide_id"] or row["slide_id"] in (".", ".."):
@@ -518,9 +519,8 @@ def read_task(data, task) -> list[Case]:
     return cases
 
 
-def evaluation_slides(data) -> set:
-    """All slides of the cases that are in the tune or test split of any task: pretraining sees them only where pretrain.csv names them."""
-    cases = [c for task in task_names(data) for c in read_task(data, task)]
+def evaluation_slides(cases: list) -> set:
+    """All slides, of whatever task, of the cases that are in the tune or test split of any: pretraining sees them only where pretrain.csv names them."""
     held = {c.case_id for c in cases if c.split != "train"}
     return {s for c in cases if c.case_id in held for s in c.slide_ids}
 
@@ -530,7 +530,7 @@ def pretraining_ids(data) -> list[str]:
     listed = Path(data) / "pretrain.csv"
     if listed.exists():
         return list(dict.fromkeys(row["slide_id"] for row in read_csv(listed, ("slide_id",))))
-    held = evaluation_slides(data)
+    held = evaluation_slides([c for task in task_names(data) for c in read_task(data, task)])
     return [p.stem for p in sorted((Path(data) / "slides").glob("*.safetensors")) if p.stem not in held]
 
 
@@ -571,7 +571,7 @@ def verify(data) -> list[str]:
     kinds = Counter(map(kind, slides.values()))
     usual = kinds.most_common(1)[0][0] if kinds else None
     findings += [f"{s.path}: {kind(s)}; expected {usual} as in the {kinds[usual]} others" for s in slides.values() if kind(s) != usual]
-    held = set()
+    everyone = []
     for task in task_names(data):
         path = data / "tasks" / f"{task}.csv"
         try:
@@ -579,10 +579,9 @@ def verify(data) -> list[str]:
         except MixmagError as error:
             findings.append(str(error))
             continue
-        findings += found
+        findings, everyone = findings + found, everyone + cases
         content = defaultdict(dict)                               # features' digest -> split -> slide
         for case in cases:
-            held |= set(case.slide_ids) if case.split != "train" else set()
             for i in case.slide_ids:
                 if i in slides and len(slides[i].cells):
                     content[hashlib.sha256(slides[i].features.tobytes()).digest()].setdefault(case.split, i)
@@ -592,11 +591,18 @@ def verify(data) -> list[str]:
         for split in SPLITS:
             if len({c.label for c in cases if c.split == split}) < 2:
                 findings.append(f"{path}: split {split} does not hold both classes, so it has no AUROC")
-    if (data / "pretrain.csv").exists():
-        listed = pretraining_ids(data)
-        findings += [f"{data / 'pretrain.csv'}: slide {i!r} has no file" for i in listed if not (data / "slides" / f"{i}.safetensors").exists()]
-        findings += [f"{data / 'pretrain.csv'}: slide {i!r} is in a tune or test split" for i in listed if i in held]
-    return findings
+    return findings + listed_findings(data, evaluation_slides(everyone))
+
+
+def listed_findings(data: Path, held: set) -> list[str]:
+    """What is wrong with pretrain.csv, where there is one."""
+    path = data / "pretrain.csv"
+    try:
+        listed = pretraining_ids(data) if path.exists() else []
+    except MixmagError as error:
+        return [str(error)]
+    return ([f"{path}: slide {i!r} has no file" for i in listed if not (data / "slides" / f"{i}.safetensors").exists()]
+            + [f"{path}: slide {i!r} is in a tune or test split, itself or by its case" for i in listed if i in held])
 
 
 def verify_command(args) -> int:
@@ -1563,6 +1569,8 @@ def slides_to_tile(args) -> tuple[list[Path], Path]:
         Geometry(args.region, args.magnifications)
     except ValueError as error:
         raise MixmagError(str(error)) from None
+    if args.shard and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise MixmagError(f"--shard {args.shard}: torchrun shares the slides out already; leave out one of the two")
     shard = args.shard or f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
     share, shares = (int(part) for part in shard.split("/")) if re.fullmatch(r"\d+/\d+", shard) else (1, 0)
     if share >= shares:
@@ -1609,6 +1617,8 @@ def tile_command(args) -> int:
             raise MixmagError(f"the slides do not fit under --out {args.out}")
         return 3 if failed else 0
     print(f"{len(paths) - len(failed)} slides done, {len(failed)} failed" + (f" (see {listed})" if failed else ""))
+    for old in listed.parent.glob("failed-*-of-*.csv") if listed.name == "failed.csv" else ():          # of shares, done again as a whole
+        old.unlink()
     return report_failed(listed, failed)
 
 
@@ -1852,10 +1862,12 @@ def level0(levels: list, job: dict) -> tuple[float, float, str]:
     if job["tool"] == "trident":
         cell_px = float(trident_cell(levels))
         mpp, source = cell_um / cell_px, "nominal, from the tiles' side"
-        if given and abs(given - mpp) > 0.2 * mpp:                # TRIDENT cuts 0.2 to 0.3 um/px as if they were 0.25
+        if given is not None and abs(given - mpp) > 0.2 * mpp:                # TRIDENT cuts 0.2 to 0.3 um/px as if they were 0.25
             raise MixmagError(f"{giver} says {given}, but tiles of {cell_px:g} px at {levels[0].magnification}x were cut as if it were {mpp:.4g}")
     else:
-        mpp, source = given or 10 / levels[-1].magnification, "none: pixels of the finest magnification"
+        mpp, source = 10 / levels[-1].magnification if given is None else given, "none: pixels of the finest magnification"
+        if not 0.1 <= mpp <= 4:
+            raise MixmagError(f"{giver} says {mpp:g} um/px, expected 0.1 to 4")
         cell_px = cell_um / mpp
         for t in levels:
             t.corners /= mpp
@@ -1886,7 +1898,7 @@ def import_slide(job: dict) -> str:
 
 def import_worker(job: dict) -> tuple[str, str]:
     """What became of a slide, and why, in a process of its own: a file that brings the HDF5 library down, or hangs it, ends that process.
-    The alarm goes on after the job, so that a worker whose parent was killed ends too."""
+    A later alarm ends a worker whose parent was killed."""
     for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):     # the parent hears them, and lets the slide be finished
         signal.signal(s, signal.SIG_IGN)
     try:
@@ -1896,6 +1908,8 @@ def import_worker(job: dict) -> tuple[str, str]:
         return "failed", str(error)
     except Exception as error:                                    # a full disk, no memory
         return "failed", f"{type(error).__name__}: {error}"
+    finally:
+        signal.alarm(3600)
 
 
 def import_folder(place: str, tool: str, encoder: str | None) -> dict[str, Path]:

@@ -245,6 +245,8 @@ def machine(args, width: int) -> SimpleNamespace:
     """Where, in which precision and as which of how many processes to compute: .device, .autocast(), .scaler (which does nothing
     unless in fp16), .rank and .world. Processes are those that torchrun started; they meet here."""
     device, (rank, world) = data.find_device(args.device), process()
+    if device.index is not None:
+        torch.cuda.set_device(device)                             # lest every process opens the first GPU as well
     if world > 1 and not distributed.is_initialized():
         distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     dtype = amp_dtype(getattr(args, "amp", "auto"), device, width)
@@ -548,6 +550,8 @@ def pretrain(args) -> dict:
     compute = machine(args, PRESET_CONFIG[args.preset](1).width)
     path = ensure_data(args.data, compute)
     ids, held_ids = pretraining_split(path, args.holdout)
+    if not ids and any((path / "slides").glob("*.safetensors")):
+        raise MixmagError(f"{path}: every slide is of a tune or test case, or held out (--holdout {args.holdout:g}): none is left to train on")
     slides = data.read_slides(path, ids)
     config = model_config(args, slides)
     geometry = config.geometry()
@@ -564,6 +568,7 @@ def pretrain(args) -> dict:
     if not len(dataset):
         raise MixmagError(f"no window of {args.region} x {args.region} cells is {args.min_cover:.0%} covered in any of {len(slides)} slides "
                           f"(the largest has {max(len(s.cells) for s in slides)} cells); try --min-cover 0.5 or --region {max(1, args.region - 1)}")
+    plan = schedule(args, len(dataset))
     run = Run(args.out or Path("runs") / default_run(args), {"kind": "pretrain", **settings(args, slides), "model": config.to_dict()},
               args.resume, compute)
     if run.result():
@@ -573,7 +578,7 @@ def pretrain(args) -> dict:
     model = (mixmag.MaskedEmbeddingModel if views == 1 else mixmag.ContrastiveEmbeddingModel)(config)
     mean, std, directions = data.feature_statistics(slides)
     model.encoder.standardize.fit(mean, std)
-    facts = pretrain_loop(args, run, model.to(compute.device), dataset, compute)
+    facts = pretrain_loop(args, run, model.to(compute.device), dataset, compute, *plan)
     if run.writes:
         export_encoder(run, model.encoder, slides[0], args.preset, [(i, "train") for i in ids] + [(i, "held-out") for i in held_ids])
         finish_pretraining(run, model, path, held_ids, directions, compute, args, facts)
@@ -586,15 +591,19 @@ def pretrain_command(args) -> int:
     return 0
 
 
-def pretrain_loop(args, run: Run, model, dataset, compute) -> dict:
-    """All optimizer steps, from the last checkpoint on. Returns how many there were and how long they took."""
-    config = model.config
-    total = args.steps or math.ceil(args.epochs * len(dataset) / args.batch_size)
-    warmup = round(args.warmup * total)
+def schedule(args, windows: int) -> tuple[int, int, float]:
+    """Steps in all, steps of warm-up, peak rate."""
+    total = args.steps or math.ceil(args.epochs * windows / args.batch_size)
     peak = args.blr * args.batch_size / 256 if args.lr is None else args.lr                     # linear scaling rule
     if args.lr is None and peak > HIGHEST_RATE:
         raise MixmagError(f"--batch-size {args.batch_size}: linear scaling makes a peak rate of {peak:.2g} of a base rate of {args.blr:g}, at which "
                           "nothing is learned; give --lr, a smaller --blr, or --preset paper")
+    return total, round(args.warmup * total), peak
+
+
+def pretrain_loop(args, run: Run, model, dataset, compute, total: int, warmup: int, peak: float) -> dict:
+    """All optimizer steps, from the last checkpoint on. Returns how many there were and how long they took."""
+    config = model.config
     optimizer = torch.optim.AdamW(parameter_groups(model, config.depth, args.weight_decay), lr=peak, betas=(0.9, 0.95), fused=True)     # assumed
     share = args.batch_size // compute.world                                                    # of each process
     load = share if args.source else min(share, max(1, LOAD // args.micro_batch) * args.micro_batch)            # NT-Xent wants all of it at once
@@ -725,9 +734,9 @@ def draw_pretraining(run: Run, losses, magnifications, least, data_words: str) -
     """RUN/curve.png: the loss of each magnification over the steps, and where the trivial predictors and the noise lie."""
     lines = [json.loads(line) for line in run.metrics.read_text("utf-8").splitlines()]
     figure, axis = plot()
-    for m, colour in zip(magnifications, ("tab:blue", "tab:orange", "tab:green", "tab:red")):
+    for m in magnifications:
         pairs = [(line["step"], line[f"{m}x"]) for line in lines if line[f"{m}x"] is not None]
-        axis.plot(*zip(*pairs), color=colour, lw=1, label=f"{m}x, training batches")
+        axis.plot(*zip(*pairs), lw=1, label=f"{m}x, training batches")
     if losses:
         for name, style, title in (("mean", ":", "mean embedding"), ("shift", "-.", "mean + common shift"),
                                    ("neighbours", "--", "visible neighbours"), ("model", "-", "mixing encoder")):
@@ -1298,7 +1307,7 @@ def open_output(files: ExitStack, target: tuple, slide, side: float, coords: np.
     patches = path.parents[1] / "patches" / f"{slide.slide_id}_patches.h5"
     if patches.exists():
         with h5py.File(patches) as f:
-            if not np.array_equal(f["coords"][:], coords):
+            if "coords" not in f or not np.array_equal(f["coords"][:], coords):
                 raise MixmagError(f"{patches} holds other coordinates (another tool's, or those of another --min-cover); give another --out")
     for place in (path,) if path.parent.name == "h5_files" else (patches, path):
         f = files.enter_context(h5py.File(files.enter_context(whole_file(place)), "w"))
@@ -1462,7 +1471,7 @@ def draw_regions(path, table, labels: list, slide, reader, side: float) -> None:
         here = np.flatnonzero(table.window == window)
         start = np.array(slide.meta["origin"]) + table.region[here[0]] * side
         show(column[0], np.round([*start, *(start + side)]), f"region {table.region[here[0]].tolist()}: {total[window]:.2%} of attention", "grey")
-        for axis, level, colour in zip(column[1:], levels, ("tab:cyan", "yellow", "black", "white")):
+        for axis, level, colour in zip(column[1:], levels, itertools.cycle(("tab:cyan", "yellow", "black", "white"))):
             tokens = here[table.level[here] == level]
             if not len(tokens):
                 axis.axis("off")
@@ -1531,7 +1540,7 @@ def heatmap_command(args) -> int:
               ((names[k], *place, *box[:2], side, *region, repr(weight), repr(rank)) for k, place, box, side, region, weight, rank in zip(
                   table.level, table.place, table.box, table.side, table.region, table.weight.tolist(), table.rank.tolist())))
     for k in levels:
-        features = qupath_features(table, k, labels[k], args.slide, run, (x, y))
+        features = qupath_features(table, k, labels[k], args.slide, run, (x, y) if reader else [round(v) for v in meta["origin"]])
         write_text(out / f"attention-{labels[k]}.geojson", json.dumps(features, allow_nan=False))
     rule = data.read_json(Path(args.run) / "result.json")["case_score"]
     print(f"{args.slide}: score {score:.4f}; a case's score is the {rule} over its slides\n"
@@ -1717,8 +1726,10 @@ def tables(args, rows, tasks) -> tuple[str, int]:
 def machine_facts(args, path) -> dict:
     """Where a table's figures come from."""
     import platform
+    import shutil
     import subprocess
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
     facts = data.synthetic_facts(path)
     return {"data": f"synthetic cohort, seed {facts['seed']}" if facts else str(path), "preset": args.preset, "steps": args.steps,

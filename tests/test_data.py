@@ -1755,3 +1755,44 @@ def test_statistics_of_some_magnifications(tmp_path):
     assert np.allclose(mean, every.mean(0), atol=1e-6) and np.allclose(std, every.std(0), atol=1e-6)
     assert np.allclose(directions[1], (every / np.linalg.norm(every, axis=1, keepdims=True)).mean(0), atol=1e-6)
     assert np.allclose(data.feature_statistics(slides, [0, 1, 2])[0], data.feature_statistics(slides)[0])
+
+
+def test_verify_goes_by_cases_and_past_a_bad_list(tmp_path):
+    """A slide of a held-out case is held out by whichever task names it, as fine-tuning has it; a bad pretrain.csv is one finding among the others."""
+    for i in "abcd":
+        make_slide(tmp_path, i, [(0, 0), (1, 0)], seed=ord(i))
+    task(tmp_path, [("p", "a", 1, "test")], "one")
+    task(tmp_path, [("p", "b", 1, "train")], "two")
+    (tmp_path / "pretrain.csv").write_text("slide_id\nb\nc\n")
+    assert [f for f in data.verify(tmp_path) if "pretrain.csv" in f] == [f"{tmp_path}/pretrain.csv: slide 'b' is in a tune or test split, itself or by its case"]
+    (tmp_path / "pretrain.csv").write_text("slide\nb\n")
+    found = data.verify(tmp_path)
+    assert sum("column slide_id is missing" in f for f in found) == 1 and any("split tune does not hold both classes" in f for f in found)
+
+
+def test_findings_name_the_line_of_the_file(tmp_path):
+    make_slide(tmp_path, "a", [(0, 0)])
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "t.csv").write_text('case_id,slide_id,label,split\n\np,a,1,train\n"q\nq",b,2,train\n')
+    assert any("line 5: label of case" in f for f in data.verify(tmp_path))
+
+
+def test_shares_and_their_lists_of_failures(tmp_path, monkeypatch):
+    """torchrun shares the slides out by itself; a whole run replaces the lists that shares left."""
+    (tmp_path / "slides").mkdir()
+    write_tiff(tmp_path / "slides" / "a.tiff", pink(1000, 1000), 0.5)
+    (tmp_path / "slides" / "b.tiff").write_bytes(b"no slide")
+    flags = ("--slides", tmp_path / "slides", "--out", tmp_path / "d")
+    assert [tile(monkeypatch, *flags, "--shard", f"{i}/2") for i in (0, 1)] == [0, 3] and (tmp_path / "d" / "failed-1-of-2.csv").exists()
+    assert tile(monkeypatch, *flags) == 3 and [p.name for p in (tmp_path / "d").glob("*failed*")] == ["failed.csv"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(MixmagError, match="torchrun shares the slides out already"):
+        tile(monkeypatch, *flags, "--shard", "0/2")
+
+
+def test_files_that_vanish_meanwhile_are_no_fault(tmp_path, monkeypatch):
+    rest = tmp_path / ".a.csv.1.tmp"
+    rest.write_text("")
+    os.utime(rest, (0, 0))
+    monkeypatch.setattr(data.Path, "stat", lambda self, **_: rest.unlink() or os.stat(rest))
+    data.sweep(tmp_path)

@@ -1049,3 +1049,38 @@ def test_heatmap_takes_the_size_that_import_could_not_know(pictured, tmp_path):
         else:
             with pytest.raises(MixmagError, match="not the same slide"):
                 heatmap(pictured, "none", *flags)
+
+
+def test_what_is_left_to_train_on_and_how_is_said_before_a_run_begins(cohort, tmp_path):
+    """A refusal that follows from the flags leaves no run folder behind that would refuse the mended command."""
+    _, err = run("train.py", "pretrain", "--data", cohort, "--out", "r", "--batch-size", 4096, "--steps", 1, cwd=tmp_path, code=1)
+    assert "give --lr" in err and not (tmp_path / "r").exists()
+    os.mkdir(tmp_path / "d")
+    os.symlink(cohort / "slides", tmp_path / "d" / "slides")
+    rows = [(i, p.stem, i % 2, "test") for i, p in enumerate(sorted((cohort / "slides").iterdir()))]
+    data.write_csv(tmp_path / "d" / "tasks" / "t.csv", ("case_id", "slide_id", "label", "split"), rows)
+    _, err = run("train.py", "pretrain", "--data", "d", cwd=tmp_path, code=1)
+    assert "every slide is of a tune or test case, or held out" in err
+
+
+def test_machine_facts_want_no_git(cohort, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert train.machine_facts(train.parse(["table"]), cohort)["commit"] is None
+
+
+def test_geojson_without_the_slide_takes_its_bounds_from_the_lattice(pictured, tmp_path, monkeypatch):
+    """Cells of a slide with bounds begin at their corner, so that QuPath's pixels are known without the slide."""
+    read = data.read_slide
+
+    def moved(path):
+        slide = read(path)
+        slide.meta["origin"] = [64.0, 32.0]
+        return slide
+
+    monkeypatch.setattr(data, "read_slide", moved)
+    heatmap(pictured, "patch", "--out", tmp_path)
+    found = read_geojson(tmp_path / "attention-5x.geojson")
+    with open(tmp_path / "attention.csv", newline="") as f:
+        first = next(r for r in csv.DictReader(f) if r["magnification"] == "5")
+    assert found["metadata"]["bounds_subtracted"] == [64, 32]
+    assert found["features"][0]["geometry"]["coordinates"][0][0] == [int(first["x"]) - 64, int(first["y"]) - 32]
