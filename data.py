@@ -121,6 +121,11 @@ TILE_PX = 224                                                     # paper 4.1: t
 SPLITS = ("train", "tune", "test")
 
 
+def level_entries(k: int) -> slice:
+    """Where the tokens of magnification k (0 is the lowest) stand among those of a cell."""
+    return slice((4 ** k - 1) // 3, (4 ** (k + 1) - 1) // 3)
+
+
 # -------------------------------------------------------------------------------------------- errors, signals, whole files
 
 class MixmagError(Exception):
@@ -245,6 +250,12 @@ def sweep(*folders) -> None:
 def free_bytes(folder: Path) -> int:
     """What the disk under a folder, that need not exist yet, can take."""
     return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+
+
+def require_room(folder: Path, size: int) -> None:
+    """Raises MixmagError where so many bytes of a slide would not fit."""
+    if size > (free := free_bytes(folder)):
+        raise MixmagError(f"its {size / 1e6:.0f} MB do not fit into the {free / 1e6:.0f} MB that are free under {folder}")
 
 
 def write_text(path, text: str) -> None:
@@ -519,8 +530,12 @@ def read_task(data, task) -> list[Case]:
     return cases
 
 
-def evaluation_slides(cases: list) -> set:
-    """All slides, of whatever task, of the cases that are in the tune or test split of any: pretraining sees them only where pretrain.csv names them."""
+def evaluation_slides(data) -> set:
+    """All slides of the cases that are in the tune or test split of any task: pretraining sees them only where pretrain.csv names them."""
+    return held_slides([c for task in task_names(data) for c in read_task(data, task)])
+
+
+def held_slides(cases: list) -> set:
     held = {c.case_id for c in cases if c.split != "train"}
     return {s for c in cases if c.case_id in held for s in c.slide_ids}
 
@@ -530,7 +545,7 @@ def pretraining_ids(data) -> list[str]:
     listed = Path(data) / "pretrain.csv"
     if listed.exists():
         return list(dict.fromkeys(row["slide_id"] for row in read_csv(listed, ("slide_id",))))
-    held = evaluation_slides([c for task in task_names(data) for c in read_task(data, task)])
+    held = evaluation_slides(data)
     return [p.stem for p in sorted((Path(data) / "slides").glob("*.safetensors")) if p.stem not in held]
 
 
@@ -591,7 +606,7 @@ def verify(data) -> list[str]:
         for split in SPLITS:
             if len({c.label for c in cases if c.split == split}) < 2:
                 findings.append(f"{path}: split {split} does not hold both classes, so it has no AUROC")
-    return findings + listed_findings(data, evaluation_slides(everyone))
+    return findings + listed_findings(data, held_slides(everyone))
 
 
 def listed_findings(data: Path, held: set) -> list[str]:
@@ -734,7 +749,7 @@ def synth_slide(world: dict, rng, task: str, positive: bool, regions: int) -> tu
     clean = np.concatenate(levels, axis=1)                                                                      # (C, 21, 64)
     seen = clean + rng.standard_normal(clean.shape) * np.sqrt(NOISE_VARIANCE)
     cosine = (clean * seen).sum(-1) / np.linalg.norm(clean, axis=-1) / np.linalg.norm(seen, axis=-1)            # (C, 21)
-    floor = 1 - np.array([cosine[:, 0].mean(), cosine[:, 1:5].mean(), cosine[:, 5:].mean()])
+    floor = 1 - np.array([cosine[:, level_entries(k)].mean() for k in range(3)])
     return (seen @ world["isometry"]).astype(np.float16), cells[:, ::-1].astype(np.int32), floor
 
 
@@ -1281,7 +1296,7 @@ def read_cell(reader: Reader, plan: TilePlan, col: int, row: int) -> np.ndarray:
     for k, shrink in zip(range(K - 1, -1, -1), (plan.shrink, *[2] * K)):
         picture, n = picture.reduce(shrink) if shrink > 1 else picture, 2 ** k
         rgb = np.frombuffer(picture.tobytes("raw", "RGB"), np.uint8).reshape(n, TILE_PX, n, TILE_PX, 3)
-        tiles[(n * n - 1) // 3:(4 * n * n - 1) // 3].reshape(n, n, TILE_PX, TILE_PX, 3)[:] = rgb.swapaxes(1, 2)
+        tiles[level_entries(k)].reshape(n, n, TILE_PX, TILE_PX, 3)[:] = rgb.swapaxes(1, 2)
     return tiles
 
 
@@ -1316,13 +1331,13 @@ def scale_bar(axis, across: float) -> None:
                   bbox={"facecolor": "white", "alpha": 0.7, "lw": 0, "pad": 1})
 
 
-def draw_qc(path, reader: Reader, plan: TilePlan, magnifications: list) -> None:
+def draw_qc(path, reader: Reader, plan: TilePlan) -> None:
     """A PNG to look at: the thumbnail with the contours of its tissue and the kept windows; and of the window that holds most tissue (red)
     and of the fullest cell in it the tiles, as they go to the encoder, each magnification at the same physical size."""
     from matplotlib.collections import PatchCollection
     from matplotlib.figure import Figure                          # without pyplot: nothing global, no display
     from matplotlib.patches import Rectangle
-    (width, height), K, mpp = reader.slide.dimensions, len(magnifications), plan.mpp
+    (width, height), K, mpp = reader.slide.dimensions, len(plan.magnifications), plan.mpp
 
     def box(col, row, cols, rows):                                # of cells: left, top, width, height in um
         return np.array([*(plan.origin + np.array([col, row]) * plan.cell_px), cols * plan.cell_px, rows * plan.cell_px]) * mpp
@@ -1349,12 +1364,12 @@ def draw_qc(path, reader: Reader, plan: TilePlan, magnifications: list) -> None:
         col, row, cols, rows = best = max(plan.windows, key=lambda window: held(*window))
         axis.add_collection(PatchCollection([frames[plan.windows.index(best)]], facecolor="none", edgecolor="red", lw=1.5))
         fullest = max(((c, r) for r in range(rows) for c in range(cols)), key=lambda cell: held(col + cell[0], row + cell[1]))
-        draw_window(figure, grid, reader, plan, best, fullest, magnifications)
+        draw_window(figure, grid, reader, plan, best, fullest)
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png")
 
 
-def draw_window(figure, grid, reader: Reader, plan: TilePlan, window: tuple, cell: tuple, magnifications: list) -> None:
+def draw_window(figure, grid, reader: Reader, plan: TilePlan, window: tuple, cell: tuple) -> None:
     """The right part of draw_qc: a window's tiles above, those of one of its cells (col, row) below; white lines are the tiles' edges."""
     try:
         tiles = read_window(reader, plan, window)
@@ -1364,9 +1379,9 @@ def draw_window(figure, grid, reader: Reader, plan: TilePlan, window: tuple, cel
         return
     tiles, side = tiles.reshape(window[3], window[2], *tiles.shape[1:]), plan.cell_px * plan.mpp         # (rows, cols, T, 224, 224, 3), um
     for line, (name, part) in enumerate((("window", tiles), ("one cell", tiles[cell[1]:cell[1] + 1, cell[0]:cell[0] + 1]))):
-        for k, m in enumerate(magnifications):
-            rows, cols, n, first = *part.shape[:2], 2 ** k, (4 ** k - 1) // 3                           # first of this magnification in a cell
-            picture = part[:, :, first:first + n * n].reshape(rows, cols, n, n, TILE_PX, TILE_PX, 3).transpose(0, 2, 4, 1, 3, 5, 6)
+        for k, m in enumerate(plan.magnifications):
+            rows, cols, n = *part.shape[:2], 2 ** k
+            picture = part[:, :, level_entries(k)].reshape(rows, cols, n, n, TILE_PX, TILE_PX, 3).transpose(0, 2, 4, 1, 3, 5, 6)
             picture = Image.fromarray(picture.reshape(rows * n * TILE_PX, cols * n * TILE_PX, 3))
             axis = figure.add_subplot(grid[line, 2 + k])
             axis.imshow(picture.reduce(max(1, max(picture.size) // 900)), extent=(0, cols * side, rows * side, 0))
@@ -1443,21 +1458,6 @@ def encode(encoder, tiles: np.ndarray, batch_size: int, device, dim: int | None 
     return half.numpy().reshape(*tiles.shape[:-3], -1)
 
 
-def full_batches(parts, size: int):
-    """Yields the tiles of `parts`, arrays (n, 224, 224, 3) of any n, in batches of `size`, the last one smaller. The next one overwrites it."""
-    batch, held = np.empty((size, TILE_PX, TILE_PX, 3), np.uint8), 0
-    for part in parts:
-        while len(part):
-            n = min(len(part), size - held)
-            batch[held:held + n] = part[:n]
-            part, held = part[n:], held + n
-            if held == size:
-                yield batch
-                held = 0
-    if held:
-        yield batch[:held]
-
-
 MAX_BAD_WINDOWS = 0.01                                            # a slide of which more cannot be read has failed
 
 
@@ -1475,9 +1475,10 @@ def tile_slide(reader: Reader, plan: TilePlan, encoder, dim: int, args) -> tuple
                 kept.append((i, cell))
                 yield tiles
 
-    features = [encode(encoder, batch, args.batch_size, args.device, dim) for batch in full_batches(readable(), args.batch_size)]
-    T = Geometry(1, args.magnifications).tokens_per_cell
-    features = np.concatenate([np.zeros((0, dim), np.float16), *features]).reshape(-1, T, dim)
+    T, cells = Geometry(1, args.magnifications).tokens_per_cell, readable()
+    groups = iter(lambda: list(itertools.islice(cells, max(1, args.batch_size // T))), [])              # as many whole cells as a batch holds
+    features = [encode(encoder, np.stack(group), args.batch_size, args.device, dim) for group in groups]        # each (cells, T, D)
+    features = np.concatenate([np.zeros((0, T, dim), np.float16), *features])
     good = np.array([i not in bad for i, _ in kept], bool)
     cells = np.array([cell for _, cell in kept], np.int32).reshape(-1, 2)
     return (features[good], cells[good], len(bad)) if bad else (features, cells, 0)
@@ -1550,9 +1551,8 @@ def tile_one(path: Path, encoder, dim: int, args) -> tuple[str, int]:
     size = plan.cells * Geometry(1, args.magnifications).tokens_per_cell * dim * 2
     report = plan_report(reader, plan, args.region) + f"; {size / 1e6:.2f} MB"
     if not args.dry_run:
-        if size > free_bytes(out):
-            raise MixmagError(f"its {size / 1e6:.0f} MB do not fit into the {free_bytes(out) / 1e6:.0f} MB that are free under {out}")
-        draw_qc(out.parents[1] / "qc" / f"{path.stem}.png", reader, plan, args.magnifications)
+        require_room(out, size)
+        draw_qc(out.parents[1] / "qc" / f"{path.stem}.png", reader, plan)
         features, cells, bad = tile_slide(reader, plan, encoder, dim, args)
         width, height = reader.slide.dimensions
         write_slide(out, features, cells, np.ones(features.shape[:2], bool),
@@ -1671,9 +1671,7 @@ def load_virchow2(device, weights=None) -> Virchow2:
                               f"Virchow2 cannot be fetched ({error.strerror or type(error).__name__}): without a network give "
                               "--weights FILE") from None
     encoder = Virchow2(model).to(device).eval()
-    width = encode(encoder, np.full((2, TILE_PX, TILE_PX, 3), 200, np.uint8), 2, device).shape[1]
-    if width != 1280:
-        raise MixmagError(f"Virchow2 made {width} numbers of a tile, expected 1280")
+    encode(encoder, np.full((2, TILE_PX, TILE_PX, 3), 200, np.uint8), 2, device, 1280)
     return encoder
 
 
@@ -1850,7 +1848,7 @@ def join(levels: list, placed: list) -> tuple[np.ndarray, np.ndarray, np.ndarray
     features = np.zeros((len(cells), sum(4 ** k for k in range(len(levels))), levels[0].features.shape[1]), np.float16)
     valid = np.zeros(features.shape[:2], bool)
     for k, (t, key, place) in enumerate(zip(levels, keys, placed)):
-        at = np.searchsorted(cells, key), (4 ** k - 1) // 3 + place[:, 1] % 2 ** k * 2 ** k + place[:, 0] % 2 ** k
+        at = np.searchsorted(cells, key), level_entries(k).start + place[:, 1] % 2 ** k * 2 ** k + place[:, 0] % 2 ** k
         features[at], valid[at] = t.features, True
     return features, np.stack([cells & 0xFFFFFFFF, cells >> 32], axis=1).astype(np.int32), valid
 
@@ -1934,7 +1932,7 @@ IMPORT_COLUMNS = ("slide_id", "status", "reason", "encoder", "dim", "magnificati
 def import_row(slide: Slide, region: int) -> tuple:
     """What import.csv says of a slide file, from encoder on: the tiles that it holds at each magnification, and those that have no partner."""
     meta, C, alone, missing = slide.meta, len(slide.cells), 0, 0
-    grids = [slide.valid[:, (4 ** k - 1) // 3:(4 ** (k + 1) - 1) // 3].reshape(C, 2 ** k, 2 ** k) for k in range(len(meta["magnifications"]))]
+    grids = [slide.valid[:, level_entries(k)].reshape(C, 2 ** k, 2 ** k) for k in range(len(meta["magnifications"]))]
     for parent, child in zip(grids, grids[1:]):
         parent = parent.repeat(2, axis=1).repeat(2, axis=2)
         alone, missing = alone + int((child & ~parent).sum()), missing + int((parent & ~child).sum())
@@ -2024,10 +2022,15 @@ def gather(slide: Slide, rows: np.ndarray, entries: np.ndarray, out: np.ndarray 
 
 def tokens_of(slide: Slide, rows: np.ndarray, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The row of the slide's (C*T, D) embeddings that `gather` takes for each token (W, n), and whether it is valid."""
-    T = slide.valid.shape[1]
+    token, inside = token_rows(rows, entries, slide.valid.shape[1])
+    return token, inside & slide.valid.reshape(-1)[token]
+
+
+def token_rows(rows: np.ndarray, entries: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray]:
+    """rows (W, R*R) of `windows`, entries (n,) or (W, n) of a window -> (W, n) rows of a slide's (C*T, D) embeddings, and which of them lie in a cell
+    that the slide has."""
     cell = np.take_along_axis(rows, np.broadcast_to(entries // T, (len(rows), entries.shape[-1])), axis=1)      # (W, n)
-    token = np.maximum(cell * T + entries % T, 0)
-    return token, (cell >= 0) & slide.valid.reshape(-1)[token]
+    return np.maximum(cell * T + entries % T, 0), cell >= 0
 
 
 def as_batch(x: np.ndarray, valid: np.ndarray, device="cpu") -> tuple:
@@ -2138,13 +2141,10 @@ class RegionDataset:
 
     def tokens_of(self, window, turn) -> tuple[np.ndarray, np.ndarray]:
         """(B,) windows and how each is turned -> (B, N) the rows of its slide's (C*T, D) embeddings, and which of them are valid."""
-        entries = self.order[self.turns[turn]]                                                          # (B, N)
-        T = self.geometry.tokens_per_cell
-        cell = np.take_along_axis(self.rows[window], entries // T, axis=1)
-        token = np.maximum(cell * T + entries % T, 0)
+        token, inside = token_rows(self.rows[window], self.order[self.turns[turn]], self.geometry.tokens_per_cell)
         if self.all_valid:
-            return token, cell >= 0
-        return token, (cell >= 0) & np.stack([self.slides[s].valid.reshape(-1)[rows] for s, rows in zip(self.slide_of[window], token)])
+            return token, inside
+        return token, inside & np.stack([self.slides[s].valid.reshape(-1)[rows] for s, rows in zip(self.slide_of[window], token)])
 
     def read(self, window, token, valid, out: torch.Tensor | None) -> torch.Tensor:
         """(B, N, D) float16 from the slides' files, at the beginning of `out` where there is one."""

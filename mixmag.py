@@ -571,6 +571,10 @@ class SlideClassifier(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.pool = GatedABMIL(width, hidden)                                                           # assumed: 256
         self.head = nn.Linear(width, 1)
+        self.reset_aggregator()
+
+    def reset_aggregator(self) -> None:
+        """Attention and head start anew, at random."""
         for part in (self.pool, self.head):
             part.apply(_init_linear)
 

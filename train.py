@@ -241,10 +241,10 @@ def amp_dtype(mode: str, device: torch.device, width: int) -> torch.dtype | None
     return torch.bfloat16 if width >= 512 and torch.cpu._is_avx512_bf16_supported() else None
 
 
-def machine(args, width: int) -> SimpleNamespace:
+def machine(args, width: int | None = None) -> SimpleNamespace:
     """Where, in which precision and as which of how many processes to compute: .device, .autocast(), .scaler (which does nothing
-    unless in fp16), .rank and .world. Processes are those that torchrun started; they meet here."""
-    device, (rank, world) = data.find_device(args.device), process()
+    unless in fp16), .rank and .world. Processes are those that torchrun started; they meet here. width: the model's, if not the preset's."""
+    device, (rank, world), width = data.find_device(args.device), process(), width or getattr(mixmag.Config, args.preset)(1).width
     if device.index is not None:
         torch.cuda.set_device(device)                             # lest every process opens the first GPU as well
     if world > 1 and not distributed.is_initialized():
@@ -314,7 +314,7 @@ def usable_scale(compute) -> bool:
 
 # ------------------------------------------------------------------------------------------------------- a run on disk
 
-RUN_FILES = ("config.json", "metrics.jsonl", "last.pt", "prev.pt", "next.pt", "SUMMARY.md", "curve.png", "model.safetensors", "predictions.csv",
+RUN_FILES = ("config.json", "metrics.jsonl", "last.pt", "prev.pt", "SUMMARY.md", "curve.png", "model.safetensors", "predictions.csv",
              "encoder/config.json", "encoder/slides.csv", "encoder/model.safetensors")
 
 
@@ -355,33 +355,37 @@ class Run:
         done = self.folder / "result.json"
         return data.read_json(done) if done.exists() else None
 
-    def save(self, state: dict) -> None:
+    def save(self, done: int, model, optimizer, **more) -> None:
         """Write last.pt; the one before stays as prev.pt. Plain types and tensors only."""
         if not self.writes:
             return
+        state = {**more, "done": done, "lines": len(self.metrics.read_text("utf-8").splitlines()), "model": model.state_dict(),
+                 "optimizer": optimizer.state_dict(), "scaler": self.compute.scaler.state_dict()}
         last = self.folder / "last.pt"
-        with whole_file(self.folder / "next.pt") as temporary, open(temporary, "wb") as f:             # not by name, which torch would write into it
-            torch.save(state, f)
-        if last.exists():
-            os.replace(last, self.folder / "prev.pt")
-        os.replace(self.folder / "next.pt", last)
+        with whole_file(last) as temporary:
+            with open(temporary, "wb") as f:        # by its name torch would put that into the file, and equal runs would differ
+                torch.save(state, f)
+            if last.exists():
+                os.replace(last, self.folder / "prev.pt")         # killed here, the run goes on from prev.pt
 
-    def load(self) -> dict | None:
-        """The newest whole checkpoint, if any; nothing is unpickled. The metrics are cut back to where it was written."""
-        for name in ("next.pt", "last.pt", "prev.pt"):
-            path = self.folder / name
-            if path.exists():
+    def load(self, model, optimizer) -> dict:
+        """Go on from the newest whole checkpoint, if any; nothing is unpickled, and the metrics are cut back to where it was written. Returns what
+        `save` was given, {"done": 0} without one."""
+        state = {"done": 0, "lines": 0}
+        for path in (self.folder / "last.pt", self.folder / "prev.pt"):
+            if path.exists() and not state["done"]:
                 try:
-                    state = torch.load(path, map_location="cpu", weights_only=True)
-                    lines, done = state["lines"], state["done"]
+                    found = torch.load(path, map_location="cpu", weights_only=True)
+                    state = {**found, "done": found["done"], "lines": found["lines"]}
+                    log(f"going on from {path}, {state['done']} done")
                 except Exception as error:          # whatever a damaged file makes torch raise: say so, take the one before
                     log(f"{path}: not a whole checkpoint, trying the one before ({str(error).splitlines()[0]})")
-                    continue
-                self.cut_metrics(lines)
-                log(f"going on from {path}, {done} done")
-                return state
-        self.cut_metrics(0)
-        return None
+        self.cut_metrics(state.pop("lines"))
+        if state["done"]:
+            model.load_state_dict(state.pop("model"))
+            optimizer.load_state_dict(state.pop("optimizer"))
+            self.compute.scaler.load_state_dict(state.pop("scaler"))
+        return state
 
     def cut_metrics(self, count: int) -> None:
         if self.writes:
@@ -395,9 +399,6 @@ class Run:
         rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
         with open(self.metrics, "a", encoding="utf-8") as f:
             f.write(json.dumps(rounded, allow_nan=False) + "\n")
-
-    def lines(self) -> int:
-        return len(self.metrics.read_text("utf-8").splitlines()) if self.writes else 0
 
 
 def settings(args, slides, *files) -> dict:
@@ -435,11 +436,8 @@ def fill_in(args, kind: str) -> None:
             setattr(args, name, value)
 
 
-PRESET_CONFIG = {"small": mixmag.Config.small, "paper": mixmag.Config.paper}
-
-
 def model_config(args, slides) -> mixmag.Config:
-    return PRESET_CONFIG[args.preset](slides[0].dim, region=args.region, magnifications=tuple(slides[0].meta["magnifications"]))
+    return getattr(mixmag.Config, args.preset)(slides[0].dim, region=args.region, magnifications=tuple(slides[0].meta["magnifications"]))
 
 
 def parameters(model) -> str:
@@ -467,7 +465,8 @@ def level_table(model, dataset, mean, compute, batch_size: int = 64) -> dict:
         batch = data.to_device(dataset.__getitems__(range(start, min(start + batch_size, len(dataset)))), compute.device)
         x, removed, valid = batch["x"], batch["removed"], batch["valid"]
         with torch.no_grad(), compute.autocast():
-            predictions = {"model": mixmag.MaskedEmbeddingModel.forward(model, x, removed, valid).pred.float()}
+            kept, cls, tokens = model.encode_kept(x, removed, valid)
+            predictions = {"model": model.decoder(cls, tokens, kept, removed, valid).float()}
         predictions.update(mixmag.trivial_predictions(geometry, x, removed, mean.to(compute.device), valid))
         target = mixmag.take(x, removed).float()
         for name, pred in predictions.items():
@@ -479,6 +478,10 @@ def level_table(model, dataset, mean, compute, batch_size: int = 64) -> dict:
     return losses
 
 
+def markdown(titles: list, rows: list) -> str:
+    return "\n".join([f"| {' | '.join(titles)} |", "|---" * len(titles) + "|", *(f"| {' | '.join(cells)} |" for cells in rows)])
+
+
 def format_levels(losses: dict, magnifications, least: dict | None) -> str:
     """A Markdown table of `level_table`, the model last but for the least loss that a synthetic cohort allows."""
     names = {"mean": "mean embedding", "shift": "mean + the region's common shift", "parent": "visible parent", "children": "visible children",
@@ -486,10 +489,8 @@ def format_levels(losses: dict, magnifications, least: dict | None) -> str:
     rows = [(title, losses[name]) for name, title in names.items()]
     if least:
         rows.append(("least possible (synthetic)", [least[str(m)] for m in magnifications]))
-    cell = lambda v: "-" if math.isnan(v) else f"{v:.3f}"                                      # noqa: E731
-    head = "| predictor of the removed tokens | " + " | ".join(f"{m}x" for m in magnifications) + " | all |"
-    return "\n".join([head, "|---" * (len(magnifications) + 2) + "|"] +
-                     [f"| {title} | " + " | ".join(map(cell, values)) + f" | {cell(sum(values) / len(values))} |" for title, values in rows])
+    return markdown(["predictor of the removed tokens", *(f"{m}x" for m in magnifications), "all"],
+                    [[title, *("-" if math.isnan(v) else f"{v:.3f}" for v in (*values, sum(values) / len(values)))] for title, values in rows])
 
 
 def default_run(args) -> str:
@@ -512,8 +513,10 @@ def pretrain_step(model, loads, share: int, micro: int, compute) -> dict:
     without a graph, and each part is then drawn by its slice of the loss's gradient (Gao et al. 2021)."""
     parts = (part for batch in loads for part in in_parts(batch, micro))
     contrastive, pulls, logged = None, itertools.repeat(None), {}
-    if isinstance(model, mixmag.ContrastiveEmbeddingModel) and len(parts := list(parts)) + compute.world > 2:
-        contrastive, pulls = projection_gradients(model, parts, compute)
+    if isinstance(model, mixmag.ContrastiveEmbeddingModel):
+        parts = list(parts)
+        if len(parts) > 1 or compute.world > 1:
+            contrastive, pulls = projection_gradients(model, parts, compute)
     for part, pull in zip(parts, pulls):
         weight = part[0].shape[-3] / (share * compute.world)
         with compute.autocast():
@@ -547,7 +550,7 @@ def projection_gradients(model, parts: list, compute) -> tuple[torch.Tensor, tup
 def pretrain(args) -> dict:
     """MEM or CMEM (paper 3.1) on every slide that is in no tune or test split. Returns result.json."""
     fill_in(args, "pretrain")
-    compute = machine(args, PRESET_CONFIG[args.preset](1).width)
+    compute = machine(args)
     path = ensure_data(args.data, compute)
     ids, held_ids = pretraining_split(path, args.holdout)
     if not ids and any((path / "slides").glob("*.safetensors")):
@@ -613,12 +616,7 @@ def pretrain_loop(args, run: Run, model, dataset, compute, total: int, warmup: i
         model.compile(dynamic=False)                              # all parts are of one shape but for a last smaller one
     log(f"{run.folder}: {parameters(model)}, {len(dataset.slides)} slides with {len(dataset)} windows, batch {args.batch_size} in parts of "
         f"{min(args.micro_batch, share)}, {total} steps, peak rate {peak:.2e}, {compute.world} x {compute.device.type}, {compute.dtype or 'fp32'}")
-    state, start = run.load(), 0
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        compute.scaler.load_state_dict(state["scaler"])
-        start = state["done"]
+    start = run.load(model, optimizer)["done"]
     firsts = range(start * args.batch_size + compute.rank * share, total * args.batch_size, args.batch_size)
     batches = [[range(i, min(i + load, first + share)) for i in range(first, first + share, load)] for first in firsts]
     loads = dataset.batches(list(itertools.chain(*batches)), args.workers, compute.device)
@@ -638,8 +636,7 @@ def pretrain_loop(args, run: Run, model, dataset, compute, total: int, warmup: i
                 note_pretraining(run, step + 1, logged, rate, norm, config, bar, scaling(compute, optimizer, step + 1))
         bar.update()
         if saves:
-            run.save({"done": step + 1, "lines": run.lines(), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                      "scaler": compute.scaler.state_dict()})
+            run.save(step + 1, model, optimizer)
         if stop:
             raise Stopped
     bar.close()
@@ -803,15 +800,25 @@ def read_encoder(run, slides) -> mixmag.MixingEncoder:
         trained_on = data.read_json(folder / "config.json")["tile_encoder"]
     except (ValueError, KeyError, RuntimeError) as error:
         raise MixmagError(f"{folder}: {' '.join(str(error).split())}") from None
-    found = (slides[0].meta["encoder"], slides[0].dim, tuple(slides[0].meta["magnifications"]))
-    if found != (trained_on, encoder.config.dim, encoder.config.magnifications):
-        raise MixmagError(f"{folder} was trained on {(trained_on, encoder.config.dim, encoder.config.magnifications)}, the slides hold {found}")
+    refuse_strange(folder, trained_on, encoder.config, slides[0])
     return encoder
+
+
+def refuse_strange(run, tile_encoder: str, config: mixmag.Config, slide) -> None:
+    """A model says nothing of other embeddings than those it was trained on."""
+    wanted, found = (tile_encoder, config.dim, config.magnifications), (slide.meta["encoder"], slide.dim, tuple(slide.meta["magnifications"]))
+    if wanted != found:
+        raise MixmagError(f"{run} was trained on {wanted}, the slides hold {found}")
+
+
+def is_run(init: str) -> bool:
+    """Whether --init names an encoder on disk."""
+    return init not in ("none", "random")
 
 
 def take_over(args) -> None:
     """What the encoder of --init decides where its flag was left out: the preset, and the region's size, which cannot be another."""
-    known = {} if args.init in ("none", "random") else data.read_json(encoder_folder(args.init) / "config.json")
+    known = data.read_json(encoder_folder(args.init) / "config.json") if is_run(args.init) else {}
     region = known.get("model", {}).get("region", args.region or 3)
     if args.region not in (None, region):
         raise MixmagError(f"--region {args.region}: the encoder of {args.init} reads regions of {region} x {region} cells")
@@ -820,7 +827,7 @@ def take_over(args) -> None:
 
 def refuse_seen(run, path, cases) -> None:
     """An encoder that in pretraining saw a tune or test case of this task, be it by a slide of another task, gives scores that mean nothing."""
-    if run in ("none", "random"):
+    if not is_run(run):
         return
     listed = encoder_folder(run) / "slides.csv"
     if not listed.exists():
@@ -838,7 +845,7 @@ def make_classifier(args, slides, train_slides, compute) -> mixmag.SlideClassifi
     """Encoder from `args.init` (a run, random or none) under a fresh AB-MIL. Constants of the inputs come from the training slides, of those
     tokens that are read and without an encoder for each magnification by itself, unless the encoder brings its own."""
     torch.manual_seed(args.seed)
-    if args.init in ("none", "random"):
+    if not is_run(args.init):
         config = model_config(args, slides)
         encoder = mixmag.MixingEncoder(config) if args.init == "random" else None
     else:
@@ -848,7 +855,7 @@ def make_classifier(args, slides, train_slides, compute) -> mixmag.SlideClassifi
         model = mixmag.SlideClassifier(config, encoder, args.tokens, args.magnification, args.hidden, args.dropout)
     except ValueError as error:
         raise MixmagError(f"--tokens {args.tokens} --magnification {args.magnification} --init {args.init}: {error}") from None
-    if args.init in ("none", "random"):
+    if not is_run(args.init):
         level = config.geometry().level()[model.index]                                                          # (n,)
         if encoder:
             encoder.standardize.fit(*data.feature_statistics(train_slides, level.unique().tolist())[:2])
@@ -1013,7 +1020,7 @@ def finetune(args) -> dict:
     args.init = args.init or str(newest_pretraining())
     take_over(args)
     fill_in(args, "finetune")
-    compute = machine(args, PRESET_CONFIG[args.preset](1).width)
+    compute = machine(args)
     path = ensure_data(args.data, compute)
     cases = data.read_task(path, args.task)
     by_id = {s.slide_id: s for s in data.read_slides(path, {i for c in cases for i in c.slide_ids})}
@@ -1031,39 +1038,36 @@ def finetune(args) -> dict:
         print(finetuning_plan(model, sets, args) if compute.rank == 0 else "", end="")
         return {}
     name = f"abmil-{args.magnification}" if args.init == "none" else f"{Path(args.init).name}-{args.tokens}-{args.magnification}"
-    files = [path / "tasks" / f"{args.task}.csv"] + ([encoder_folder(args.init) / "model.safetensors"] if args.init not in ("none", "random") else [])
+    files = [path / "tasks" / f"{args.task}.csv"] + ([encoder_folder(args.init) / "model.safetensors"] if is_run(args.init) else [])
     run = Run(args.out or Path("runs") / f"{args.task}-{name}{f'-s{args.seed}' if args.seed else ''}",
               {"kind": "finetune", **settings(args, slides, *files), "model": model.config.to_dict()}, args.resume, compute)
     if run.result():
         log(f"{run.folder}: done before")
         return run.result()
-    state = finetune_loop(args, run, model, sets, labels, compute)
-    finish_finetuning(run, model, sets, labels, state, compute, args)
+    best = finetune_loop(args, run, model, sets, labels, compute)
+    finish_finetuning(run, model, sets, labels, best, compute, args)
     meet(compute)
     return run.result()
 
 
 def finetune_loop(args, run: Run, model, sets: dict, labels: dict, compute) -> dict:
-    """All epochs, from the last checkpoint on. Returns the last state, with the best epoch's weights under "best"."""
+    """All epochs, from the last checkpoint on. Returns what `keep_best` knows of the best one."""
     depth = model.config.depth
     optimizer = torch.optim.AdamW(parameter_groups(model, depth, args.weight_decay, args.layer_decay, args.encoder_rate), lr=args.lr, fused=True)
     per_epoch = math.ceil(len(sets["train"]) / args.batch_size)
     log(f"{run.folder}: {parameters(model)}, cases " + ", ".join(f"{k} {len(v)} ({sum(labels[k])} positive)" for k, v in sets.items())
         + f", {args.epochs} epochs of {per_epoch} steps, {compute.world} x {compute.device.type}, {compute.dtype or 'fp32'}")
-    state = run.load() or {"done": 0, "best": None, "best_auroc": -1.0, "best_epoch": -1, "case_score": "max"}
-    if state["done"]:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        compute.scaler.load_state_dict(state["scaler"])
-    else:
+    best = {"best_auroc": -1.0, **run.load(model, optimizer)}
+    done = best.pop("done")
+    if not done:
         if model.encoder is not None:
             if max(args.frozen_epochs, args.starts) > 1:
                 hold_outputs(model, sets["train"], compute)
             fit_whitening(model, sets["train"], compute)
         if args.starts > 1:
-            state.update(best_start(args, run, model, sets, labels, compute))
-    bar = progress(total=args.epochs * per_epoch, initial=state["done"] * per_epoch, desc=f"finetune {args.task}")
-    for epoch in range(state["done"], args.epochs):
+            best = best_start(args, run, model, sets, labels, compute)
+    bar = progress(total=args.epochs * per_epoch, initial=done * per_epoch, desc=f"finetune {args.task}")
+    for epoch in range(done, args.epochs):
         if model.encoder is not None:
             frozen = epoch < args.frozen_epochs                    # for one epoch, paper 4.3
             model.encoder.requires_grad_(not frozen)
@@ -1073,23 +1077,28 @@ def finetune_loop(args, run: Run, model, sets: dict, labels: dict, compute) -> d
                 elif args.frozen_epochs > 1 and not sets[split].held:
                     hold_outputs(model, sets[split], compute)
         loss, norm = finetune_epoch(model, optimizer, sets["train"], compute, args, epoch, args.epochs * per_epoch, bar)
-        rule, tune = best_case_score(labels["tune"], finite_scores(model, sets["tune"], compute, args.batch_size), args.case_score)
-        if tune >= state["best_auroc"]:                           # of equals the later, which has learned longer
-            state.update(best={k: v.cpu().clone() for k, v in model.state_dict().items()}, best_auroc=tune, best_epoch=epoch, case_score=rule)
+        rule, tune = keep_best(best, epoch, model, sets, labels, compute, args)
         run.note(epoch=epoch, loss=loss, norm=norm if math.isfinite(norm) else None, tune_auroc=tune, case_score=rule,
                  **scaling(compute, optimizer, (epoch + 1) * per_epoch))
         bar.set_postfix(loss=f"{loss:.3f}", tune=f"{tune:.3f}")
-        state.update(done=epoch + 1, lines=run.lines(), model=model.state_dict(), optimizer=optimizer.state_dict(),
-                     scaler=compute.scaler.state_dict())
-        run.save(state)
+        run.save(epoch + 1, model, optimizer, **best)
     bar.close()
-    return state
+    return best
+
+
+def keep_best(best: dict, epoch: int, model, sets: dict, labels: dict, compute, args) -> tuple[str, float]:
+    """How well the model ranks the tune split, and by which rule. Where that is no worse than before, it becomes the best: of equals the later, which
+    has learned longer."""
+    rule, tune = best_case_score(labels["tune"], finite_scores(model, sets["tune"], compute, args.batch_size), args.case_score)
+    if tune >= best["best_auroc"]:
+        best.update(best={k: v.cpu().clone() for k, v in model.state_dict().items()}, best_auroc=tune, best_epoch=epoch, case_score=rule)
+    return rule, tune
 
 
 def best_start(args, run: Run, model, sets: dict, labels: dict, compute) -> dict:
     """Give the aggregator the weights that rank the tune split best, of several random starts that learn on the frozen encoder's outputs. Attention
-    that has to find what is rare among thousands of tokens finds it from some starts and not from others. Returns what `finetune_loop` knows
-    of its best epoch, which is 0 here."""
+    that has to find what is rare among thousands of tokens finds it from some starts and not from others. Returns what `keep_best` knows of
+    it; the epoch is -1, before the first."""
     if model.encoder is not None:
         model.encoder.requires_grad_(False)
         hold_outputs(model, sets["tune"], compute)
@@ -1098,27 +1107,23 @@ def best_start(args, run: Run, model, sets: dict, labels: dict, compute) -> dict
     for start in range(args.starts):
         if start:
             torch.manual_seed(1_000_003 * args.seed + start)
-            for part in (model.pool, model.head):
-                part.apply(mixmag._init_linear)
+            model.reset_aggregator()
             share_state(model, compute)
         optimizer, reached = torch.optim.AdamW(parameter_groups(model, model.config.depth, args.weight_decay), lr=args.lr, fused=True), -1.0
         for epoch in range(args.epochs):
             finetune_epoch(model, optimizer, sets["train"], compute, args, epoch, steps, bar)
-            rule, tune = best_case_score(labels["tune"], finite_scores(model, sets["tune"], compute, args.batch_size), args.case_score)
-            reached = max(reached, tune)
-            if tune >= best["best_auroc"]:
-                best = {"best": {k: v.cpu().clone() for k, v in model.state_dict().items()}, "best_auroc": tune, "best_epoch": -1, "case_score": rule}
+            reached = max(reached, keep_best(best, -1, model, sets, labels, compute, args)[1])
         run.note(start=start, tune_auroc=reached)
     bar.close()
     model.load_state_dict(best["best"])
     return best
 
 
-def finish_finetuning(run: Run, model, sets, labels, state: dict, compute, args) -> None:
+def finish_finetuning(run: Run, model, sets, labels, best: dict, compute, args) -> None:
     """Save the best epoch's classifier, score tune and test with it, write predictions.csv and result.json."""
-    model.load_state_dict(state["best"])
-    sets["tune"].held.clear()                                      # a run that stopped before this has none either
-    rule, rows, scores = CASE_SCORES[state["case_score"]], [], {}
+    model.load_state_dict(best["best"])
+    sets["tune"].held.clear()                                      # as in a run that goes on here, lest rounding differ
+    rule, rows, scores = CASE_SCORES[best["case_score"]], [], {}
     for split in ("tune", "test"):
         scores[split] = [float(rule(s)) for s in finite_scores(model, sets[split], compute, args.batch_size)]
     if not run.writes:
@@ -1127,13 +1132,13 @@ def finish_finetuning(run: Run, model, sets, labels, state: dict, compute, args)
     if dropped:
         log(f"{len(dropped)} slides without tissue were left out, such as {dropped[0]}")
     with whole_file(run.folder / "model.safetensors") as temporary:
-        save_file({k: v.contiguous() for k, v in state["best"].items()}, temporary)
+        save_file({k: v.contiguous() for k, v in best["best"].items()}, temporary)
     for split in scores:
         rows += [(c.case_id, c.label, repr(score), split) for c, score in zip(sets[split].cases, scores[split])]
     write_csv(run.folder / "predictions.csv", ("case_id", "label", "score", "split"), rows)
     result = {"kind": "finetune", "task": args.task, "init": args.init, "tokens": args.tokens, "magnification": args.magnification, "seed": args.seed,
-              "cases": {split: [len(v), sum(v)] for split, v in labels.items()}, "slides_left_out": dropped, "best_epoch": state["best_epoch"],
-              "tune_auroc": state["best_auroc"], "case_score": state["case_score"], "auroc": None, "interval": None, "average_precision": None}
+              "cases": {split: [len(v), sum(v)] for split, v in labels.items()}, "slides_left_out": dropped, "best_epoch": best["best_epoch"],
+              "tune_auroc": best["best_auroc"], "case_score": best["case_score"], "auroc": None, "interval": None, "average_precision": None}
     if len(set(labels["test"])) == 2:
         result.update(auroc=auroc(labels["test"], scores["test"]), interval=interval(bootstrap_aurocs(labels["test"], scores["test"], args.seed)),
                       average_precision=float(average_precision_score(labels["test"], scores["test"])))
@@ -1229,10 +1234,7 @@ def open_run(args, ids, failed: list | None = None) -> tuple:
     folder = args.data or config["data"]
     compute = machine(SimpleNamespace(device=args.device, amp=config["amp"]), model.config.width)
     slides = {s.slide_id: s for s in data.read_slides(folder, ids, failed)}
-    one = next(iter(slides.values()))
-    wanted = (config["tile_encoder"], model.config.dim, model.config.magnifications)
-    if (one.meta["encoder"], one.dim, tuple(one.meta["magnifications"])) != wanted:
-        raise MixmagError(f"{args.run} was trained on {wanted}; {folder} holds {data.kind(one)}")
+    refuse_strange(args.run, config["tile_encoder"], model.config, next(iter(slides.values())))
     cases = [data.Case(i, 0, "", [i]) for i in slides]
     dataset = data.CaseDataset(slides, cases, model.config.geometry(), model.index, config["min_cover"])
     return model.to(compute.device), config, dataset, compute
@@ -1327,9 +1329,7 @@ def embed_slide(encoder, slide, targets, args, made_by: dict, compute) -> list[i
     keep = keep if args.tokens == "patch" else keep.any(axis=1, keepdims=True)
     level, side, _, box = places(slide.meta, geometry, args.tokens, slice(None), corners)
     width = encoder.config.width * (encoder.config.cls_tokens if args.tokens == "cls" else 1)
-    size, free = 4 * width * int(keep.sum()), data.free_bytes(Path(args.out))
-    if size > free:                                                # asked first: HDF5 does not survive a disk that gets full
-        raise MixmagError(f"its {size / 1e6:.0f} MB do not fit into the {free / 1e6:.0f} MB that are free under {args.out}")
+    data.require_room(Path(args.out), 4 * width * int(keep.sum()))          # HDF5 does not survive a disk that gets full
     with ExitStack() as files:
         columns, counts = [level == k for k in range(len(targets))], [0] * len(targets)
         outputs = [open_output(files, target, slide, side[c][0], box[:, c][keep[:, c]][:, :2], width, made_by) for target, c in zip(targets, columns)]
@@ -1628,7 +1628,7 @@ def format_table(rows, tasks, runs: dict, draws: dict) -> str:
     """A Markdown table of mean AUROC x 100 over seeds; runs as in `read_results`, draws[row, task] of `resampled`."""
     titles = ["", *(TASK_TITLES.get(t, t) for t in tasks), "average, 95 % over cases", "spread over seeds", "average precision", "tasks",
               "paper, these tasks"]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    lines = []
     title = row_title if len({row.endswith("-cls") for row in rows}) == 1 else full_title               # say the outputs where they differ
     for row in rows:
         values = [[r["auroc"] for r in runs[row, task]] for task in tasks]
@@ -1643,8 +1643,8 @@ def format_table(rows, tasks, runs: dict, draws: dict) -> str:
         cells = [title(row), *("n/a" if None in v else f"{100 * np.mean(v):.1f}" for v in values), average, spread,
                  f"{np.mean(precision):.1f}" if precision else "n/a", f"{len(known)} of {len(tasks)}",
                  f"{np.mean(printed):.1f}" if len(printed) == len(tasks) else "-"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(titles, lines)
 
 
 PAIRS = (("mem-0.50-patch", "abmil-20"), ("mem-0.50-patch", "random-all-patch"), ("mem-0.50-cls", "abmil-20"), ("mem-0.50-cls", "random-all-cls"),
@@ -1668,7 +1668,7 @@ def format_pairs(rows, tasks, draws: dict) -> str:
     """A Markdown table of differences in AUROC x 100 between rows on the same test cases, by paired bootstrap over cases; p-values of a pair are
     corrected over its tasks by Holm's method. A star says that the two can be told apart."""
     titles = ["difference", *(TASK_TITLES.get(t, t) for t in tasks), "mean, 95 % over cases", "told apart"]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    lines = []
     for one, other in PAIRS:
         pairs = [(draws[one, t], draws[other, t]) for t in tasks] if {one, other} <= set(rows) else []
         differences = [100 * (a - b) if a is not None and b is not None and cases == same else None for (a, cases), (b, same) in pairs]
@@ -1681,8 +1681,8 @@ def format_pairs(rows, tasks, draws: dict) -> str:
             told = f"on {sum(p[i] < 0.05 for i in known)} of {len(known)} tasks; the mean: "
             told += "yes" if two_sided(mean) < 0.05 else "not distinguishable"
             cells = [f"{full_title(one)} - {full_title(other)}", *cells, f"{mean.mean():+.1f} ({low:+.1f} to {high:+.1f})", told]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) if len(lines) > 2 else ""
+            lines.append(cells)
+    return markdown(titles, lines) if lines else ""
 
 
 RESULTS = ("row", "task", "seed", "auroc", "low", "high", "average_precision", "tune_auroc", "best_epoch", "case_score")
@@ -1756,7 +1756,7 @@ def format_results(folder) -> str:
 
 
 def table_command(args) -> int:
-    path = ensure_data(args.data, machine(args, PRESET_CONFIG[args.preset](1).width))
+    path = ensure_data(args.data, machine(args))
     here = {"all", *map(str, data.read_slides(path)[0].meta["magnifications"])}
     rows = args.rows or [r for r in PAPER if not r.startswith(("abmil", "random")) or r.split("-")[1] in here]
     tasks = args.tasks or ([t for t in TASK_TITLES if t in data.task_names(path)] or data.task_names(path))
@@ -1775,8 +1775,8 @@ DEMO_ROWS, DEMO_TASK = ("abmil-20", "abmil-all", "random-all-patch", "mem-0.50-p
 def demo_command(args) -> int:
     """The story in small: a cohort, one pretraining run, five rows of the tables on one task, a table and a figure."""
     began, out = time.time(), Path(args.out)
-    args = SimpleNamespace(**{**vars(args), "preset": "small", "seeds": 1, "steps": 1400, "epochs": 14, "frozen_epochs": 1, "starts": 1})
-    data.read_task(ensure_data(args.data, machine(args, PRESET_CONFIG[args.preset](1).width)), DEMO_TASK)
+    args = parse(["table", "--data", args.data, "--out", args.out, "--seed", str(args.seed), "--device", args.device, "--steps", "1400", "--epochs", "14"])
+    data.read_task(ensure_data(args.data, machine(args)), DEMO_TASK)
     text, _ = tables(args, DEMO_ROWS, [DEMO_TASK])
     if process()[0]:
         return 0

@@ -717,8 +717,8 @@ def test_qc_shows_the_tiles_in_their_places(tmp_path, monkeypatch):
             tiles[cell, i] = np.asarray(part.reduce(2 ** (2 - k)))[224 * r:224 * (r + 1), 224 * c:224 * (c + 1)]
     monkeypatch.setattr(data, "read_window", lambda *_: tiles)
     figure = Figure()
-    plan = type("Plan", (), {"cell_px": 896.0, "mpp": 0.5})
-    data.draw_window(figure, figure.add_gridspec(2, 5), None, plan, (0, 0, 3, 2), (2, 1), [5, 10, 20])
+    plan = type("Plan", (), {"cell_px": 896.0, "mpp": 0.5, "magnifications": [5, 10, 20]})
+    data.draw_window(figure, figure.add_gridspec(2, 5), None, plan, (0, 0, 3, 2), (2, 1))
     whole, cell = Image.fromarray(region), Image.fromarray(region).crop((1792, 896, 2688, 1792))
     for axis, picture in zip(figure.axes, [whole] * 3 + [cell] * 3, strict=True):
         shown = np.asarray(axis.images[0].get_array(), float)
@@ -856,13 +856,6 @@ def test_missing_tissue_is_never_white(tmp_path, levels):
         if cell not in ((0, 0), (3, 0), (3, 3), (1, 1)):
             assert np.array_equal(tiles, found[cell])
     assert (found[0, 0][5][:, :] == 255).all() and found[0, 0][20].min() < 200                          # glass, and tissue beside it
-
-
-def test_batches_are_full_and_in_order():
-    parts = [np.full((n, 224, 224, 3), i, np.uint8) for i, n in enumerate((3, 21, 1, 0, 21, 8))]
-    batches = [b[:, 0, 0, 0].copy() for b in data.full_batches(parts, 10)]
-    assert [len(b) for b in batches] == [10, 10, 10, 10, 10, 4]
-    assert np.array_equal(np.concatenate(batches), np.concatenate([p[:, 0, 0, 0] for p in parts]))
 
 
 def test_dry_run_plans_and_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -1026,7 +1019,7 @@ def test_virchow2_is_asked_for_as_its_authors_say_and_checked(pretend_timm):
     tiles = np.random.default_rng(0).integers(0, 256, (3, 224, 224, 3), dtype=np.uint8)
     expected = ((tiles.mean((1, 2)) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225])             # (3, 3), the class token's factor is 1
     assert np.allclose(data.encode(encoder, tiles, 2, "cpu")[:, :3], expected, atol=2e-3)
-    for settings, message in (({"dim": 1024}, "1024 numbers of a tile, expected 1280"), ({"fill": np.nan}, "NaN")):
+    for settings, message in (({"dim": 1024}, r"expected floating-point numbers \(2, 1280\)"), ({"fill": np.nan}, "NaN")):
         timm.model.forward = lambda x, settings=settings: Model.forward(timm.model, x, **settings)
         with pytest.raises(MixmagError, match=message):
             data.tile_encoder("virchow2", "cpu")
