@@ -141,7 +141,7 @@ STOP_SIGNALS = []                                                 # those receiv
 
 def catch_signals() -> None:
     """SIGTERM, SIGINT and SIGUSR1 only raise a flag that the loops poll; the second one of them acts at once, but not in one of several
-    processes: there torchrun passes on what its processes have heard themselves, and ends those that do not end."""
+    processes: there the second is often the first again, passed on by torchrun, which by itself ends those that do not end."""
     def note(signum, frame):
         STOP_SIGNALS.append(signum)
         for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) if "RANK" not in os.environ else ():
@@ -248,7 +248,7 @@ def sweep(*folders) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """What the disk under a folder, that need not exist yet, can take."""
+    """Free bytes on the disk that will hold a folder, which need not exist yet."""
     return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
 
 
@@ -324,7 +324,8 @@ def seal_findings(sums: Path) -> list[str]:
 
 
 def read_csv(path, columns) -> list[dict]:
-    """Rows as dicts of stripped strings, with the number of the line where each ends under "line". Raises MixmagError for a missing file or column."""
+    """Rows as dicts of stripped strings, and under "line" the number of the line where each ends. Raises MixmagError for a missing file or
+    column."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
             reader = csv.DictReader(f)
@@ -461,8 +462,8 @@ def read_slides(data, ids=None, failed: list | None = None) -> list[Slide]:
 
 
 def done_before(path, wanted: dict, mpp: float | None) -> bool:
-    """Whether this slide file is there. Raises MixmagError where it is, but of other metadata than `wanted` (of which None stands for any), or of
-    another mpp than the user says (2 %)."""
+    """Whether this slide file is there. Raises MixmagError where it is, but its metadata are not `wanted` (an entry of None may be anything there),
+    or its mpp is more than 2 % off the one that the user gives, if any."""
     if not Path(path).exists():
         return False
     found = read_slide(path).meta
@@ -1155,7 +1156,7 @@ def read_mask(path: Path, slide, shape: tuple) -> np.ndarray:
 
 def tissue_mask(reader: Reader, mpp: float, own: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(h, w, 3) uint8 and (h, w) bool at TISSUE_UM: the thumbnail and where tissue is, by the user's mask or by its looks. What cannot
-    be read counts as tissue there (grey in the picture): its windows are tried and counted, not passed over in silence."""
+    be read counts as tissue (grey in the picture), so that its windows are tried, found unreadable and counted."""
     picture, unread = thumbnail(reader, mpp)
     mask = find_tissue(picture) | unread if own is None else read_mask(own, reader.slide, unread.shape)
     picture[unread] = 128
@@ -1180,9 +1181,9 @@ class TilePlan:
     lines: tuple                                                  # (cols + 1,), (rows + 1,) int: the lattice in the level's pixels
     windows: list                                                 # (col, row, cols, rows) in cells
     candidates: int                                               # windows looked at
-    thumbnail: np.ndarray                                         # (h, w, 3) at TISSUE_UM, and where its tissue is (h, w)
-    mask: np.ndarray
-    share: np.ndarray                                             # their pixels per level-0 pixel: x, y
+    thumbnail: np.ndarray                                         # (h, w, 3) at TISSUE_UM
+    mask: np.ndarray                                              # (h, w) where its tissue is
+    share: np.ndarray                                             # (2,) pixels of the mask per level-0 pixel, in x and y
 
     @property
     def cells(self) -> int:
@@ -1206,7 +1207,8 @@ class TilePlan:
 
     @functools.cached_property
     def inside(self) -> np.ndarray:
-        """The mask without its rim and, but for large ones, its holes: a lost tile is a hole in tissue, an unscanned lumen or glass is none."""
+        """Where tissue is for certain: the mask without its rim, with its small holes, which a lost tile makes, but without its large ones, which
+        are lumen or were not scanned."""
         from scipy import ndimage
         holes = ndimage.binary_fill_holes(self.mask) & ~self.mask
         return ndimage.binary_erosion(self.mask | holes & ~pieces(holes, 4 * HOLE), iterations=2)
@@ -1278,7 +1280,7 @@ def read_cell(reader: Reader, plan: TilePlan, col: int, row: int) -> np.ndarray:
     (left, right), (top, bottom) = (lines[i:i + 2].tolist() for lines, i in zip(plan.lines, (col, row)))
     rgba = reader.region(plan.level, left, top, right, bottom)
     pixels = np.asarray(rgba)                                     # (h, w, 4): torch and Pillow work faster on four bytes a pixel than on three
-    least = pixels.view(np.uint32).min() >> 24                    # of the alphas: they are the highest bytes
+    least = pixels.view(np.uint32).min() >> 24                    # the least alpha: the highest byte of a little-endian word
     if least == 0:
         inside = plan.patch(plan.inside, col, row)
         lost = (inside & (np.asarray(rgba.getchannel("A").resize(inside.shape[::-1], Image.Resampling.BOX)) == 0)).mean()
@@ -1814,8 +1816,9 @@ def agree(levels: list) -> None:
 
 
 def trident_cell(levels: list) -> int:
-    """A cell's side in level-0 px. TRIDENT rounds a tile's side when it cuts and floors it in the attribute, so the truth is the attribute
-    or one more, whichever has the tiles on its lattice. Raises MixmagError where the magnifications do not nest."""
+    """A cell's side in level-0 px. TRIDENT rounds a tile's side when it cuts and floors it in the attribute (447.9 px are cut as 448, and the
+    attribute says 447), so the side is the attribute or one more, whichever has the tiles on its lattice. Raises MixmagError where the
+    magnifications do not nest."""
     shrink = [2 ** (len(levels) - 1 - k) for k in range(len(levels))]
     nested = [s for s in (levels[-1].side, levels[-1].side + 1) if all(0 <= s * b - t.side <= 1 for t, b in zip(levels, shrink))]
     if not nested:
@@ -2173,7 +2176,7 @@ class CaseDataset:
 
     index (n,): which of a region's tokens are read (Geometry.select). rows and corners: each slide's regions, as in `covering`, that hold a
     valid token. Slides without one, and cases without such slides, are left out and named in `dropped`.
-    What stands in `held`, slide_id -> (array (W, n or 1, d), valid (W, n)), is given in place of that slide's embeddings.
+    held: encoder outputs made before, slide_id -> (array (W, n or 1, d), valid (W, n)), which are given in place of the slide's embeddings.
     """
 
     def __init__(self, slides: dict, cases: list, geometry: Geometry, index, min_cover: float = 0.5):

@@ -201,7 +201,7 @@ class SwiGLU(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         hidden = 64 * max(1, round(8 * width / 3 / 64))
-        self.w1, self.w2 = nn.Linear(width, hidden), nn.Linear(width, hidden)    # chunks of one: a copy more in backward
+        self.w1, self.w2 = nn.Linear(width, hidden), nn.Linear(width, hidden)    # halves of one layer cost a copy more in backward
         self.w3 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, of which every token reads all but only those from `first` on are computed."""
+    """Pre-norm transformer block. first: the token from which on outputs are wanted; those read all tokens, and the others are not computed."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -526,8 +526,8 @@ def min_slide_loss(loss: Tensor, case: Tensor) -> Tensor:
 
 
 class Whiten(nn.Module):
-    """(h - mean) @ matrix: takes from each output what is always there at its place in the region, and gives all directions
-    about the same size, with constants of the training slides. A trained encoder's outputs vary mostly by place and by what is
+    """(h - mean) @ matrix: subtracts the mean output of each place in the region, and gives all directions about the same size (PCA whitening,
+    shrunk), with constants of the training slides. A trained encoder's outputs vary mostly by place and by what is
     common; what is rare, and a biomarker often is, is small beside it: attention pooling on a hundred slides would miss it.
 
     places: n output tokens per region (1 for "cls"). The identity until it is fitted.

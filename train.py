@@ -65,7 +65,7 @@ def parse(argv=None) -> argparse.Namespace:
     def training(p, steps):
         p.add_argument("--data", default=DEFAULT_DATA, help="DATA folder; the default is made first if it is not there")
         p.add_argument("--out", help="run folder (default: a name made of the settings, under runs/)")
-        p.add_argument("--preset", choices=PRESETS, default="small", help="small: 1 M parameters, for two CPU cores; paper: as assumed there; in finetune that of --init's encoder, else small")
+        p.add_argument("--preset", choices=PRESETS, default="small", help="small: 1 M parameters, for two CPU cores; paper: its sizes, as assumed in README")
         p.add_argument("--region", type=positive, default=3, help="cells per region side (assumed: 3)")
         p.add_argument("--batch-size", type=positive, help="global batch size (default: the preset's)")
         p.add_argument("--epochs", type=positive, help="passes over the data (default: the preset's)")
@@ -95,7 +95,7 @@ def parse(argv=None) -> argparse.Namespace:
     p = command("finetune", "train slide-level prediction of a biomarker and score its test set once",
                 "python train.py finetune --task skin_braf --init runs/mem-0.50 --tokens cls")
     training(p, steps=False)
-    p.set_defaults(preset=None, region=None)                      # then those of the encoder
+    p.set_defaults(preset=None, region=None)                      # None: those of --init's encoder
     p.add_argument("--task", required=True, help="name of a table in DATA/tasks")
     p.add_argument("--init", metavar="RUN|random|none", help="pretraining run, random weights, or none: AB-MIL on the tile embeddings "
                    "(default: the newest pretraining run)")
@@ -334,6 +334,7 @@ class Run:
         meet(compute)
 
     def claim(self, config: dict, resume: str) -> None:
+        """Write config.json, after all of an earlier run is removed where `resume` is off. Raises OtherSettings for a run of other settings."""
         stored = self.folder / "config.json"
         if not stored.exists() and (strange := [n for n in RUN_FILES if n.endswith(".pt") and (self.folder / n).exists()]):
             raise MixmagError(f"{self.folder} holds {strange[0]} but no config.json, so nobody knows of what; name another --out")
@@ -502,7 +503,8 @@ def in_parts(batch: dict, micro: int) -> list[tuple]:
     """(x, removed, valid) of at most `micro` regions each; with two views the regions are on axis 1."""
     axis = batch["x"].ndim - 3
     B = batch["x"].shape[axis]
-    return [tuple(None if batch[k] is None else batch[k].narrow(axis, i, min(micro, B - i)) for k in ("x", "removed", "valid")) for i in range(0, B, micro)]
+    return [tuple(None if batch[k] is None else batch[k].narrow(axis, i, min(micro, B - i)) for k in ("x", "removed", "valid"))
+            for i in range(0, B, micro)]
 
 
 def pretrain_step(model, loads, share: int, micro: int, compute) -> dict:
@@ -510,7 +512,7 @@ def pretrain_step(model, loads, share: int, micro: int, compute) -> dict:
     up to those of the whole batch's mean. Returns sums to log, left on the device: loss, per level and for CMEM its two terms.
 
     The negatives of NT-Xent are the whole global batch. Where that does not go through in one pass, all projections are made first,
-    without a graph, and each part is then drawn by its slice of the loss's gradient (Gao et al. 2021)."""
+    without a graph, and each part then goes back with its slice of the loss's gradient by them (GradCache, Gao et al. 2021)."""
     parts = (part for batch in loads for part in in_parts(batch, micro))
     contrastive, pulls, logged = None, itertools.repeat(None), {}
     if isinstance(model, mixmag.ContrastiveEmbeddingModel):
@@ -838,7 +840,8 @@ def refuse_seen(run, path, cases) -> None:
     known = [c for task in data.task_names(path) for c in data.task_findings(Path(path) / "tasks" / f"{task}.csv")[0] if c.case_id in held]
     leaked = sorted({s for c in known for s in c.slide_ids} & seen)
     if leaked:
-        raise MixmagError(f"{run} was pretrained on {len(leaked)} slides of tune or test cases of this task, such as {leaked[0]!r}; pretrain without them")
+        raise MixmagError(f"{run} was pretrained on {len(leaked)} slides of tune or test cases of this task, such as {leaked[0]!r}; "
+                          "pretrain without them")
 
 
 def make_classifier(args, slides, train_slides, compute) -> mixmag.SlideClassifier:
@@ -1617,7 +1620,7 @@ def read_results(folder) -> SimpleNamespace:
 
 def resampled(labels, scores, number: int) -> tuple:
     """labels (cases,), scores (seeds, cases) of a row on a task -> the mean AUROC over seeds, (resamples,) times with the cases drawn again,
-    and which cases have a score. The draw follows from the task's number, so that all rows and seeds share it and differences are paired.
+    and which cases have a score. Seeded by the task's number, so that all rows and seeds share the resamples and differences are paired.
     None for no AUROC."""
     known = ~np.isnan(scores).any(axis=0)
     samples = [bootstrap_aurocs(labels[known], s[known], number) for s in scores]
@@ -1775,7 +1778,8 @@ DEMO_ROWS, DEMO_TASK = ("abmil-20", "abmil-all", "random-all-patch", "mem-0.50-p
 def demo_command(args) -> int:
     """The story in small: a cohort, one pretraining run, five rows of the tables on one task, a table and a figure."""
     began, out = time.time(), Path(args.out)
-    args = parse(["table", "--data", args.data, "--out", args.out, "--seed", str(args.seed), "--device", args.device, "--steps", "1400", "--epochs", "14"])
+    args = parse(["table", "--data", args.data, "--out", args.out, "--seed", str(args.seed), "--device", args.device,
+                  "--steps", "1400", "--epochs", "14"])
     data.read_task(ensure_data(args.data, machine(args)), DEMO_TASK)
     text, _ = tables(args, DEMO_ROWS, [DEMO_TASK])
     if process()[0]:
