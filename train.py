@@ -62,11 +62,12 @@ def parse(argv=None) -> argparse.Namespace:
         p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
         return p
 
-    def training(p, steps):
+    def training(p, steps, taken_over=""):
         p.add_argument("--data", default=DEFAULT_DATA, help="DATA folder; the default is made first if it is not there")
         p.add_argument("--out", help="run folder (default: a name made of the settings, under runs/)")
-        p.add_argument("--preset", choices=PRESETS, default="small", help="small: 1 M parameters, for two CPU cores; paper: its sizes, as assumed in README")
-        p.add_argument("--region", type=positive, default=3, help="cells per region side (assumed: 3)")
+        p.add_argument("--preset", choices=PRESETS, default="small", help="small: 1 M parameters, for two CPU cores; "
+                       f"paper: its sizes, as assumed in README{taken_over}")
+        p.add_argument("--region", type=positive, default=3, help=f"cells per region side (assumed: 3){taken_over}")
         p.add_argument("--batch-size", type=positive, help="global batch size (default: the preset's)")
         p.add_argument("--epochs", type=positive, help="passes over the data (default: the preset's)")
         if steps:
@@ -94,8 +95,8 @@ def parse(argv=None) -> argparse.Namespace:
 
     p = command("finetune", "train slide-level prediction of a biomarker and score its test set once",
                 "python train.py finetune --task skin_braf --init runs/mem-0.50 --tokens cls")
-    training(p, steps=False)
-    p.set_defaults(preset=None, region=None)                      # None: those of --init's encoder
+    training(p, steps=False, taken_over=" (default: the encoder's)")
+    p.set_defaults(preset=None, region=None)
     p.add_argument("--task", required=True, help="name of a table in DATA/tasks")
     p.add_argument("--init", metavar="RUN|random|none", help="pretraining run, random weights, or none: AB-MIL on the tile embeddings "
                    "(default: the newest pretraining run)")
