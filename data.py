@@ -27,7 +27,7 @@ import textwrap
 import time
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -247,6 +247,11 @@ def sweep(*folders) -> None:
                 rest.unlink()
 
 
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """What a folder holds, sorted, but for hidden files such as macOS leaves beside others."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+
+
 def free_bytes(folder: Path) -> int:
     """Free bytes on the disk that will hold a folder, which need not exist yet."""
     return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
@@ -279,7 +284,7 @@ def read_json(path) -> dict:
 
 
 def write_csv(path, header, rows) -> None:
-    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
+    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as f:     # of file names
         writer = csv.writer(f)
         writer.writerow(header)
         writer.writerows(rows)
@@ -314,7 +319,7 @@ def seal_findings(sums: Path) -> list[str]:
     """What differs from a SHA256SUMS file, as `seal` or the program sha256sum writes it."""
     findings = []
     for line in sums.read_text("utf-8", "replace").rstrip("\n").split("\n"):
-        digest, _, name = line.partition("  ")
+        digest, name = line[:64], line[66:]                       # between them two spaces, or one and a star
         path = sums.parent / name
         if not path.is_file():
             findings.append(f"{sums}: {name!r} is not there")
@@ -440,8 +445,10 @@ def read_slides(data, ids=None, failed: list | None = None) -> list[Slide]:
     """The slides of DATA, by id. All must agree on encoder, width and magnifications: MixmagError names the first that does not. One that
     cannot be read is refused, too, or, where `failed` is given, left out and listed there as (slide_id, stage, reason)."""
     folder = Path(data) / "slides"
-    paths = sorted(folder.glob("*.safetensors")) if ids is None else [folder / f"{i}.safetensors" for i in sorted(ids)]
+    paths = visible(folder, "*.safetensors") if ids is None else [folder / f"{i}.safetensors" for i in sorted(ids)]
     absent = [p.stem for p in paths if p.parent != folder or not p.exists()]                            # an id is no path
+    if not folder.is_dir():
+        raise MixmagError(f"{folder}: no such folder; --data names the one above it")
     if absent or not paths:
         raise MixmagError(f"{folder}: " + (f"{len(absent)} slides have no file, such as {absent[0]!r}" if absent else
                                            "no slide files (make them with data.py tile, or data.py synth)"))
@@ -491,7 +498,7 @@ class Case:
 
 
 def task_names(data) -> list[str]:
-    return sorted(p.stem for p in (Path(data) / "tasks").glob("*.csv"))
+    return [p.stem for p in visible(Path(data) / "tasks", "*.csv")]
 
 
 def task_findings(path) -> tuple[list[Case], list[str]]:
@@ -547,7 +554,7 @@ def pretraining_ids(data) -> list[str]:
     if listed.exists():
         return list(dict.fromkeys(row["slide_id"] for row in read_csv(listed, ("slide_id",))))
     held = evaluation_slides(data)
-    return [p.stem for p in sorted((Path(data) / "slides").glob("*.safetensors")) if p.stem not in held]
+    return [p.stem for p in visible(Path(data) / "slides", "*.safetensors") if p.stem not in held]
 
 
 def slide_findings(path) -> tuple[Slide | None, list[str]]:
@@ -575,7 +582,7 @@ def slide_findings(path) -> tuple[Slide | None, list[str]]:
 def verify(data) -> list[str]:
     """Every finding in DATA, one line each: files, values, tables, leakage; of a run, or a folder of runs, what differs from its SHA256SUMS."""
     data, slides = Path(data), {}
-    paths, sealed = sorted((data / "slides").glob("*.safetensors")), sorted(data.rglob(SUMS))
+    paths, sealed = visible(data / "slides", "*.safetensors"), sorted(data.rglob(SUMS))
     findings = [finding for sums in sealed for finding in seal_findings(sums)]
     if not paths and not (sealed and not (data / "slides").exists()):
         findings.append(f"{data}: no slide files in slides/, and no {SUMS} of a finished run")
@@ -787,6 +794,8 @@ def synth_cohort(out, scale="quick", dim=64, regions=4, seed=0) -> None:
     about, facts = out / "synthetic.json", synthetic_facts(out)
     if facts and (found := {k: facts.get(k) for k in settings}) != settings:
         raise MixmagError(f"{about}: holds a cohort of {found}, asked for {settings}; give another --out")
+    if not facts and any((out / name).exists() for name in ("slides", "tasks")):
+        raise MixmagError(f"{out} holds slides or tasks that are no synthetic cohort's; give another --out")
     if not facts:
         write_json(about, {**settings, "complete": False})
     geometry = {"encoder": f"synthetic-{seed}", "magnifications": [5, 10, 20], "tile_px": TILE_PX, "mpp": 0.5, "cell_px": 896.0,
@@ -879,9 +888,15 @@ class Reader:
         slide.set_cache(self.cache)
         return slide
 
+    def fits(self, level: int) -> bool:
+        """Whether a level is level 0 shrunk by a whole number, to two of its pixels. One that is padded to whole tiles is not, and OpenSlide's
+        downsample, the mean of the sides' ratios, is wrong for it."""
+        d = self.downsamples[level]
+        return all(abs(side * round(d) - whole) <= 2 * d for side, whole in zip(self.sizes[level], self.sizes[0]))
+
     def level_for(self, downsample: float) -> int:
-        """The coarsest level that is still at least as fine; pyramids are often 4.0001 or 3.9998 where 4 is meant."""
-        return max(i for i, d in enumerate(self.downsamples) if d <= downsample * 1.001 or i == 0)
+        """The coarsest level that is still at least as fine, and fits; pyramids are often 4.0001 or 3.9998 where 4 is meant."""
+        return max(i for i, d in enumerate(self.downsamples) if i == 0 or d <= downsample * 1.001 and self.fits(i))
 
     def region(self, level: int, left: int, top: int, right: int, bottom: int) -> Image.Image:
         """The RGBA picture of a rectangle in the level's own pixels. After a failed read OpenSlide refuses every other one on that
@@ -1019,17 +1034,17 @@ STROKE, RIM, HALO = 8, 2, 32                                      # mask pixels:
 
 def thumbnail(reader: Reader, mpp: float) -> tuple[np.ndarray, np.ndarray]:
     """(h, w, 3) uint8 of the whole slide at TISSUE_UM, box-averaged over white, and (h, w) bool where it could not be read. Read in
-    blocks, so memory does not grow with the slide; a block that fails is quartered, down to 1/64 of it."""
+    blocks, so memory does not grow with the slide; a block that fails is quartered, down to 1/64 of it, and then read from a finer level."""
     width, height = reader.slide.dimensions
     w, h = (max(1, round(side * mpp / TISSUE_UM)) for side in (width, height))
-    level = reader.level_for(TISSUE_UM / mpp)
-    step = max(1, int(2048 * reader.slide.level_downsamples[level] * mpp / TISSUE_UM))
+    coarsest = reader.level_for(TISSUE_UM / mpp)
+    step = max(1, int(2048 * reader.downsamples[coarsest] * mpp / TISSUE_UM))
     rgb, unread = np.full((h, w, 3), 255, np.uint8), np.zeros((h, w), bool)
-    blocks = [(x, y, step) for y in range(0, h, step) for x in range(0, w, step)]
+    blocks = [(x, y, step, coarsest) for y in range(0, h, step) for x in range(0, w, step)]
     while blocks:
         if STOP_SIGNALS:
             raise Stopped
-        x, y, side = blocks.pop()
+        x, y, side, level = blocks.pop()
         right, bottom = min(x + side, w), min(y + side, h)
         try:
             picture, within = reader.read(level, (x * width / w, y * height / h, right * width / w, bottom * height / h))
@@ -1037,7 +1052,9 @@ def thumbnail(reader: Reader, mpp: float) -> tuple[np.ndarray, np.ndarray]:
         except openslide.OpenSlideError:
             half = -(-side // 2)
             if side > max(1, step // 8):
-                blocks += [(a, b, half) for a in (x, x + half) for b in (y, y + half) if a < right and b < bottom]
+                blocks += [(a, b, half, level) for a in (x, x + half) for b in (y, y + half) if a < right and b < bottom]
+            elif level:
+                blocks.append((x, y, side, level - 1))
             else:
                 unread[y:bottom, x:right] = True
     return rgb, unread
@@ -1057,7 +1074,7 @@ def ink_mask(colour: np.ndarray, textured: np.ndarray) -> np.ndarray:
     cool, warm = (hue > 60) & (hue < 245), (hue > 340) | (hue < 10)
     strong = (high < 90) | (red < 80) & ((blue - red > 40) | (green - red > 15))                        # black; ink over tissue
     strong |= cool & (saturation > np.where(hue < 190, 0.2, np.where(textured, 0.5, 0.25)))             # green; blue
-    strong |= warm & (saturation > np.where(high > 200, 0.5, 0.65)) | (hue > 345) & (saturation > 0.3) & ~textured
+    strong |= warm & (saturation > np.where(textured, 0.78, np.where(high > 200, 0.5, 0.65))) | (hue > 345) & (saturation > 0.3) & ~textured
     core = ndimage.distance_transform_edt(strong) > STROKE
     if not core.any():
         return core
@@ -1184,6 +1201,7 @@ class TilePlan:
     thumbnail: np.ndarray                                         # (h, w, 3) at TISSUE_UM
     mask: np.ndarray                                              # (h, w) where its tissue is
     share: np.ndarray                                             # (2,) pixels of the mask per level-0 pixel, in x and y
+    unscanned: set = field(default_factory=set)       # cells (col, row) read so far that hold pixels which the file does not have
 
     @property
     def cells(self) -> int:
@@ -1282,6 +1300,7 @@ def read_cell(reader: Reader, plan: TilePlan, col: int, row: int) -> np.ndarray:
     pixels = np.asarray(rgba)                                     # (h, w, 4): torch and Pillow work faster on four bytes a pixel than on three
     least = pixels.view(np.uint32).min() >> 24                    # the least alpha: the highest byte of a little-endian word
     if least == 0:
+        plan.unscanned.add((col, row))
         inside = plan.patch(plan.inside, col, row)
         lost = (inside & (np.asarray(rgba.getchannel("A").resize(inside.shape[::-1], Image.Resampling.BOX)) == 0)).mean()
         if lost > MAX_LOST:
@@ -1542,6 +1561,8 @@ def tile_one(path: Path, encoder, dim: int, args) -> tuple[str, int]:
     """Tile one slide into its file; the report, and the bytes that it takes. Raises MixmagError if it cannot be done."""
     if not path.exists():
         raise MixmagError(f"{path}: no such file")
+    if not path.stem.isprintable():
+        raise MixmagError(f"{ascii(path.stem)} is not a printable name in UTF-8; rename the file")
     out = Path(args.out).resolve() / "slides" / f"{path.stem}.safetensors"
     mask = find_mask(path, args.mask)
     settings = {"region": args.region, "min_tissue": args.min_tissue, "source_bytes": path.stat().st_size, "mask": mask and file_sha256(mask),
@@ -1559,8 +1580,10 @@ def tile_one(path: Path, encoder, dim: int, args) -> tuple[str, int]:
         width, height = reader.slide.dimensions
         write_slide(out, features, cells, np.ones(features.shape[:2], bool),
                     {"slide_id": path.stem, "encoder": args.encoder, "magnifications": args.magnifications, "tile_px": TILE_PX, "mpp": plan.mpp,
-                     "cell_px": plan.cell_px, "origin": plan.origin, "width": width, "height": height, "n_bad": bad, "settings": settings})
+                     "cell_px": plan.cell_px, "origin": plan.origin, "width": width, "height": height, "n_bad": bad, "n_unscanned": len(plan.unscanned),
+                     "settings": settings})
         report += f"; {bad} windows dropped as unreadable" if bad else ""
+        report += f"; {len(plan.unscanned)} cells hold pixels that the file does not have, taken for glass" if plan.unscanned else ""
     return report + ("" if plan.windows else "; nothing to embed"), size
 
 
@@ -1868,7 +1891,7 @@ def level0(levels: list, job: dict) -> tuple[float, float, str]:
     else:
         mpp, source = 10 / levels[-1].magnification if given is None else given, "none: pixels of the finest magnification"
         if not 0.1 <= mpp <= 4:
-            raise MixmagError(f"{giver} says {mpp:g} um/px, expected 0.1 to 4")
+            raise MixmagError(f"{source if given is None else giver} says {mpp:.4g} um/px, expected 0.1 to 4; give the slide's own with --mpp")
         cell_px = cell_um / mpp
         for t in levels:
             t.corners /= mpp
@@ -1916,7 +1939,7 @@ def import_worker(job: dict) -> tuple[str, str]:
 def import_folder(place: str, tool: str, encoder: str | None) -> dict[str, Path]:
     """slide id -> file. TRIDENT's features_<encoder> is found inside the folder above it. Raises MixmagError where two have one id."""
     inside = sorted(Path(place).glob(f"features_{encoder or '*'}")) if tool == "trident" else []
-    paths = sorted((inside[0] if len(inside) == 1 else Path(place)).glob("*.h5" if tool == "trident" else "**/*.h5"))
+    paths = visible(inside[0] if len(inside) == 1 else Path(place), "*.h5" if tool == "trident" else "**/*.h5")
     if not paths:
         raise MixmagError(f"{place}: no feature files (*.h5)" + "".join(f"; there is {folder}" for folder in inside))
     found = {}
@@ -2003,14 +2026,17 @@ def windows(cells: np.ndarray, region: int, stride: int, min_cover: float) -> tu
 
 
 def covering(cells: np.ndarray, region: int, min_cover: float) -> tuple[np.ndarray, np.ndarray]:
-    """`windows` side by side, as inference takes them. Where none holds `min_cover` of its cells, the fullest one, so that a slide smaller than
-    a window is usable."""
-    rows, corners = windows(cells, region, region, min_cover)
-    if not len(rows):
-        rows, corners = windows(cells, region, region, 0.0)
-        fullest = (rows >= 0).sum(axis=1).argsort(kind="stable")[-1:]
-        return rows[fullest], corners[fullest]
-    return rows, corners
+    """`windows` side by side, as inference takes them: those that hold at least `min_cover` of what the fullest holds, so that slides smaller than a
+    window, and narrow ones, are usable."""
+    rows, corners = windows(cells, region, region, 0.0)
+    held = (rows >= 0).sum(axis=1)
+    kept = held >= min_cover * held.max(initial=0)
+    return rows[kept], corners[kept]
+
+
+def left_out(used: int, there_are: int) -> str:
+    """For the log: how many cells lie in no window that counts; nothing where all are used."""
+    return f"; {there_are - used} of {there_are} cells lie in windows that --min-cover leaves out" if used < there_are else ""
 
 
 def gather(slide: Slide, rows: np.ndarray, entries: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -2175,23 +2201,25 @@ class CaseDataset:
     """The cases of a split as ragged bags: a case has slides, a slide has regions, a region the chosen tokens.
 
     index (n,): which of a region's tokens are read (Geometry.select). rows and corners: each slide's regions, as in `covering`, that hold a
-    valid token. Slides without one, and cases without such slides, are left out and named in `dropped`.
+    valid token. Slides without one, and cases without such slides, are left out and named in `dropped`; left_out says how many cells lie in none.
     held: encoder outputs made before, slide_id -> (array (W, n or 1, d), valid (W, n)), which are given in place of the slide's embeddings.
     """
 
     def __init__(self, slides: dict, cases: list, geometry: Geometry, index, min_cover: float = 0.5):
         self.slides, self.entries = slides, geometry.cell_order().numpy()[np.asarray(index)]
-        self.rows, self.corners, self.cases, self.dropped, self.held = {}, {}, [], [], {}
+        self.rows, self.corners, self.cases, self.dropped, self.held, used, there_are = {}, {}, [], [], {}, 0, 0
         for case in cases:
             for slide_id in case.slide_ids:
                 rows, corners = covering(slides[slide_id].cells, geometry.region, min_cover)
                 there = tokens_of(slides[slide_id], rows, self.entries)[1].any(axis=1)
+                used, there_are = used + (rows[there] >= 0).sum(), there_are + len(slides[slide_id].cells)
                 if there.any():
                     self.rows[slide_id], self.corners[slide_id] = rows[there], corners[there]
             usable = [i for i in case.slide_ids if i in self.rows]
             self.dropped += [i for i in case.slide_ids if i not in self.rows]
             if usable:
                 self.cases.append(Case(case.case_id, case.label, case.split, usable))
+        self.left_out = left_out(used, there_are)
 
     def __len__(self) -> int:
         return len(self.cases)

@@ -496,6 +496,12 @@ class ContrastiveEmbeddingModel(MaskedEmbeddingModel):
 
 # ----------------------------------------------------------------------------------------------- supervised aggregation
 
+def in_full(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x) outside autocast, so that scores which differ are not rounded to the same."""
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(full(x))
+
+
 class GatedABMIL(nn.Module):
     """Gated attention pooling over ragged bags, all bags in one pass. Source: paper section 3.2; Ilse et al. 2018."""
 
@@ -510,7 +516,8 @@ class GatedABMIL(nn.Module):
         if not len(lengths) or int(lengths.min()) < 1 or int(lengths.sum()) != x.shape[0]:
             raise ValueError(f"bags must hold at least one token each and {x.shape[0]} together, found {lengths.tolist()}")
         bags, bag = len(lengths), torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths)   # (T,)
-        score = full(self.w(torch.tanh(self.V(x)) * torch.sigmoid(self.U(x)))).squeeze(1)               # (T,)
+        gated = torch.tanh(self.V(x)) * torch.sigmoid(self.U(x))                                        # (T, hidden)
+        score = in_full(self.w, gated).squeeze(1)                                                       # (T,)
         top = score.detach().new_full((bags,), -math.inf).scatter_reduce(0, bag, score.detach(), "amax")
         e = (score - top[bag]).exp()
         attention = e / e.new_zeros(bags).index_add(0, bag, e)[bag]                                     # Eq. 8  (T,)
@@ -612,7 +619,7 @@ class SlideClassifier(nn.Module):
         slide = torch.repeat_interleave(torch.arange(len(regions), device=h.device), regions)           # (W,)
         lengths = torch.zeros_like(regions).index_add(0, slide, per_region)                             # (S,)
         pooled, attention = self.pool(self.dropout(h), lengths)
-        return full(self.head(self.dropout(pooled))).squeeze(1), attention
+        return in_full(self.head, self.dropout(pooled)).squeeze(1), attention
 
     def forward(self, x: Tensor, regions: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (W, n, D): the regions of all slides one after the other, regions (S,) long how many each has, valid (W, n) bool

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 import uuid
@@ -45,8 +46,8 @@ def parse(argv=None) -> argparse.Namespace:
 
     natural, positive, share, rate = within(int, 0, 2 ** 32 - 1), within(int, 1, 2 ** 32 - 1), within(float, 0, 1), within(float, 1e-30, 1e3)
 
-    def magnification(text):
-        return text if text == "all" else positive(text)
+    def magnification(text):                                      # STAMP's may be 8.75
+        return text if text == "all" else float(text) if float(text) % 1 else positive(text)
 
     class Help(argparse.ArgumentDefaultsHelpFormatter):
         def _get_help_string(self, action):
@@ -83,7 +84,7 @@ def parse(argv=None) -> argparse.Namespace:
 
     p = command("pretrain", "masked embedding modelling, without labels", "python train.py pretrain --mask 0.5 --source 7")
     training(p, steps=True)
-    p.add_argument("--mask", type=float, default=0.5, help="removal ratio (paper: 0.25, 0.50, 0.75)")
+    p.add_argument("--mask", type=share, default=0.5, help="removal ratio (paper: 0.25, 0.50, 0.75)")
     p.add_argument("--source", type=positive, metavar="S", help="add the contrastive term on two views of an S x S source window (paper: 3, 7, 11)")
     p.add_argument("--blr", type=rate, help="base rate: lr = blr * batch / 256 (default: the preset's)")
     p.add_argument("--micro-batch", type=positive, default=64, help="regions per forward pass; gradients accumulate to the batch")
@@ -347,8 +348,9 @@ class Run:
                                     + ", ".join(f"{k} {found.get(k)!r} there, {config.get(k)!r} now" for k in differing)
                                     + "; give another --out, or --resume off to begin anew")
         elif stored.exists():
-            for name in ("result.json", data.SUMS, *reversed(RUN_FILES)):           # config.json last: until then this is the run that it was
-                (self.folder / name).unlink(missing_ok=True)
+            for name in ("result.json", data.SUMS, "predict.csv", "predict-failed.csv", *reversed(RUN_FILES)):
+                (self.folder / name).unlink(missing_ok=True)      # config.json last: until then this is the run that it was
+            shutil.rmtree(self.folder / "heatmap", ignore_errors=True)
         data.sweep(self.folder, self.folder / "encoder")
         if not self.result():                                     # a finished one may be read-only
             write_json(stored, config)
@@ -375,7 +377,7 @@ class Run:
         `save` was given, {"done": 0} without one."""
         state = {"done": 0, "lines": 0}
         for path in (self.folder / "last.pt", self.folder / "prev.pt"):
-            if path.exists() and not state["done"]:
+            if path.exists() and "model" not in state:
                 try:
                     found = torch.load(path, map_location="cpu", weights_only=True)
                     state = {**found, "done": found["done"], "lines": found["lines"]}
@@ -383,7 +385,7 @@ class Run:
                 except Exception as error:          # whatever a damaged file makes torch raise: say so, take the one before
                     log(f"{path}: not a whole checkpoint, trying the one before ({str(error).splitlines()[0]})")
         self.cut_metrics(state.pop("lines"))
-        if state["done"]:
+        if "model" in state:
             model.load_state_dict(state.pop("model"))
             optimizer.load_state_dict(state.pop("optimizer"))
             self.compute.scaler.load_state_dict(state.pop("scaler"))
@@ -879,10 +881,10 @@ def share_state(module, compute) -> None:
 
 
 def fit_whitening(model, dataset, compute, limit: int = 4000) -> None:
-    """Mean of each output's place and the covariance around it, over evenly spread slides of the train split with at most about `limit` regions."""
+    """Mean of each output's place and the covariance around it, over evenly spread regions of every slide of the train split, about `limit` of them."""
     share, count, total, square = max(1, -(-sum(map(len, dataset.rows.values())) // limit)), 0.0, 0.0, 0.0
-    for i in progress(list(dataset.rows)[::share], desc="whitening", leave=False):
-        h, valid = dataset.held.get(i) or encoded(model, dataset, i, compute)
+    for i in progress(dataset.rows, desc="whitening", leave=False):
+        h, valid = (part[::share] for part in dataset.held[i]) if i in dataset.held else encoded(model, dataset, i, compute, share)
         h = torch.from_numpy(h).to(compute.device).double()                                                     # (W, n or 1, d)
         there = torch.from_numpy(valid if model.tokens == "patch" else np.ones(h.shape[:2], bool)).to(compute.device)[..., None]
         h = h.where(there, 0)
@@ -892,9 +894,9 @@ def fit_whitening(model, dataset, compute, limit: int = 4000) -> None:
     share_state(model.whiten, compute)
 
 
-def encoded(model, dataset, slide_id: str, compute) -> tuple[np.ndarray, np.ndarray]:
-    """A slide of data.CaseDataset through the encoder as it is -> (W, n or 1, d) float32 and valid (W, n)."""
-    x, valid = data.gather(dataset.slides[slide_id], dataset.rows[slide_id], dataset.entries)
+def encoded(model, dataset, slide_id: str, compute, share: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """A slide of data.CaseDataset, or every share-th of its regions, through the encoder as it is -> (W, n or 1, d) float32 and valid (W, n)."""
+    x, valid = data.gather(dataset.slides[slide_id], dataset.rows[slide_id][::share], dataset.entries)
     with torch.no_grad(), compute.autocast():
         return model.outputs(*data.as_batch(x, valid, compute.device)).float().cpu().numpy(), valid
 
@@ -1059,17 +1061,18 @@ def finetune_loop(args, run: Run, model, sets: dict, labels: dict, compute) -> d
     depth = model.config.depth
     optimizer = torch.optim.AdamW(parameter_groups(model, depth, args.weight_decay, args.layer_decay, args.encoder_rate), lr=args.lr, fused=True)
     per_epoch = math.ceil(len(sets["train"]) / args.batch_size)
-    log(f"{run.folder}: {parameters(model)}, cases " + ", ".join(f"{k} {len(v)} ({sum(labels[k])} positive)" for k, v in sets.items())
+    log(f"{run.folder}: {parameters(model)}, cases " + ", ".join(f"{k} {len(v)} ({sum(labels[k])} positive{v.left_out})" for k, v in sets.items())
         + f", {args.epochs} epochs of {per_epoch} steps, {compute.world} x {compute.device.type}, {compute.dtype or 'fp32'}")
     best = {"best_auroc": -1.0, **run.load(model, optimizer)}
-    done = best.pop("done")
+    done, starts = best.pop("done"), best.pop("starts", 0)
     if not done:
         if model.encoder is not None:
             if max(args.frozen_epochs, args.starts) > 1:
                 hold_outputs(model, sets["train"], compute)
-            fit_whitening(model, sets["train"], compute)
+            if not starts:
+                fit_whitening(model, sets["train"], compute)
         if args.starts > 1:
-            best = best_start(args, run, model, sets, labels, compute)
+            best_start(args, run, model, optimizer, sets, labels, compute, best, starts)
     bar = progress(total=args.epochs * per_epoch, initial=done * per_epoch, desc=f"finetune {args.task}")
     for epoch in range(done, args.epochs):
         if model.encoder is not None:
@@ -1099,28 +1102,28 @@ def keep_best(best: dict, epoch: int, model, sets: dict, labels: dict, compute, 
     return rule, tune
 
 
-def best_start(args, run: Run, model, sets: dict, labels: dict, compute) -> dict:
+def best_start(args, run: Run, model, optimizer, sets: dict, labels: dict, compute, best: dict, done: int) -> None:
     """Give the aggregator the weights that rank the tune split best, of several random starts that learn on the frozen encoder's outputs. Attention
-    that has to find what is rare among thousands of tokens finds it from some starts and not from others. Returns what `keep_best` knows of
-    it; the epoch is -1, before the first."""
+    that has to find what is rare among thousands of tokens finds it from some starts and not from others. best: as in `keep_best`; its epoch is -1,
+    before the first. `done` starts were made before; optimizer is that of the epochs to come."""
     if model.encoder is not None:
         model.encoder.requires_grad_(False)
         hold_outputs(model, sets["tune"], compute)
-    steps, best = args.epochs * math.ceil(len(sets["train"]) / args.batch_size), {"best_auroc": -1.0}
-    bar = progress(total=args.starts * steps, desc=f"starts {args.task}")
-    for start in range(args.starts):
+    steps = args.epochs * math.ceil(len(sets["train"]) / args.batch_size)
+    bar = progress(total=args.starts * steps, initial=done * steps, desc=f"starts {args.task}")
+    for start in range(done, args.starts):
         if start:
             torch.manual_seed(1_000_003 * args.seed + start)
             model.reset_aggregator()
             share_state(model, compute)
-        optimizer, reached = torch.optim.AdamW(parameter_groups(model, model.config.depth, args.weight_decay), lr=args.lr, fused=True), -1.0
+        learner, reached = torch.optim.AdamW(parameter_groups(model, model.config.depth, args.weight_decay), lr=args.lr, fused=True), -1.0
         for epoch in range(args.epochs):
-            finetune_epoch(model, optimizer, sets["train"], compute, args, epoch, steps, bar)
+            finetune_epoch(model, learner, sets["train"], compute, args, epoch, steps, bar)
             reached = max(reached, keep_best(best, -1, model, sets, labels, compute, args)[1])
         run.note(start=start, tune_auroc=reached)
+        run.save(0, model, optimizer, starts=start + 1, **best)
     bar.close()
     model.load_state_dict(best["best"])
-    return best
 
 
 def finish_finetuning(run: Run, model, sets, labels, best: dict, compute, args) -> None:
@@ -1134,7 +1137,7 @@ def finish_finetuning(run: Run, model, sets, labels, best: dict, compute, args) 
         return
     dropped = sorted(i for s in sets.values() for i in s.dropped)
     if dropped:
-        log(f"{len(dropped)} slides without tissue were left out, such as {dropped[0]}")
+        log(f"{len(dropped)} slides without a token to read were left out, such as {dropped[0]}")
     with whole_file(run.folder / "model.safetensors") as temporary:
         save_file({k: v.contiguous() for k, v in best["best"].items()}, temporary)
     for split in scores:
@@ -1255,7 +1258,7 @@ def predict_command(args) -> int:
     scored = [(i, repr(s)) for i, s in scored if math.isfinite(s)]
     write_csv(out, ("slide_id", "score"), scored)
     listed = out.with_name(f"{out.stem}-failed.csv")
-    print(f"{len(scored)} slides scored in {out}"
+    print(f"{len(scored)} slides scored in {out}{dataset.left_out}"
           + (f"; {len(failed)} could not be, see {listed}: {', '.join(i for i, *_ in failed[:5])}" if failed else ""))
     return report_failed(listed, failed)
 
@@ -1284,6 +1287,11 @@ def output_files(args, slide, region: int) -> list[tuple]:
     return [(m, px, Path(args.out) / f"{m}x_{px}px_0px_overlap" / inside / f"{slide.slide_id}.h5") for m, px in sizes]
 
 
+def pt_files(targets: list, args) -> list[Path]:
+    """What CLAM's main.py reads, in its layout."""
+    return [path.parents[1] / "pt_files" / f"{path.stem}.pt" for *_, path in targets] if args.layout == "clam" else []
+
+
 def rows_before(paths, made_by: dict) -> list[int] | None:
     """How many rows each file holds, None if one is missing. Raises MixmagError where one was made by other means."""
     import h5py                                                    # wanted only where other tools' files are written
@@ -1306,7 +1314,8 @@ def open_output(files: ExitStack, target: tuple, slide, side: float, coords: np.
     filled, features (N, width) float32. In TRIDENT's layout the coordinates also stand in patches/, where torchmil looks for them."""
     import h5py
     (magnification, px, path), meta, power = target, slide.meta, 10 / slide.meta["mpp"]
-    power = round(power) if abs(px * round(power) / magnification - side) < 1 else power                # so that the attributes agree
+    off = px / meta["tile_px"] * abs(meta["tile_px"] * round(power) / meta["magnifications"][0] - meta["cell_px"])
+    power = round(power) if off < 1 else power                    # so that the attributes agree, alike in all of a slide's files
     attributes = {"patch_size": px, "patch_size_level0": round(side), "level0_magnification": power,
                   "target_magnification": magnification, "overlap": 0, "name": slide.slide_id, "level0_width": meta["width"],
                   "level0_height": meta["height"]}
@@ -1348,16 +1357,15 @@ def embed_slide(encoder, slide, targets, args, made_by: dict, compute) -> list[i
                 part = made[:, c][keep[i:i + 64, c]]
                 outputs[k][counts[k]:counts[k] + len(part)] = part
                 counts[k] += len(part)
-        for (*_, path), features in zip(targets, outputs):
-            if args.layout == "clam":                              # what CLAM's main.py reads
-                with whole_file(path.parents[1] / "pt_files" / f"{slide.slide_id}.pt") as temporary:
-                    torch.save(torch.from_numpy(features[:]), temporary)
+        for path, features in zip(pt_files(targets, args), outputs):
+            with whole_file(path) as temporary:
+                torch.save(torch.from_numpy(features[:]), temporary)
     return counts
 
 
 def embed_command(args) -> int:
     """What an earlier start wrote with the same encoder from the same slides stays; files made by other means are refused."""
-    empty, failed, totals = [], [], 0
+    empty, failed, totals, used, there_are = [], [], 0, 0, 0
     slides = data.read_slides(ensure_data(args.data), args.slides, failed)
     encoder = read_encoder(args.init, slides)
     made_by = {"encoder": f"mixmag_{args.tokens}", "mixmag_encoder_sha256": data.file_sha256(encoder_folder(args.init) / "model.safetensors"),
@@ -1368,20 +1376,22 @@ def embed_command(args) -> int:
         targets, by = output_files(args, slide, R), {**made_by, "mixmag_slide_sha256": slide.meta["sha256"]}
         try:
             counts = rows_before([path for *_, path in targets], by)
-            counts = embed_slide(encoder, slide, targets, args, by, compute) if counts is None else counts
+            if counts is None or not all(map(Path.exists, pt_files(targets, args))):
+                counts = embed_slide(encoder, slide, targets, args, by, compute)
         except OtherSettings:
             raise
         except (MixmagError, OSError) as error:
             failed.append((slide.slide_id, "embed", str(error)))
             log(f"{slide.slide_id}: FAILED: {error}")
             continue
-        totals = np.add(totals, counts)
+        totals, there_are = np.add(totals, counts), there_are + len(slide.cells)
+        used += (data.covering(slide.cells, R, args.min_cover)[0] >= 0).sum()
         empty += [slide.slide_id] * (not sum(counts))
     units = ["regions"] if args.tokens == "cls" else [f"at {m}x" for m in encoder.config.magnifications]
     shown = ", ".join(f"{n} {unit}" for n, unit in zip(np.atleast_1d(totals), units))
     print(f"{len(slides) - sum(stage == 'embed' for _, stage, _ in failed)} slides, {args.tokens} outputs in {args.out}: {shown}"
           + (f"; {len(empty)} slides have no tissue, so their files hold no rows: "
-             f"{', '.join(empty[:5])}" if empty else "") + (f"; {len(failed)} failed, see {args.out}/failed.csv" if failed else ""))
+             f"{', '.join(empty[:5])}" if empty else "") + (f"; {len(failed)} failed, see {args.out}/failed.csv" if failed else "") + data.left_out(used, there_are))
     return report_failed(Path(args.out) / "failed.csv", failed)
 
 
@@ -1524,6 +1534,22 @@ def draw_maps(out: Path, table, slide, labels: list, reader, bounds: tuple, side
         draw_regions(out / "regions.png", table, labels if tokens else [], slide, reader, side)
 
 
+def refuse_other_image(reader, slide, table) -> None:
+    """Raises MixmagError for an image that cannot be this slide's; a log line for another file that may be."""
+    meta, size, (mpp, *_, words) = slide.meta, reader.slide.dimensions, data.said_mpp(reader.slide.properties)
+    if meta.get("size_known", True):
+        if size != (meta["width"], meta["height"]):
+            raise MixmagError(f"--image {reader.path} has {size} pixels, {slide.slide_id} was tiled from {(meta['width'], meta['height'])}: not the same "
+                              "slide")
+    elif (table.box[:, :2] >= size).any():
+        raise MixmagError(f"--image {reader.path} has {size} pixels, {slide.slide_id} has a tile at {table.box[:, :2].max(axis=0).tolist()}: not the same "
+                          "slide, or not the --mpp that it was imported with")
+    if meta.get("settings", {}).get("tool") == "stamp" and mpp and abs(mpp - meta["mpp"]) > 0.02 * mpp:        # micrometres became pixels by it
+        raise MixmagError(f"--image {reader.path} says {words}, {slide.slide_id} was imported at {meta['mpp']:.4g} um/px: import it with --mpp {mpp:.4g}")
+    if meta.get("settings", {}).get("source_bytes", reader.path.stat().st_size) != reader.path.stat().st_size:
+        log(f"WARNING: {reader.path} has the right size but is another file than {slide.slide_id} was tiled from: a copy, or another slide")
+
+
 def heatmap_command(args) -> int:
     """CSV and GeoJSON come first: they need no pixel, so that an image that cannot be read costs nothing but the pictures."""
     model, config, dataset, compute = open_run(args, [args.slide])
@@ -1531,13 +1557,12 @@ def heatmap_command(args) -> int:
         raise MixmagError(f"{args.slide} has no tissue: there is nothing to draw")
     slide, run, out = dataset.slides[args.slide], Path(args.run).resolve().name, Path(args.out or Path(args.run) / "heatmap" / args.slide)
     meta, reader = slide.meta, data.Reader(args.image) if args.image else None
-    if reader and not meta.get("size_known", True) and np.all(np.array(reader.slide.dimensions) >= (meta["width"], meta["height"])):
-        meta["width"], meta["height"] = reader.slide.dimensions    # until now they were those of the cells
-    whole, said = (0, 0, meta["width"], meta["height"]), reader.slide.properties if reader else {}
-    if reader and reader.slide.dimensions != whole[2:]:
-        raise MixmagError(f"--image {args.image} has {reader.slide.dimensions} pixels, {args.slide} was tiled from {whole[2:]}: not the same slide")
-    x, y, width, height = (int(said.get(f"openslide.bounds-{k}", v)) for k, v in zip(("x", "y", "width", "height"), whole))
     table, score = attention_table(model, dataset, compute)
+    if reader:
+        refuse_other_image(reader, slide, table)
+        meta["width"], meta["height"] = reader.slide.dimensions    # import may not have known them
+    whole, said = (0, 0, meta["width"], meta["height"]), reader.slide.properties if reader else {}
+    x, y, width, height = (int(said.get(f"openslide.bounds-{k}", v)) for k, v in zip(("x", "y", "width", "height"), whole))
     names = [config["magnification"]] if config["tokens"] == "cls" else meta["magnifications"]
     labels, levels = ["regions"] if config["tokens"] == "cls" else [f"{m}x" for m in names], np.unique(table.level)
     write_csv(out / "attention.csv", ("magnification", "col", "row", "x", "y", "side", "region_col", "region_row", "attention", "rank"),
@@ -1668,7 +1693,12 @@ def holm(p: dict) -> dict:
     return corrected
 
 
-def format_pairs(rows, tasks, draws: dict) -> str:
+def mean_auroc(runs: list) -> float:
+    """Over the seeds."""
+    return np.mean([r["auroc"] for r in runs])
+
+
+def format_pairs(rows, tasks, runs: dict, draws: dict) -> str:
     """A Markdown table of differences in AUROC x 100 between rows on the same test cases, by paired bootstrap over cases; p-values of a pair are
     corrected over its tasks by Holm's method. A star says that the two can be told apart."""
     titles = ["difference", *(TASK_TITLES.get(t, t) for t in tasks), "mean, 95 % over cases", "told apart"]
@@ -1679,12 +1709,13 @@ def format_pairs(rows, tasks, draws: dict) -> str:
         known = [i for i, d in enumerate(differences) if d is not None]
         if known:
             p = holm({i: two_sided(differences[i]) for i in known})
-            cells = ["n/a" if i not in p else f"{np.mean(d):+.1f}" + ("*" if p[i] < 0.05 else "") for i, d in enumerate(differences)]
+            found = {i: 100 * (mean_auroc(runs[one, tasks[i]]) - mean_auroc(runs[other, tasks[i]])) for i in known}
+            cells = [f"{found[i]:+.1f}" + ("*" if p[i] < 0.05 else "") if i in p else "n/a" for i in range(len(tasks))]
             mean = np.mean([differences[i] for i in known], axis=0)
             low, high = interval(mean)
             told = f"on {sum(p[i] < 0.05 for i in known)} of {len(known)} tasks; the mean: "
             told += "yes" if two_sided(mean) < 0.05 else "not distinguishable"
-            cells = [f"{full_title(one)} - {full_title(other)}", *cells, f"{mean.mean():+.1f} ({low:+.1f} to {high:+.1f})", told]
+            cells = [f"{full_title(one)} - {full_title(other)}", *cells, f"{np.mean(list(found.values())):+.1f} ({low:+.1f} to {high:+.1f})", told]
             lines.append(cells)
     return markdown(titles, lines) if lines else ""
 
@@ -1696,7 +1727,7 @@ def tables(args, rows, tasks) -> tuple[str, int]:
     """Run what is missing, write OUT/results.csv, scores.csv and machine.json -> what they say as Markdown, and how many cells there is nothing of.
     Raises MixmagError, and writes nothing, where runs of other settings are in the way, or no cell could be had."""
     path, out, began = Path(args.data), Path(args.out), time.time()
-    results, scores, rows, tasks = [], {}, list(dict.fromkeys(rows)), list(dict.fromkeys(tasks))
+    results, scores, rows, tasks, refused = [], {}, list(dict.fromkeys(rows)), list(dict.fromkeys(tasks)), None
     for seed in range(args.seed, args.seed + args.seeds):
         for row in rows:
             for task in tasks:
@@ -1717,7 +1748,7 @@ def tables(args, rows, tasks) -> tuple[str, int]:
     if process()[0]:
         return "", 0                                              # the first one says it
     if not scores:
-        raise MixmagError(f"no cell of the table could be had; the last one: {refused}")
+        raise MixmagError(f"no cell of the table could be had; the last one: {refused or 'its test split has no case'}")
     write_csv(out / "results.csv", RESULTS, [[r.get(k) for k in RESULTS] for r in results])
     columns = list(dict.fromkeys(f"{r['row']} {r['seed']}" for r in results))
     write_csv(out / "scores.csv", ("task", "case_id", "label", *columns),
@@ -1730,7 +1761,6 @@ def tables(args, rows, tasks) -> tuple[str, int]:
 def machine_facts(args, path) -> dict:
     """Where a table's figures come from."""
     import platform
-    import shutil
     import subprocess
     asked = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
@@ -1753,7 +1783,7 @@ def format_results(folder) -> str:
                           ("Table 2: compressed outputs (CLS)", [r for r in found.rows if r.endswith("-cls")])):
         if wanted:
             text += f"\n\n## {title}\n\n" + format_table(wanted, found.tasks, found.runs, draws)
-    if pairs := format_pairs(found.rows, found.tasks, draws):
+    if pairs := format_pairs(found.rows, found.tasks, found.runs, draws):
         text += ("\n\n## Differences on the same test cases\n\nPaired bootstrap over cases; * told apart at 0.05 after Holm's correction over "
                  f"the tasks.\n\n{pairs}")
     return text + "\n"
@@ -1763,7 +1793,7 @@ def table_command(args) -> int:
     path = ensure_data(args.data, machine(args))
     here = {"all", *map(str, data.read_slides(path)[0].meta["magnifications"])}
     rows = args.rows or [r for r in PAPER if not r.startswith(("abmil", "random")) or r.split("-")[1] in here]
-    tasks = args.tasks or ([t for t in TASK_TITLES if t in data.task_names(path)] or data.task_names(path))
+    tasks = args.tasks or sorted(data.task_names(path), key=lambda t: [*TASK_TITLES, t].index(t))       # the paper's in its order, then others
     if unknown := [r for r in rows if r not in PAPER] or [t for t in tasks if t not in data.task_names(path)]:
         raise MixmagError(f"{unknown[0]}: no such row or task; rows are {', '.join(PAPER)}; tasks are {', '.join(data.task_names(path))}")
     text, missing = tables(args, rows, tasks)
@@ -1810,7 +1840,6 @@ def draw_demo(out: Path, seed: int) -> None:
 
 def doctor_command(args) -> int:
     """What there is, one line each; a line that starts with WARNING says what will go wrong and what mends it."""
-    import shutil
     print("\n".join(packages()))
     library = data.openslide.__library_version__
     print(f"{'python':18s} {sys.version.split()[0]}\n{'OpenSlide library':18s} {library}")

@@ -350,7 +350,7 @@ def test_openslide_is_never_asked_for_what_is_not_there(tmp_path, monkeypatch):
 class Ramp:
     """A slide of any size and pyramid that stands in for data.Reader: its red grows along one axis, by one in 8 level-0 pixels from the
     corner of what is read, and its green falls as much, so that rounding cancels."""
-    path, level_for = data.Path("ramp"), data.Reader.level_for
+    path, level_for, fits = data.Path("ramp"), data.Reader.level_for, data.Reader.fits
 
     def __init__(self, width, height, downsamples, **properties):
         self.slide, self.downsamples, self.axis = stub(**properties), downsamples, 0
@@ -749,7 +749,8 @@ def test_nothing_is_upsampled(tmp_path, monkeypatch):
     assert plan(1.0, magnifications=[5, 10])[0].level == 0
     assert plan(0.25, (1.0, 2.0005, 4.0))[0].level == 1 and plan(0.252, (1.0, 2.0, 4.0))[0].level == 0 and plan(0.25, (1.0, 4.0))[0].shrink == 2
     with pytest.raises(MixmagError, match="does not fit level 0"):
-        plan(0.25, (1.0, 1.95), sizes=[(9000, 9000), (4500, 4737)])
+        plan(0.25, (1.0, 2.0), sizes=[(8960, 8960), (4478, 4480)])
+    assert plan(0.25, (1.0, 1.95), sizes=[(9000, 9000), (4500, 4737)])[0].level == 0
 
 
 def test_white_slide_yields_an_empty_file(tmp_path):
@@ -1674,15 +1675,25 @@ def test_help_answers_at_once():
         assert "torch" not in out
 
 
+def test_narrow_slides_are_used_as_a_whole(tmp_path):
+    """A needle core of one or two columns of cells, wherever it lies against the windows; where windows are full, half of one is wanted as ever."""
+    for columns in ((0,), (2, 3), (5, 6)):
+        cells = np.array([(c, r) for c in columns for r in range(39)], np.int32)
+        rows, corners = data.covering(cells, 3, 0.5)
+        assert sorted(rows[rows >= 0].tolist()) == list(range(len(cells))) and (corners % 3 == 0).all()
+    square = np.array([(c, r) for c in range(4) for r in range(4)], np.int32)
+    assert (data.covering(square, 3, 0.5)[0] >= 0).sum() == 9 and (data.covering(square, 3, 0.3)[0] >= 0).sum() == 15
+
+
 def test_a_slide_smaller_than_a_window_is_usable(tmp_path):
-    """Its fullest window counts in inference, and in pretraining none."""
+    """Its fullest windows count in inference, and in pretraining none."""
     small, whole = data.read_slide(make_slide(tmp_path, "small", cells=[(0, 0), (1, 0), (4, 1)])), data.read_slide(
         make_slide(tmp_path, "whole", cells=[(c, r) for c in range(3) for r in range(3)] + [(3, 0)]))
-    assert data.covering(small.cells, 3, 0.5)[1].tolist() == [[0, 0]] and data.covering(whole.cells, 3, 0.5)[1].tolist() == [[0, 0]]
+    assert data.covering(small.cells, 3, 0.6)[1].tolist() == [[0, 0]] and data.covering(whole.cells, 3, 0.5)[1].tolist() == [[0, 0]]
     assert data.covering(small.cells[:0], 3, 0.5)[0].shape == (0, 9)
     cases = [data.Case("1", 0, "train", ["small"])]
     batch = data.CaseDataset({"small": small}, cases, Geometry(3), Geometry(3).select()).__getitems__([0])
-    assert batch["regions"].tolist() == [1] and batch["valid"].sum() == 2 * 21
+    assert batch["regions"].tolist() == [2] and batch["valid"].sum() == 3 * 21
     assert len(data.RegionDataset([small], Geometry(3), 0, 0.5)) == 0
 
 
@@ -1789,3 +1800,103 @@ def test_files_that_vanish_meanwhile_are_no_fault(tmp_path, monkeypatch):
     os.utime(rest, (0, 0))
     monkeypatch.setattr(data.Path, "stat", lambda self, **_: rest.unlink() or os.stat(rest))
     data.sweep(tmp_path)
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_levels_that_are_padded_to_whole_tiles_are_passed_over(tmp_path, far):
+    """OpenSlide's downsample, the mean of the sides' ratios, is wrong for them: tissue would be looked for, and pixels taken, somewhere else."""
+    import tifffile
+    picture = np.full((256 * 21, 256 * 23, 3), 243, np.uint8)
+    picture[-2000:, -2000:] = pink(2000, 2000)
+    clean = write_tiff(tmp_path / "clean.tiff", picture, 0.25, levels=(1, 2, 32) if far else (1, 2))
+    padded = tmp_path / "padded.tiff"
+    with tifffile.TiffWriter(padded) as tiff:
+        for shrink in (1, 2, 32) if far else (1, 2):
+            small = np.asarray(Image.fromarray(picture).reduce(shrink))
+            small = np.pad(small, [(0, -n % 256) for n in small.shape[:2]] + [(0, 0)], constant_values=243)
+            tiff.write(small, tile=(256, 256), photometric="rgb", compression="zlib", subfiletype=int(shrink > 1), resolution=(4e4, 4e4), resolutionunit="CENTIMETER")
+    plans = [data.plan_slide(data.Reader(path), Args(region=1)) for path in (clean, padded)]
+    assert data.Reader(padded).downsamples[1] == pytest.approx((23 / 12 + 21 / 11) / 2, rel=1e-3) and [p.level for p in plans] == [1, 0]
+    assert plans[0].windows == plans[1].windows and len(plans[0].windows) > 0
+    for cell in plans[0].windows:
+        a, b = (data.read_cell(data.Reader(path), plan, *cell[:2]).astype(int) for path, plan in zip((clean, padded), plans))
+        assert np.abs(a - b).max() <= 2
+
+
+def test_a_damaged_coarse_level_costs_nothing(tmp_path):
+    """Its thumbnail is made of the level below."""
+    picture = np.full((5400, 5400, 3), 243, np.uint8)
+    picture[:2700, :2700] = pink(2700, 2700)
+    clean = write_tiff(tmp_path / "s.tiff", picture, 0.5, levels=(1, 4))
+    import tifffile
+    bad = tmp_path / "bad.tiff"
+    bad.write_bytes(clean.read_bytes())
+    with tifffile.TiffFile(clean) as tiff:
+        places = list(zip(tiff.pages[1].dataoffsets, tiff.pages[1].databytecounts))
+    with open(bad, "r+b") as f:
+        for offset, count in places:
+            f.seek(offset)
+            f.write(bytes(count))
+    (rgb, unread), (same, _) = (data.thumbnail(data.Reader(path), 0.5) for path in (bad, clean))
+    assert not unread.any() and np.abs(rgb.astype(int) - same).mean() < 0.5
+
+
+def test_pixels_that_the_file_does_not_have_are_counted(tmp_path, monkeypatch, capsys):
+    """A lost row of tiles from one edge to the other cannot be told from glass that was never scanned, and is said."""
+    clean = write_tiff(tmp_path / "s.tiff", pink(2700, 2700), 0.5)
+    assert tile(monkeypatch, "--slides", without(clean, *range(5 * 11, 6 * 11)), clean, "--out", tmp_path / "d") == 0
+    out = capsys.readouterr().out
+    assert out.count("3 cells hold pixels that the file does not have, taken for glass") == 1
+    assert [data.read_slide(tmp_path / f"d/slides/{i}.safetensors").meta["n_unscanned"] for i in ("less-s", "s")] == [3, 0]
+
+
+def test_names_that_are_no_text_fail_alone(tmp_path):
+    """A name in another encoding than the system's, or with a line's end in it."""
+    (tmp_path / "in").mkdir()
+    good = write_tiff(tmp_path / "in" / "a.tiff", pink(1000, 1000), 0.5)
+    for name in (b"Pr\xe4parat.tiff", b"two\nlines.tiff"):
+        (tmp_path / "in" / os.fsdecode(name)).write_bytes(good.read_bytes())
+    _, err = run("data.py", "tile", "--slides", "in", "--out", "d", cwd=tmp_path, code=3)
+    assert [p.name for p in (tmp_path / "d" / "slides").iterdir()] == ["a.safetensors"] and err.count("is not a printable name") == 2
+    with open(tmp_path / "d" / "failed.csv", newline="", encoding="utf-8") as f:
+        assert sorted(r["slide_id"] for r in csv.DictReader(f)) == ["Pr\\udce4parat", "two\nlines"]
+
+
+def test_blood_is_tissue():
+    """Red cells in H&E (mean of a clot in a real section: 183, 52, 76) are as red as ink; but ink is smooth."""
+    rng = np.random.default_rng(0)
+    picture = np.full((300, 300, 3), 243, np.uint8)
+    y, x = np.mgrid[:300, :300]
+    clot = (y - 150) ** 2 + (x - 150) ** 2 < 90 ** 2
+    picture[clot] = np.clip((183, 52, 76) + rng.normal(0, 12, (clot.sum(), 1)), 0, 255)
+    assert data.find_tissue(picture)[clot].mean() > 0.9
+    smooth = np.full((300, 300, 3), 243, np.uint8)
+    smooth[140:170] = (200, 40, 50)
+    assert not data.find_tissue(smooth)[145:165].any()
+
+
+def test_synth_does_not_mix_with_anything_else(tmp_path):
+    task(tmp_path, [("p", "a", 1, "train")], "colon_msi")
+    before = (tmp_path / "tasks" / "colon_msi.csv").read_bytes()
+    with pytest.raises(MixmagError, match="no synthetic cohort's; give another --out"):
+        data.synth_cohort(tmp_path)
+    assert (tmp_path / "tasks" / "colon_msi.csv").read_bytes() == before and not (tmp_path / "slides").exists()
+
+
+@pytest.mark.parametrize("mode", ["--text", "--binary"])
+def test_sums_of_the_program_sha256sum_are_read(tmp_path, mode):
+    make_slide(tmp_path, "a")
+    (tmp_path / "SHA256SUMS").write_bytes(subprocess.run(["sha256sum", mode, "slides/a.safetensors"], cwd=tmp_path, capture_output=True).stdout)
+    assert data.seal_findings(tmp_path / "SHA256SUMS") == []
+    make_slide(tmp_path, "a", seed=1)
+    assert "checksum differs" in data.seal_findings(tmp_path / "SHA256SUMS")[0]
+
+
+def test_hidden_files_are_nobodys(tmp_path):
+    """macOS leaves ._S.safetensors beside S.safetensors on disks that are not its own."""
+    make_slide(tmp_path, "a")
+    (tmp_path / "slides" / "._a.safetensors").write_bytes(b"\0\5\x16\7")
+    task(tmp_path, [("p", "a", 1, "train")])
+    (tmp_path / "tasks" / "._t.csv").write_bytes(b"\0\5\x16\7")
+    assert [s.slide_id for s in data.read_slides(tmp_path)] == data.pretraining_ids(tmp_path) == ["a"] and data.task_names(tmp_path) == ["t"]
+    assert not any("._" in finding for finding in data.verify(tmp_path))
