@@ -1561,8 +1561,8 @@ def tile_one(path: Path, encoder, dim: int, args) -> tuple[str, int]:
     """Tile one slide into its file; the report, and the bytes that it takes. Raises MixmagError if it cannot be done."""
     if not path.exists():
         raise MixmagError(f"{path}: no such file")
-    if not path.stem.isprintable():
-        raise MixmagError(f"{ascii(path.stem)} is not a printable name in UTF-8; rename the file")
+    if path.stem.encode("utf-8", "ignore").decode("utf-8") != path.stem:
+        raise MixmagError(f"{ascii(path.stem)}: the name is no UTF-8; rename the file")
     out = Path(args.out).resolve() / "slides" / f"{path.stem}.safetensors"
     mask = find_mask(path, args.mask)
     settings = {"region": args.region, "min_tissue": args.min_tissue, "source_bytes": path.stat().st_size, "mask": mask and file_sha256(mask),

@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("SOURCE_DATE_EPOCH", "946684800")            # of all slide files: equal content is equal bytes
 os.environ.setdefault("OMP_NUM_THREADS", "1")                      # for the notebooks run beside the other tests
+if os.environ.get("MIXMAG_REAL"):
+    os.environ["MIXMAG_REAL"] = os.path.abspath(os.environ["MIXMAG_REAL"])                              # notebooks run in another folder
 SERVER = multiprocessing.get_context("forkserver")                 # has imported what the commands import, and computed nothing
 SERVER.set_forkserver_preload(["train", "matplotlib.pyplot", "h5py", "tifffile"])
 
@@ -23,14 +25,13 @@ def real():
     """The folder of real slides that MIXMAG_REAL names; tests that want it are skipped, saying so, where it is not set."""
     if not os.environ.get("MIXMAG_REAL"):
         pytest.skip("MIXMAG_REAL is not set: no real files to try this on")
-    return Path(os.environ["MIXMAG_REAL"]).resolve()
+    return Path(os.environ["MIXMAG_REAL"])
 
 
 def command(script, args, cwd, out, environment, limits):
     """What a process of the server does: the script's last lines, with its output in files."""
     os.chdir(cwd)
     os.environ.update(environment)
-    multiprocessing.set_start_method("fork", force=True)           # as it is in a process that nobody forked: the server's would be inherited
     for stream, path in ((1, out), (2, f"{out}.err")):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     for name, value in limits.items():                             # RLIMIT_FSIZE in bytes; RLIMIT_AS in bytes beyond what is there
