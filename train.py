@@ -79,7 +79,7 @@ def parse(argv=None) -> argparse.Namespace:
         p.add_argument("--clip", type=rate, default=1.0, help="largest gradient norm (assumed)")
         p.add_argument("--amp", choices=("auto", "off", "fp16", "bf16"), default="auto",
                        help="auto: bf16 where the device computes it, else fp16 on a GPU")
-        p.add_argument("--workers", type=natural, default=0, help="threads that load the next batches")
+        p.add_argument("--workers", type=natural, default=1, help="threads that load the next batches")
         p.add_argument("--resume", choices=("auto", "off"), default="auto", help="auto: go on where a run of the same settings stopped")
 
     p = command("pretrain", "masked embedding modelling, without labels", "python train.py pretrain --mask 0.5 --source 7")
