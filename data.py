@@ -1580,8 +1580,8 @@ def tile_one(path: Path, encoder, dim: int, args) -> tuple[str, int]:
         width, height = reader.slide.dimensions
         write_slide(out, features, cells, np.ones(features.shape[:2], bool),
                     {"slide_id": path.stem, "encoder": args.encoder, "magnifications": args.magnifications, "tile_px": TILE_PX, "mpp": plan.mpp,
-                     "cell_px": plan.cell_px, "origin": plan.origin, "width": width, "height": height, "n_bad": bad, "n_unscanned": len(plan.unscanned),
-                     "settings": settings})
+                     "cell_px": plan.cell_px, "origin": plan.origin, "width": width, "height": height, "n_bad": bad,
+                     "n_unscanned": len(plan.unscanned), "settings": settings})
         report += f"; {bad} windows dropped as unreadable" if bad else ""
         report += f"; {len(plan.unscanned)} cells hold pixels that the file does not have, taken for glass" if plan.unscanned else ""
     return report + ("" if plan.windows else "; nothing to embed"), size

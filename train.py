@@ -109,8 +109,8 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--layer-decay", type=share, default=0.75, help="each layer's rate against the one above (paper 4.3)")
     p.add_argument("--frozen-epochs", type=natural, default=1,
                    help="epochs before the encoder learns (paper 4.3: 1); with more than one its outputs are held in memory meanwhile")
-    p.add_argument("--starts", type=positive, default=1, help="random starts of the aggregator, each tried for all epochs on the frozen encoder's outputs; "
-                   "the tune split chooses with which to go on")
+    p.add_argument("--starts", type=positive, default=1, help="random starts of the aggregator, each tried for all epochs on the frozen encoder's "
+                   "outputs; the tune split chooses with which to go on")
     p.add_argument("--encoder-rate", type=share, default=0.1, help="the encoder's rate against the aggregator's (assumed)")
     p.add_argument("--case-score", choices=("auto", "max", "mean"), default="auto",
                    help="a case's score from its slides'; auto: whichever ranks the tune split better, max on a tie")
@@ -881,7 +881,7 @@ def share_state(module, compute) -> None:
 
 
 def fit_whitening(model, dataset, compute, limit: int = 4000) -> None:
-    """Mean of each output's place and the covariance around it, over evenly spread regions of every slide of the train split, about `limit` of them."""
+    """Mean of each output's place and the covariance around it, over about `limit` regions, evenly spread over every slide of the train split."""
     share, count, total, square = max(1, -(-sum(map(len, dataset.rows.values())) // limit)), 0.0, 0.0, 0.0
     for i in progress(dataset.rows, desc="whitening", leave=False):
         h, valid = (part[::share] for part in dataset.held[i]) if i in dataset.held else encoded(model, dataset, i, compute, share)
@@ -1391,7 +1391,8 @@ def embed_command(args) -> int:
     shown = ", ".join(f"{n} {unit}" for n, unit in zip(np.atleast_1d(totals), units))
     print(f"{len(slides) - sum(stage == 'embed' for _, stage, _ in failed)} slides, {args.tokens} outputs in {args.out}: {shown}"
           + (f"; {len(empty)} slides have no tissue, so their files hold no rows: "
-             f"{', '.join(empty[:5])}" if empty else "") + (f"; {len(failed)} failed, see {args.out}/failed.csv" if failed else "") + data.left_out(used, there_are))
+             f"{', '.join(empty[:5])}" if empty else "") + (f"; {len(failed)} failed, see {args.out}/failed.csv" if failed else "")
+          + data.left_out(used, there_are))
     return report_failed(Path(args.out) / "failed.csv", failed)
 
 
@@ -1537,16 +1538,15 @@ def draw_maps(out: Path, table, slide, labels: list, reader, bounds: tuple, side
 def refuse_other_image(reader, slide, table) -> None:
     """Raises MixmagError for an image that cannot be this slide's; a log line for another file that may be."""
     meta, size, (mpp, *_, words) = slide.meta, reader.slide.dimensions, data.said_mpp(reader.slide.properties)
+    made_by, said = meta.get("settings", {}), f"--image {reader.path} has {size} pixels, {slide.slide_id} "
     if meta.get("size_known", True):
         if size != (meta["width"], meta["height"]):
-            raise MixmagError(f"--image {reader.path} has {size} pixels, {slide.slide_id} was tiled from {(meta['width'], meta['height'])}: not the same "
-                              "slide")
+            raise MixmagError(f"{said}was tiled from {(meta['width'], meta['height'])}: not the same slide")
     elif (table.box[:, :2] >= size).any():
-        raise MixmagError(f"--image {reader.path} has {size} pixels, {slide.slide_id} has a tile at {table.box[:, :2].max(axis=0).tolist()}: not the same "
-                          "slide, or not the --mpp that it was imported with")
-    if meta.get("settings", {}).get("tool") == "stamp" and mpp and abs(mpp - meta["mpp"]) > 0.02 * mpp:        # micrometres became pixels by it
-        raise MixmagError(f"--image {reader.path} says {words}, {slide.slide_id} was imported at {meta['mpp']:.4g} um/px: import it with --mpp {mpp:.4g}")
-    if meta.get("settings", {}).get("source_bytes", reader.path.stat().st_size) != reader.path.stat().st_size:
+        raise MixmagError(f"{said}has a tile at {table.box[:, :2].max(axis=0).tolist()}: not the same slide, or imported with another --mpp")
+    if made_by.get("tool") == "stamp" and mpp and abs(mpp - meta["mpp"]) > 0.02 * mpp:                  # micrometres became pixels by it
+        raise MixmagError(f"{said}was imported at {meta['mpp']:.4g} um/px, the image says {words}: import it with --mpp {mpp:.4g}")
+    if made_by.get("source_bytes", reader.path.stat().st_size) != reader.path.stat().st_size:
         log(f"WARNING: {reader.path} has the right size but is another file than {slide.slide_id} was tiled from: a copy, or another slide")
 
 
