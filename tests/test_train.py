@@ -976,6 +976,14 @@ def test_flags_out_of_range_are_usage_errors(flags, capsys):
     assert end.value.code == 2 and f"argument {flags[0]}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", [("--mask", "inf"), ("--steps", 3, "--epochs", 2), ("--lr", 1e-3, "--blr", 1e-3), ("--source", 0)])
+def test_flags_that_contradict_are_usage_errors(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        train.parse(["pretrain", *map(str, flags)])
+    assert end.value.code == 2 and f"argument {flags[-2]}" in capsys.readouterr().err
+    assert train.parse(["finetune", "--task", "x", "--magnification", "8.75"]).magnification == 8.75
+
+
 def test_what_scales_to_nonsense_is_refused(cohort, tmp_path):
     _, err = run("train.py", "pretrain", "--data", cohort, "--batch-size", 4096, "--steps", 1, "--out", "x", cwd=tmp_path, code=1)
     assert "makes a peak rate of 0.51" in err and "--preset paper" in err
