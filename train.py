@@ -70,12 +70,12 @@ def parse(argv=None) -> argparse.Namespace:
                        f"paper: its sizes, as assumed in README{taken_over}")
         p.add_argument("--region", type=positive, default=3, help=f"cells per region side (assumed: 3){taken_over}")
         p.add_argument("--batch-size", type=positive, help="global batch size (default: the preset's)")
-        length, rates = p.add_mutually_exclusive_group(), p.add_mutually_exclusive_group()
-        length.add_argument("--epochs", type=positive, help="passes over the data (default: the preset's)")
-        rates.add_argument("--lr", type=rate, help="peak learning rate (default: the preset's)")
+        p.add_argument("--epochs", type=positive, help="passes over the data (default: the preset's)")
         if steps:
-            length.add_argument("--steps", type=positive, help="optimizer steps, instead of epochs (default: the preset's)")
-            rates.add_argument("--blr", type=rate, help="base rate: lr = blr * batch / 256 (default: the preset's)")
+            p.add_argument("--steps", type=positive, help="optimizer steps, instead of epochs (default: the preset's)")
+        p.add_argument("--lr", type=rate, help="peak learning rate (default: the preset's)")
+        if steps:
+            p.add_argument("--blr", type=rate, help="base rate, instead of lr: lr = blr * batch / 256 (default: the preset's)")
         p.add_argument("--warmup", type=share, default=0.05, help="share of the steps in which the rate rises (assumed)")
         p.add_argument("--weight-decay", type=within(float, 0, 1e3), help="on matrices only (default: the preset's)")
         p.add_argument("--clip", type=rate, default=1.0, help="largest gradient norm (assumed)")

@@ -976,8 +976,8 @@ def test_flags_out_of_range_are_usage_errors(flags, capsys):
     assert end.value.code == 2 and f"argument {flags[0]}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [("--mask", "inf"), ("--steps", 3, "--epochs", 2), ("--lr", 1e-3, "--blr", 1e-3), ("--source", 0)])
-def test_flags_that_contradict_are_usage_errors(flags, capsys):
+@pytest.mark.parametrize("flags", [("--mask", "inf"), ("--mask", -1), ("--blr", 0), ("--source", 0)])
+def test_pretraining_flags_out_of_range_are_usage_errors(flags, capsys):
     with pytest.raises(SystemExit) as end:
         train.parse(["pretrain", *map(str, flags)])
     assert end.value.code == 2 and f"argument {flags[-2]}" in capsys.readouterr().err
