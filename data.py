@@ -284,7 +284,8 @@ def read_json(path) -> dict:
 
 
 def write_csv(path, header, rows) -> None:
-    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as f:     # of file names
+    """File names that are no UTF-8 are written with their bytes escaped."""
+    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as f:
         writer = csv.writer(f)
         writer.writerow(header)
         writer.writerows(rows)
@@ -544,6 +545,7 @@ def evaluation_slides(data) -> set:
 
 
 def held_slides(cases: list) -> set:
+    """Those of cases that any of `cases` puts into a tune or test split, by whichever task."""
     held = {c.case_id for c in cases if c.split != "train"}
     return {s for c in cases if c.case_id in held for s in c.slide_ids}
 
@@ -1883,20 +1885,20 @@ def level0(levels: list, job: dict) -> tuple[float, float, str]:
     """A cell's side in level-0 px, mpp, and who says so: TRIDENT's files know pixels and a nominal magnification, so that mpp follows from
     the side, or is --mpp where that agrees; STAMP's know micrometres, which become pixels of --mpp, else of the finest magnification."""
     cell_um, (given, giver) = 10 * levels[0].tile_px / levels[0].magnification, job["mpp"]
+    if given is not None and not 0.1 <= given <= 4:
+        raise MixmagError(f"{giver} says {given:g} um/px, expected 0.1 to 4")
     if job["tool"] == "trident":
         cell_px = float(trident_cell(levels))
         mpp, source = cell_um / cell_px, "nominal, from the tiles' side"
-        if given is not None and abs(given - mpp) > 0.2 * mpp:                # TRIDENT cuts 0.2 to 0.3 um/px as if they were 0.25
+        if given and abs(given - mpp) > 0.2 * mpp:                # TRIDENT cuts 0.2 to 0.3 um/px as if they were 0.25
             raise MixmagError(f"{giver} says {given}, but tiles of {cell_px:g} px at {levels[0].magnification}x were cut as if it were {mpp:.4g}")
     else:
-        mpp, source = 10 / levels[-1].magnification if given is None else given, "none: pixels of the finest magnification"
-        if not 0.1 <= mpp <= 4:
-            raise MixmagError(f"{source if given is None else giver} says {mpp:.4g} um/px, expected 0.1 to 4; give the slide's own with --mpp")
+        mpp, source = given or 10 / levels[-1].magnification, "none: pixels of the finest magnification"
         cell_px = cell_um / mpp
         for t in levels:
             t.corners /= mpp
-    if not 0.1 <= (given or mpp) <= 4:
-        raise MixmagError(f"mpp is {given or mpp:.4g}, expected 0.1 to 4 um/px")
+    if not 0.1 <= mpp <= 4:
+        raise MixmagError(f"mpp is {mpp:.4g} ({source}), expected 0.1 to 4 um/px; give the slide's own with --mpp")
     return cell_px, given or mpp, f"{giver} (cut as if {mpp:.4g})" if given and abs(given - mpp) > 0.02 * mpp else giver if given else source
 
 
