@@ -559,7 +559,7 @@ def pretrain(args) -> dict:
     compute = machine(args)
     path = ensure_data(args.data, compute)
     ids, held_ids = pretraining_split(path, args.holdout)
-    if not ids and any((path / "slides").glob("*.safetensors")):
+    if not ids and data.visible(path / "slides", "*.safetensors"):
         raise MixmagError(f"{path}: every slide is of a tune or test case, or held out (--holdout {args.holdout:g}): none is left to train on")
     slides = data.read_slides(path, ids)
     config = model_config(args, slides)
