@@ -112,7 +112,7 @@ def parse(argv=None) -> argparse.Namespace:
                    help="epochs before the encoder learns (paper 4.3: 1); with more than one its outputs are held in memory meanwhile")
     p.add_argument("--starts", type=positive, default=1, help="random starts of the aggregator, each tried for all epochs on the frozen encoder's "
                    "outputs; the tune split chooses with which to go on")
-    p.add_argument("--encoder-rate", type=share, default=0.1, help="the encoder's rate against the aggregator's (assumed)")
+    p.add_argument("--encoder-rate", type=share, default=0.3, help="the encoder's rate against the aggregator's (assumed)")
     p.add_argument("--case-score", choices=("auto", "max", "mean"), default="auto",
                    help="a case's score from its slides'; auto: whichever ranks the tune split better, max on a tie")
     p.add_argument("--min-cover", type=share, default=0.5, help="share of its cells that a region must hold")
