@@ -534,7 +534,7 @@ def min_slide_loss(loss: Tensor, case: Tensor) -> Tensor:
 
 class Whiten(nn.Module):
     """(h - mean) @ matrix: subtracts the mean output of each place in the region, and gives all directions about the same size (PCA whitening,
-    shrunk), with constants of the training slides. A trained encoder's outputs vary mostly by place and by what is
+    shrunk), with constants of the training slides. For an encoder that stays frozen: its outputs vary mostly by place and by what is
     common; what is rare, and a biomarker often is, is small beside it: attention pooling on a hundred slides would miss it.
 
     places: n output tokens per region (1 for "cls"). The identity until it is fitted.

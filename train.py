@@ -27,10 +27,10 @@ from types import SimpleNamespace
 DEFAULT_DATA = "data/synthetic"
 PRESETS = {     # what a flag that is not given means; `paper` numbers are the assumed ones of README
     "small": {"pretrain": {"batch_size": 16, "blr": 0.032, "weight_decay": 0.05, "steps": 3000},
-              "finetune": {"batch_size": 16, "lr": 1e-2, "weight_decay": 1.0, "hidden": 64, "epochs": 20},
+              "finetune": {"batch_size": 16, "lr": 1e-2, "encoder_rate": 0.3, "weight_decay": 1.0, "hidden": 64, "epochs": 20},
               "abmil": {"epochs": 60}},
     "paper": {"pretrain": {"batch_size": 4096, "blr": 1.5e-4, "weight_decay": 0.05, "epochs": 100},
-              "finetune": {"batch_size": 32, "lr": 1e-3, "weight_decay": 0.05, "hidden": 256, "epochs": 20},
+              "finetune": {"batch_size": 32, "lr": 1e-3, "encoder_rate": 0.1, "weight_decay": 0.05, "hidden": 256, "epochs": 20},
               "abmil": {}},                                       # what differs without an encoder: few tokens learn late, in cheap epochs
 }
 
@@ -112,7 +112,7 @@ def parse(argv=None) -> argparse.Namespace:
                    help="epochs before the encoder learns (paper 4.3: 1); with more than one its outputs are held in memory meanwhile")
     p.add_argument("--starts", type=positive, default=1, help="random starts of the aggregator, each tried for all epochs on the frozen encoder's "
                    "outputs; the tune split chooses with which to go on")
-    p.add_argument("--encoder-rate", type=share, default=0.3, help="the encoder's rate against the aggregator's (assumed)")
+    p.add_argument("--encoder-rate", type=share, help="the encoder's rate against the aggregator's (assumed) (default: the preset's)")
     p.add_argument("--case-score", choices=("auto", "max", "mean"), default="auto",
                    help="a case's score from its slides'; auto: whichever ranks the tune split better, max on a tie")
     p.add_argument("--min-cover", type=share, default=0.5, help="share of its cells that a region must hold")
@@ -882,11 +882,10 @@ def share_state(module, compute) -> None:
 
 
 def fit_whitening(model, dataset, compute, limit: int = 4000) -> None:
-    """Mean of each output's place and the covariance around it, over about `limit` regions, evenly spread over every slide of the train split."""
+    """Mean of each held output's place and the covariance around it, over about `limit` regions, evenly spread over every slide of the train split."""
     share, count, total, square = max(1, -(-sum(map(len, dataset.rows.values())) // limit)), 0.0, 0.0, 0.0
-    for i in progress(dataset.rows, desc="whitening", leave=False):
-        h, valid = (part[::share] for part in dataset.held[i]) if i in dataset.held else encoded(model, dataset, i, compute, share)
-        h = torch.from_numpy(h).to(compute.device).double()                                                     # (W, n or 1, d)
+    for h, valid in progress(dataset.held.values(), desc="whitening", leave=False):
+        h, valid = torch.from_numpy(h[::share]).to(compute.device).double(), valid[::share]                     # (W, n or 1, d)
         there = torch.from_numpy(valid if model.tokens == "patch" else np.ones(h.shape[:2], bool)).to(compute.device)[..., None]
         h = h.where(there, 0)
         count, total, square = count + there.sum(0), total + h.sum(0), square + torch.einsum("wnd,wne->de", h, h)
@@ -895,9 +894,9 @@ def fit_whitening(model, dataset, compute, limit: int = 4000) -> None:
     share_state(model.whiten, compute)
 
 
-def encoded(model, dataset, slide_id: str, compute, share: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """A slide of data.CaseDataset, or every share-th of its regions, through the encoder as it is -> (W, n or 1, d) float32 and valid (W, n)."""
-    x, valid = data.gather(dataset.slides[slide_id], dataset.rows[slide_id][::share], dataset.entries)
+def encoded(model, dataset, slide_id: str, compute) -> tuple[np.ndarray, np.ndarray]:
+    """A slide of data.CaseDataset through the encoder as it is -> (W, n or 1, d) float32 and valid (W, n)."""
+    x, valid = data.gather(dataset.slides[slide_id], dataset.rows[slide_id], dataset.entries)
     with torch.no_grad(), compute.autocast():
         return model.outputs(*data.as_batch(x, valid, compute.device)).float().cpu().numpy(), valid
 
@@ -1067,10 +1066,9 @@ def finetune_loop(args, run: Run, model, sets: dict, labels: dict, compute) -> d
     best = {"best_auroc": -1.0, **run.load(model, optimizer)}
     done, starts = best.pop("done"), best.pop("starts", 0)
     if not done:
-        if model.encoder is not None:
-            if max(args.frozen_epochs, args.starts) > 1:
-                hold_outputs(model, sets["train"], compute)
-            if not starts:
+        if model.encoder is not None and max(args.frozen_epochs, args.starts) > 1:
+            hold_outputs(model, sets["train"], compute)
+            if not starts:                                         # an encoder that learns from the start makes large what matters by itself
                 fit_whitening(model, sets["train"], compute)
         if args.starts > 1:
             best_start(args, run, model, optimizer, sets, labels, compute, best, starts)

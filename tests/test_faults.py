@@ -158,7 +158,7 @@ def test_no_loop_is_deaf(cohort, tmp_path, monkeypatch):
     for name, call in {"synth": lambda: data.synth_cohort(tmp_path / "c"), "images": lambda: data.synth_images(tmp_path / "i", 1, 0),
                        "read": lambda: data.read_slides(cohort), "verify": lambda: data.verify(cohort), "statistics": lambda: data.feature_statistics(slides),
                        "thumbnail": lambda: data.thumbnail(reader, 0.5), "tile": lambda: data.tile_slide(reader, plan, data.texture, 46, types.SimpleNamespace(**TILE)),
-                       "hold": lambda: train.hold_outputs(model, bags, machine), "whitening": lambda: train.fit_whitening(model, bags, machine), "store": lambda: regions.hold("cpu"),
+                       "hold": lambda: train.hold_outputs(model, bags, machine), "whitening": lambda: train.fit_whitening(model, types.SimpleNamespace(rows=bags.rows, held=bags.rows), machine), "store": lambda: regions.hold("cpu"),
                        "held-out": lambda: train.level_table(mixmag.MaskedEmbeddingModel(mixmag.Config.small(64)), regions, torch.zeros(3, 64), machine),
                        "score": lambda: train.score_cases(model, bags, machine, 4),
                        "epoch": lambda: train.finetune_epoch(model, optimizer, bags, machine, args, 0, 4, train.progress(total=4))}.items():

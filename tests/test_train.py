@@ -266,14 +266,11 @@ def test_held_outputs_stand_for_the_encoder(cohort, tokens):
     config, compute = mixmag.Config.small(64), train.machine(argparse.Namespace(device="cpu"), 96)
     model = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config), tokens, hidden=8).eval()
     dataset = data.CaseDataset(slides, cases, config.geometry(), model.index)
-    train.fit_whitening(model, dataset, compute)
     batch = dataset.__getitems__(range(6))
-    expected, fitted = train.slide_logits(model, batch), model.whiten.matrix.clone()
     train.hold_outputs(model, dataset, compute)
-    held = dataset.__getitems__(range(6))
-    assert held["held"] and not batch["held"] and torch.allclose(train.slide_logits(model, held), expected, atol=1e-5)
     train.fit_whitening(model, dataset, compute)
-    assert torch.equal(model.whiten.matrix, fitted)
+    held = dataset.__getitems__(range(6))
+    assert held["held"] and not batch["held"] and torch.allclose(train.slide_logits(model, held), train.slide_logits(model, batch), atol=1e-5)
 
 
 def test_one_class_has_no_auroc():
@@ -1123,13 +1120,11 @@ def test_whitening_is_of_every_training_slide(cohort, monkeypatch):
     model = mixmag.SlideClassifier(mixmag.Config.small(64), mixmag.MixingEncoder(mixmag.Config.small(64)))
     dataset = data.CaseDataset(slides, cases, model.config.geometry(), model.index)
     regions = sum(map(len, dataset.rows.values()))
-    for held in (False, True):
-        if held:
-            train.hold_outputs(model, dataset, compute())
-        train.fit_whitening(model, dataset, compute(), limit=regions // 2)
-        share = -(-regions // (regions // 2))
-        h = torch.cat([torch.from_numpy(train.encoded(model, dataset, i, compute())[0])[::share] for i in dataset.rows]).double()
-        assert len(dataset.rows) > 20 and torch.allclose(model.whiten.mean, h.mean(0).float(), atol=1e-5)
+    train.hold_outputs(model, dataset, compute())
+    train.fit_whitening(model, dataset, compute(), limit=regions // 2)
+    share = -(-regions // (regions // 2))
+    h = torch.cat([torch.from_numpy(train.encoded(model, dataset, i, compute())[0])[::share] for i in dataset.rows]).double()
+    assert len(dataset.rows) > 20 and torch.allclose(model.whiten.mean, h.mean(0).float(), atol=1e-5)
 
 
 def test_scores_are_not_rounded_by_autocast():
