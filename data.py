@@ -112,7 +112,8 @@ import safetensors                                                              
 import safetensors.torch                                                                                    # noqa: E402
 import torch                                                                                                # noqa: E402
 import torch.nn.functional as F                                                                             # noqa: E402
-from PIL import Image, ImageDraw                                                                                  # noqa: E402
+from PIL import Image, ImageDraw                                                                            # noqa: E402
+from scipy import ndimage                                                                                   # noqa: E402
 from tqdm import tqdm                                                                                       # noqa: E402
 
 from mixmag import Geometry, removal_count                                                                  # noqa: E402
@@ -1068,7 +1069,6 @@ def ink_mask(colour: np.ndarray, textured: np.ndarray) -> np.ndarray:
     At 16 um a pixel averages nuclei with what lies between them, so over a stroke's width (a quarter of a millimetre) H&E and DAB are
     never green, as blue or as red as ink, or black. Ink on bare glass is smooth besides: there less colour is enough.
     """
-    from scipy import ndimage
     red, green, blue = colour = ndimage.uniform_filter(colour, (1, 5, 5))
     high = colour.max(0)
     saturation = 1 - colour.min(0) / high.clip(min=1)
@@ -1086,7 +1086,6 @@ def ink_mask(colour: np.ndarray, textured: np.ndarray) -> np.ndarray:
 
 def pieces(mask: np.ndarray, least: int) -> np.ndarray:
     """Those connected pieces of a mask that have at least so many pixels."""
-    from scipy import ndimage
     labels, _ = ndimage.label(mask)
     return mask & (np.bincount(labels.reshape(-1))[labels] >= least)
 
@@ -1094,7 +1093,6 @@ def pieces(mask: np.ndarray, least: int) -> np.ndarray:
 def find_tissue(rgb: np.ndarray) -> np.ndarray:
     """(h, w, 3) uint8 at TISSUE_UM -> (h, w) bool, for H&E and DAB. Tissue is what is coloured more strongly than haze, or coloured and
     textured (pale stains; fat, which is tissue, by its walls); it is no ink, not black and no speck. Grey (dust, shadow) has no colour."""
-    from scipy import ndimage
     colour = np.ascontiguousarray(np.moveaxis(rgb, 2, 0)).astype(np.float32)                            # (3, h, w)
     high, low = colour.max(0), colour.min(0)
     glass = colour[:, (low >= 180) & (low < 254) & (high - low < 40)]                                   # pure white is where nothing was scanned
@@ -1229,7 +1227,6 @@ class TilePlan:
     def inside(self) -> np.ndarray:
         """Where tissue is for certain: the mask without its rim, with its small holes, which a lost tile makes, but without its large ones, which
         are lumen or were not scanned."""
-        from scipy import ndimage
         holes = ndimage.binary_fill_holes(self.mask) & ~self.mask
         return ndimage.binary_erosion(self.mask | holes & ~pieces(holes, 4 * HOLE), iterations=2)
 
