@@ -26,7 +26,7 @@ import sys
 import textwrap
 import time
 from collections import Counter, defaultdict, deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -1967,8 +1967,6 @@ def import_row(slide: Slide, region: int) -> tuple:
 
 
 def import_command(args) -> int:
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
     tool, places, out = "trident" if args.trident else "stamp", args.trident or args.stamp, Path(args.out)
     folders = [import_folder(place, tool, args.encoder) for place in places]
     rows, pool, slide_ids, args.manifest = [], None, sorted(set().union(*folders)), read_manifest(args.manifest)
@@ -1983,7 +1981,7 @@ def import_command(args) -> int:
             pool = pool or pools.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))    # a fork inherits torch's threads
             try:
                 status, reason = ("failed", f"no file in {', '.join(absent)}") if absent else pool.submit(import_worker, job).result()
-            except BrokenProcessPool:
+            except BrokenExecutor:
                 if STOP_SIGNALS:
                     raise Stopped from None
                 status, reason, pool = "failed", "its files bring the HDF5 library down, or hang it", None
