@@ -1272,18 +1272,14 @@ def plan_slide(reader: Reader, args) -> TilePlan:
     lines = tuple(np.round((start + cell_px * np.arange(count + 1)) / downsample).clip(max=size).astype(int)
                   for start, count, size in zip((left, top), (cols, rows), reader.sizes[level]))
     picture, mask = tissue_mask(reader, mpp, find_mask(reader.path, args.mask))
-    slide = reader.slide                                          # a failed read renews the handle
-    plan = TilePlan(mpp, source, args.magnifications, cell_px, (float(left), float(top)), level, downsample, lines, [], 0, picture, mask,
-                    np.array(mask.shape[::-1]) / slide.dimensions)
-    if drift(plan)[1] > MAX_DRIFT * finest:
-        raise MixmagError(f"level {level} ({reader.sizes[level]} px) does not fit level 0 ({slide.dimensions} px): edges would lie "
-                          f"{drift(plan)[1]:.3g} um off, more than {MAX_DRIFT * finest:g} um")
-    for row in range(0, rows, R):
-        for col in range(0, cols, R):
-            window = col, row, min(R, cols - col), min(R, rows - row)
-            plan.candidates += 1
-            if plan.patch(mask, *window).mean() >= args.min_tissue:
-                plan.windows.append(window)
+    candidates = [(col, row, min(R, cols - col), min(R, rows - row)) for row in range(0, rows, R) for col in range(0, cols, R)]
+    plan = TilePlan(mpp, source, args.magnifications, cell_px, (float(left), float(top)), level, downsample, lines, [], len(candidates),
+                    picture, mask, np.array(mask.shape[::-1]) / reader.sizes[0])
+    off = drift(plan)[1]
+    if off > MAX_DRIFT * finest:
+        raise MixmagError(f"level {level} ({reader.sizes[level]} px) does not fit level 0 ({reader.sizes[0]} px): edges would lie "
+                          f"{off:.3g} um off, more than {MAX_DRIFT * finest:g} um")
+    plan.windows = [window for window in candidates if plan.patch(mask, *window).mean() >= args.min_tissue]
     return plan
 
 
