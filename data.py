@@ -1239,17 +1239,13 @@ def tile_edges(lines: np.ndarray, k: int) -> np.ndarray:
 def drift(plan: TilePlan) -> tuple[float, float, list]:
     """How well the tiles keep to the lattice: the largest difference between a parent's and its children's edges, and between any
     edge and the unrounded lattice, in um; and for each magnification the (smallest, largest) um/px of its tiles."""
-    nesting, off, kept = 0.0, 0.0, []
-    for k in range(len(plan.magnifications)):
-        edges = [tile_edges(lines, k) * plan.downsample * plan.mpp for lines in plan.lines]             # um
-        for axis, start in enumerate(plan.origin):
-            exact = (start + plan.cell_px / 2 ** k * np.arange(len(edges[axis]))) * plan.mpp
-            parents = tile_edges(plan.lines[axis], max(0, k - 1)) * plan.downsample * plan.mpp
-            off = max(off, np.abs(edges[axis] - exact).max())
-            nesting = max(nesting, np.abs(edges[axis][::2 if k else 1] - parents).max())
-        sizes = np.concatenate([np.diff(e) for e in edges]) / TILE_PX
-        kept.append((sizes.min(), sizes.max()))
-    return nesting, off, kept
+    nesting, off, sizes = [0.0], [], []
+    for lines, start in zip(plan.lines, plan.origin):
+        edges = [tile_edges(lines, k) * plan.downsample * plan.mpp for k in range(len(plan.magnifications))]            # um
+        nesting += [np.abs(child[::2] - parent).max() for parent, child in zip(edges, edges[1:])]
+        off += [np.abs(e - (start + plan.cell_px / 2 ** k * np.arange(len(e))) * plan.mpp).max() for k, e in enumerate(edges)]
+        sizes.append([np.diff(e) / TILE_PX for e in edges])
+    return max(nesting), max(off), [(min(x.min(), y.min()), max(x.max(), y.max())) for x, y in zip(*sizes)]
 
 
 def plan_slide(reader: Reader, args) -> TilePlan:
