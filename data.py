@@ -1351,9 +1351,6 @@ def draw_qc(path, reader: Reader, plan: TilePlan) -> None:
     from matplotlib.patches import Rectangle
     (width, height), K, mpp = reader.slide.dimensions, len(plan.magnifications), plan.mpp
 
-    def box(col, row, cols, rows):                                # of cells: left, top, width, height in um
-        return np.array([*(plan.origin + np.array([col, row]) * plan.cell_px), cols * plan.cell_px, rows * plan.cell_px]) * mpp
-
     def held(*cells):                                             # mask pixels of tissue
         return plan.patch(plan.mask, *cells).sum()
 
@@ -1361,12 +1358,12 @@ def draw_qc(path, reader: Reader, plan: TilePlan) -> None:
     grid = figure.add_gridspec(2, K + 2)
     axis = figure.add_subplot(grid[:, :2 if plan.windows else K + 2])
     shrink = -(-max(plan.mask.shape) // 1500)
-    axis.imshow(Image.fromarray(plan.thumbnail).reduce(shrink), extent=(0, width * mpp, height * mpp, 0))                # axes in um
+    extent = 0, width * mpp, height * mpp, 0                      # of the slide in um: left, right, bottom, top
+    axis.imshow(Image.fromarray(plan.thumbnail).reduce(shrink), extent=extent)
     if plan.mask.any() and not plan.mask.all():
-        seen = plan.mask[::shrink, ::shrink]
-        y, x = ((np.arange(n) + 0.5) * full * mpp / n for n, full in zip(seen.shape, (height, width)))
-        axis.contour(x, y, seen, levels=[0.5], colors="lime", linewidths=0.7)
-    frames = [Rectangle((x, y), w, h) for x, y, w, h in (box(*w) for w in plan.windows)]
+        axis.contour(plan.mask[::shrink, ::shrink], levels=[0.5], colors="lime", linewidths=0.7, origin="upper", extent=extent)
+    (left, top), side = np.array(plan.origin) * mpp, plan.cell_px * mpp
+    frames = [Rectangle((left + col * side, top + row * side), cols * side, rows * side) for col, row, cols, rows in plan.windows]
     axis.add_collection(PatchCollection(frames, facecolor="none", edgecolor="tab:blue", lw=0.7))
     axis.set_title("\n".join([*textwrap.wrap(reader.path.stem, 60), f"{mpp:.4g} um/px ({plan.mpp_source}); tissue {plan.mask.mean():.1%}",
                               f"{len(frames)} of {plan.candidates} windows kept, {plan.held:.0%} of the tissue"]), fontsize=9, parse_math=False)
