@@ -1100,10 +1100,7 @@ def find_tissue(rgb: np.ndarray) -> np.ndarray:
         white = np.median(glass[:, glass.min(0) >= np.quantile(glass.min(0), 0.75)], axis=1)
         colour = np.minimum(colour * (255 / white[:, None, None]), 255).astype(np.float32)
     chroma, drop = colour.max(0) - colour.min(0), 255 - colour.min(0)
-
-    def mean(values):
-        return ndimage.uniform_filter(values, 5)
-
+    mean = functools.partial(ndimage.uniform_filter, size=5)
     textured = (mean(drop ** 2) - mean(drop) ** 2 > TEXTURE ** 2) & (mean(chroma) > 5)
     ink = ink_mask(colour, textured)
     chroma[ink] = 0
