@@ -1318,15 +1318,14 @@ def read_window(reader: Reader, plan: TilePlan, window: tuple) -> np.ndarray:
 def read_cells(reader: Reader, plan: TilePlan):
     """Yields (number of the window, (col, row), tiles or the error that says why there are none) in the plan's order, while threads
     read a few cells ahead."""
-    def read(cell):
+    def read(place):
         try:
-            return read_cell(reader, plan, *cell)
+            return *place, read_cell(reader, plan, *place[1])
         except (openslide.OpenSlideError, MixmagError) as error:
-            return error
+            return *place, error
 
     cells = [(i, (col + c, row + r)) for i, (col, row, cols, rows) in enumerate(plan.windows) for r in range(rows) for c in range(cols)]
-    for (i, cell), tiles in zip(cells, ahead(read, [cell for _, cell in cells], torch.get_num_threads())):
-        yield i, cell, tiles
+    return ahead(read, cells, torch.get_num_threads())
 
 
 def scale_bar(axis, across: float) -> None:
