@@ -2010,13 +2010,12 @@ def windows(cells: np.ndarray, region: int, stride: int, min_cover: float) -> tu
 def covering(cells: np.ndarray, region: int, min_cover: float) -> tuple[np.ndarray, np.ndarray]:
     """`windows` side by side, as inference takes them. Where none holds `min_cover` of its cells, those that hold `min_cover` of what the fullest
     does, so that slides smaller than a window, and narrow ones, are usable."""
-    rows, corners = windows(cells, region, region, min_cover)
-    if not len(rows):
-        rows, corners = windows(cells, region, region, 0.0)
-        held = (rows >= 0).sum(axis=1)
+    rows, corners = windows(cells, region, region, 0.0)
+    held = (rows >= 0).sum(axis=1)
+    kept = held / region ** 2 >= min_cover
+    if not kept.any():
         kept = held >= min_cover * held.max(initial=0)
-        rows, corners = rows[kept], corners[kept]
-    return rows, corners
+    return rows[kept], corners[kept]
 
 
 def left_out(used: int, there_are: int) -> str:
