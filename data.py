@@ -2023,13 +2023,12 @@ def left_out(used: int, there_are: int) -> str:
     return f"; {there_are - used} of {there_are} cells lie in windows that --min-cover leaves out" if used < there_are else ""
 
 
-def gather(slide: Slide, rows: np.ndarray, entries: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def gather(slide: Slide, rows: np.ndarray, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """rows (W, R*R) of `windows`, entries (n,) or (W, n): which of a window's R*R*T cell-major entries -> x (W, n, D) float16 and
-    valid (W, n) bool. One gather from the memory map, into `out` where it is given; nothing else is read."""
+    valid (W, n) bool. One gather from the memory map; nothing else is read."""
     token, valid = tokens_of(slide, rows, entries)
-    x = np.take(slide.features.reshape(-1, slide.dim), token, axis=0, out=out, mode="clip")             # clip: writes to out directly
-    if not valid.all():
-        x[~valid] = 0
+    x = slide.features.reshape(-1, slide.dim)[token]
+    x[~valid] = 0
     return x, valid
 
 
