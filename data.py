@@ -1813,9 +1813,8 @@ def agree(levels: list) -> None:
     """Raises MixmagError where a slide's files are not of one slide, one encoder and successive doublings."""
     if any(b.magnification != 2 * a.magnification for a, b in zip(levels, levels[1:])):
         raise MixmagError(f"its files are at {', '.join(f'{t.magnification}x' for t in levels)}; expected doublings in the folders' order")
-    facts = {"patch size": "tile_px", "encoder": "encoder", "slide's name": "name", "slide's size": "size"}
-    facts = {what: [getattr(t, name) for t in levels] for what, name in facts.items()}
-    for what, found in {**facts, "width of an embedding": [t.features.shape[1] for t in levels]}.items():
+    facts = "patch size", "encoder", "slide's name", "slide's size", "width of an embedding"
+    for what, *found in zip(facts, *((t.tile_px, t.encoder, t.name, t.size, t.features.shape[1]) for t in levels)):
         if any(value != found[0] for value in found):
             raise MixmagError(f"its files do not agree on the {what}: {', '.join(map(str, found))}")
     if all(levels[0].size) and any((t.corners >= t.size).any() for t in levels):
