@@ -151,7 +151,7 @@ def catch_signals() -> None:
         signal.signal(s, note)
 
 
-TORCH_SAYS = {"allocate": "out of memory", "by peer": "another of the processes ended"}
+TORCH_SAYS = {"allocate": "out of memory: ", "by peer": "another of the processes ended: "}
 
 
 def find_device(name: str) -> torch.device:
@@ -178,11 +178,10 @@ def run_command(function, args) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE                               # as the shell says it of a program that does not catch it
     except (OSError, MemoryError, RuntimeError) as error:
-        meaning = next((said for words, said in TORCH_SAYS.items() if words in str(error)), None)
-        if isinstance(error, RuntimeError) and not meaning:
+        said = "out of memory: " if isinstance(error, MemoryError) else next((said for words, said in TORCH_SAYS.items() if words in str(error)), "")
+        if isinstance(error, RuntimeError) and not said:
             raise
-        said = "out of memory" if isinstance(error, MemoryError) else meaning
-        print(f"error: {f'{said}: ' if said else ''}{' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {said}{' '.join(str(error).split())}", file=sys.stderr)
         return 1
 
 
