@@ -384,7 +384,7 @@ def checksum(features, cells, valid, metadata: dict) -> str:
     """sha256 over the tensors' bytes and all metadata but itself."""
     digest = hashlib.sha256()
     for array in (features, cells, valid):
-        digest.update(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data)
+        digest.update(np.ascontiguousarray(array).reshape(-1))
     others = {k: v for k, v in metadata.items() if k != "sha256"}
     digest.update(json.dumps(others, sort_keys=True, separators=(",", ":")).encode("utf-8"))
     return digest.hexdigest()
