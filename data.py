@@ -475,7 +475,8 @@ def done_before(path, wanted: dict, mpp: float | None) -> bool:
     if not Path(path).exists():
         return False
     found = read_slide(path).meta
-    there, wanted = ({k: v.get(k) for k, w in wanted.items() if w is not None} for v in (found, wanted))
+    wanted = {k: v for k, v in wanted.items() if v is not None}
+    there = {k: found.get(k) for k in wanted}
     if there != wanted:
         raise MixmagError(f"{path} was made with {there}, now asked for {wanted}; give another --out")
     if mpp is not None and not abs(mpp - found["mpp"]) <= 0.02 * found["mpp"]:
