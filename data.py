@@ -2073,10 +2073,9 @@ class RegionDataset:
         self.reach = (source or geometry.region) - geometry.region
         self.order, self.turns = geometry.cell_order().numpy(), geometry.dihedral().numpy()
         found = [windows(s.cells, geometry.region, stride, min_cover) for s in slides]
-        self.per_slide = [len(rows) for rows, _ in found]
-        self.first = np.concatenate([[0], np.cumsum(self.per_slide)])                                   # a slide's first window
         self.rows, self.corners = (np.concatenate(part) for part in zip(*found))
-        self.slide_of = np.repeat(np.arange(len(slides)), self.per_slide)                               # (W,)
+        self.slide_of = np.repeat(np.arange(len(slides)), [len(rows) for rows, _ in found])             # (W,)
+        self.first = np.searchsorted(self.slide_of, np.arange(len(slides) + 1))                         # a slide's first window
         self.all_valid = all(s.valid.all() for s in slides)
         self.shuffled = (None, None)                                                                    # an epoch and its order
         self.store = self.gathered = None
