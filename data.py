@@ -373,10 +373,8 @@ class Slide:
 
 @functools.lru_cache(maxsize=30000)                               # Linux gives a process some 65,000 maps
 def _map_features(path, stamp, offset, shape):
-    count = math.prod(shape)
-    if not count:
-        return np.zeros(shape, np.float16)
-    storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=offset + 2 * count)         # unlike numpy's, holds no file descriptor
+    size = offset + 2 * math.prod(shape)
+    storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)                       # unlike numpy's, holds no file descriptor
     return torch.empty(0, dtype=torch.float16).set_(storage, offset // 2, shape).numpy()
 
 
