@@ -137,6 +137,7 @@ class Stopped(Exception):
     """A signal asked for the end and everything worth keeping is saved."""
 
 
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 STOP_SIGNALS = []                                                 # those received so far
 
 
@@ -145,9 +146,9 @@ def catch_signals() -> None:
     processes: there the second is often the first again, passed on by torchrun, which by itself ends those that do not end."""
     def note(signum, frame):
         STOP_SIGNALS.append(signum)
-        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) if "RANK" not in os.environ else ():
+        for s in SIGNALS if "RANK" not in os.environ else ():
             signal.signal(s, signal.SIG_DFL)
-    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for s in SIGNALS:
         signal.signal(s, note)
 
 
@@ -1904,7 +1905,7 @@ def import_slide(job: dict) -> str:
 def import_worker(job: dict) -> tuple[str, str]:
     """What became of a slide, and why, in a process of its own: a file that brings the HDF5 library down, or hangs it, ends that process.
     A later alarm ends a worker whose parent was killed."""
-    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):     # the parent hears them, and lets the slide be finished
+    for s in SIGNALS:                                             # the parent hears them, and lets the slide be finished
         signal.signal(s, signal.SIG_IGN)
     try:
         signal.alarm(IMPORT_SECONDS + sum(os.path.getsize(path) for path in job["paths"]) // 2 ** 20)
