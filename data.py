@@ -2076,7 +2076,8 @@ class RegionDataset:
         self.slide_of = np.repeat(np.arange(len(slides)), [len(rows) for rows, _ in found])             # (W,)
         self.first = np.searchsorted(self.slide_of, np.arange(len(slides) + 1))                         # a slide's first window
         self.all_valid = all(s.valid.all() for s in slides)
-        self.shuffled = (None, None)                                                                    # an epoch and its order
+        count = len(self.rows)                                    # two epochs' orders are kept: threads that work ahead may be in the next one
+        self.order_of = functools.lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(count))
         self.store = self.gathered = None
 
     def hold(self, device) -> None:
@@ -2116,13 +2117,6 @@ class RegionDataset:
 
     def __len__(self) -> int:
         return len(self.slide_of)
-
-    def order_of(self, epoch: int) -> np.ndarray:
-        known, order = self.shuffled                              # read once: other threads may be in another epoch
-        if known != epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
-            self.shuffled = epoch, order
-        return order
 
     def chances(self, indices: np.ndarray) -> np.ndarray:
         """Samples (B,) -> (views, B, N + 4 or a few more) numbers in 0..1. Sample i has the i-th stretch of one random stream to itself."""
