@@ -919,9 +919,8 @@ class Reader:
         left, top = int(box[0] / scale), int(box[1] / scale)
         right, bottom = (min(-int(-edge // scale), size) for edge, size in zip(box[2:], self.sizes[level]))
         rgb = over_white(self.region(level, left, top, right, bottom))
-        within = tuple(min(max(edge / scale - start, 0), size) for edge, start, size in
-                       zip(box, (left, top, left, top), (*rgb.size, *rgb.size)))
-        return rgb, within
+        within = np.divide(box, scale) - (left, top, left, top)
+        return rgb, tuple(within.clip(0, (*rgb.size, *rgb.size)))
 
 
 def over_white(rgba: Image.Image) -> Image.Image:
