@@ -1091,12 +1091,12 @@ def pieces(mask: np.ndarray, least: int) -> np.ndarray:
 def find_tissue(rgb: np.ndarray) -> np.ndarray:
     """(h, w, 3) uint8 at TISSUE_UM -> (h, w) bool, for H&E and DAB. Tissue is what is coloured more strongly than haze, or coloured and
     textured (pale stains; fat, which is tissue, by its walls); it is no ink, not black and no speck. Grey (dust, shadow) has no colour."""
-    colour = np.ascontiguousarray(np.moveaxis(rgb, 2, 0)).astype(np.float32)                            # (3, h, w)
+    colour = rgb.transpose(2, 0, 1).astype(np.float32, order="C")                                       # (3, h, w)
     high, low = colour.max(0), colour.min(0)
     glass = colour[:, (low >= 180) & (low < 254) & (high - low < 40)]                                   # pure white is where nothing was scanned
     if glass.shape[1] > 0.01 * low.size:
         white = np.median(glass[:, glass.min(0) >= np.quantile(glass.min(0), 0.75)], axis=1)
-        colour = np.minimum(colour * (255 / white[:, None, None]), 255).astype(np.float32)
+        colour = np.minimum(colour * (255 / white[:, None, None]), 255)
     chroma, drop = colour.max(0) - colour.min(0), 255 - colour.min(0)
     mean = functools.partial(ndimage.uniform_filter, size=5)
     textured = (mean(drop ** 2) - mean(drop) ** 2 > TEXTURE ** 2) & (mean(chroma) > 5)
