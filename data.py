@@ -594,7 +594,7 @@ def verify(data) -> list[str]:
         if slide:
             slides[path.stem] = slide
     kinds = Counter(map(kind, slides.values()))
-    usual = kinds.most_common(1)[0][0] if kinds else None
+    usual = max(kinds, key=kinds.get, default=None)
     findings += [f"{s.path}: {kind(s)}; expected {usual} as in the {kinds[usual]} others" for s in slides.values() if kind(s) != usual]
     everyone = []
     for task in task_names(data):
