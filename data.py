@@ -803,9 +803,9 @@ def synth_cohort(out, scale="quick", dim=64, regions=4, seed=0) -> None:
     geometry = {"encoder": f"synthetic-{seed}", "magnifications": [5, 10, 20], "tile_px": TILE_PX, "mpp": 0.5, "cell_px": 896.0,
                 "origin": [0.0, 0.0], "n_bad": 0, "created": "2000-01-01T00:00:00+00:00"}              # fixed: same seed, same bytes
     floors = []
-    for task, rows in plan.items():
-        for number, (_, slide_id, _, _, shows) in enumerate(progress(rows, desc=f"synthetic {task}")):
-            rng = np.random.default_rng([seed, 2, list(plan).index(task), number])
+    for number, (task, rows) in enumerate(plan.items()):
+        for i, (_, slide_id, _, _, shows) in enumerate(progress(rows, desc=f"synthetic {task}")):
+            rng = np.random.default_rng([seed, 2, number, i])
             features, cells, floor = synth_slide(world, rng, task, shows, max(2, regions + int(rng.integers(-1, 2))))
             floors.append(floor)
             width, height = ((cells.max(axis=0) + 1) * 896).tolist()
