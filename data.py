@@ -1344,10 +1344,6 @@ def draw_qc(path, reader: Reader, plan: TilePlan) -> None:
     from matplotlib.figure import Figure                          # without pyplot: nothing global, no display
     from matplotlib.patches import Rectangle
     (width, height), K, mpp = reader.slide.dimensions, len(plan.magnifications), plan.mpp
-
-    def held(*cells):                                             # mask pixels of tissue
-        return plan.patch(plan.mask, *cells).sum()
-
     figure = Figure((5 + 2.6 * K, 5.8), dpi=130, layout="constrained")
     grid = figure.add_gridspec(2, K + 2)
     axis = figure.add_subplot(grid[:, :2 if plan.windows else K + 2])
@@ -1364,9 +1360,9 @@ def draw_qc(path, reader: Reader, plan: TilePlan) -> None:
     axis.set(xticks=[], yticks=[])
     scale_bar(axis, width * mpp)
     if plan.windows:
-        col, row, cols, rows = best = max(plan.windows, key=lambda window: held(*window))
+        col, row, cols, rows = best = max(plan.windows, key=lambda window: plan.patch(plan.mask, *window).sum())
         axis.add_collection(PatchCollection([frames[plan.windows.index(best)]], facecolor="none", edgecolor="red", lw=1.5))
-        fullest = max(((c, r) for r in range(rows) for c in range(cols)), key=lambda cell: held(col + cell[0], row + cell[1]))
+        fullest = max(((c, r) for r in range(rows) for c in range(cols)), key=lambda cell: plan.patch(plan.mask, col + cell[0], row + cell[1]).sum())
         draw_window(figure, grid, reader, plan, best, fullest)
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png")
