@@ -157,8 +157,10 @@ TORCH_SAYS = {"allocate": "out of memory: ", "by peer": "another of the processe
 
 def find_device(name: str) -> torch.device:
     """Raises MixmagError for a device that is not there. `auto` is the GPU that torchrun gave this process, or the processor."""
-    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    name = gpu if name == "auto" or name == "cuda" and "RANK" in os.environ else name
+    if name == "auto" and not torch.cuda.is_available():
+        name = "cpu"
+    elif name == "auto" or name == "cuda" and "RANK" in os.environ:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name) or name != "cpu" and int(name[5:] or 0) >= torch.cuda.device_count():
         raise MixmagError(f"--device {name}: expected auto, cpu or cuda[:i]; torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here")
     return torch.device(name)
@@ -280,7 +282,7 @@ def read_json(path) -> dict:
         if not isinstance(value, dict):
             raise ValueError(f"found {type(value).__name__}, expected names and values")
         return value
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise MixmagError(f"{path}: cannot be read as JSON ({error})") from None
 
 
@@ -438,7 +440,10 @@ def read_slide(path) -> Slide:
     if found != (np.int32, (C, 2), np.bool_, (C, T), "F16", [C, T], 3):
         raise MixmagError(f"{path}: {meta['magnifications']} and {C} cells ask for features F16 [{C}, {T}, D], cells int32 ({C}, 2), "
                           f"valid bool ({C}, {T}); found {entry['dtype']} {shape}, {cells.dtype} {cells.shape}, {valid.dtype} {valid.shape}")
-    return Slide(path, meta, cells, valid, shape[2], 8 + length + entry["data_offsets"][0], (status.st_ino, status.st_mtime_ns))
+    offset = 8 + length + entry["data_offsets"][0]
+    if offset % 2:
+        raise MixmagError(f"{path}: its features begin at an odd byte, {offset}, which no map of 16-bit numbers can; expected them before `valid`")
+    return Slide(path, meta, cells, valid, shape[2], offset, (status.st_ino, status.st_mtime_ns))
 
 
 def read_slides(data, ids=None, failed: list | None = None) -> list[Slide]:
@@ -1123,6 +1128,8 @@ def find_mask(path: Path, place) -> Path | None:
 
 def polygons(node) -> list:
     """The rings of every polygon of a GeoJSON text: [[outer ring, hole, ...], ...]."""
+    if node is None:                                              # a feature without a geometry
+        return []
     if isinstance(node, list):
         return [p for part in node for p in polygons(part)]
     inside = {"FeatureCollection": "features", "Feature": "geometry", "GeometryCollection": "geometries"}

@@ -64,6 +64,44 @@ def test_empty_slide_is_a_valid_file(tmp_path):
     assert slide.features.shape == (0, 21, 8) and not data.verify(tmp_path)
 
 
+def test_features_at_an_odd_byte_are_refused(tmp_path):
+    """The format allows the tensors in any order, and numpy maps no 16-bit numbers from an odd byte: they would be read shifted."""
+    path = make_slide(tmp_path, cells=[(0, 0)])
+    with safetensors.safe_open(path, "numpy") as f:
+        meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in ("valid", "features", "cells")}
+    header, start = {"__metadata__": meta}, 0
+    for name, x in tensors.items():
+        header[name] = {"dtype": {"bool": "BOOL", "float16": "F16", "int32": "I32"}[x.dtype.name], "shape": x.shape, "data_offsets": [start, start + x.nbytes]}
+        start += x.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(x.tobytes() for x in tensors.values()))
+    with safetensors.safe_open(path, "numpy") as f:
+        assert np.array_equal(f.get_tensor("features"), tensors["features"])
+    with pytest.raises(MixmagError, match="begin at an odd byte"):
+        data.read_slide(path)
+
+
+def test_json_nested_beyond_reason_is_one_line(tmp_path):
+    (tmp_path / "x.json").write_text('{"a":' * 100000)
+    with pytest.raises(MixmagError, match="cannot be read as JSON"):
+        data.read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("rank", [None, "0"])
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch, rank):
+    """Also where torchrun started the process: it does not go on, in silence, on the processor."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    assert data.find_device("auto") == data.find_device("cpu") == torch.device("cpu")
+    for name in ("cuda", "cuda:1", "gpu"):
+        with pytest.raises(MixmagError, match=f"--device {name}.*: expected auto, cpu"):
+            data.find_device(name)
+
+
 def test_many_slides_do_not_exhaust_file_descriptors(tmp_path):
     for i in range(400):
         make_slide(tmp_path, f"s{i}")
@@ -597,7 +635,8 @@ def ring(x, y, radius, n=40):
 
 
 @pytest.mark.parametrize("wrap", [
-    lambda p: {"type": "FeatureCollection", "features": [{"type": "Feature", "geometry": {"type": "Polygon", "coordinates": q}} for q in p]},
+    lambda p: {"type": "FeatureCollection", "features": [{"type": "Feature", "geometry": None},
+                                                         *({"type": "Feature", "geometry": {"type": "Polygon", "coordinates": q}} for q in p)]},
     lambda p: {"type": "Feature", "properties": {"name": "tissue"}, "geometry": {"type": "MultiPolygon", "coordinates": p}},
     lambda p: {"type": "MultiPolygon", "coordinates": p}, lambda p: [{"type": "Polygon", "coordinates": q} for q in p],
     lambda p: {"type": "GeometryCollection", "geometries": [{"type": "Polygon", "coordinates": q} for q in p]}])
