@@ -295,7 +295,7 @@ def optimizer_step(model, optimizer, scaler, rate: float, clip: float) -> torch.
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], clip)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
