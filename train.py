@@ -506,9 +506,7 @@ def default_run(args) -> str:
 def in_parts(batch: dict, micro: int) -> list[tuple]:
     """(x, removed, valid) of at most `micro` regions each; with two views the regions are on axis 1."""
     axis = batch["x"].ndim - 3
-    B = batch["x"].shape[axis]
-    return [tuple(None if batch[k] is None else batch[k].narrow(axis, i, min(micro, B - i)) for k in ("x", "removed", "valid"))
-            for i in range(0, B, micro)]
+    return list(zip(*(itertools.repeat(None) if batch[k] is None else batch[k].split(micro, axis) for k in ("x", "removed", "valid"))))
 
 
 def pretrain_step(model, loads, share: int, micro: int, compute) -> dict:
