@@ -1127,9 +1127,8 @@ def finish_finetuning(run: Run, model, sets, labels, best: dict, compute, args) 
     """Save the best epoch's classifier, score tune and test with it, write predictions.csv and result.json."""
     model.load_state_dict(best["best"])
     sets["tune"].held.clear()                                      # as in a run that goes on here, lest rounding differ
-    rule, rows, scores = CASE_SCORES[best["case_score"]], [], {}
-    for split in ("tune", "test"):
-        scores[split] = [float(rule(s)) for s in finite_scores(model, sets[split], compute, args.batch_size)]
+    rule = CASE_SCORES[best["case_score"]]
+    scores = {split: [float(rule(s)) for s in finite_scores(model, sets[split], compute, args.batch_size)] for split in ("tune", "test")}
     if not run.writes:
         return
     dropped = sorted(i for s in sets.values() for i in s.dropped)
@@ -1137,9 +1136,8 @@ def finish_finetuning(run: Run, model, sets, labels, best: dict, compute, args) 
         log(f"{len(dropped)} slides without a token to read were left out, such as {dropped[0]}")
     with whole_file(run.folder / "model.safetensors") as temporary:
         save_file({k: v.contiguous() for k, v in best["best"].items()}, temporary)
-    for split in scores:
-        rows += [(c.case_id, c.label, repr(score), split) for c, score in zip(sets[split].cases, scores[split])]
-    write_csv(run.folder / "predictions.csv", ("case_id", "label", "score", "split"), rows)
+    write_csv(run.folder / "predictions.csv", ("case_id", "label", "score", "split"),
+              ((c.case_id, c.label, score, split) for split in scores for c, score in zip(sets[split].cases, scores[split])))
     result = {"kind": "finetune", "task": args.task, "init": args.init, "tokens": args.tokens, "magnification": args.magnification, "seed": args.seed,
               "cases": {split: [len(v), sum(v)] for split, v in labels.items()}, "slides_left_out": dropped, "best_epoch": best["best_epoch"],
               "tune_auroc": best["best_auroc"], "case_score": best["case_score"], "auroc": None, "interval": None, "average_precision": None}
@@ -1252,7 +1250,7 @@ def predict_command(args) -> int:
     scored = [(case.case_id, float(s[0])) for case, s in zip(dataset.cases, scores)]
     failed += [(i, "predict", "no tissue, or no valid token") for i in dataset.dropped]
     failed += [(i, "predict", f"the score is {s}; data.py verify says which features are not finite") for i, s in scored if not math.isfinite(s)]
-    scored = [(i, repr(s)) for i, s in scored if math.isfinite(s)]
+    scored = [(i, s) for i, s in scored if math.isfinite(s)]
     write_csv(out, ("slide_id", "score"), scored)
     listed = out.with_name(f"{out.stem}-failed.csv")
     print(f"{len(scored)} slides scored in {out}{dataset.left_out}"
@@ -1563,8 +1561,8 @@ def heatmap_command(args) -> int:
     names = [config["magnification"]] if config["tokens"] == "cls" else meta["magnifications"]
     labels, levels = ["regions"] if config["tokens"] == "cls" else [f"{m}x" for m in names], np.unique(table.level)
     write_csv(out / "attention.csv", ("magnification", "col", "row", "x", "y", "side", "region_col", "region_row", "attention", "rank"),
-              ((names[k], *place, *box[:2], side, *region, repr(weight), repr(rank)) for k, place, box, side, region, weight, rank in zip(
-                  table.level, table.place, table.box, table.side, table.region, table.weight.tolist(), table.rank.tolist())))
+              ((names[k], *place, *box[:2], side, *region, weight, rank) for k, place, box, side, region, weight, rank in zip(
+                  table.level, table.place, table.box, table.side, table.region, table.weight, table.rank)))
     for k in levels:
         features = qupath_features(table, k, labels[k], args.slide, run, (x, y) if reader else [round(v) for v in meta["origin"]])
         write_text(out / f"attention-{labels[k]}.geojson", json.dumps(features, allow_nan=False))
