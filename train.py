@@ -1723,22 +1723,20 @@ def tables(args, rows, tasks) -> tuple[str, int]:
     Raises MixmagError, and writes nothing, where runs of other settings are in the way, or no cell could be had."""
     path, out, began = Path(args.data), Path(args.out), time.time()
     results, scores, rows, tasks, refused = [], {}, list(dict.fromkeys(rows)), list(dict.fromkeys(tasks)), None
-    for seed in range(args.seed, args.seed + args.seeds):
-        for row in rows:
-            for task in tasks:
-                try:
-                    result = train_row(row, task, seed, args)
-                except MixmagError as error:                       # the other cells do not suffer for this one, which the table shows as n/a
-                    if isinstance(error, OtherSettings) or process()[1] > 1:        # of several processes some may have gone on
-                        raise
-                    log(f"{task} {row}: {error}")
-                    result, refused = {}, error
-                low, high = result.get("interval") or (None, None)
-                results.append({**result, "row": row, "task": task, "seed": seed, "low": low, "high": high})
-                if result and process()[0] == 0:
-                    for case in data.read_csv(out / f"seed-{seed}" / f"{task}-{row}" / "predictions.csv", ("case_id", "label", "score", "split")):
-                        if case["split"] == "test":
-                            scores.setdefault((task, case["case_id"], case["label"]), {})[f"{row} {seed}"] = f"{float(case['score']):.9g}"
+    for seed, row, task in itertools.product(range(args.seed, args.seed + args.seeds), rows, tasks):
+        try:
+            result = train_row(row, task, seed, args)
+        except MixmagError as error:                               # the other cells do not suffer for this one, which the table shows as n/a
+            if isinstance(error, OtherSettings) or process()[1] > 1:                # of several processes some may have gone on
+                raise
+            log(f"{task} {row}: {error}")
+            result, refused = {}, error
+        low, high = result.get("interval") or (None, None)
+        results.append({**result, "row": row, "task": task, "seed": seed, "low": low, "high": high})
+        if result and process()[0] == 0:
+            for case in data.read_csv(out / f"seed-{seed}" / f"{task}-{row}" / "predictions.csv", ("case_id", "label", "score", "split")):
+                if case["split"] == "test":
+                    scores.setdefault((task, case["case_id"], case["label"]), {})[f"{row} {seed}"] = f"{float(case['score']):.9g}"
     missing = sum("kind" not in r for r in results)
     if process()[0]:
         return "", 0                                              # the first one says it
