@@ -1626,8 +1626,9 @@ def row_title(row: str) -> str:
 def read_results(folder) -> SimpleNamespace:
     """What `table` wrote: .rows, .tasks, .seeds, .runs {(row, task): results.csv's lines, by seed}, .labels {task: (cases,)}, .scores {(row, task):
     (seeds, cases)} of the test cases, nan where a run left one out, .machine. Everything that the tables say follows from these."""
-    folder, number = Path(folder), lambda v: None if v == "" else float(v)                      # noqa: E731
-    lines = [{**line, "auroc": number(line["auroc"]), "seed": int(line["seed"])} for line in data.read_csv(folder / "results.csv", RESULTS)]
+    folder = Path(folder)
+    lines = [{**line, "auroc": float(line["auroc"]) if line["auroc"] else None, "seed": int(line["seed"])}
+             for line in data.read_csv(folder / "results.csv", RESULTS)]
     rows, tasks, seeds = (list(dict.fromkeys(line[k] for line in lines)) for k in ("row", "task", "seed"))
     runs = {(row, task): [line for line in lines if (line["row"], line["task"]) == (row, task)] for row in rows for task in tasks}
     columns = [f"{row} {seed}" for row in rows for seed in seeds]
@@ -1655,19 +1656,18 @@ def format_table(rows, tasks, runs: dict, draws: dict) -> str:
     lines = []
     title = row_title if len({row.endswith("-cls") for row in rows}) == 1 else full_title               # say the outputs where they differ
     for row in rows:
-        values = [[r["auroc"] for r in runs[row, task]] for task in tasks]
-        known = np.array([100 * np.array(v) for v in values if None not in v])                          # (tasks, seeds)
-        drawn = [draws[row, t][0] for t, v in zip(tasks, values) if None not in v]
-        average = f"**{known.mean():.1f}**" if len(known) else "n/a"
-        if len(known) and all(d is not None for d in drawn):
+        found = {t: [r["auroc"] for r in runs[row, t]] for t in tasks}
+        known = {t: v for t, v in found.items() if None not in v}
+        values, drawn = 100 * np.array(list(known.values())), [draws[row, t][0] for t in known]         # (tasks, seeds)
+        average = f"**{values.mean():.1f}**" if known else "n/a"
+        if known and all(d is not None for d in drawn):
             average += " ({:.1f} to {:.1f})".format(*(100 * v for v in interval(np.mean(drawn, axis=0))))
-        spread = f"{known.mean(axis=0).std(ddof=1):.1f}" if len(known) and known.shape[1] > 1 else "-"
-        precision = [100 * float(r["average_precision"]) for t, v in zip(tasks, values) for r in runs[row, t] if None not in v]
+        spread = f"{values.mean(axis=0).std(ddof=1):.1f}" if known and values.shape[1] > 1 else "-"
+        precision = [100 * float(r["average_precision"]) for t in known for r in runs[row, t]]
         printed = [PAPER[row][list(TASK_TITLES).index(t)] for t in tasks if t in TASK_TITLES]
-        cells = [title(row), *("n/a" if None in v else f"{100 * np.mean(v):.1f}" for v in values), average, spread,
-                 f"{np.mean(precision):.1f}" if precision else "n/a", f"{len(known)} of {len(tasks)}",
-                 f"{np.mean(printed):.1f}" if len(printed) == len(tasks) else "-"]
-        lines.append(cells)
+        lines.append([title(row), *(f"{100 * np.mean(known[t]):.1f}" if t in known else "n/a" for t in tasks), average, spread,
+                      f"{np.mean(precision):.1f}" if precision else "n/a", f"{len(known)} of {len(tasks)}",
+                      f"{np.mean(printed):.1f}" if len(printed) == len(tasks) else "-"])
     return markdown(titles, lines)
 
 
@@ -1699,19 +1699,17 @@ def format_pairs(rows, tasks, runs: dict, draws: dict) -> str:
     titles = ["difference", *(TASK_TITLES.get(t, t) for t in tasks), "mean, 95 % over cases", "told apart"]
     lines = []
     for one, other in PAIRS:
-        pairs = [(draws[one, t], draws[other, t]) for t in tasks] if {one, other} <= set(rows) else []
-        differences = [100 * (a - b) if a is not None and b is not None and cases == same else None for (a, cases), (b, same) in pairs]
-        known = [i for i, d in enumerate(differences) if d is not None]
-        if known:
-            p = holm({i: two_sided(differences[i]) for i in known})
-            found = {i: 100 * (mean_auroc(runs[one, tasks[i]]) - mean_auroc(runs[other, tasks[i]])) for i in known}
-            cells = [f"{found[i]:+.1f}" + ("*" if p[i] < 0.05 else "") if i in p else "n/a" for i in range(len(tasks))]
-            mean = np.mean([differences[i] for i in known], axis=0)
+        pairs = {t: (draws[one, t], draws[other, t]) for t in tasks} if {one, other} <= set(rows) else {}
+        drawn = {t: 100 * (a - b) for t, ((a, cases), (b, same)) in pairs.items() if a is not None and b is not None and cases == same}
+        if drawn:
+            p = holm({t: two_sided(d) for t, d in drawn.items()})
+            found = {t: 100 * (mean_auroc(runs[one, t]) - mean_auroc(runs[other, t])) for t in drawn}
+            cells = [f"{found[t]:+.1f}" + ("*" if p[t] < 0.05 else "") if t in p else "n/a" for t in tasks]
+            mean = np.mean(list(drawn.values()), axis=0)
             low, high = interval(mean)
-            told = f"on {sum(p[i] < 0.05 for i in known)} of {len(known)} tasks; the mean: "
+            told = f"on {sum(v < 0.05 for v in p.values())} of {len(p)} tasks; the mean: "
             told += "yes" if two_sided(mean) < 0.05 else "not distinguishable"
-            cells = [f"{full_title(one)} - {full_title(other)}", *cells, f"{np.mean(list(found.values())):+.1f} ({low:+.1f} to {high:+.1f})", told]
-            lines.append(cells)
+            lines.append([f"{full_title(one)} - {full_title(other)}", *cells, f"{np.mean(list(found.values())):+.1f} ({low:+.1f} to {high:+.1f})", told])
     return markdown(titles, lines) if lines else ""
 
 
