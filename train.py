@@ -766,9 +766,7 @@ def bootstrap_aurocs(labels, scores, seed: int, resamples: int = 1000) -> np.nda
         return None
 
     def area(p, n, axis):                                          # the Mann-Whitney form of the AUROC, over many resamples at once
-        ranks = stats.rankdata(np.concatenate([p, n], axis=axis), axis=axis)
-        P, N = p.shape[axis], n.shape[axis]
-        return (np.take(ranks, range(P), axis=axis).sum(axis=axis) - P * (P + 1) / 2) / (P * N)
+        return stats.mannwhitneyu(p, n, axis=axis, method="asymptotic").statistic / (p.shape[axis] * n.shape[axis])
 
     return stats.bootstrap((positive, negative), area, n_resamples=resamples, batch=100, vectorized=True, method="percentile",
                            rng=np.random.default_rng(seed)).bootstrap_distribution
