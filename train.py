@@ -339,16 +339,17 @@ class Run:
     def claim(self, config: dict, resume: str) -> None:
         """Write config.json, after all of an earlier run is removed where `resume` is off. Raises OtherSettings for a run of other settings."""
         stored = self.folder / "config.json"
-        if not stored.exists() and (strange := [n for n in RUN_FILES if n.endswith(".pt") and (self.folder / n).exists()]):
-            raise MixmagError(f"{self.folder} holds {strange[0]} but no config.json, so nobody knows of what; name another --out")
-        if stored.exists() and resume == "auto":
+        if not stored.exists():
+            if strange := [name for name in ("last.pt", "prev.pt") if (self.folder / name).exists()]:
+                raise MixmagError(f"{self.folder} holds {strange[0]} but no config.json, so nobody knows of what; name another --out")
+        elif resume == "auto":
             found = data.read_json(stored)
             differing = sorted(k for k in found.keys() | config.keys() if found.get(k) != config.get(k))
             if differing:
                 raise OtherSettings(f"{self.folder} holds a run with other settings: "
                                     + ", ".join(f"{k} {found.get(k)!r} there, {config.get(k)!r} now" for k in differing)
                                     + "; give another --out, or --resume off to begin anew")
-        elif stored.exists():
+        else:
             for name in ("result.json", data.SUMS, "predict.csv", "predict-failed.csv", *reversed(RUN_FILES)):
                 (self.folder / name).unlink(missing_ok=True)      # config.json last: until then this is the run that it was
             shutil.rmtree(self.folder / "heatmap", ignore_errors=True)
@@ -385,17 +386,15 @@ class Run:
                     log(f"going on from {path}, {state['done']} done")
                 except Exception as error:          # whatever a damaged file makes torch raise: say so, take the one before
                     log(f"{path}: not a whole checkpoint, trying the one before ({str(error).splitlines()[0]})")
-        self.cut_metrics(state.pop("lines"))
+        lines = state.pop("lines")
+        if self.writes:
+            noted = self.metrics.read_text("utf-8").splitlines(keepends=True) if self.metrics.exists() else []
+            write_text(self.metrics, "".join(noted[:lines]))
         if "model" in state:
             model.load_state_dict(state.pop("model"))
             optimizer.load_state_dict(state.pop("optimizer"))
             self.compute.scaler.load_state_dict(state.pop("scaler"))
         return state
-
-    def cut_metrics(self, count: int) -> None:
-        if self.writes:
-            lines = self.metrics.read_text("utf-8").splitlines() if self.metrics.exists() else []
-            write_text(self.metrics, "".join(line + "\n" for line in lines[:count]))
 
     def note(self, **values) -> None:
         """One line of metrics, rounded so that it reads well; times are left out, so equal runs have equal files."""
