@@ -587,7 +587,7 @@ def pretrain(args) -> dict:
     facts = pretrain_loop(args, run, model.to(compute.device), dataset, compute, *plan)
     if run.writes:
         export_encoder(run, model.encoder, slides[0], args.preset, [(i, "train") for i in ids] + [(i, "held-out") for i in held_ids])
-        finish_pretraining(run, model, path, held_ids, directions, compute, args, facts)
+        finish_pretraining(run, model, path, held_ids, directions, args, facts)
     meet(compute)
     return run.result()
 
@@ -633,7 +633,7 @@ def pretrain_loop(args, run: Run, model, dataset, compute, total: int, warmup: i
         last, stop = step + 1 == total, stopping(compute)
         saves = (step + 1) % args.save_every == 0 or last or stop
         if saves or (step + 1) % LOG_EVERY == 0:                  # only here does anything wait for the device
-            norm = refuse_non_finite(run, recent, dataset, compute)
+            norm = refuse_non_finite(run, recent, dataset)
             recent.clear()
             if (step + 1) % LOG_EVERY == 0 or last:
                 note_pretraining(run, step + 1, logged, rate, norm, config, bar, scaling(compute, optimizer, step + 1))
@@ -654,15 +654,15 @@ LOAD = 256                                                        # regions that
 HIGHEST_RATE = 0.02                                               # assumed: ten times what the small preset learns at
 
 
-def refuse_non_finite(run: Run, recent: list, dataset, compute) -> float | None:
+def refuse_non_finite(run: Run, recent: list, dataset) -> float | None:
     """recent: (step, indices of its loads, loss, norm of the gradient) of the steps since the last call. The last norm, None where fp16's scaler
     skipped that step. Raises MixmagError for a loss, or without a scaler a gradient, that is not finite."""
     losses, norms = (torch.stack([r[i].float() for r in recent]).tolist() for i in (2, 3))
     for (step, loads, *_), loss, norm in zip(recent, losses, norms):
-        if not math.isfinite(loss) or not (math.isfinite(norm) or usable_scale(compute)):
+        if not math.isfinite(loss) or not (math.isfinite(norm) or usable_scale(run.compute)):
             seen, bad = set(), set()
             for indices in loads:
-                batch = dataset.fetch(dataset.__getitems__(indices), compute.device)
+                batch = dataset.fetch(dataset.__getitems__(indices), run.compute.device)
                 seen.update(batch["slide"].flatten().tolist())
                 bad.update(batch["slide"][~batch["x"].isfinite().flatten(-2).all(-1)].tolist())
             names = ", ".join(sorted(dataset.slides[i].slide_id for i in bad or seen)[:5])
@@ -694,17 +694,16 @@ def export_encoder(run: Run, encoder, slide, preset: str, seen: list) -> None:
                "licence": "the terms of the tile encoder's outputs pass on to these weights (Virchow2: CC-BY-NC-ND 4.0)"})
 
 
-def finish_pretraining(run: Run, model, path, held_ids, directions, compute, args, facts: dict) -> None:
+def finish_pretraining(run: Run, model, path, held_ids, directions, args, facts: dict) -> None:
     """Measure on the held-out slides beside what needs no network, draw the curve, write result.json."""
-    config, losses = model.config, None
+    config, cohort, losses = model.config, data.synthetic_facts(path), None
+    least, data_words = cohort.get("least_mem_loss"), "synthetic cohort" if cohort else str(path)
     if held_ids:
         held = data.RegionDataset(data.read_slides(path, held_ids), config.geometry(), args.seed, args.mask, stride=config.region,
                                   min_cover=args.min_cover, turn=False)
         if len(held):
-            losses = level_table(model, held, directions, compute)
-    least = data.synthetic_facts(path).get("least_mem_loss")
+            losses = level_table(model, held, directions, run.compute)
     text = format_levels(losses, config.magnifications, least) if losses else "no held-out window: the loss was not measured on unseen slides"
-    data_words = "synthetic cohort" if data.synthetic_facts(path) else str(path)
     write_text(run.folder / "SUMMARY.md", f"# {run.folder.name}: loss (1 - cosine) on held-out slides, {data_words}\n\n{text}\n")
     draw_pretraining(run, losses, config.magnifications, least, data_words)
     plain = {name: [None if math.isnan(v) else v for v in values] for name, values in losses.items()} if losses else None
@@ -1046,7 +1045,7 @@ def finetune(args) -> dict:
         log(f"{run.folder}: done before")
         return run.result()
     best = finetune_loop(args, run, model, sets, labels, compute)
-    finish_finetuning(run, model, sets, labels, best, compute, args)
+    finish_finetuning(run, model, sets, labels, best, args)
     meet(compute)
     return run.result()
 
@@ -1120,12 +1119,12 @@ def best_start(args, run: Run, model, optimizer, sets: dict, labels: dict, compu
     model.load_state_dict(best["best"])
 
 
-def finish_finetuning(run: Run, model, sets, labels, best: dict, compute, args) -> None:
+def finish_finetuning(run: Run, model, sets, labels, best: dict, args) -> None:
     """Save the best epoch's classifier, score tune and test with it, write predictions.csv and result.json."""
     model.load_state_dict(best["best"])
     sets["tune"].held.clear()                                      # as in a run that goes on here, lest rounding differ
     rule = CASE_SCORES[best["case_score"]]
-    scores = {split: [float(rule(s)) for s in finite_scores(model, sets[split], compute, args.batch_size)] for split in ("tune", "test")}
+    scores = {split: [float(rule(s)) for s in finite_scores(model, sets[split], run.compute, args.batch_size)] for split in ("tune", "test")}
     if not run.writes:
         return
     dropped = sorted(i for s in sets.values() for i in s.dropped)
