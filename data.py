@@ -2178,6 +2178,7 @@ class CaseDataset:
 
     index (n,): which of a region's tokens are read (Geometry.select). rows and corners: each slide's regions, as in `covering`, that hold a
     valid token. Slides without one, and cases without such slides, are left out and named in `dropped`; left_out says how many cells lie in none.
+    labels: each case's, 0 or 1.
     held: encoder outputs made before, slide_id -> (array (W, n or 1, d), valid (W, n)), which are given in place of the slide's embeddings.
     """
 
@@ -2195,7 +2196,7 @@ class CaseDataset:
             self.dropped += [i for i in case.slide_ids if i not in self.rows]
             if usable:
                 self.cases.append(Case(case.case_id, case.label, case.split, usable))
-        self.left_out = left_out(used, there_are)
+        self.left_out, self.labels = left_out(used, there_are), [case.label for case in self.cases]
 
     def __len__(self) -> int:
         return len(self.cases)

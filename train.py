@@ -1029,11 +1029,10 @@ def finetune(args) -> dict:
     model = make_classifier(args, slides, [by_id[i] for c in cases if c.split == "train" for i in c.slide_ids], compute)
     sets = {split: data.CaseDataset(by_id, [c for c in cases if c.split == split], model.config.geometry(), model.index.cpu(), args.min_cover)
             for split in data.SPLITS}
-    labels = {split: [c.label for c in s.cases] for split, s in sets.items()}
     for split in ("train", "tune"):
-        if len(set(labels[split])) < 2:
-            raise MixmagError(f"task {args.task}: the {split} split has {len(labels[split])} usable cases with labels {sorted(set(labels[split]))}; "
-                              "both classes are needed")
+        if len(set(labels := sets[split].labels)) < 2:
+            raise MixmagError(f"task {args.task}: the {split} split has {len(labels)} usable cases with labels {sorted(set(labels))}; both classes "
+                              "are needed")
     if args.dry_run:
         print(finetuning_plan(model, sets, args) if compute.rank == 0 else "", end="")
         return {}
@@ -1044,18 +1043,18 @@ def finetune(args) -> dict:
     if run.result():
         log(f"{run.folder}: done before")
         return run.result()
-    best = finetune_loop(args, run, model, sets, labels, compute)
-    finish_finetuning(run, model, sets, labels, best, args)
+    best = finetune_loop(args, run, model, sets, compute)
+    finish_finetuning(run, model, sets, best, args)
     meet(compute)
     return run.result()
 
 
-def finetune_loop(args, run: Run, model, sets: dict, labels: dict, compute) -> dict:
+def finetune_loop(args, run: Run, model, sets: dict, compute) -> dict:
     """All epochs, from the last checkpoint on. Returns what `keep_best` knows of the best one."""
     depth = model.config.depth
     optimizer = torch.optim.AdamW(parameter_groups(model, depth, args.weight_decay, args.layer_decay, args.encoder_rate), lr=args.lr, fused=True)
     per_epoch = math.ceil(len(sets["train"]) / args.batch_size)
-    log(f"{run.folder}: {parameters(model)}, cases " + ", ".join(f"{k} {len(v)} ({sum(labels[k])} positive{v.left_out})" for k, v in sets.items())
+    log(f"{run.folder}: {parameters(model)}, cases " + ", ".join(f"{k} {len(v)} ({sum(v.labels)} positive{v.left_out})" for k, v in sets.items())
         + f", {args.epochs} epochs of {per_epoch} steps, {compute.world} x {compute.device.type}, {compute.dtype or 'fp32'}")
     best = {"best_auroc": -1.0, **run.load(model, optimizer)}
     done, starts = best.pop("done"), best.pop("starts", 0)
@@ -1065,7 +1064,7 @@ def finetune_loop(args, run: Run, model, sets: dict, labels: dict, compute) -> d
             if not starts:                                         # an encoder that learns from the start makes large what matters by itself
                 fit_whitening(model, sets["train"], compute)
         if args.starts > 1:
-            best_start(args, run, model, optimizer, sets, labels, compute, best, starts)
+            best_start(args, run, model, optimizer, sets, compute, best, starts)
     bar = progress(total=args.epochs * per_epoch, initial=done * per_epoch, desc=f"finetune {args.task}")
     for epoch in range(done, args.epochs):
         if model.encoder is not None:
@@ -1077,7 +1076,7 @@ def finetune_loop(args, run: Run, model, sets: dict, labels: dict, compute) -> d
                 elif args.frozen_epochs > 1 and not sets[split].held:
                     hold_outputs(model, sets[split], compute)
         loss, norm = finetune_epoch(model, optimizer, sets["train"], compute, args, epoch, args.epochs * per_epoch, bar)
-        rule, tune = keep_best(best, epoch, model, sets, labels, compute, args)
+        rule, tune = keep_best(best, epoch, model, sets["tune"], compute, args)
         run.note(epoch=epoch, loss=loss, norm=norm if math.isfinite(norm) else None, tune_auroc=tune, case_score=rule,
                  **scaling(compute, optimizer, (epoch + 1) * per_epoch))
         bar.set_postfix(loss=f"{loss:.3f}", tune=f"{tune:.3f}")
@@ -1086,16 +1085,16 @@ def finetune_loop(args, run: Run, model, sets: dict, labels: dict, compute) -> d
     return best
 
 
-def keep_best(best: dict, epoch: int, model, sets: dict, labels: dict, compute, args) -> tuple[str, float]:
+def keep_best(best: dict, epoch: int, model, tune_set, compute, args) -> tuple[str, float]:
     """How well the model ranks the tune split, and by which rule. Where that is no worse than before, it becomes the best: of equals the later, which
     has learned longer."""
-    rule, tune = best_case_score(labels["tune"], finite_scores(model, sets["tune"], compute, args.batch_size), args.case_score)
+    rule, tune = best_case_score(tune_set.labels, finite_scores(model, tune_set, compute, args.batch_size), args.case_score)
     if tune >= best["best_auroc"]:
         best.update(best={k: v.cpu().clone() for k, v in model.state_dict().items()}, best_auroc=tune, best_epoch=epoch, case_score=rule)
     return rule, tune
 
 
-def best_start(args, run: Run, model, optimizer, sets: dict, labels: dict, compute, best: dict, done: int) -> None:
+def best_start(args, run: Run, model, optimizer, sets: dict, compute, best: dict, done: int) -> None:
     """Give the aggregator the weights that rank the tune split best, of several random starts that learn on the frozen encoder's outputs. Attention
     that has to find what is rare among thousands of tokens finds it from some starts and not from others. best: as in `keep_best`; its epoch is -1,
     before the first. `done` starts were made before; optimizer is that of the epochs to come."""
@@ -1112,14 +1111,14 @@ def best_start(args, run: Run, model, optimizer, sets: dict, labels: dict, compu
         learner, reached = torch.optim.AdamW(parameter_groups(model, model.config.depth, args.weight_decay), lr=args.lr, fused=True), -1.0
         for epoch in range(args.epochs):
             finetune_epoch(model, learner, sets["train"], compute, args, epoch, steps, bar)
-            reached = max(reached, keep_best(best, -1, model, sets, labels, compute, args)[1])
+            reached = max(reached, keep_best(best, -1, model, sets["tune"], compute, args)[1])
         run.note(start=start, tune_auroc=reached)
         run.save(0, model, optimizer, starts=start + 1, **best)
     bar.close()
     model.load_state_dict(best["best"])
 
 
-def finish_finetuning(run: Run, model, sets, labels, best: dict, args) -> None:
+def finish_finetuning(run: Run, model, sets, best: dict, args) -> None:
     """Save the best epoch's classifier, score tune and test with it, write predictions.csv and result.json."""
     model.load_state_dict(best["best"])
     sets["tune"].held.clear()                                      # as in a run that goes on here, lest rounding differ
@@ -1135,13 +1134,14 @@ def finish_finetuning(run: Run, model, sets, labels, best: dict, args) -> None:
     write_csv(run.folder / "predictions.csv", ("case_id", "label", "score", "split"),
               ((c.case_id, c.label, score, split) for split in scores for c, score in zip(sets[split].cases, scores[split])))
     result = {"kind": "finetune", "task": args.task, "init": args.init, "tokens": args.tokens, "magnification": args.magnification, "seed": args.seed,
-              "cases": {split: [len(v), sum(v)] for split, v in labels.items()}, "slides_left_out": dropped, "best_epoch": best["best_epoch"],
+              "cases": {split: [len(v), sum(v.labels)] for split, v in sets.items()}, "slides_left_out": dropped, "best_epoch": best["best_epoch"],
               "tune_auroc": best["best_auroc"], "case_score": best["case_score"], "auroc": None, "interval": None, "average_precision": None}
-    if len(set(labels["test"])) == 2:
-        result.update(auroc=auroc(labels["test"], scores["test"]), interval=interval(bootstrap_aurocs(labels["test"], scores["test"], args.seed)),
-                      average_precision=float(average_precision_score(labels["test"], scores["test"])))
+    labels = sets["test"].labels
+    if len(set(labels)) == 2:
+        result.update(auroc=auroc(labels, scores["test"]), interval=interval(bootstrap_aurocs(labels, scores["test"], args.seed)),
+                      average_precision=float(average_precision_score(labels, scores["test"])))
     else:
-        result["reason"] = f"the test split has {len(labels['test'])} usable cases with labels {sorted(set(labels['test']))}: no AUROC"
+        result["reason"] = f"the test split has {len(labels)} usable cases with labels {sorted(set(labels))}: no AUROC"
     data.seal(run.folder, RUN_FILES, "result.json", result)
 
 
@@ -1703,9 +1703,10 @@ def format_pairs(rows, tasks, runs: dict, draws: dict) -> str:
             cells = [f"{found[t]:+.1f}" + ("*" if p[t] < 0.05 else "") if t in p else "n/a" for t in tasks]
             mean = np.mean(list(drawn.values()), axis=0)
             low, high = interval(mean)
+            average = f"{np.mean(list(found.values())):+.1f} ({low:+.1f} to {high:+.1f})"
             told = f"on {sum(v < 0.05 for v in p.values())} of {len(p)} tasks; the mean: "
             told += "yes" if two_sided(mean) < 0.05 else "not distinguishable"
-            lines.append([f"{full_title(one)} - {full_title(other)}", *cells, f"{np.mean(list(found.values())):+.1f} ({low:+.1f} to {high:+.1f})", told])
+            lines.append([f"{full_title(one)} - {full_title(other)}", *cells, average, told])
     return markdown(titles, lines) if lines else ""
 
 
