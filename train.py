@@ -857,12 +857,12 @@ def make_classifier(args, slides, train_slides, compute) -> mixmag.SlideClassifi
     except ValueError as error:
         raise MixmagError(f"--tokens {args.tokens} --magnification {args.magnification} --init {args.init}: {error}") from None
     if not is_run(args.init):
-        level = config.geometry().level()[model.index]                                                          # (n,)
+        levels, which = config.geometry().level()[model.index].unique(return_inverse=True)                      # (K,), (n,) in 0..K-1
         if encoder:
-            encoder.standardize.fit(*data.feature_statistics(train_slides, level.unique().tolist())[:2])
+            encoder.standardize.fit(*data.feature_statistics(train_slides, levels.tolist())[:2])
         else:
-            per_level = {k: data.feature_statistics(train_slides, [k])[:2] for k in level.unique().tolist()}
-            model.standardize.fit(*(torch.stack([per_level[k][i] for k in level.tolist()]) for i in (0, 1)))    # (n, D)
+            mean, std, _ = map(torch.stack, zip(*(data.feature_statistics(train_slides, [k]) for k in levels.tolist())))    # (K, D)
+            model.standardize.fit(mean[which], std[which])                                                      # (n, D)
     model.to(compute.device)
     share_state(model, compute)
     return model
