@@ -518,7 +518,7 @@ class GatedABMIL(nn.Module):
         bags, bag = len(lengths), torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths)   # (T,)
         gated = torch.tanh(self.V(x)) * torch.sigmoid(self.U(x))                                        # (T, hidden)
         score = in_full(self.w, gated).squeeze(1)                                                       # (T,)
-        top = score.detach().new_full((bags,), -math.inf).scatter_reduce(0, bag, score.detach(), "amax")
+        top = score.new_full((bags,), -math.inf).scatter_reduce(0, bag, score.detach(), "amax")
         e = (score - top[bag]).exp()
         attention = e / e.new_zeros(bags).index_add(0, bag, e)[bag]                                     # Eq. 8  (T,)
         pooled = F.embedding_bag(torch.arange(len(x), device=x.device), x.to(attention), lengths.cumsum(0) - lengths,
@@ -611,13 +611,11 @@ class SlideClassifier(nn.Module):
         if self.whiten is not None:
             h = self.whiten(h)
         if valid is None:
-            per_region = torch.full((h.shape[0],), h.shape[1], device=h.device)
-            h = h.flatten(0, 1)
+            lengths, h = regions * h.shape[1], h.flatten(0, 1)                                          # (S,)
         else:
             valid = valid.any(1, keepdim=True) if self.tokens == "cls" else valid
-            per_region, h = valid.sum(1), h[valid]
-        slide = torch.repeat_interleave(torch.arange(len(regions), device=h.device), regions)           # (W,)
-        lengths = torch.zeros_like(regions).index_add(0, slide, per_region)                             # (S,)
+            slide = torch.repeat_interleave(torch.arange(len(regions), device=h.device), regions)       # (W,)
+            lengths, h = torch.zeros_like(regions).index_add(0, slide, valid.sum(1)), h[valid]
         pooled, attention = self.pool(self.dropout(h), lengths)
         return in_full(self.head, self.dropout(pooled)).squeeze(1), attention
 
