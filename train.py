@@ -947,12 +947,12 @@ def finite_scores(model, dataset, compute, batch_size: int) -> list[np.ndarray]:
     return scores
 
 
-def finetune_epoch(model, optimizer, dataset, compute, args, epoch: int, steps: int, bar) -> tuple[float, float]:
+def finetune_epoch(model, optimizer, dataset, compute, args, epoch: int, bar) -> tuple[float, float]:
     """One pass over the training cases in an order that follows from the seed and the epoch; processes share the cases of a batch.
     Returns the mean loss and the norm of the last gradient."""
     order, total = np.random.default_rng([args.seed, 4, epoch]).permutation(len(dataset)), torch.zeros(())
     batches = [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
-    mine = [b[compute.rank::compute.world] for b in batches]
+    mine, steps = [b[compute.rank::compute.world] for b in batches], args.epochs * len(batches)
     for i, batch in enumerate(data.ahead(lambda indices: data.pinned(dataset.__getitems__(indices), compute.device), mine, args.workers)):
         step = epoch * len(batches) + i
         torch.manual_seed((1_000_003 * args.seed + step) * compute.world + compute.rank)        # for dropout: so a resumed run has the same
@@ -1075,7 +1075,7 @@ def finetune_loop(args, run: Run, model, sets: dict, compute) -> dict:
                     sets[split].held.clear()
                 elif args.frozen_epochs > 1 and not sets[split].held:
                     hold_outputs(model, sets[split], compute)
-        loss, norm = finetune_epoch(model, optimizer, sets["train"], compute, args, epoch, args.epochs * per_epoch, bar)
+        loss, norm = finetune_epoch(model, optimizer, sets["train"], compute, args, epoch, bar)
         rule, tune = keep_best(best, epoch, model, sets["tune"], compute, args)
         run.note(epoch=epoch, loss=loss, norm=norm if math.isfinite(norm) else None, tune_auroc=tune, case_score=rule,
                  **scaling(compute, optimizer, (epoch + 1) * per_epoch))
@@ -1110,7 +1110,7 @@ def best_start(args, run: Run, model, optimizer, sets: dict, compute, best: dict
             share_state(model, compute)
         learner, reached = torch.optim.AdamW(parameter_groups(model, model.config.depth, args.weight_decay), lr=args.lr, fused=True), -1.0
         for epoch in range(args.epochs):
-            finetune_epoch(model, learner, sets["train"], compute, args, epoch, steps, bar)
+            finetune_epoch(model, learner, sets["train"], compute, args, epoch, bar)
             reached = max(reached, keep_best(best, -1, model, sets["tune"], compute, args)[1])
         run.note(start=start, tune_auroc=reached)
         run.save(0, model, optimizer, starts=start + 1, **best)
@@ -1414,7 +1414,7 @@ def slide_picture(reader, box, width: int) -> np.ndarray:
     """(h, width, 3) uint8 of a box of a slide, in level-0 px, over white; read in bands, so that memory does not grow with the slide."""
     left, top, right, bottom = box
     height, level = max(1, round(width * (bottom - top) / (right - left))), reader.level_for((right - left) / width)
-    step, bands = max(1, round(512 * reader.slide.level_downsamples[level] * width / (right - left))), []
+    step, bands = max(1, round(512 * reader.downsamples[level] * width / (right - left))), []
     for start in range(0, height, step):
         rows = min(step, height - start)
         band = left, top + (bottom - top) * start / height, right, top + (bottom - top) * (start + rows) / height

@@ -189,9 +189,9 @@ def test_a_process_without_a_case_takes_its_step_too(cohort, monkeypatch):
     dataset = data.CaseDataset(slides, data.read_task(cohort, "skin_braf")[:1], mixmag.Geometry(3), mixmag.Geometry(3).select())
     model = mixmag.SlideClassifier(mixmag.Config.small(64), None, hidden=8)
     optimizer = torch.optim.AdamW(train.parameter_groups(model, 4, 0.0))
-    args = SimpleNamespace(seed=0, batch_size=4, workers=0, smoothing=0.1, lr=1e-3, warmup=0, clip=1)
+    args = SimpleNamespace(seed=0, batch_size=4, epochs=1, workers=0, smoothing=0.1, lr=1e-3, warmup=0, clip=1)
     machine = SimpleNamespace(**{**vars(compute(torch.float16)), "rank": 1, "world": 2})
-    assert train.finetune_epoch(model, optimizer, dataset, machine, args, 0, 1, train.progress(total=1)) == (0.0, 0.0)
+    assert train.finetune_epoch(model, optimizer, dataset, machine, args, 0, train.progress(total=1)) == (0.0, 0.0)
     assert all(state["step"] == 1 for state in optimizer.state.values()) and len(optimizer.state) == len(list(model.parameters()))
 
 
