@@ -598,11 +598,10 @@ class SlideClassifier(nn.Module):
     def outputs(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """`encode`, a chunk of regions at a time. Where the encoder learns, a chunk is computed again on the way back, so that
         memory holds the outputs of a slide and the activations of one chunk."""
-        learns = torch.is_grad_enabled() and self.encoder is not None and self.encoder.pos.requires_grad
+        again = torch.is_grad_enabled() and self.encoder is not None and self.encoder.pos.requires_grad and x.shape[0] > self.chunk
         parts = []
         for i in range(0, x.shape[0], self.chunk):
             part = (x[i:i + self.chunk], None if valid is None else valid[i:i + self.chunk])
-            again = learns and x.shape[0] > self.chunk
             parts.append(checkpoint(self.encode, *part, use_reentrant=False) if again else self.encode(*part))
         return torch.cat(parts)
 
