@@ -221,11 +221,11 @@ def layer_of(name: str, depth: int) -> int:
     raise ValueError(f"parameter {name!r} belongs to no layer: say in layer_of where it stands")
 
 
-def parameter_groups(model: torch.nn.Module, depth: int, weight_decay: float, layer_decay: float = 1.0, encoder_rate: float = 1.0) -> list[dict]:
+def parameter_groups(model: torch.nn.Module, weight_decay: float, layer_decay: float = 1.0, encoder_rate: float = 1.0) -> list[dict]:
     """AdamW groups with `lr_scale` = layer_decay ** (layers above), times encoder_rate inside the encoder. No decay on norms and biases
     (paper 4.2), nor on class and mask tokens and positions (assumed, as MAE). Every parameter is in exactly one group. Source: paper 4.3,
     BEiT, MAE."""
-    groups = {}
+    groups, depth = {}, model.config.depth
     for name, parameter in model.named_parameters():
         decays = parameter.ndim > 1 and not name.endswith((".cls", ".pos"))
         scale = layer_decay ** (depth + 1 - layer_of(name, depth)) * (encoder_rate if name.startswith("encoder.") else 1.0)
@@ -610,7 +610,7 @@ def schedule(args, windows: int) -> tuple[int, int, float]:
 def pretrain_loop(args, run: Run, model, dataset, compute, total: int, warmup: int, peak: float) -> dict:
     """All optimizer steps, from the last checkpoint on. Returns how many there were and how long they took."""
     config = model.config
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.depth, args.weight_decay), lr=peak, betas=(0.9, 0.95), fused=True)     # assumed
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=peak, betas=(0.9, 0.95), fused=True)           # assumed
     share = args.batch_size // compute.world                                                    # of each process
     load = share if args.source else min(share, max(1, LOAD // args.micro_batch) * args.micro_batch)            # NT-Xent wants all of it at once
     if args.in_memory:
@@ -1051,8 +1051,7 @@ def finetune(args) -> dict:
 
 def finetune_loop(args, run: Run, model, sets: dict, compute) -> dict:
     """All epochs, from the last checkpoint on. Returns what `keep_best` knows of the best one."""
-    depth = model.config.depth
-    optimizer = torch.optim.AdamW(parameter_groups(model, depth, args.weight_decay, args.layer_decay, args.encoder_rate), lr=args.lr, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, args.layer_decay, args.encoder_rate), lr=args.lr, fused=True)
     per_epoch = math.ceil(len(sets["train"]) / args.batch_size)
     log(f"{run.folder}: {parameters(model)}, cases " + ", ".join(f"{k} {len(v)} ({sum(v.labels)} positive{v.left_out})" for k, v in sets.items())
         + f", {args.epochs} epochs of {per_epoch} steps, {compute.world} x {compute.device.type}, {compute.dtype or 'fp32'}")
@@ -1108,7 +1107,7 @@ def best_start(args, run: Run, model, optimizer, sets: dict, compute, best: dict
             torch.manual_seed(1_000_003 * args.seed + start)
             model.reset_aggregator()
             share_state(model, compute)
-        learner, reached = torch.optim.AdamW(parameter_groups(model, model.config.depth, args.weight_decay), lr=args.lr, fused=True), -1.0
+        learner, reached = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, fused=True), -1.0
         for epoch in range(args.epochs):
             finetune_epoch(model, learner, sets["train"], compute, args, epoch, bar)
             reached = max(reached, keep_best(best, -1, model, sets["tune"], compute, args)[1])

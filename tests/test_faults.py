@@ -152,7 +152,7 @@ def test_no_loop_is_deaf(cohort, tmp_path, monkeypatch):
     model = mixmag.SlideClassifier(mixmag.Config.small(64), mixmag.MixingEncoder(mixmag.Config.small(64)))
     bags = data.CaseDataset(by_id, cases, model.config.geometry(), model.index)
     regions, machine = data.RegionDataset(slides, model.config.geometry(), 0, 0.5), train.machine(types.SimpleNamespace(device="cpu", amp="off"), 96)
-    optimizer = torch.optim.AdamW(train.parameter_groups(model, 4, 0.0))
+    optimizer = torch.optim.AdamW(train.parameter_groups(model, 0.0))
     args = types.SimpleNamespace(seed=0, batch_size=4, epochs=1, workers=0, smoothing=0.1, lr=1e-3, warmup=0, clip=1)
     monkeypatch.setattr(data, "STOP_SIGNALS", [signal.SIGTERM])
     for name, call in {"synth": lambda: data.synth_cohort(tmp_path / "c"), "images": lambda: data.synth_images(tmp_path / "i", 1, 0),

@@ -49,7 +49,7 @@ def test_rate_equals_torchs_schedulers():
 def test_every_parameter_is_in_exactly_one_group():
     config = mixmag.Config.small(16)
     for model in (mixmag.ContrastiveEmbeddingModel(config), mixmag.SlideClassifier(config, mixmag.MixingEncoder(config))):
-        groups = train.parameter_groups(model, config.depth, 0.05, 0.75)
+        groups = train.parameter_groups(model, 0.05, 0.75)
         ids = [id(p) for g in groups for p in g["params"]]
         assert sorted(ids) == sorted(map(id, model.parameters())) and len(set(ids)) == len(ids)
         where = {id(p): g for g in groups for p in g["params"]}
@@ -61,7 +61,7 @@ def test_every_parameter_is_in_exactly_one_group():
 def test_layer_decay_follows_the_depth():
     config = mixmag.Config.small(16)
     model = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config))
-    where = {id(p): g["lr_scale"] for g in train.parameter_groups(model, config.depth, 0.05, 0.75) for p in g["params"]}
+    where = {id(p): g["lr_scale"] for g in train.parameter_groups(model, 0.05, 0.75) for p in g["params"]}
     e = model.encoder
     assert [where[id(b.attn.qkv.weight)] for b in e.blocks] == pytest.approx([0.75 ** 4, 0.75 ** 3, 0.75 ** 2, 0.75])
     assert where[id(e.pos)] == where[id(e.cls)] == where[id(e.input.weight)] == pytest.approx(0.75 ** 5)
@@ -91,7 +91,7 @@ def model_and_optimizer(cls=mixmag.MaskedEmbeddingModel):
     torch.manual_seed(0)
     config = mixmag.Config.small(8, region=2, depth=2)
     model = cls(config)
-    return model, torch.optim.AdamW(train.parameter_groups(model, config.depth, 0.05), lr=1e-3)
+    return model, torch.optim.AdamW(train.parameter_groups(model, 0.05), lr=1e-3)
 
 
 @pytest.mark.parametrize("views", [1, 2])
@@ -188,7 +188,7 @@ def test_a_process_without_a_case_takes_its_step_too(cohort, monkeypatch):
     slides = {s.slide_id: s for s in data.read_slides(cohort)}
     dataset = data.CaseDataset(slides, data.read_task(cohort, "skin_braf")[:1], mixmag.Geometry(3), mixmag.Geometry(3).select())
     model = mixmag.SlideClassifier(mixmag.Config.small(64), None, hidden=8)
-    optimizer = torch.optim.AdamW(train.parameter_groups(model, 4, 0.0))
+    optimizer = torch.optim.AdamW(train.parameter_groups(model, 0.0))
     args = SimpleNamespace(seed=0, batch_size=4, epochs=1, workers=0, smoothing=0.1, lr=1e-3, warmup=0, clip=1)
     machine = SimpleNamespace(**{**vars(compute(torch.float16)), "rank": 1, "world": 2})
     assert train.finetune_epoch(model, optimizer, dataset, machine, args, 0, train.progress(total=1)) == (0.0, 0.0)
