@@ -1181,9 +1181,8 @@ def finetuning_plan(model, sets: dict, args) -> str:
         needs.append(finetuning_memory(model, sum(w for w, _ in regions[-args.batch_size:]), split == "train"))
         largest = max([largest, *regions])
     held = peak_memory()
-    if model.encoder is not None and max(args.frozen_epochs, args.starts) > 1:      # the frozen encoder's outputs
-        outputs = (n if args.tokens == "patch" else 1) * model.pool.V.in_features
-        held += 4 * outputs * sum(len(rows) for split in ("train", "tune") for rows in sets[split].rows.values())
+    if model.encoder is not None and max(args.frozen_epochs, args.starts) > 1:      # frozen outputs: a region's are as large as their mean
+        held += 4 * model.whiten.mean.numel() * sum(len(rows) for split in ("train", "tune") for rows in sets[split].rows.values())
     lines.append(f"largest case: {largest[1]}, {largest[0]} regions, {largest[0] * n:,d} tokens; alone in a batch it takes "
                  f"{finetuning_memory(model, largest[0], True) / 1e9:.2f} GB")
     lines.append(f"an epoch reads the train and the tune split, {read['train'] + read['tune']:.3f} GB; the test split is read once, at the end")
