@@ -1838,8 +1838,8 @@ def doctor_command(args) -> int:
             print(f"{f'GPU {i}':18s} {torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2 ** 30:.0f} GiB")
     else:
         print(f"{'GPU':18s} none that torch sees: training runs on the processor")
-    for preset, make in (("small", mixmag.Config.small), ("paper", mixmag.Config.paper)):
-        dtype = amp_dtype("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"), make(64).width)
+    for preset in PRESETS:
+        dtype = amp_dtype("auto", data.find_device("auto"), getattr(mixmag.Config, preset)(64).width)
         print(f"{'precision, ' + preset:18s} {dtype or 'fp32'}")
     free = shutil.disk_usage(".").free / 2 ** 30
     print(f"{'free disk':18s} {free:.1f} GiB" if free >= 2 else
