@@ -685,12 +685,11 @@ def note_pretraining(run: Run, step: int, logged: dict, rate: float, norm, confi
 def export_encoder(run: Run, encoder, slide, preset: str, seen: list) -> None:
     """RUN/encoder: weights and config, which mixmag.load_encoder reads, and which slides it saw. The config comes last: its presence says that it
     is whole."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    (run.folder / "encoder").mkdir(exist_ok=True)
-    with whole_file(run.folder / "encoder" / "model.safetensors") as temporary:
-        save_file(weights, temporary)
-    write_csv(run.folder / "encoder" / "slides.csv", ("slide_id", "role"), seen)
-    write_json(run.folder / "encoder" / "config.json", {"model": encoder.config.to_dict(), "tile_encoder": slide.meta["encoder"], "preset": preset,
+    folder = run.folder / "encoder"
+    with whole_file(folder / "model.safetensors") as temporary:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in encoder.state_dict().items()}, temporary)
+    write_csv(folder / "slides.csv", ("slide_id", "role"), seen)
+    write_json(folder / "config.json", {"model": encoder.config.to_dict(), "tile_encoder": slide.meta["encoder"], "preset": preset,
                "licence": "the terms of the tile encoder's outputs pass on to these weights (Virchow2: CC-BY-NC-ND 4.0)"})
 
 
