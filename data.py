@@ -450,7 +450,7 @@ def read_slides(data, ids=None, failed: list | None = None) -> list[Slide]:
     """The slides of DATA, by id. All must agree on encoder, width and magnifications: MixmagError names the first that does not. One that
     cannot be read is refused, too, or, where `failed` is given, left out and listed there as (slide_id, stage, reason)."""
     folder = Path(data) / "slides"
-    paths = visible(folder, "*.safetensors") if ids is None else [folder / f"{i}.safetensors" for i in sorted(ids)]
+    paths = visible(folder, "*.safetensors") if ids is None else [folder / f"{i}.safetensors" for i in sorted(set(ids))]
     absent = [p.stem for p in paths if p.parent != folder or not p.exists()]                            # an id is no path
     if not folder.is_dir():
         raise MixmagError(f"{folder}: no such folder; --data names the one above it")

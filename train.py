@@ -385,7 +385,7 @@ class Run:
                     state = {**found, "done": found["done"], "lines": found["lines"]}
                     log(f"going on from {path}, {state['done']} done")
                 except Exception as error:          # whatever a damaged file makes torch raise: say so, take the one before
-                    log(f"{path}: not a whole checkpoint, trying the one before ({str(error).splitlines()[0]})")
+                    log(f"{path}: not a whole checkpoint, trying the one before ({(str(error) or type(error).__name__).splitlines()[0]})")
         lines = state.pop("lines")
         if self.writes:
             noted = self.metrics.read_text("utf-8").splitlines(keepends=True) if self.metrics.exists() else []
@@ -1346,8 +1346,8 @@ def embed_slide(encoder, slide, targets, args, made_by: dict, compute) -> list[i
                 outputs[k][counts[k]:counts[k] + len(part)] = part
                 counts[k] += len(part)
         for path, features in zip(pt_files(targets, args), outputs):
-            with whole_file(path) as temporary:
-                torch.save(torch.from_numpy(features[:]), temporary)
+            with whole_file(path) as temporary, open(temporary, "wb") as f:                                     # not by its name, which torch would write, too
+                torch.save(torch.from_numpy(features[:]), f)
     return counts
 
 
@@ -1802,19 +1802,19 @@ def demo_command(args) -> int:
         return 0
     pretraining = (out / f"seed-{args.seed}" / "mem-0.50" / "SUMMARY.md").read_text("utf-8")
     write_text(out / "SUMMARY.md", f"# Demo\n\n{text}\n{pretraining.replace('# ', '## ', 1)}")
-    draw_demo(out, args.seed)
+    draw_demo(out)
     print(text)
     print(f"{pretraining}\nin {time.time() - began:.0f} s; see {out}/SUMMARY.md, {out}/demo.png and {out}/seed-{args.seed}/mem-0.50/curve.png")
     return 0
 
 
-def draw_demo(out: Path, seed: int) -> None:
+def draw_demo(out: Path) -> None:
     """demo.png: test AUROC and its interval over cases, method by method."""
     figure, axis = plot(6.8, 2.6)
-    results = [data.read_json(out / f"seed-{seed}" / f"{DEMO_TASK}-{row}" / "result.json") for row in DEMO_ROWS]
-    value, (low, high) = np.array([r["auroc"] for r in results]), np.array([r["interval"] for r in results]).T
+    known = [line for row in DEMO_ROWS for line in read_results(out).runs[row, DEMO_TASK] if line["low"]]             # few test cases have no interval
+    value, low, high = np.array([[float(line[k]) for k in ("auroc", "low", "high")] for line in known]).reshape(-1, 3).T
     axis.errorbar(value, range(len(value)), xerr=[value - low, high - value], fmt="o", capsize=3)
-    axis.set(yticks=range(len(DEMO_ROWS)), yticklabels=[full_title(r) for r in DEMO_ROWS],
+    axis.set(yticks=range(len(known)), yticklabels=[full_title(line["row"]) for line in known],
              xlabel="test AUROC, 95 % interval over cases", title=f"{TASK_TITLES[DEMO_TASK]}, synthetic cohort, one seed")
     axis.axvline(0.5, color="grey", lw=1, ls=":")
     axis.invert_yaxis()

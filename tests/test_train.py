@@ -382,7 +382,8 @@ def test_cmem_trains(runs, cohort):
     assert line["loss"] == pytest.approx(line["mem"] + line["contrastive"], abs=1e-4)
 
 
-def test_a_damaged_checkpoint_falls_back_and_runs_nothing(cohort, tmp_path):
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_damaged_checkpoint_falls_back_and_runs_nothing(cohort, tmp_path, empty):
     flags = ["pretrain", "--data", cohort, "--batch-size", 4, "--save-every", 4, "--holdout", 0, "--out", "r"]
     run("train.py", *flags, "--steps", 12, cwd=tmp_path)
     before = (tmp_path / "r" / "encoder" / "model.safetensors").read_bytes()
@@ -392,6 +393,8 @@ def test_a_damaged_checkpoint_falls_back_and_runs_nothing(cohort, tmp_path):
             return os.system, (f"touch {tmp_path / 'evil'}",)
 
     torch.save({"model": Evil()}, tmp_path / "r" / "last.pt")
+    if empty:
+        (tmp_path / "r" / "last.pt").write_bytes(b"")
     (tmp_path / "r" / "result.json").unlink()
     _, err = run("train.py", *flags, "--steps", 12, cwd=tmp_path)
     assert "not a whole checkpoint" in err and "prev.pt, 8 done" in err and not (tmp_path / "evil").exists()
