@@ -1810,8 +1810,8 @@ def demo_command(args) -> int:
 
 def draw_demo(out: Path) -> None:
     """demo.png: test AUROC and its interval over cases, method by method."""
-    figure, axis = plot(6.8, 2.6)
-    known = [line for row in DEMO_ROWS for line in read_results(out).runs[row, DEMO_TASK] if line["low"]]             # few test cases have no interval
+    (figure, axis), runs = plot(6.8, 2.6), read_results(out).runs
+    known = [line for row in DEMO_ROWS for line in runs[row, DEMO_TASK] if line["low"]]                 # few test cases have no interval
     value, low, high = np.array([[float(line[k]) for k in ("auroc", "low", "high")] for line in known]).reshape(-1, 3).T
     axis.errorbar(value, range(len(value)), xerr=[value - low, high - value], fmt="o", capsize=3)
     axis.set(yticks=range(len(known)), yticklabels=[full_title(line["row"]) for line in known],

@@ -1130,6 +1130,14 @@ def test_whitening_is_of_every_training_slide(cohort, monkeypatch):
     assert len(dataset.rows) > 20 and torch.allclose(model.whiten.mean, h.mean(0).float(), atol=1e-5)
 
 
+@pytest.mark.parametrize("frozen, whitened", [(1, False), (2, True)])
+def test_only_a_frozen_encoders_outputs_are_whitened(cohort, tmp_path, frozen, whitened):
+    train.finetune(train.parse(["finetune", "--data", str(cohort), "--task", "skin_braf", "--init", "random", "--tokens", "cls", "--epochs", "2",
+                                "--frozen-epochs", str(frozen), "--out", str(tmp_path / "r")]))
+    matrix = train.read_classifier(tmp_path / "r")[0].whiten.matrix
+    assert torch.equal(matrix, torch.eye(len(matrix))) != whitened
+
+
 def test_scores_are_not_rounded_by_autocast():
     """The attention's and the head's last products are in full precision whatever the rest is in."""
     torch.manual_seed(0)
