@@ -110,6 +110,7 @@ import numpy as np                                                              
 import openslide                                                                                            # noqa: E402
 import safetensors                                                                                          # noqa: E402
 import safetensors.torch                                                                                    # noqa: E402
+import simplejpeg                                                                                           # noqa: E402
 import torch                                                                                                # noqa: E402
 import torch.nn.functional as F                                                                             # noqa: E402
 from PIL import Image, ImageDraw                                                                            # noqa: E402
@@ -846,7 +847,7 @@ def synth_picture(rng, height: int, width: int) -> np.ndarray:
 
 def synth_images(out, count: int, seed: int) -> None:
     """Write `count` pyramidal TIFFs (tiled, deflate, box-averaged levels, 0.5 um/px) that OpenSlide opens."""
-    import tifffile                                               # wanted nowhere else
+    import tifffile
     for i in progress(range(count), desc="synthetic images"):
         rng = np.random.default_rng([seed, 3, i])
         picture = synth_picture(rng, *(256 * rng.integers(14, 22, size=2)).tolist())
@@ -870,8 +871,74 @@ def synth_command(args) -> int:
 
 # ------------------------------------------------------------------------------------------------------------- the tiler
 
-CACHE_BYTES = 2 ** 27                                             # of decoded tiles, shared by neighbouring reads of a slide (assumed)
+CACHE_BYTES = 2 ** 26                                             # of decoded tiles, shared by neighbouring reads of a level (assumed)
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".dcm", ".czi")
+
+
+def jpeg_tile(file, head: bytes, shape: tuple, start: int, length: int) -> np.ndarray:
+    """shape (h, w, 4) uint8 RGBA: a JPEG tile of a TIFF. Raises ValueError for one that is absent, or not wholly in order."""
+    jpeg = head + os.pread(file.fileno(), length, start)[2:]
+    pixels = simplejpeg.decode_jpeg(jpeg, "RGBA", buffer=np.empty(shape, np.uint8))
+    if pixels.shape != shape:
+        raise ValueError(f"a tile of {pixels.shape}, expected {shape}")
+    return pixels
+
+
+class JpegLevel:
+    """A level of a TIFF (a page of tifffile's) whose tiles are JPEG pictures, for any number of threads. OpenSlide spends most of such a read
+    on drawing in floating point what it has decoded (its issue 440), where laying the tiles side by side is enough."""
+
+    def __init__(self, path, page):
+        self.width, self.height, self.across = page.tilewidth, page.tilelength, -(-page.imagewidth // page.tilewidth)
+        self.places = page.dataoffsets, page.databytecounts
+        adobe = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + bytes([page.photometric == 6])                     # how colours are coded: 6 is YCbCr
+        head = b"\xff\xd8" + adobe + (page.jpegtables or b"")[2:-2]                                        # and the tables that all tiles share
+        shape = self.height, self.width, 4
+        self.tile = functools.lru_cache(CACHE_BYTES // math.prod(shape))(functools.partial(jpeg_tile, open(path, "rb"), head, shape))
+
+    def region(self, left: int, top: int, right: int, bottom: int) -> np.ndarray:
+        """(bottom - top, right - left, 4) uint8 RGBA of a rectangle inside the level. Raises ValueError as jpeg_tile does."""
+        w, h, pixels = self.width, self.height, np.empty((bottom - top, right - left, 4), np.uint8)
+        for y in range(top - top % h, bottom, h):
+            for x in range(left - left % w, right, w):
+                tile = self.tile(*(numbers[y // h * self.across + x // w] for numbers in self.places))
+                pixels[max(0, y - top):y + h - top, max(0, x - left):x + w - left] = tile[max(0, top - y):bottom - y, max(0, left - x):right - x]
+        return pixels
+
+    def agrees(self, slide: openslide.OpenSlide, level: int) -> bool:
+        """Whether OpenSlide makes the same of its first tile."""
+        corner = np.minimum((self.width, self.height), slide.level_dimensions[level]).tolist()
+        try:
+            return np.array_equal(self.region(0, 0, *corner), slide.read_region((0, 0), level, corner))
+        except (ValueError, OSError, openslide.OpenSlideError):
+            return False
+
+
+def jpeg_levels(path, slide: openslide.OpenSlide) -> dict[int, JpegLevel]:
+    """Those of a slide's levels, by number, that can be read without OpenSlide. Any doubt leaves them to it. May break the handle.
+    Raises MixmagError for a tile longer than the file, for which OpenSlide would end the process."""
+    if slide.properties["openslide.vendor"] not in ("aperio", "generic-tiff"):
+        return {}
+    import tifffile
+    usual = tifffile.COMPRESSION.JPEG, 8, 3, tifffile.PLANARCONFIG.CONTIG
+
+    def is_usual(page) -> bool:
+        w, h, starts, lengths = page.tilewidth, page.tilelength, page.dataoffsets, page.databytecounts
+        return ((page.compression, page.bitspersample, page.samplesperpixel, page.planarconfig) == usual and 0 < 4 * w * h <= CACHE_BYTES
+                and len(starts) == len(lengths) == -(-page.imagewidth // w) * -(-page.imagelength // h)
+                and max(map(sum, zip(starts, lengths))) <= size)
+
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            size, tiled = tiff.filehandle.size, [page for page in tiff.pages if page.is_tiled]
+            longest = max(length for page in tiled for length in page.databytecounts)
+            pages = {(page.imagewidth, page.imagelength): page for page in reversed(tiled) if is_usual(page)}
+    except Exception:                                             # of all kinds, where a file has tags that OpenSlide does not look at
+        return {}
+    if longest > size:
+        raise MixmagError(f"{path}: is damaged: one of its tiles has {longest} bytes, the file {size}")
+    levels = {i: JpegLevel(path, pages[size]) for i, size in enumerate(slide.level_dimensions) if size in pages}
+    return {i: level for i, level in levels.items() if level.agrees(slide, i)}
 
 
 class Reader:
@@ -887,6 +954,7 @@ class Reader:
                                   "index without the files that it names")
             self.slide = self.open()
             self.downsamples, self.sizes = self.slide.level_downsamples, self.slide.level_dimensions    # a failed handle would not even tell these
+            self.jpeg = jpeg_levels(path, self.open())
         except openslide.OpenSlideError as error:
             raise MixmagError(f"{path}: OpenSlide cannot open it ({error})") from None
 
@@ -905,17 +973,20 @@ class Reader:
         """The coarsest level that is still at least as fine, and fits; pyramids are often 4.0001 or 3.9998 where 4 is meant."""
         return max(i for i, d in enumerate(self.downsamples) if i == 0 or d <= downsample * 1.001 and self.fits(i))
 
-    def region(self, level: int, left: int, top: int, right: int, bottom: int) -> Image.Image:
-        """The RGBA picture of a rectangle in the level's own pixels. After a failed read OpenSlide refuses every other one on that
-        handle, in whichever thread: so all go on with a new handle, and a last one of its own tells whether these pixels are
-        to blame. Raises openslide.OpenSlideError if they are."""
+    def region(self, level: int, left: int, top: int, right: int, bottom: int) -> np.ndarray:
+        """(h, w, 4) uint8 RGBA of a rectangle in the level's own pixels. What is not plainly in order is OpenSlide's to judge. After a failed
+        read it refuses every other one on that handle, in whichever thread: so all go on with a new handle, and a last one of its own tells
+        whether these pixels are to blame. Raises openslide.OpenSlideError if they are."""
+        if level in self.jpeg:
+            with contextlib.suppress(ValueError, OSError):
+                return self.jpeg[level].region(left, top, right, bottom)
         scale = self.downsamples[level]
         place = (round(left * scale), round(top * scale)), level, (right - left, bottom - top)
         try:
-            return self.slide.read_region(*place)
+            return np.asarray(self.slide.read_region(*place))
         except openslide.OpenSlideError:
             self.slide = self.open()
-            return self.open().read_region(*place)
+            return np.asarray(self.open().read_region(*place))
 
     def read(self, level: int, box: tuple) -> tuple[Image.Image, tuple]:
         """box (left, top, right, bottom) in level-0 px, floats -> the RGB picture of the level's pixels that cover it, over
@@ -928,10 +999,11 @@ class Reader:
         return rgb, tuple(within.clip(0, (*rgb.size, *rgb.size)))
 
 
-def over_white(rgba: Image.Image) -> Image.Image:
-    """The RGB picture over white glass."""
-    rgb = Image.new("RGB", rgba.size, "white")
-    rgb.paste(rgba, mask=rgba.getchannel("A"))
+def over_white(rgba: np.ndarray) -> Image.Image:
+    """(h, w, 4) uint8 RGBA -> the RGB picture over white glass."""
+    picture = Image.fromarray(rgba)
+    rgb = Image.new("RGB", picture.size, "white")
+    rgb.paste(picture, mask=picture.getchannel("A"))
     return rgb
 
 
@@ -1289,22 +1361,21 @@ def read_cell(reader: Reader, plan: TilePlan, col: int, row: int) -> np.ndarray:
     a factor near 1; means of whole pixels do the rest, which together is area averaging: a tile is the mean of its children.
     Raises openslide.OpenSlideError or MixmagError for pixels that cannot be read, or are missing where there was tissue."""
     (left, right), (top, bottom) = (lines[i:i + 2].tolist() for lines, i in zip(plan.lines, (col, row)))
-    rgba = reader.region(plan.level, left, top, right, bottom)
-    pixels = np.asarray(rgba)                                     # (h, w, 4): torch and Pillow work faster on four bytes a pixel than on three
+    pixels = reader.region(plan.level, left, top, right, bottom)  # (h, w, 4): torch and Pillow work faster on four bytes a pixel than on three
     least = pixels.view(np.uint32).min() >> 24                    # the least alpha: the highest byte of a little-endian word
     if least == 0:
         plan.unscanned.add((col, row))
         inside = plan.patch(plan.inside, col, row)
-        lost = (inside & (np.asarray(rgba.getchannel("A").resize(inside.shape[::-1], Image.Resampling.BOX)) == 0)).mean()
+        lost = (inside & (np.asarray(Image.fromarray(pixels[..., 3]).resize(inside.shape[::-1], Image.Resampling.BOX)) == 0)).mean()
         if lost > MAX_LOST:
             raise MixmagError(f"level {plan.level} has no pixels for {lost:.0%} of the cell at (col, row) ({col}, {row}), where the thumbnail "
                               "shows tissue")
     if least < 255:
-        pixels = np.asarray(over_white(rgba).convert("RGBX"))
+        pixels = np.asarray(over_white(pixels).convert("RGBX"))
     K = len(plan.magnifications)
     side = TILE_PX * 2 ** (K - 1) * plan.shrink
     if pixels.shape[:2] != (side, side):
-        planes = torch.from_numpy(pixels.copy())[None].permute(0, 3, 1, 2)
+        planes = torch.from_numpy(np.require(pixels, requirements="W"))[None].permute(0, 3, 1, 2)
         pixels = F.interpolate(planes, size=(side, side), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
     picture, tiles = Image.frombuffer("RGBX", (side, side), pixels, "raw", "RGBX", 0, 1), np.empty(((4 ** K - 1) // 3, TILE_PX, TILE_PX, 3), np.uint8)
     for k, shrink in zip(range(K - 1, -1, -1), (plan.shrink, *[2] * K)):

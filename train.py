@@ -170,7 +170,7 @@ def packages() -> list[str]:
     import importlib.metadata
     lines = []
     for package in ("torch", "numpy", "openslide-python", "openslide-bin", "scikit-learn", "scipy", "safetensors", "h5py", "tifffile",
-                    "matplotlib", "tqdm"):
+                    "simplejpeg", "matplotlib", "tqdm"):
         try:
             lines.append(f"{package:18s} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:

@@ -1,5 +1,6 @@
 """Slide files, the synthetic cohort, the tiler, the data sets.     python -m pytest tests/test_data.py"""
 import csv
+import functools
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import openslide
 import pytest
 import safetensors
 import torch
+from bench import tile_sparse, write_jpeg_tiff
 from conftest import ROOT, run
 from PIL import Image, ImageDraw, ImageFilter
 from scipy import ndimage
@@ -363,6 +365,142 @@ def test_tiles_are_area_means(tmp_path, scale, levels):
     assert np.abs(parent.mean(axis=(1, 3)) - tiles[0]).max() <= 0.5
 
 
+def tables_and_rest(jpeg: bytes) -> tuple[bytes, bytes]:
+    """A JPEG picture as a scanner's TIFF holds it: its quantisation and Huffman tables, and the picture without them; Adobe's marker is left out."""
+    tables, rest, at = b"", b"", 2
+    while jpeg[at + 1] != 0xDA:
+        end = at + 2 + int.from_bytes(jpeg[at + 2:at + 4], "big")
+        if jpeg[at + 1] in (0xDB, 0xC4):
+            tables += jpeg[at:end]
+        elif jpeg[at + 1] != 0xEE:
+            rest += jpeg[at:end]
+        at = end
+    return b"\xff\xd8" + tables + b"\xff\xd9", b"\xff\xd8" + rest + jpeg[at:]
+
+
+def write_jpeg(path, picture, levels=(1,), side=256, rgb=False, shared=False, says=None):
+    """A tiled JPEG TIFF; `shared`: its tiles share their tables; `says`: its photometric tag, whatever the truth."""
+    pages = []
+    for shrink in levels:
+        small, tiles = np.asarray(Image.fromarray(picture).reduce(shrink)) if shrink > 1 else picture, []
+        padded = np.pad(small, [(0, -small.shape[0] % side), (0, -small.shape[1] % side), (0, 0)], mode="edge")
+        for y in range(0, len(padded), side):
+            for x in range(0, padded.shape[1], side):
+                Image.fromarray(padded[y:y + side, x:x + side]).save(file := io.BytesIO(), "JPEG", quality=85, keep_rgb=rgb)
+                tables, rest = tables_and_rest(file.getvalue())
+                tiles.append(rest if shared else file.getvalue())
+        pages.append((small.shape[1], small.shape[0], tiles))
+    write_jpeg_tiff(path, pages, 0.5, side, says or (2 if rgb else 6), tables if shared else b"")
+    return path
+
+
+def noisy(height, width):
+    rng = np.random.default_rng(height)
+    return np.clip(pink(height, width) + rng.normal(0, 9, (height, width, 3)), 0, 255).astype(np.uint8)
+
+
+def alone(path):
+    """A reader that leaves everything to OpenSlide."""
+    reader = data.Reader(path)
+    reader.jpeg = {}
+    return reader
+
+
+@pytest.mark.parametrize("form", [{}, {"shared": True}, {"rgb": True}, {"rgb": True, "shared": True}, {"side": 112}])
+def test_jpeg_tiles_are_what_openslide_makes_of_them(tmp_path, form):
+    """Every byte, in rectangles across the edges of tiles and at the borders of the slide."""
+    path = write_jpeg(tmp_path / "s.tiff", noisy(904, 1200), levels=(1, 2, 4, 8), **form)
+    reader, truth, rng = data.Reader(path), alone(path), np.random.default_rng(0)
+    assert list(reader.jpeg) == [0, 1, 2, 3]
+    for level, (width, height) in enumerate(reader.sizes):
+        boxes = [np.sort(rng.integers(0, (width + 1, height + 1), (2, 2)), axis=0).ravel().tolist() for _ in range(20)]
+        for left, top, right, bottom in [(0, 0, width, height), (width - 1, height - 1, width, height), *boxes]:
+            if left < right and top < bottom:
+                assert np.array_equal(reader.region(level, left, top, right, bottom), truth.region(level, left, top, right, bottom))
+
+
+def test_jpeg_tiles_of_real_slides_are_what_openslide_makes_of_them(real):
+    for path in sorted((real / "slides").glob("*.svs")):
+        reader, truth = data.Reader(path), alone(path)
+        assert list(reader.jpeg) == ([0] if path.name.startswith("CMU") else []) and reader.slide.level_count >= 1
+        for level in reader.jpeg:
+            assert np.array_equal(reader.region(level, 100, 50, 1300, 1700), truth.region(level, 100, 50, 1300, 1700))
+
+
+def test_a_level_of_an_odd_downsample_is_not_interpolated(tmp_path):
+    """OpenSlide draws such a level at parts of a pixel; the pixels are those of the file."""
+    picture, box = noisy(1024, 1030), (150, 100, 250, 250)
+    reader = data.Reader(path := write_jpeg(tmp_path / "s.tiff", picture, levels=(1, 4)))
+    assert reader.downsamples[1] % 1 > 0.9 and list(reader.jpeg) == [0, 1]
+    Image.fromarray(picture).reduce(4).crop((0, 0, 256, 256)).save(file := io.BytesIO(), "JPEG", quality=85)
+    assert np.array_equal(reader.region(1, *box)[..., :3], Image.open(file).crop(box))
+    assert 0 < np.abs(alone(path).region(1, *box).astype(int) - reader.region(1, *box)).mean() < 5
+
+
+@pytest.mark.parametrize("wrong", ["colours", "lossless", "grey", "first tile", "cut"])
+def test_what_is_no_plain_jpeg_is_left_to_openslide(tmp_path, wrong):
+    path, picture = tmp_path / "s.tiff", noisy(600, 700)
+    if wrong == "lossless":
+        write_tiff(path, picture, 0.5)
+    elif wrong == "grey":
+        import tifffile
+        with tifffile.TiffWriter(path) as tiff:
+            tiff.write(picture[..., 0].copy(), tile=(256, 256), compression="zlib", photometric="minisblack")
+    else:
+        write_jpeg(path, picture, says=2 if wrong == "colours" else None)
+    if wrong == "first tile":
+        spoil(path, 0).replace(path)
+    if wrong == "cut":
+        path.write_bytes(path.read_bytes()[:-2000])
+    try:
+        reader = data.Reader(path)
+    except data.MixmagError:                                      # as before: OpenSlide knows no such slide
+        assert wrong in ("grey", "cut")
+        return
+    assert reader.jpeg == {}
+    assert np.array_equal(reader.region(0, 300, 300, 700, 500), openslide.OpenSlide(path).read_region((300, 300), 0, (400, 200)))
+
+
+def test_damaged_jpeg_is_openslides_to_judge(tmp_path):
+    """A tile with any byte changed, cut short or absent is refused where OpenSlide refuses it, and is what OpenSlide makes of it otherwise."""
+    import tifffile
+    path, rng, seen = write_jpeg(tmp_path / "s.tiff", noisy(700, 700)), np.random.default_rng(0), set()
+    whole = path.read_bytes()
+    with tifffile.TiffFile(path) as tiff:
+        start, length = tiff.pages[0].dataoffsets[4], tiff.pages[0].databytecounts[4]
+    for how in ["flip", "noise", "zeros", "end"] * 40:
+        file, at = bytearray(whole), int(rng.integers(start, start + length - 8))
+        stop = {"flip": at + 1, "noise": min(at + 60, start + length), "zeros": start + length, "end": at + 2}[how]
+        file[at:stop] = {"flip": bytes([file[at] ^ 1 << rng.integers(8)]), "noise": rng.bytes(stop - at), "zeros": bytes(stop - at), "end": b"\xff\xd9"}[how]
+        path.write_bytes(file)
+        reader = data.Reader(path)
+        assert list(reader.jpeg) == [0]
+        results = []
+        for r in (reader, alone(path)):
+            try:
+                results.append(r.region(0, 200, 200, 600, 600).tobytes())
+            except openslide.OpenSlideError:
+                results.append("refused")
+        assert results[0] == results[1], (how, at - start)
+        seen.add((how, results[0] == "refused"))
+        assert np.array_equal(reader.region(0, 0, 0, 256, 256), alone(path).region(0, 0, 0, 256, 256))  # the neighbour
+    assert {("flip", True), ("flip", False), ("noise", True), ("zeros", True), ("end", True)} <= seen
+
+
+@pytest.mark.parametrize("compression", ["jpeg", "zlib"])
+def test_a_tile_longer_than_its_file_is_refused(tmp_path, monkeypatch, capsys, compression):
+    """OpenSlide would ask for that much memory, and end the process when there is none; the other slides are tiled."""
+    import tifffile
+    write_tiff(tmp_path / "good.tiff", pink(1400, 1400), 0.5)
+    bad = (write_jpeg if compression == "jpeg" else functools.partial(write_tiff, mpp=0.5))(tmp_path / "bad.tiff", pink(1400, 1400))
+    with tifffile.TiffFile(bad, mode="r+b") as tiff:
+        tag = tiff.pages[0].tags["TileByteCounts"]
+        tag.overwrite((*tag.value[:8], 2 ** 31 - 1, *tag.value[9:]))
+    assert tile(monkeypatch, "--slides", tmp_path, "--out", tmp_path / "d") == 3
+    assert f"one of its tiles has {2 ** 31 - 1} bytes, the file {bad.stat().st_size}" in capsys.readouterr().err
+    assert [p.stem for p in (tmp_path / "d" / "slides").glob("*.safetensors")] == ["good"]
+
+
 def test_openslide_is_never_asked_for_what_is_not_there(tmp_path, monkeypatch):
     """Every read of the thumbnail and of all cells, also those at the borders: an existing level, a positive size, and no pixel beyond the level's."""
     asked, read = [], openslide.OpenSlide.read_region
@@ -401,7 +539,7 @@ class Ramp:
         rgba = np.full((bottom - top, right - left, 4), 255, np.uint8)
         rgba[..., 0] = ramp[None] if self.axis == 0 else ramp[:, None]
         rgba[..., 1] = 255 - rgba[..., 0]
-        return Image.fromarray(rgba)
+        return rgba
 
 
 def test_children_tile_their_parent_at_any_mpp(monkeypatch):
@@ -815,7 +953,6 @@ def test_bad_slides_are_listed_and_the_rest_is_done(tmp_path):
 @pytest.mark.parametrize("width, height, shrinks", [(100_000, 100_000, (1, 4, 16)), (100_000, 2_048, (1,))])
 def test_memory_is_bounded_on_huge_slides(tmp_path, width, height, shrinks):
     """40 GB of pixels in a pyramid, and the widest band of a single-level slide (tests/bench.py has the whole one)."""
-    from bench import tile_sparse
     assert tile_sparse(tmp_path, width, height, shrinks) < 1000
     assert 3 <= len(data.read_slide(tmp_path / "d/slides/huge.safetensors").cells) <= 36
 
