@@ -875,70 +875,76 @@ CACHE_BYTES = 2 ** 26                                             # of decoded t
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".dcm", ".czi")
 
 
-def jpeg_tile(file, head: bytes, shape: tuple, start: int, length: int) -> np.ndarray:
-    """shape (h, w, 4) uint8 RGBA: a JPEG tile of a TIFF. Raises ValueError for one that is absent, or not wholly in order."""
-    jpeg = head + os.pread(file.fileno(), length, start)[2:]
-    pixels = simplejpeg.decode_jpeg(jpeg, "RGBA", buffer=np.empty(shape, np.uint8))
-    if pixels.shape != shape:
-        raise ValueError(f"a tile of {pixels.shape}, expected {shape}")
-    return pixels
+MAX_TILE_BYTES = 2 ** 30                                          # that a TIFF may claim for one of its tiles (assumed): a scanner's have below 2^24
+ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0"                    # by this marker and the byte after it libjpeg knows YCbCr (1) from RGB (0)
 
 
 class JpegLevel:
     """A level of a TIFF (a page of tifffile's) whose tiles are JPEG pictures, for any number of threads. OpenSlide spends most of such a read
-    on drawing in floating point what it has decoded (its issue 440), where laying the tiles side by side is enough."""
+    on drawing in floating point what it has decoded (its issue 440), where laying the tiles side by side is enough. A tile that is absent, or
+    anything but a sound picture of the page's size and colours, raises ValueError and is OpenSlide's to judge."""
 
     def __init__(self, path, page):
-        self.width, self.height, self.across = page.tilewidth, page.tilelength, -(-page.imagewidth // page.tilewidth)
-        self.places = page.dataoffsets, page.databytecounts
-        adobe = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + bytes([page.photometric == 6])                     # how colours are coded: 6 is YCbCr
-        head = b"\xff\xd8" + adobe + (page.jpegtables or b"")[2:-2]                                        # and the tables that all tiles share
-        shape = self.height, self.width, 4
-        self.tile = functools.lru_cache(CACHE_BYTES // math.prod(shape))(functools.partial(jpeg_tile, open(path, "rb"), head, shape))
+        self.size, w, h = (page.imagewidth, page.imagelength), page.tilewidth, page.tilelength
+        self.tile_size, self.across, self.starts, self.lengths = (w, h), -(-page.imagewidth // w), page.dataoffsets, page.databytecounts
+        file, wanted = open(path, "rb"), (h, w, "YCbCr" if page.photometric == 6 else "RGB")
+        head = b"\xff\xd8" + ADOBE + bytes([page.photometric == 6]) + (page.jpegtables or b"")[2:-2]       # the tables without their start and end
+
+        @functools.lru_cache(CACHE_BYTES // (4 * w * h))
+        def tile(start: int, length: int) -> np.ndarray:
+            """(h, w, 4) uint8 RGBA. It knows nothing of self, so that no cycle of references keeps the cache alive."""
+            found = os.pread(file.fileno(), length, start)
+            jpeg = head + found[2:]
+            if found[:2] != head[:2] or simplejpeg.decode_jpeg_header(jpeg)[:3] != wanted:
+                raise ValueError
+            return simplejpeg.decode_jpeg(jpeg, "RGBA")
+
+        self.tile = tile
 
     def region(self, left: int, top: int, right: int, bottom: int) -> np.ndarray:
-        """(bottom - top, right - left, 4) uint8 RGBA of a rectangle inside the level. Raises ValueError as jpeg_tile does."""
-        w, h, pixels = self.width, self.height, np.empty((bottom - top, right - left, 4), np.uint8)
+        """(bottom - top, right - left, 4) uint8 RGBA of a rectangle inside the level."""
+        (w, h), pixels = self.tile_size, np.empty((bottom - top, right - left, 4), np.uint8)
         for y in range(top - top % h, bottom, h):
             for x in range(left - left % w, right, w):
-                tile = self.tile(*(numbers[y // h * self.across + x // w] for numbers in self.places))
-                pixels[max(0, y - top):y + h - top, max(0, x - left):x + w - left] = tile[max(0, top - y):bottom - y, max(0, left - x):right - x]
+                i = y // h * self.across + x // w
+                part = self.tile(self.starts[i], self.lengths[i])[max(0, top - y):bottom - y, max(0, left - x):right - x]
+                pixels[max(0, y - top):y - top + h, max(0, x - left):x - left + w] = part                   # numpy cuts what ends beyond the end
         return pixels
 
     def agrees(self, slide: openslide.OpenSlide, level: int) -> bool:
-        """Whether OpenSlide makes the same of its first tile."""
-        corner = np.minimum((self.width, self.height), slide.level_dimensions[level]).tolist()
+        """Whether OpenSlide makes the same of its first tile; may break the handle."""
+        corner = [min(pair) for pair in zip(self.size, self.tile_size)]
         try:
             return np.array_equal(self.region(0, 0, *corner), slide.read_region((0, 0), level, corner))
         except (ValueError, OSError, openslide.OpenSlideError):
             return False
 
 
-def jpeg_levels(path, slide: openslide.OpenSlide) -> dict[int, JpegLevel]:
-    """Those of a slide's levels, by number, that can be read without OpenSlide. Any doubt leaves them to it. May break the handle.
-    Raises MixmagError for a tile longer than the file, for which OpenSlide would end the process."""
-    if slide.properties["openslide.vendor"] not in ("aperio", "generic-tiff"):
+def jpeg_levels(reader) -> dict[int, JpegLevel]:
+    """Those of a slide's levels, by number, that can be read without OpenSlide. Raises MixmagError for a level with a tile so large
+    that OpenSlide would end the process for want of memory."""
+    vendor, pages, claimed = reader.slide.properties["openslide.vendor"], {}, 0
+    if vendor not in ("aperio", "generic-tiff"):
         return {}
     import tifffile
     usual = tifffile.COMPRESSION.JPEG, 8, 3, tifffile.PLANARCONFIG.CONTIG
-
-    def is_usual(page) -> bool:
-        w, h, starts, lengths = page.tilewidth, page.tilelength, page.dataoffsets, page.databytecounts
-        return ((page.compression, page.bitspersample, page.samplesperpixel, page.planarconfig) == usual and 0 < 4 * w * h <= CACHE_BYTES
-                and len(starts) == len(lengths) == -(-page.imagewidth // w) * -(-page.imagelength // h)
-                and max(map(sum, zip(starts, lengths))) <= size)
-
     try:
-        with tifffile.TiffFile(path) as tiff:
-            size, tiled = tiff.filehandle.size, [page for page in tiff.pages if page.is_tiled]
-            longest = max(length for page in tiled for length in page.databytecounts)
-            pages = {(page.imagewidth, page.imagelength): page for page in reversed(tiled) if is_usual(page)}
+        with tifffile.TiffFile(reader.path) as tiff:
+            for page in [page for page in tiff.pages if page.is_tiled]:
+                size, (w, h), lengths = (page.imagewidth, page.imagelength), (page.tilewidth, page.tilelength), page.databytecounts
+                claimed = max(claimed, 4 * w * h, *lengths) if size in reader.sizes else claimed
+                if vendor == "aperio" and 0 in lengths:           # OpenSlide redraws what lies over an absent tile, from the finer level
+                    return {}
+                fine = ((page.compression, page.bitspersample, page.samplesperpixel, page.planarconfig) == usual and 0 < 4 * w * h <= CACHE_BYTES
+                        and len(page.dataoffsets) == len(lengths) == -(-size[0] // w) * -(-size[1] // h)
+                        and max(map(sum, zip(page.dataoffsets, lengths))) <= tiff.filehandle.size
+                        and b"\xff\xdd" not in (page.jpegtables or b""))          # a restart interval, which holds for the tables alone
+                pages[size] = JpegLevel(reader.path, page) if fine and size not in pages else None          # which of two is OpenSlide's?
     except Exception:                                             # of all kinds, where a file has tags that OpenSlide does not look at
-        return {}
-    if longest > size:
-        raise MixmagError(f"{path}: is damaged: one of its tiles has {longest} bytes, the file {size}")
-    levels = {i: JpegLevel(path, pages[size]) for i, size in enumerate(slide.level_dimensions) if size in pages}
-    return {i: level for i, level in levels.items() if level.agrees(slide, i)}
+        pages = {}
+    if claimed > MAX_TILE_BYTES:
+        raise MixmagError(f"{reader.path}: is damaged: one of its tiles would have {claimed} bytes")
+    return {i: level for i, size in enumerate(reader.sizes) if (level := pages.get(size)) and level.agrees(reader.open(), i)}
 
 
 class Reader:
@@ -954,7 +960,7 @@ class Reader:
                                   "index without the files that it names")
             self.slide = self.open()
             self.downsamples, self.sizes = self.slide.level_downsamples, self.slide.level_dimensions    # a failed handle would not even tell these
-            self.jpeg = jpeg_levels(path, self.open())
+            self.jpeg = jpeg_levels(self)
         except openslide.OpenSlideError as error:
             raise MixmagError(f"{path}: OpenSlide cannot open it ({error})") from None
 
@@ -974,9 +980,9 @@ class Reader:
         return max(i for i, d in enumerate(self.downsamples) if i == 0 or d <= downsample * 1.001 and self.fits(i))
 
     def region(self, level: int, left: int, top: int, right: int, bottom: int) -> np.ndarray:
-        """(h, w, 4) uint8 RGBA of a rectangle in the level's own pixels. What is not plainly in order is OpenSlide's to judge. After a failed
-        read it refuses every other one on that handle, in whichever thread: so all go on with a new handle, and a last one of its own tells
-        whether these pixels are to blame. Raises openslide.OpenSlideError if they are."""
+        """(h, w, 4) uint8 RGBA of a rectangle in the level's own pixels. After a failed read OpenSlide refuses every other one on that
+        handle, in whichever thread: so all go on with a new handle, and a last one of its own tells whether these pixels are
+        to blame. Raises openslide.OpenSlideError if they are."""
         if level in self.jpeg:
             with contextlib.suppress(ValueError, OSError):
                 return self.jpeg[level].region(left, top, right, bottom)
@@ -1680,7 +1686,7 @@ def tile_command(args) -> int:
         except Stopped:
             raise
         except Exception as error:                                # whatever a slide, or the user's encoder, raises
-            reason = str(error) if isinstance(error, MixmagError) else f"{type(error).__name__}: {error}"
+            reason = " ".join((str(error) if isinstance(error, MixmagError) else f"{type(error).__name__}: {error}").split())
             failed.append((path.stem, "tile", reason))
             print(f"{path.stem}: FAILED: {reason}", file=sys.stderr)
         else:

@@ -86,9 +86,10 @@ def jpeg_tiles(picture: np.ndarray, side: int):
             yield file.getvalue()
 
 
-def write_jpeg_tiff(path, levels, mpp: float, side: int = 256, photometric: int = 6, tables: bytes = b"") -> None:
+def write_jpeg_tiff(path, levels, mpp: float, side: int = 256, photometric: int = 6, tables: bytes = b"",
+                    description: bytes = b"made for a test") -> None:
     """A tiled BigTIFF of levels (width, height, encoded JPEG tiles). Equal tiles are stored once, so a huge slide may be a small file.
-    photometric: 6 for YCbCr, 2 for RGB; tables: what all tiles share, if they do."""
+    photometric: 6 for YCbCr, 2 for RGB; tables: what all tiles share, if they do; description: longer than 8 bytes."""
     def entry(tag, kind, count, value):
         return struct.pack("<HHQ", tag, kind, count) + (value if isinstance(value, bytes) else struct.pack("<Q", value)).ljust(8, b"\0")
 
@@ -108,9 +109,10 @@ def write_jpeg_tiff(path, levels, mpp: float, side: int = 256, photometric: int 
                 f.write(struct.pack(f"<{len(numbers)}Q", *numbers))
             per_cm = struct.pack("<II", round(1e7 / mpp * width / levels[0][0]), 1000)
             shared = f.tell()
-            f.write(tables)
+            f.write(tables + description + b"\0")
             tags = [(254, 4, 1, int(link != 8)), (256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, struct.pack("<HHH", 8, 8, 8)),
-                    (259, 3, 1, 7), (262, 3, 1, photometric), (277, 3, 1, 3), (282, 5, 1, per_cm), (283, 5, 1, per_cm), (296, 3, 1, 3),
+                    (259, 3, 1, 7), (262, 3, 1, photometric), (270, 2, len(description) + 1, shared + len(tables)),
+                    (277, 3, 1, 3), (282, 5, 1, per_cm), (283, 5, 1, per_cm), (296, 3, 1, 3),
                     (322, 4, 1, side), (323, 4, 1, side), (324, 16, len(places), arrays[0]), (325, 16, len(places), arrays[1]),
                     *([(347, 7, len(tables), shared)] if tables else []), (530, 3, 2, struct.pack("<HH", 2, 2))]
             directory = f.tell()
