@@ -875,7 +875,7 @@ CACHE_BYTES = 2 ** 26                                             # of decoded t
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".dcm", ".czi")
 
 
-MAX_TILE_BYTES = 2 ** 30                                          # that a TIFF may claim for one of its tiles (assumed): a scanner's have below 2^24
+MAX_TILE_BYTES = 2 ** 30                                          # that a TIFF may claim for one of its tiles (assumed)
 ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0"                    # by this marker and the byte after it libjpeg knows YCbCr (1) from RGB (0)
 
 
@@ -923,7 +923,7 @@ class JpegLevel:
 def jpeg_levels(reader) -> dict[int, JpegLevel]:
     """Those of a slide's levels, by number, that can be read without OpenSlide. Raises MixmagError for a level with a tile so large
     that OpenSlide would end the process for want of memory."""
-    vendor, pages, claimed = reader.slide.properties["openslide.vendor"], {}, 0
+    vendor, pages, claimed, absent = reader.slide.properties["openslide.vendor"], {}, 0, False
     if vendor not in ("aperio", "generic-tiff"):
         return {}
     import tifffile
@@ -932,9 +932,7 @@ def jpeg_levels(reader) -> dict[int, JpegLevel]:
         with tifffile.TiffFile(reader.path) as tiff:
             for page in [page for page in tiff.pages if page.is_tiled]:
                 size, (w, h), lengths = (page.imagewidth, page.imagelength), (page.tilewidth, page.tilelength), page.databytecounts
-                claimed = max(claimed, 4 * w * h, *lengths) if size in reader.sizes else claimed
-                if vendor == "aperio" and 0 in lengths:           # OpenSlide redraws what lies over an absent tile, from the finer level
-                    return {}
+                claimed, absent = max(claimed, 4 * w * h, *lengths) if size in reader.sizes else claimed, absent or 0 in lengths
                 fine = ((page.compression, page.bitspersample, page.samplesperpixel, page.planarconfig) == usual and 0 < 4 * w * h <= CACHE_BYTES
                         and len(page.dataoffsets) == len(lengths) == -(-size[0] // w) * -(-size[1] // h)
                         and max(map(sum, zip(page.dataoffsets, lengths))) <= tiff.filehandle.size
@@ -944,6 +942,8 @@ def jpeg_levels(reader) -> dict[int, JpegLevel]:
         pages = {}
     if claimed > MAX_TILE_BYTES:
         raise MixmagError(f"{reader.path}: is damaged: one of its tiles would have {claimed} bytes")
+    if vendor == "aperio" and absent:                             # OpenSlide draws what lies over an absent tile from the finer level
+        return {}
     return {i: level for i, size in enumerate(reader.sizes) if (level := pages.get(size)) and level.agrees(reader.open(), i)}
 
 
