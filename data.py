@@ -921,27 +921,31 @@ class JpegLevel:
 
 
 def jpeg_levels(reader) -> dict[int, JpegLevel]:
-    """Those of a slide's levels, by number, that can be read without OpenSlide. Raises MixmagError for a level with a tile so large
-    that OpenSlide would end the process for want of memory."""
-    vendor, pages, claimed, absent = reader.slide.properties["openslide.vendor"], {}, 0, False
+    """Those of a slide's levels, by number, that can be read without OpenSlide. Raises MixmagError for a level with a tile so large that
+    OpenSlide would end the process for want of memory, or with more or fewer tiles than its size wants, which it would mix up."""
+    vendor, pages, damage, absent = reader.slide.properties["openslide.vendor"], {}, None, False
     if vendor not in ("aperio", "generic-tiff"):
         return {}
     import tifffile
-    usual = tifffile.COMPRESSION.JPEG, 8, 3, tifffile.PLANARCONFIG.CONTIG
     try:
         with tifffile.TiffFile(reader.path) as tiff:
             for page in [page for page in tiff.pages if page.is_tiled]:
                 size, (w, h), lengths = (page.imagewidth, page.imagelength), (page.tilewidth, page.tilelength), page.databytecounts
-                claimed, absent = max(claimed, 4 * w * h, *lengths) if size in reader.sizes else claimed, absent or 0 in lengths
-                fine = ((page.compression, page.bitspersample, page.samplesperpixel, page.planarconfig) == usual and 0 < 4 * w * h <= CACHE_BYTES
-                        and len(page.dataoffsets) == len(lengths) == -(-size[0] // w) * -(-size[1] // h)
+                absent, most, grid = absent or 0 in lengths, max(4 * w * h, *lengths), -(-size[0] // w) * -(-size[1] // h)
+                whole = page.planarconfig == tifffile.PLANARCONFIG.CONTIG
+                if size in reader.sizes and most > MAX_TILE_BYTES:
+                    damage = f"one of its tiles would have {most} bytes"
+                elif size in reader.sizes and whole and len(page.dataoffsets) != grid:
+                    damage = f"its {len(page.dataoffsets)} tiles of {w} x {h} px do not make a level of {size[0]} x {size[1]} px"
+                usual = whole and (page.compression, page.bitspersample, page.samplesperpixel) == (tifffile.COMPRESSION.JPEG, 8, 3)
+                fine = (usual and len(lengths) == grid and 0 < 4 * w * h <= CACHE_BYTES
                         and max(map(sum, zip(page.dataoffsets, lengths))) <= tiff.filehandle.size
                         and b"\xff\xdd" not in (page.jpegtables or b""))          # a restart interval, which holds for the tables alone
                 pages[size] = JpegLevel(reader.path, page) if fine and size not in pages else None          # which of two is OpenSlide's?
     except Exception:                                             # of all kinds, where a file has tags that OpenSlide does not look at
         pages = {}
-    if claimed > MAX_TILE_BYTES:
-        raise MixmagError(f"{reader.path}: is damaged: one of its tiles would have {claimed} bytes")
+    if damage:
+        raise MixmagError(f"{reader.path}: is damaged: {damage}")
     if vendor == "aperio" and absent:                             # OpenSlide draws what lies over an absent tile from the finer level
         return {}
     return {i: level for i, size in enumerate(reader.sizes) if (level := pages.get(size)) and level.agrees(reader.open(), i)}
@@ -956,8 +960,8 @@ class Reader:
             raise MixmagError(f"{path}: " + ("is empty (0 bytes)" if self.path.is_file() else "no such file"))
         try:
             if openslide.OpenSlide.detect_format(self.path) is None:
-                raise MixmagError(f"{path}: OpenSlide knows no slide in its {self.path.stat().st_size} bytes: another format, cut short, or an "
-                                  "index without the files that it names")
+                raise MixmagError(f"{path}: OpenSlide knows no slide in its {self.path.stat().st_size} bytes: another format, cut short, a "
+                                  "TIFF in strips or big-endian, or an index without the files that it names")
             self.slide = self.open()
             self.downsamples, self.sizes = self.slide.level_downsamples, self.slide.level_dimensions    # a failed handle would not even tell these
             self.jpeg = jpeg_levels(self)
@@ -1646,7 +1650,8 @@ def tile_one(path: Path, encoder, dim: int, args) -> tuple[str, int]:
                      "n_unscanned": len(plan.unscanned), "settings": settings})
         report += f"; {bad} windows dropped as unreadable" if bad else ""
         report += f"; {len(plan.unscanned)} cells hold pixels that the file does not have, taken for glass" if plan.unscanned else ""
-    return report + ("" if plan.windows else "; nothing to embed"), size
+    nothing = f"; nothing to embed: tissue is on {plan.mask.mean():.1%} of the slide, and on --min-tissue {args.min_tissue:.0%} of no window"
+    return report + ("" if plan.windows else nothing), size
 
 
 def slides_to_tile(args) -> tuple[list[Path], Path]:
@@ -1664,6 +1669,8 @@ def slides_to_tile(args) -> tuple[list[Path], Path]:
         raise MixmagError(f"--shard {shard}: expected i/n with 0 <= i < n")
     paths, args.manifest = find_slides(args.slides), read_manifest(args.manifest)
     name_strangers(args.manifest, {path.stem for path in paths})
+    if args.mask and not Path(args.mask).exists():
+        raise MixmagError(f"--mask {args.mask}: no such file or folder")
     if args.mask and Path(args.mask).is_file() and len(paths) > 1:
         raise MixmagError(f"--mask {args.mask} is one file for {len(paths)} slides; give a folder of <slide_id>.png or .geojson")
     paths, out = paths[share::shares], Path(args.out).resolve()

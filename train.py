@@ -1241,7 +1241,7 @@ def predict_command(args) -> int:
     scores = score_cases(model, dataset, compute, 1)               # one slide at a time: memory is that of the largest
     out = Path(args.out or Path(args.run) / "predict.csv")
     scored = [(case.case_id, float(s[0])) for case, s in zip(dataset.cases, scores)]
-    failed += [(i, "predict", "no tissue, or no valid token") for i in dataset.dropped]
+    failed += [(i, "predict", "no cells, or no valid token") for i in dataset.dropped]
     failed += [(i, "predict", f"the score is {s}; data.py verify says which features are not finite") for i, s in scored if not math.isfinite(s)]
     scored = [(i, s) for i, s in scored if math.isfinite(s)]
     write_csv(out, ("slide_id", "score"), scored)
@@ -1542,7 +1542,7 @@ def heatmap_command(args) -> int:
     """CSV and GeoJSON come first: they need no pixel, so that an image that cannot be read costs nothing but the pictures."""
     model, config, dataset, compute = open_run(args, [args.slide])
     if dataset.dropped:
-        raise MixmagError(f"{args.slide} has no tissue: there is nothing to draw")
+        raise MixmagError(f"{args.slide} has no cells, as what is below tile's --min-tissue: there is nothing to draw")
     slide, run, out = dataset.slides[args.slide], Path(args.run).resolve().name, Path(args.out or Path(args.run) / "heatmap" / args.slide)
     meta, reader = slide.meta, data.Reader(args.image) if args.image else None
     table, score = attention_table(model, dataset, compute)

@@ -528,16 +528,18 @@ def test_damaged_jpeg_is_openslides_to_judge(tmp_path):
     assert {("flip", True), ("flip", False), ("noise", True), ("zeros", True), ("end", True)} <= seen
 
 
-@pytest.mark.parametrize("what", ["TileByteCounts", "TileWidth"])
-def test_a_tile_beyond_all_measure_is_refused(tmp_path, monkeypatch, capsys, what):
-    """OpenSlide would ask for that much memory, and end the process when there is none; the other slides are tiled."""
+@pytest.mark.parametrize("tag, page, value, message", [
+    ("TileByteCounts", 1, 2 ** 42, f"one of its tiles would have {2 ** 42} bytes"), ("TileWidth", 1, 2 ** 28, f"one of its tiles would have {2 ** 38} bytes"),
+    ("ImageWidth", 0, 3000, "its 36 tiles of 256 x 256 px do not make a level of 3000 x 1400 px")])
+def test_tiles_beyond_all_measure_are_refused(tmp_path, monkeypatch, capsys, tag, page, value, message):
+    """OpenSlide would ask for that much memory, and end the process when there is none, or mix up the tiles; the other slides are tiled."""
     import tifffile
     write_tiff(tmp_path / "good.tiff", pink(1400, 1400), 0.5)
     with tifffile.TiffFile(write_jpeg(tmp_path / "bad.tiff", pink(1400, 1400), levels=(1, 2)), mode="r+b") as tiff:
-        tag = tiff.pages[1].tags[what]
-        tag.overwrite(2 ** 28 if what == "TileWidth" else (*tag.value[:8], 2 ** 42))
+        found = tiff.pages[page].tags[tag]
+        found.overwrite((*found.value[:8], value) if tag == "TileByteCounts" else value)
     assert tile(monkeypatch, "--slides", tmp_path, "--out", tmp_path / "d") == 3
-    assert f"one of its tiles would have {2 ** 38 if what == 'TileWidth' else 2 ** 42} bytes" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert [p.stem for p in (tmp_path / "d" / "slides").glob("*.safetensors")] == ["good"]
 
 
@@ -907,6 +909,8 @@ def test_manifest_mask_and_qc_from_the_command_line(tmp_path, monkeypatch, capsy
     assert tile(monkeypatch, *flags) == 3 and "a: done before" in capsys.readouterr().out
     Image.new("L", (30, 30), 255).save(tmp_path / "masks" / "a.png")
     assert tile(monkeypatch, *flags) == 3 and "a: FAILED" in (err := capsys.readouterr().err) and "give another --out" in err
+    with pytest.raises(MixmagError, match="no such file or folder"):
+        tile(monkeypatch, "--slides", tmp_path, "--out", tmp_path / "d", "--mask", tmp_path / "absent.png")
     with pytest.raises(MixmagError, match="one file for 4 slides"):
         tile(monkeypatch, "--slides", slides, "--out", tmp_path / "d", "--mask", tmp_path / "masks" / "a.png")
 
