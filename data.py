@@ -873,8 +873,6 @@ def synth_command(args) -> int:
 
 CACHE_BYTES = 2 ** 26                                             # of decoded tiles, shared by neighbouring reads of a level (assumed)
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".dcm", ".czi")
-
-
 MAX_TILE_BYTES = 2 ** 30                                          # that a TIFF may claim for one of its tiles (assumed)
 ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0"                    # by this marker and the byte after it libjpeg knows YCbCr (1) from RGB (0)
 
@@ -932,16 +930,16 @@ def jpeg_levels(reader) -> dict[int, JpegLevel]:
             for page in [page for page in tiff.pages if page.is_tiled]:
                 size, (w, h), lengths = (page.imagewidth, page.imagelength), (page.tilewidth, page.tilelength), page.databytecounts
                 absent, most, grid = absent or 0 in lengths, max(4 * w * h, *lengths), -(-size[0] // w) * -(-size[1] // h)
-                whole = page.planarconfig == tifffile.PLANARCONFIG.CONTIG
+                one_plane = page.planarconfig == tifffile.PLANARCONFIG.CONTIG
                 if size in reader.sizes and most > MAX_TILE_BYTES:
                     damage = f"one of its tiles would have {most} bytes"
-                elif size in reader.sizes and whole and len(page.dataoffsets) != grid:
+                elif size in reader.sizes and one_plane and len(page.dataoffsets) != grid:
                     damage = f"its {len(page.dataoffsets)} tiles of {w} x {h} px do not make a level of {size[0]} x {size[1]} px"
-                usual = whole and (page.compression, page.bitspersample, page.samplesperpixel) == (tifffile.COMPRESSION.JPEG, 8, 3)
-                fine = (usual and len(lengths) == grid and 0 < 4 * w * h <= CACHE_BYTES
+                usual = (one_plane and (page.compression, page.bitspersample, page.samplesperpixel) == (tifffile.COMPRESSION.JPEG, 8, 3)
+                        and len(page.dataoffsets) == len(lengths) == grid and 4 * w * h <= CACHE_BYTES
                         and max(map(sum, zip(page.dataoffsets, lengths))) <= tiff.filehandle.size
                         and b"\xff\xdd" not in (page.jpegtables or b""))          # a restart interval, which holds for the tables alone
-                pages[size] = JpegLevel(reader.path, page) if fine and size not in pages else None          # which of two is OpenSlide's?
+                pages[size] = JpegLevel(reader.path, page) if usual and size not in pages else None         # which of two is OpenSlide's?
     except Exception:                                             # of all kinds, where a file has tags that OpenSlide does not look at
         pages = {}
     if damage:
@@ -1650,7 +1648,7 @@ def tile_one(path: Path, encoder, dim: int, args) -> tuple[str, int]:
                      "n_unscanned": len(plan.unscanned), "settings": settings})
         report += f"; {bad} windows dropped as unreadable" if bad else ""
         report += f"; {len(plan.unscanned)} cells hold pixels that the file does not have, taken for glass" if plan.unscanned else ""
-    nothing = f"; nothing to embed: tissue is on {plan.mask.mean():.1%} of the slide, and on --min-tissue {args.min_tissue:.0%} of no window"
+    nothing = f"; nothing to embed: tissue is {plan.mask.mean():.1%} of the slide, and of no window as much as --min-tissue {args.min_tissue:.0%}"
     return report + ("" if plan.windows else nothing), size
 
 

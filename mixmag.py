@@ -17,7 +17,6 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -416,6 +415,20 @@ def trivial_predictions(geometry: Geometry, x: Tensor, removed: Tensor, mean: Te
     return predictions
 
 
+@dataclass
+class Outputs:
+    """What MEM returns, and of CMEM (on the 2B regions of its views) the last three besides."""
+    loss: Tensor                                                  # scalar
+    pred: Tensor                                                  # (B, M, D)
+    removed: Tensor                                               # (B, M)
+    cls: Tensor                                                   # (B, 4, d)
+    per_level: Tensor                                             # (K,) the mean loss of each magnification, nan where none was removed
+    per_level_count: Tensor                                       # (K,)
+    mem: Tensor | None = None                                     # CMEM: loss = mem + weight * contrastive
+    contrastive: Tensor | None = None
+    z: Tensor | None = None                                       # (2, B, P)
+
+
 class MaskedEmbeddingModel(nn.Module):
     """MEM: encode the kept tokens, decode the removed ones. Source: paper section 3.1.1, figure 2a."""
 
@@ -425,13 +438,10 @@ class MaskedEmbeddingModel(nn.Module):
         self.encoder = MixingEncoder(config)
         self.decoder = Decoder(config)
 
-    def forward(self, x: Tensor, mask: float | Tensor = 0.5, valid: Tensor | None = None,
-                generator: torch.Generator | None = None) -> SimpleNamespace:
+    def forward(self, x: Tensor, mask: float | Tensor = 0.5, valid: Tensor | None = None, generator: torch.Generator | None = None) -> Outputs:
         """x (B, N, D), mask the removal ratio or the removed indices themselves (B, M), valid (B, N) bool or None.
 
         1. choose the removed tokens   2. encode the kept ones   3. decode at the removed places   4. score them
-        Returns .loss, .pred (B, M, D), .removed (B, M), .cls (B, 4, d), .per_level (K,) the mean loss of each magnification
-        (nan where none was removed), .per_level_count (K,).
         """
         geometry = self.encoder.geometry
         removed = mask if torch.is_tensor(mask) else random_removal(*x.shape[:2], mask, generator, x.device)        # 1
@@ -442,8 +452,7 @@ class MaskedEmbeddingModel(nn.Module):
             target = target.masked_fill(~valid.gather(1, removed)[..., None], 0)
         loss = mem_loss(pred, target, removal_weights(geometry, removed, valid))                                    # 4
         total, count = level_losses(geometry, pred.detach(), target, removed, valid)
-        return SimpleNamespace(loss=loss, pred=pred, removed=removed, cls=cls,
-                               per_level=total / count, per_level_count=count)
+        return Outputs(loss, pred, removed, cls, total / count, count)
 
     def encode_kept(self, x: Tensor, removed: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, N, D), removed (B, M) -> kept (B, N - M), cls (B, 4, d), tokens (B, N - M, d)."""
@@ -475,12 +484,8 @@ class ContrastiveEmbeddingModel(MaskedEmbeddingModel):
                                        nn.Linear(config.projector_hidden, config.projector_dim))
         self.projector.apply(_init_linear)
 
-    def forward(self, views: Tensor, mask: float | Tensor = 0.5, valid: Tensor | None = None,
-                generator: torch.Generator | None = None) -> SimpleNamespace:
-        """views (2, B, N, D); mask a ratio or removed indices (2, B, M); valid (2, B, N) or None.
-
-        Returns what MEM returns on the 2B regions, and .mem, .z (2, B, P), .contrastive; .loss = mem + weight * contrastive.
-        """
+    def forward(self, views: Tensor, mask: float | Tensor = 0.5, valid: Tensor | None = None, generator: torch.Generator | None = None) -> Outputs:
+        """views (2, B, N, D); mask a ratio or removed indices (2, B, M); valid (2, B, N) or None."""
         flat = [t.flatten(0, 1) if torch.is_tensor(t) else t for t in (views, mask, valid)]
         out = super().forward(*flat, generator)
         out.z = self.projector(out.cls.flatten(1)).unflatten(0, (2, -1))                      # Eq. 6  (2, B, P)

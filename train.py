@@ -1542,7 +1542,7 @@ def heatmap_command(args) -> int:
     """CSV and GeoJSON come first: they need no pixel, so that an image that cannot be read costs nothing but the pictures."""
     model, config, dataset, compute = open_run(args, [args.slide])
     if dataset.dropped:
-        raise MixmagError(f"{args.slide} has no cells, as what is below tile's --min-tissue: there is nothing to draw")
+        raise MixmagError(f"{args.slide} has no cells (no tissue, or in no window as much as --min-tissue asks): there is nothing to draw")
     slide, run, out = dataset.slides[args.slide], Path(args.run).resolve().name, Path(args.out or Path(args.run) / "heatmap" / args.slide)
     meta, reader = slide.meta, data.Reader(args.image) if args.image else None
     table, score = attention_table(model, dataset, compute)

@@ -76,13 +76,13 @@ def in_child(function, *arguments):
 
 # --------------------------------------------------------------------------------------------------------------- tiling
 
-def jpeg_tiles(picture: np.ndarray, side: int):
-    """A picture as encoded JPEG tiles, row-major, as in a scanner's file."""
+def jpeg_tiles(picture: np.ndarray, side: int, **settings):
+    """A picture as encoded JPEG tiles, row-major, as in a scanner's file. settings: Pillow's for JPEG."""
     padded = np.pad(picture, [(0, -picture.shape[0] % side), (0, -picture.shape[1] % side), (0, 0)], mode="edge")
     for y in range(0, padded.shape[0], side):
         for x in range(0, padded.shape[1], side):
             file = io.BytesIO()
-            Image.fromarray(padded[y:y + side, x:x + side]).save(file, "JPEG", quality=80, subsampling="4:2:0")
+            Image.fromarray(padded[y:y + side, x:x + side]).save(file, "JPEG", **{"quality": 80, "subsampling": "4:2:0", **settings})
             yield file.getvalue()
 
 
