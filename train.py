@@ -531,7 +531,7 @@ def pretrain_step(model, loads, share: int, micro: int, compute) -> dict:
         else:
             scaled = out.loss * weight
         compute.scaler.scale(scaled).backward()
-        terms = {name: getattr(out, name).detach() * weight for name in ("loss", "mem", "contrastive") if hasattr(out, name)}
+        terms = {name: term.detach() * weight for name in ("loss", "mem", "contrastive") if (term := getattr(out, name)) is not None}
         terms["levels"] = torch.stack([(out.per_level * out.per_level_count).nan_to_num(), out.per_level_count])
         logged = {name: logged.get(name, 0) + value for name, value in terms.items()}
     return logged
