@@ -1,4 +1,5 @@
 """Slide files, the synthetic cohort, the tiler, the data sets.     python -m pytest tests/test_data.py"""
+
 import csv
 import io
 import itertools
@@ -27,38 +28,71 @@ import data
 from data import MixmagError
 from mixmag import Geometry
 
-META = {"encoder": "test", "magnifications": [5, 10, 20], "tile_px": 224, "mpp": 0.5, "cell_px": 896.0, "origin": [0.0, 0.0],
-        "width": 9000, "height": 9000, "n_bad": 0}
+META = {
+    "encoder": "test",
+    "magnifications": [5, 10, 20],
+    "tile_px": 224,
+    "mpp": 0.5,
+    "cell_px": 896.0,
+    "origin": [0.0, 0.0],
+    "width": 9000,
+    "height": 9000,
+    "n_bad": 0,
+}
 
 
 def make_slide(folder, slide_id="a", cells=((0, 0), (1, 0)), seed=0, dim=8, valid=None, **meta):
     rng = np.random.default_rng(seed)
     features = rng.standard_normal((len(cells), 21, dim)).astype(np.float16)
     path = folder / "slides" / f"{slide_id}.safetensors"
-    data.write_slide(path, features, np.array(cells, np.int32).reshape(-1, 2), np.ones((len(cells), 21), bool) if valid is None else valid,
-                     {**META, "slide_id": slide_id, **meta})
+    data.write_slide(
+        path,
+        features,
+        np.array(cells, np.int32).reshape(-1, 2),
+        np.ones((len(cells), 21), bool) if valid is None else valid,
+        {**META, "slide_id": slide_id, **meta},
+    )
     return path
 
 
 # ------------------------------------------------------------------------------------------------------- the slide file
+
 
 def test_slide_round_trip_through_a_memory_map(tmp_path):
     path = make_slide(tmp_path, cells=[(3, 1), (0, 2)])
     slide = data.read_slide(path)
     expected = np.random.default_rng(0).standard_normal((2, 21, 8)).astype(np.float16)
     assert np.array_equal(slide.features, expected) and str(path) in open("/proc/self/maps").read()
-    assert slide.cells.tolist() == [[3, 1], [0, 2]] and slide.valid.all() and slide.meta["cell_px"] == 896.0 and slide.meta["magnifications"] == [5, 10, 20]
+    assert (
+        slide.cells.tolist() == [[3, 1], [0, 2]]
+        and slide.valid.all()
+        and slide.meta["cell_px"] == 896.0
+        and slide.meta["magnifications"] == [5, 10, 20]
+    )
 
 
 def test_slide_file_is_what_the_contract_says(tmp_path):
     """Read with the safetensors library alone, and the checksum computed again from its definition."""
     import hashlib
+
     with safetensors.safe_open(make_slide(tmp_path), "numpy") as f:
         meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
-    assert {k: (v.dtype.name, v.shape) for k, v in tensors.items()} == {"features": ("float16", (2, 21, 8)), "cells": ("int32", (2, 2)), "valid": ("bool", (2, 21))}
-    assert meta["format"] == "mixmag/1" and json.loads(meta["origin"]) == [0.0, 0.0] and all(isinstance(v, str) for v in meta.values())
+    assert {k: (v.dtype.name, v.shape) for k, v in tensors.items()} == {
+        "features": ("float16", (2, 21, 8)),
+        "cells": ("int32", (2, 2)),
+        "valid": ("bool", (2, 21)),
+    }
+    assert (
+        meta["format"] == "mixmag/1"
+        and json.loads(meta["origin"]) == [0.0, 0.0]
+        and all(isinstance(v, str) for v in meta.values())
+    )
     digest = hashlib.sha256(b"".join(tensors[k].tobytes() for k in ("features", "cells", "valid")))
-    digest.update(json.dumps({k: v for k, v in meta.items() if k != "sha256"}, sort_keys=True, separators=(",", ":")).encode())
+    digest.update(
+        json.dumps(
+            {k: v for k, v in meta.items() if k != "sha256"}, sort_keys=True, separators=(",", ":")
+        ).encode()
+    )
     assert meta["sha256"] == digest.hexdigest()
 
 
@@ -74,11 +108,17 @@ def test_features_at_an_odd_byte_are_refused(tmp_path):
         meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in ("valid", "features", "cells")}
     header, start = {"__metadata__": meta}, 0
     for name, x in tensors.items():
-        header[name] = {"dtype": {"bool": "BOOL", "float16": "F16", "int32": "I32"}[x.dtype.name], "shape": x.shape, "data_offsets": [start, start + x.nbytes]}
+        header[name] = {
+            "dtype": {"bool": "BOOL", "float16": "F16", "int32": "I32"}[x.dtype.name],
+            "shape": x.shape,
+            "data_offsets": [start, start + x.nbytes],
+        }
         start += x.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(x.tobytes() for x in tensors.values()))
+    path.write_bytes(
+        len(text).to_bytes(8, "little") + text + b"".join(x.tobytes() for x in tensors.values())
+    )
     with safetensors.safe_open(path, "numpy") as f:
         assert np.array_equal(f.get_tensor("features"), tensors["features"])
     with pytest.raises(MixmagError, match="begin at an odd byte"):
@@ -115,8 +155,10 @@ def test_many_slides_do_not_exhaust_file_descriptors(tmp_path):
 
 def test_a_killed_writer_leaves_nothing_under_the_final_name(tmp_path):
     """kill -9 while a writer loops: whatever stands under a final name is whole."""
-    code = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nfrom test_data import make_slide\nfrom pathlib import Path\n"
-            f"for i in range(10**6): make_slide(Path({str(tmp_path)!r}), f's{{i % 3}}', cells=[(c, 0) for c in range(300)], seed=i)")
+    code = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nfrom test_data import make_slide\nfrom pathlib import Path\n"
+        f"for i in range(10**6): make_slide(Path({str(tmp_path)!r}), f's{{i % 3}}', cells=[(c, 0) for c in range(300)], seed=i)"
+    )
     for delay in (0.0, 0.03, 0.11):
         process = subprocess.Popen([sys.executable, "-c", code])
         deadline = time.time() + 60
@@ -139,18 +181,28 @@ def test_a_failing_write_keeps_the_old_file(tmp_path):
 
 # --------------------------------------------------------------------------------------------------------------- verify
 
+
 def test_verify_finds_every_flipped_byte(tmp_path):
     path = make_slide(tmp_path, cells=[(0, 0)])
     whole = path.read_bytes()
     assert data.verify(tmp_path) == []
     rng = np.random.default_rng(0)
-    for at in sorted(rng.choice(len(whole), 400, replace=False).tolist()) + [0, 7, 8, len(whole) - 1]:
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << int(rng.integers(8)))]) + whole[at + 1:])
+    for at in sorted(rng.choice(len(whole), 400, replace=False).tolist()) + [
+        0,
+        7,
+        8,
+        len(whole) - 1,
+    ]:
+        path.write_bytes(
+            whole[:at] + bytes([whole[at] ^ (1 << int(rng.integers(8)))]) + whole[at + 1 :]
+        )
         assert data.verify(tmp_path), f"byte {at} flipped and nothing found"
 
 
 def task(folder, rows, name="t"):
-    data.write_csv(folder / "tasks" / f"{name}.csv", ("case_id", "slide_id", "label", "split"), rows)
+    data.write_csv(
+        folder / "tasks" / f"{name}.csv", ("case_id", "slide_id", "label", "split"), rows
+    )
 
 
 def test_verify_prints_every_finding(tmp_path):
@@ -162,17 +214,50 @@ def test_verify_prints_every_finding(tmp_path):
     make_slide(tmp_path, "other", encoder="another")
     features = np.ones((1, 21, 8), np.float16)
     features[0, 3, 2] = np.nan
-    data.write_slide(tmp_path / "slides" / "nan.safetensors", features, np.zeros((1, 2), np.int32), np.ones((1, 21), bool), {**META, "slide_id": "nan"})
-    (tmp_path / "slides" / "misnamed.safetensors").write_bytes((tmp_path / "slides" / "s0.safetensors").read_bytes())
-    (tmp_path / "slides" / "cut.safetensors").write_bytes((tmp_path / "slides" / "s0.safetensors").read_bytes()[:-10])
-    make_slide(tmp_path, "twin", seed=0)                           # the content of s0 under another name
-    task(tmp_path, good + [("c0", "other", 0, "test"), ("new", "absent", 1, "test"), ("c1", "nan", 0, "train"), ("x", "y", 2, "train"), ("x", "y", 1, "later"),
-                           ("z", "twin", 0, "test"), ("c9", "s5", 1, "test")])
+    data.write_slide(
+        tmp_path / "slides" / "nan.safetensors",
+        features,
+        np.zeros((1, 2), np.int32),
+        np.ones((1, 21), bool),
+        {**META, "slide_id": "nan"},
+    )
+    (tmp_path / "slides" / "misnamed.safetensors").write_bytes(
+        (tmp_path / "slides" / "s0.safetensors").read_bytes()
+    )
+    (tmp_path / "slides" / "cut.safetensors").write_bytes(
+        (tmp_path / "slides" / "s0.safetensors").read_bytes()[:-10]
+    )
+    make_slide(tmp_path, "twin", seed=0)  # the content of s0 under another name
+    task(
+        tmp_path,
+        good
+        + [
+            ("c0", "other", 0, "test"),
+            ("new", "absent", 1, "test"),
+            ("c1", "nan", 0, "train"),
+            ("x", "y", 2, "train"),
+            ("x", "y", 1, "later"),
+            ("z", "twin", 0, "test"),
+            ("c9", "s5", 1, "test"),
+        ],
+    )
     data.write_csv(tmp_path / "pretrain.csv", ("slide_id",), [("s0",), ("s4",), ("gone",)])
     findings = "\n".join(data.verify(tmp_path))
-    for words in ("encoder another", "NaN", "holds slide 's0'", "cut.safetensors: cannot be read", "case 'c0' is in two splits", "slide 'absent' of case 'new' has no file",
-                  "two labels", "label of case 'x' is '2'", "split of case 'x' is 'later'", "same content in two splits", "'s5' stands in more than one row",
-                  "slide 's4' is in a tune or test split", "slide 'gone' has no file"):
+    for words in (
+        "encoder another",
+        "NaN",
+        "holds slide 's0'",
+        "cut.safetensors: cannot be read",
+        "case 'c0' is in two splits",
+        "slide 'absent' of case 'new' has no file",
+        "two labels",
+        "label of case 'x' is '2'",
+        "split of case 'x' is 'later'",
+        "same content in two splits",
+        "'s5' stands in more than one row",
+        "slide 's4' is in a tune or test split",
+        "slide 'gone' has no file",
+    ):
         assert words in findings, f"{words!r} not among\n{findings}"
     out, _ = run("data.py", "verify", tmp_path, cwd=tmp_path, code=1)
     assert out.count("\n") == findings.count("\n") + 2
@@ -180,9 +265,14 @@ def test_verify_prints_every_finding(tmp_path):
 
 def test_task_tables_keep_ids_as_text_and_survive_bom_and_crlf(tmp_path):
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "t.csv").write_bytes("\ufeffcase_id,slide_id,label,split,extra\r\n001,0010,1,train,x\r\n1,10,0,train,y\r\n".encode())
+    (tmp_path / "tasks" / "t.csv").write_bytes(
+        "\ufeffcase_id,slide_id,label,split,extra\r\n001,0010,1,train,x\r\n1,10,0,train,y\r\n".encode()
+    )
     cases = data.read_task(tmp_path, "t")
-    assert [(c.case_id, c.slide_ids, c.label) for c in cases] == [("001", ["0010"], 1), ("1", ["10"], 0)]
+    assert [(c.case_id, c.slide_ids, c.label) for c in cases] == [
+        ("001", ["0010"], 1),
+        ("1", ["10"], 0),
+    ]
 
 
 @pytest.mark.parametrize("label", ["1.0", "yes", "", "nan", "2"])
@@ -192,8 +282,13 @@ def test_labels_are_zero_or_one(tmp_path, label):
         data.read_task(tmp_path, "t")
 
 
-@pytest.mark.parametrize("one, other", [([("2", "b", 1, "tune")], [("2", "b", 0, "train"), ("3", "c", 1, "test")]),
-                                        ([("2", "b", 1, "train")], [("2", "c", 1, "test"), ("3", "d", 0, "train")])])
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ([("2", "b", 1, "tune")], [("2", "b", 0, "train"), ("3", "c", 1, "test")]),
+        ([("2", "b", 1, "train")], [("2", "c", 1, "test"), ("3", "d", 0, "train")]),
+    ],
+)
 def test_pretraining_leaves_out_every_tune_and_test_case(tmp_path, one, other):
     """Whole, with all its slides, whatever another task says of them; pretrain.csv overrules."""
     for i in "abcd":
@@ -206,6 +301,7 @@ def test_pretraining_leaves_out_every_tune_and_test_case(tmp_path, one, other):
 
 
 # ----------------------------------------------------------------------------------------------------- synthetic cohort
+
 
 def test_full_scale_is_the_papers_appendix():
     for name, rows in data.synth_plan("full", 0).items():
@@ -220,14 +316,23 @@ def test_quick_scale_can_be_ranked():
     for rows in data.synth_plan("quick", 0).values():
         for split, (least, positives) in data.QUICK_FLOORS.items():
             labels = {r[0]: r[2] for r in rows if r[3] == split}
-            assert len(labels) >= least and min(sum(labels.values()), len(labels) - sum(labels.values())) >= positives
-    assert any(len({r[1] for r in rows}) > len({r[0] for r in rows}) for rows in data.synth_plan("quick", 0).values())
+            assert (
+                len(labels) >= least
+                and min(sum(labels.values()), len(labels) - sum(labels.values())) >= positives
+            )
+    assert any(
+        len({r[1] for r in rows}) > len({r[0] for r in rows})
+        for rows in data.synth_plan("quick", 0).values()
+    )
 
 
 def test_cohort_follows_from_its_seed(cohort, tmp_path):
     world = data.synth_world(64, 3)
     for _ in range(2):
-        a, b = (data.synth_slide(world, np.random.default_rng(5), "lung_egfr", True, 3) for _ in range(2))
+        a, b = (
+            data.synth_slide(world, np.random.default_rng(5), "lung_egfr", True, 3)
+            for _ in range(2)
+        )
         assert a[0].tobytes() == b[0].tobytes() and np.array_equal(a[1], b[1])
     assert data.synth_plan("quick", 1) != data.synth_plan("quick", 0)
     assert data.verify(cohort) == []
@@ -245,35 +350,63 @@ def test_mechanisms_are_as_written(name):
             rng = np.random.default_rng([seed, label])
             tiles = data.synth_patterns(rng, data.synth_cells(rng, 4), name, bool(label))
             first, second = tiles[k1] == p1, tiles[k2] == p2
-            in_cell = [{tuple(c) for c in np.argwhere(t) // 2 ** k} for t, k in ((first, k1), (second, k2))]
+            in_cell = [
+                {tuple(c) for c in np.argwhere(t) // 2**k} for t, k in ((first, k1), (second, k2))
+            ]
             counts[label].append((first.sum(), second.sum()))
             if mechanism == "alone":
                 assert first.any() == bool(label)
             elif mechanism == "together":
-                assert in_cell[0] and (in_cell[0] >= in_cell[1] > set() if label else not in_cell[0] & in_cell[1])
+                assert in_cell[0] and (
+                    in_cell[0] >= in_cell[1] > set() if label else not in_cell[0] & in_cell[1]
+                )
             else:
-                beside = any(np.abs(a - b).sum() == 1 for a in np.argwhere(first) for b in np.argwhere(second) if (a // 2 == b // 2).all())
+                beside = any(
+                    np.abs(a - b).sum() == 1
+                    for a in np.argwhere(first)
+                    for b in np.argwhere(second)
+                    if (a // 2 == b // 2).all()
+                )
                 assert beside == bool(label)
-    if mechanism != "alone":                                       # the first tells nothing by its number, the second half the truth
+    if mechanism != "alone":  # the first tells nothing by its number, the second half the truth
         (a, b), (c, d) = (np.array(counts[label]).mean(axis=0) for label in (1, 0))
-        assert 0.8 < a / c < 1.25 and 1.4 < b / d < 2.8 and 0.3 < np.mean(np.array(counts[0])[:, 1] == 0) < 0.7
+        assert (
+            0.8 < a / c < 1.25
+            and 1.4 < b / d < 2.8
+            and 0.3 < np.mean(np.array(counts[0])[:, 1] == 0) < 0.7
+        )
 
 
 def test_synthetic_images_open_and_tile(tmp_path):
     run("data.py", "synth", "--images", 1, "--out", tmp_path / "images", cwd=tmp_path)
     slide = openslide.OpenSlide(next((tmp_path / "images").glob("*.tiff")))
-    assert slide.level_count >= 3 and float(slide.properties[openslide.PROPERTY_NAME_MPP_X]) == pytest.approx(0.5, rel=1e-3)
-    out, _ = run("data.py", "tile", "--slides", tmp_path / "images", "--out", tmp_path / "d", cwd=tmp_path)
+    assert slide.level_count >= 3 and float(
+        slide.properties[openslide.PROPERTY_NAME_MPP_X]
+    ) == pytest.approx(0.5, rel=1e-3)
+    out, _ = run(
+        "data.py", "tile", "--slides", tmp_path / "images", "--out", tmp_path / "d", cwd=tmp_path
+    )
     assert "1 slides done, 0 failed" in out and data.verify(tmp_path / "d") == []
-    again, _ = run("data.py", "tile", "--slides", tmp_path / "images", "--out", tmp_path / "d", cwd=tmp_path)
+    again, _ = run(
+        "data.py", "tile", "--slides", tmp_path / "images", "--out", tmp_path / "d", cwd=tmp_path
+    )
     assert "done before" in again
 
 
 # ------------------------------------------------------------------------------------------------------------- the tiler
 
+
 class Args:
     """What plan_slide and friends read of the command line."""
-    mpp, region, magnifications, min_tissue, batch_size, device = None, 3, [5, 10, 20], 0.25, 64, torch.device("cpu")
+
+    mpp, region, magnifications, min_tissue, batch_size, device = (
+        None,
+        3,
+        [5, 10, 20],
+        0.25,
+        64,
+        torch.device("cpu"),
+    )
     manifest, mask, mpp_from_power = {}, None, False
 
     def __init__(self, **changes):
@@ -282,12 +415,20 @@ class Args:
 
 def write_tiff(path, picture, mpp, levels=(1,), tile=(256, 256)):
     import tifffile
+
     with tifffile.TiffWriter(path) as tiff:
         for i, shrink in enumerate(levels):
             small = np.asarray(Image.fromarray(picture).reduce(shrink)) if shrink > 1 else picture
             resolution = None if mpp is None else (1e4 / mpp / shrink,) * 2
-            tiff.write(small, tile=tile, photometric="rgb", compression="zlib", subfiletype=int(i > 0), resolution=resolution,
-                       resolutionunit="CENTIMETER" if mpp else None)
+            tiff.write(
+                small,
+                tile=tile,
+                photometric="rgb",
+                compression="zlib",
+                subfiletype=int(i > 0),
+                resolution=resolution,
+                resolutionunit="CENTIMETER" if mpp else None,
+            )
     return path
 
 
@@ -301,11 +442,17 @@ def pink(height, width, seed=0):
 def test_otsu_equals_the_definition():
     rng = np.random.default_rng(0)
     for _ in range(20):
-        values = np.clip(np.concatenate([rng.normal(40, 15, 300), rng.normal(170, 20, 80)]), 0, 255).astype(np.uint8)
+        values = np.clip(
+            np.concatenate([rng.normal(40, 15, 300), rng.normal(170, 20, 80)]), 0, 255
+        ).astype(np.uint8)
 
         def between(t):
             low, high = values[values <= t].astype(float), values[values > t].astype(float)
-            return len(low) * len(high) * (low.mean() - high.mean()) ** 2 if len(low) and len(high) else 0.0
+            return (
+                len(low) * len(high) * (low.mean() - high.mean()) ** 2
+                if len(low) and len(high)
+                else 0.0
+            )
 
         best = max(between(t) for t in range(256))
         assert between(data.otsu(values)) == pytest.approx(best)
@@ -314,13 +461,26 @@ def test_otsu_equals_the_definition():
 
 def area_mean(picture, left, top, right, bottom, n):
     """The definition: (n, n, 3) floats, each the mean of a picture over its own part of a box, pixels counted by their share."""
+
     def weights(size, begin, end):
         edges, p = begin + (end - begin) * np.arange(n + 1) / n, np.arange(size)
-        return np.clip(np.minimum(edges[1:, None], p + 1) - np.maximum(edges[:-1, None], p), 0, None) * n / (end - begin)
+        return (
+            np.clip(np.minimum(edges[1:, None], p + 1) - np.maximum(edges[:-1, None], p), 0, None)
+            * n
+            / (end - begin)
+        )
 
-    (y0, y1), (x0, x1) = ((max(0, int(lo) - 1), int(hi) + 2) for lo, hi in ((top, bottom), (left, right)))
+    (y0, y1), (x0, x1) = (
+        (max(0, int(lo) - 1), int(hi) + 2) for lo, hi in ((top, bottom), (left, right))
+    )
     part = picture[y0:y1, x0:x1].astype(float)
-    return np.einsum("ai,ijc,bj->abc", weights(part.shape[0], top - y0, bottom - y0), part, weights(part.shape[1], left - x0, right - x0), optimize=True)
+    return np.einsum(
+        "ai,ijc,bj->abc",
+        weights(part.shape[0], top - y0, bottom - y0),
+        part,
+        weights(part.shape[1], left - x0, right - x0),
+        optimize=True,
+    )
 
 
 @pytest.mark.parametrize("mpp", [0.5, 0.2525, 0.4991, 0.37])
@@ -337,22 +497,44 @@ def test_tiles_are_the_right_pixels(tmp_path, mpp):
 
     def error(cell, entry, dx, dy):
         k, r, c = cell_table[entry]
-        step = plan.cell_px / 2 ** k
-        left, top = ((a * plan.cell_px + b * step + d * step / 224) for a, b, d in ((cell % 2, c, dx), (cell // 2, r, dy)))
-        return np.abs(area_mean(picture, left, top, left + step, top + step, 224) - tiles[cell, entry])[2:-2, 2:-2].mean()
+        step = plan.cell_px / 2**k
+        left, top = (
+            (a * plan.cell_px + b * step + d * step / 224)
+            for a, b, d in ((cell % 2, c, dx), (cell // 2, r, dy))
+        )
+        return np.abs(
+            area_mean(picture, left, top, left + step, top + step, 224) - tiles[cell, entry]
+        )[2:-2, 2:-2].mean()
 
     for cell in (0, 1, 3):
         for entry in (0, 2, 3, 9, 20):
             here = error(cell, entry, 0, 0)
-            assert all(here < error(cell, entry, dx, dy) for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)))
+            assert all(
+                here < error(cell, entry, dx, dy) for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1))
+            )
 
 
-@pytest.mark.parametrize("scale, levels", [(1, (1,)), (1.005, (1,)), (1.26, (1,)), (2, (1,)), (2.01, (1,)), (4, (1,)), (2, (1, 2)), (4, (1, 2, 4)), (4.02, (1, 4))])
+@pytest.mark.parametrize(
+    "scale, levels",
+    [
+        (1, (1,)),
+        (1.005, (1,)),
+        (1.26, (1,)),
+        (2, (1,)),
+        (2.01, (1,)),
+        (4, (1,)),
+        (2, (1, 2)),
+        (4, (1, 2, 4)),
+        (4.02, (1, 4)),
+    ],
+)
 def test_tiles_are_area_means(tmp_path, scale, levels):
     """Every pixel against the definition in floats, on the level that is read, with noise in it. 10x is the mean of what was rounded at
     20x, and Pillow rounds a half up: hence a bias below half a grey level."""
     rng, side = np.random.default_rng(0), 4 * int(1.1 * 112 * scale)
-    picture = np.clip(pink(side, side).astype(float) + rng.normal(0, 10, (side, side, 3)), 0, 255).astype(np.uint8)
+    picture = np.clip(
+        pink(side, side).astype(float) + rng.normal(0, 10, (side, side, 3)), 0, 255
+    ).astype(np.uint8)
     reader = data.Reader(write_tiff(tmp_path / "s.tiff", picture, 0.5 / scale, levels=levels))
     plan = data.plan_slide(reader, Args(magnifications=[10, 20], min_tissue=0.0, mpp=0.5 / scale))
     assert plan.downsample == max(n for n in levels if n <= scale)
@@ -361,8 +543,14 @@ def test_tiles_are_area_means(tmp_path, scale, levels):
     xs, ys = ([data.tile_edges(lines[:2], k) for k in range(2)] for lines in plan.lines)
     for entry, (k, r, c) in enumerate(Geometry(1, [10, 20]).cell_table().tolist()):
         off = tiles[entry] - area_mean(source, xs[k][c], ys[k][r], xs[k][c + 1], ys[k][r + 1], 224)
-        assert abs(off.mean()) < 0.5 and np.abs(off).mean() < 0.8, (entry, off.mean(), np.abs(off).mean())
-    parent = tiles[1:].reshape(2, 2, 224, 224, 3).swapaxes(1, 2).reshape(224, 2, 224, 2, 3)            # a tile is the mean of its children
+        assert abs(off.mean()) < 0.5 and np.abs(off).mean() < 0.8, (
+            entry,
+            off.mean(),
+            np.abs(off).mean(),
+        )
+    parent = (
+        tiles[1:].reshape(2, 2, 224, 224, 3).swapaxes(1, 2).reshape(224, 2, 224, 2, 3)
+    )  # a tile is the mean of its children
     assert np.abs(parent.mean(axis=(1, 3)) - tiles[0]).max() <= 0.5
 
 
@@ -370,7 +558,7 @@ def tables_and_rest(jpeg: bytes) -> tuple[bytes, bytes]:
     """A JPEG picture as a scanner's TIFF holds it: its quantisation and Huffman tables, and the picture without them; Adobe's marker is left out."""
     tables, rest, at = b"", b"", 2
     while jpeg[at + 1] != 0xDA:
-        end = at + 2 + int.from_bytes(jpeg[at + 2:at + 4], "big")
+        end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
         if jpeg[at + 1] in (0xDB, 0xC4):
             tables += jpeg[at:end]
         elif jpeg[at + 1] != 0xEE:
@@ -384,7 +572,12 @@ def write_jpeg(path, picture, levels=(1,), side=256, rgb=False, shared=False, sa
     pages, settings = [], {"keep_rgb": True, "subsampling": "4:4:4"} if rgb else {}
     for shrink in levels:
         small = np.asarray(Image.fromarray(picture).reduce(shrink)) if shrink > 1 else picture
-        tables, tiles = zip(*(tables_and_rest(tile) if shared else (b"", tile) for tile in jpeg_tiles(small, side, **settings)))
+        tables, tiles = zip(
+            *(
+                tables_and_rest(tile) if shared else (b"", tile)
+                for tile in jpeg_tiles(small, side, **settings)
+            )
+        )
         pages.append((small.shape[1], small.shape[0], tiles))
     write_jpeg_tiff(path, pages, 0.5, side, says or (2 if rgb else 6), tables[0])
     return path
@@ -392,7 +585,9 @@ def write_jpeg(path, picture, levels=(1,), side=256, rgb=False, shared=False, sa
 
 def noisy(height, width):
     rng = np.random.default_rng(height)
-    return np.clip(pink(height, width) + rng.normal(0, 9, (height, width, 3)), 0, 255).astype(np.uint8)
+    return np.clip(pink(height, width) + rng.normal(0, 9, (height, width, 3)), 0, 255).astype(
+        np.uint8
+    )
 
 
 def alone(path):
@@ -409,25 +604,42 @@ def region_or_refusal(reader, *place):
         return "refused"
 
 
-@pytest.mark.parametrize("form", [{}, {"shared": True}, {"rgb": True}, {"rgb": True, "shared": True}, {"side": 112}])
+@pytest.mark.parametrize(
+    "form", [{}, {"shared": True}, {"rgb": True}, {"rgb": True, "shared": True}, {"side": 112}]
+)
 def test_jpeg_tiles_are_what_openslide_makes_of_them(tmp_path, form):
     """Every byte, in rectangles across the edges of tiles and at the borders of the slide."""
     path = write_jpeg(tmp_path / "s.tiff", noisy(904, 1200), levels=(1, 2, 4, 8), **form)
     reader, truth, rng = data.Reader(path), alone(path), np.random.default_rng(0)
     assert list(reader.jpeg) == [0, 1, 2, 3]
     for level, (width, height) in enumerate(reader.sizes):
-        boxes = [np.sort(rng.integers(0, (width + 1, height + 1), (2, 2)), axis=0).ravel().tolist() for _ in range(20)]
-        for left, top, right, bottom in [(0, 0, width, height), (width - 1, height - 1, width, height), *boxes]:
+        boxes = [
+            np.sort(rng.integers(0, (width + 1, height + 1), (2, 2)), axis=0).ravel().tolist()
+            for _ in range(20)
+        ]
+        for left, top, right, bottom in [
+            (0, 0, width, height),
+            (width - 1, height - 1, width, height),
+            *boxes,
+        ]:
             if left < right and top < bottom:
-                assert np.array_equal(reader.region(level, left, top, right, bottom), truth.region(level, left, top, right, bottom))
+                assert np.array_equal(
+                    reader.region(level, left, top, right, bottom),
+                    truth.region(level, left, top, right, bottom),
+                )
 
 
 def test_jpeg_tiles_of_real_slides_are_what_openslide_makes_of_them(real):
     for path in sorted((real / "slides").glob("*.svs")):
         reader, truth = data.Reader(path), alone(path)
-        assert list(reader.jpeg) == ([0] if path.name.startswith("CMU") else []) and reader.slide.level_count >= 1
+        assert (
+            list(reader.jpeg) == ([0] if path.name.startswith("CMU") else [])
+            and reader.slide.level_count >= 1
+        )
         for level in reader.jpeg:
-            assert np.array_equal(reader.region(level, 100, 50, 1300, 1700), truth.region(level, 100, 50, 1300, 1700))
+            assert np.array_equal(
+                reader.region(level, 100, 50, 1300, 1700), truth.region(level, 100, 50, 1300, 1700)
+            )
 
 
 def test_a_level_of_an_odd_downsample_is_not_interpolated(tmp_path):
@@ -449,35 +661,76 @@ def test_what_is_no_plain_jpeg_is_left_to_openslide(tmp_path, wrong):
         write_jpeg(path, picture, says=2 if wrong == "colours" else None)
     reader = data.Reader(spoil(path, 0) if wrong == "first tile" else path)
     assert reader.jpeg == {}
-    assert np.array_equal(reader.region(0, 300, 300, 700, 500), openslide.OpenSlide(path).read_region((300, 300), 0, (400, 200)))
+    assert np.array_equal(
+        reader.region(0, 300, 300, 700, 500),
+        openslide.OpenSlide(path).read_region((300, 300), 0, (400, 200)),
+    )
 
 
-@pytest.mark.parametrize("odd", ["aperio, absent tile", "two pages of a size", "no picture", "no first picture", "tables as text", "grey", "rgb", "size"])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "aperio, absent tile",
+        "two pages of a size",
+        "no picture",
+        "no first picture",
+        "tables as text",
+        "grey",
+        "rgb",
+        "size",
+    ],
+)
 def test_odd_jpeg_files_are_openslides_to_judge(tmp_path, odd):
     """One tile, page or tag that is not like the others: every place is what OpenSlide makes of it, or refused where it refuses."""
     import tifffile
+
     path, side, levels = tmp_path / "s.tiff", 128, []
     for n in (1, 4):
         small = np.asarray(Image.fromarray(noisy(1024, 1024)).reduce(n))
         levels.append((len(small), len(small), list(jpeg_tiles(small, side))))
     tiles = levels[0][2]
-    [tiles[0]], [rgb], [less] = (jpeg_tiles(picture, len(picture), **settings) for picture, settings in (
-        (np.full((side, side, 3), 240, np.uint8), {}), (noisy(side, side), {"keep_rgb": True, "subsampling": "4:4:4"}), (noisy(96, 96), {})))
+    [tiles[0]], [rgb], [less] = (
+        jpeg_tiles(picture, len(picture), **settings)
+        for picture, settings in (
+            (np.full((side, side, 3), 240, np.uint8), {}),
+            (noisy(side, side), {"keep_rgb": True, "subsampling": "4:4:4"}),
+            (noisy(96, 96), {}),
+        )
+    )
     Image.fromarray(noisy(side, side)[..., 0]).save(grey := io.BytesIO(), "JPEG")
     if odd == "two pages of a size":
         levels.append((256, 256, [tiles[5], *levels[1][2][1:][::-1]]))
         levels[1] = levels[1][:2] + ([tiles[5], *levels[1][2][1:]],)
     else:
         number = 0 if odd == "no first picture" else 9
-        tiles[number] = {"aperio, absent tile": b"", "no picture": b"\0\0" + tiles[9][2:], "no first picture": b"\0\0" + tiles[0][2:], "tables as text": tiles[9],
-                         "grey": grey.getvalue(), "rgb": rgb, "size": less}[odd]
-    write_jpeg_tiff(path, levels, 0.5, side, tables=b"\xff\xd8\xff\xd9" * 4 if odd == "tables as text" else b"",
-                    description=b"Aperio Image Library v1" if "aperio" in odd else b"made for a test")
+        tiles[number] = {
+            "aperio, absent tile": b"",
+            "no picture": b"\0\0" + tiles[9][2:],
+            "no first picture": b"\0\0" + tiles[0][2:],
+            "tables as text": tiles[9],
+            "grey": grey.getvalue(),
+            "rgb": rgb,
+            "size": less,
+        }[odd]
+    write_jpeg_tiff(
+        path,
+        levels,
+        0.5,
+        side,
+        tables=b"\xff\xd8\xff\xd9" * 4 if odd == "tables as text" else b"",
+        description=b"Aperio Image Library v1" if "aperio" in odd else b"made for a test",
+    )
     if odd == "tables as text":
-        path.write_bytes(path.read_bytes().replace(struct.pack("<HHQ", 347, 7, 16), struct.pack("<HHQ", 347, 2, 16)))
+        path.write_bytes(
+            path.read_bytes().replace(
+                struct.pack("<HHQ", 347, 7, 16), struct.pack("<HHQ", 347, 2, 16)
+            )
+        )
     truth, reader = alone(path), data.Reader(path)
     with tifffile.TiffFile(path) as tiff:
-        assert len(tiff.pages) == len(levels) and (0 in reader.jpeg) == (odd in ("two pages of a size", "no picture", "grey", "rgb", "size"))
+        assert len(tiff.pages) == len(levels) and (0 in reader.jpeg) == (
+            odd in ("two pages of a size", "no picture", "grey", "rgb", "size")
+        )
     for level, (width, _) in enumerate(reader.sizes):
         for left, top in itertools.product(range(0, width, side // 2), repeat=2):
             place = level, left, top, left + side // 2, top + side // 2
@@ -487,32 +740,70 @@ def test_odd_jpeg_files_are_openslides_to_judge(tmp_path, odd):
 def test_damaged_jpeg_is_openslides_to_judge(tmp_path):
     """A tile with any byte changed, cut short or absent is refused where OpenSlide refuses it, and is what OpenSlide makes of it otherwise."""
     import tifffile
-    path, rng, seen = write_jpeg(tmp_path / "s.tiff", noisy(700, 700)), np.random.default_rng(0), set()
+
+    path, rng, seen = (
+        write_jpeg(tmp_path / "s.tiff", noisy(700, 700)),
+        np.random.default_rng(0),
+        set(),
+    )
     whole = path.read_bytes()
     with tifffile.TiffFile(path) as tiff:
         start, length = tiff.pages[0].dataoffsets[4], tiff.pages[0].databytecounts[4]
     for how in ["flip", "noise", "zeros", "end"] * 40:
         file, at = bytearray(whole), int(rng.integers(start, start + length - 8))
-        stop = {"flip": at + 1, "noise": min(at + 60, start + length), "zeros": start + length, "end": at + 2}[how]
-        file[at:stop] = {"flip": bytes([file[at] ^ 1 << rng.integers(8)]), "noise": rng.bytes(stop - at), "zeros": bytes(stop - at), "end": b"\xff\xd9"}[how]
+        stop = {
+            "flip": at + 1,
+            "noise": min(at + 60, start + length),
+            "zeros": start + length,
+            "end": at + 2,
+        }[how]
+        file[at:stop] = {
+            "flip": bytes([file[at] ^ 1 << rng.integers(8)]),
+            "noise": rng.bytes(stop - at),
+            "zeros": bytes(stop - at),
+            "end": b"\xff\xd9",
+        }[how]
         path.write_bytes(file)
         reader = data.Reader(path)
         assert list(reader.jpeg) == [0]
         found = region_or_refusal(reader, 0, 200, 200, 600, 600)
         assert found == region_or_refusal(alone(path), 0, 200, 200, 600, 600), (how, at - start)
         seen.add((how, found == "refused"))
-        assert np.array_equal(reader.region(0, 0, 0, 256, 256), alone(path).region(0, 0, 0, 256, 256))  # the neighbour
-    assert {("flip", True), ("flip", False), ("noise", True), ("zeros", True), ("end", True)} <= seen
+        assert np.array_equal(
+            reader.region(0, 0, 0, 256, 256), alone(path).region(0, 0, 0, 256, 256)
+        )  # the neighbour
+    assert {
+        ("flip", True),
+        ("flip", False),
+        ("noise", True),
+        ("zeros", True),
+        ("end", True),
+    } <= seen
 
 
-@pytest.mark.parametrize("tag, page, value, message", [
-    ("TileByteCounts", 1, 2 ** 42, f"one of its tiles would have {2 ** 42} bytes"), ("TileWidth", 1, 2 ** 28, f"one of its tiles would have {2 ** 38} bytes"),
-    ("ImageWidth", 0, 3000, "its 36 tiles of 256 x 256 px do not make a level of 3000 x 1400 px")])
-def test_tiles_beyond_all_measure_are_refused(tmp_path, monkeypatch, capsys, tag, page, value, message):
+@pytest.mark.parametrize(
+    "tag, page, value, message",
+    [
+        ("TileByteCounts", 1, 2**42, f"one of its tiles would have {2**42} bytes"),
+        ("TileWidth", 1, 2**28, f"one of its tiles would have {2**38} bytes"),
+        (
+            "ImageWidth",
+            0,
+            3000,
+            "its 36 tiles of 256 x 256 px do not make a level of 3000 x 1400 px",
+        ),
+    ],
+)
+def test_tiles_beyond_all_measure_are_refused(
+    tmp_path, monkeypatch, capsys, tag, page, value, message
+):
     """OpenSlide would ask for that much memory, and end the process when there is none, or mix up the tiles; the other slides are tiled."""
     import tifffile
+
     write_tiff(tmp_path / "good.tiff", pink(1400, 1400), 0.5)
-    with tifffile.TiffFile(write_jpeg(tmp_path / "bad.tiff", pink(1400, 1400), levels=(1, 2)), mode="r+b") as tiff:
+    with tifffile.TiffFile(
+        write_jpeg(tmp_path / "bad.tiff", pink(1400, 1400), levels=(1, 2)), mode="r+b"
+    ) as tiff:
         found = tiff.pages[page].tags[tag]
         found.overwrite((*found.value[:8], value) if tag == "TileByteCounts" else value)
     assert tile(monkeypatch, "--slides", tmp_path, "--out", tmp_path / "d") == 3
@@ -528,7 +819,10 @@ def test_openslide_is_never_asked_for_what_is_not_there(tmp_path, monkeypatch):
         asked.append(level)
         assert 0 <= level < slide.level_count and min(size) >= 1 and min(location) >= 0
         scale = slide.level_downsamples[level]
-        assert all(round(x / scale) + n <= whole for x, n, whole in zip(location, size, slide.level_dimensions[level]))
+        assert all(
+            round(x / scale) + n <= whole
+            for x, n, whole in zip(location, size, slide.level_dimensions[level])
+        )
         return read(slide, location, level, size)
 
     monkeypatch.setattr(openslide.OpenSlide, "read_region", noted)
@@ -536,7 +830,12 @@ def test_openslide_is_never_asked_for_what_is_not_there(tmp_path, monkeypatch):
     for i in range(8):
         mpp = rng.uniform(0.2, 0.5)
         height, width = (448 / mpp * rng.uniform(1, 2, 2)).astype(int)
-        path = write_tiff(tmp_path / f"{i}.tiff", pink(height, width, i), mpp, levels=[(1,), (1, 2, 4), (1, 3)][i % 3])
+        path = write_tiff(
+            tmp_path / f"{i}.tiff",
+            pink(height, width, i),
+            mpp,
+            levels=[(1,), (1, 2, 4), (1, 3)][i % 3],
+        )
         plan = data.plan_slide(data.Reader(path), Args(min_tissue=0.0, region=1))
         assert len(list(data.read_cells(data.Reader(path), plan))) == plan.cells > 0
     assert set(asked) == {0, 1, 2}
@@ -545,15 +844,19 @@ def test_openslide_is_never_asked_for_what_is_not_there(tmp_path, monkeypatch):
 class Ramp:
     """A slide of any size and pyramid that stands in for data.Reader: its red grows along one axis, by one in 8 level-0 pixels from the
     corner of what is read, and its green falls as much, so that rounding cancels."""
+
     path, level_for, fits = data.Path("ramp"), data.Reader.level_for, data.Reader.fits
 
     def __init__(self, width, height, downsamples, **properties):
         self.slide, self.downsamples, self.axis = stub(**properties), downsamples, 0
-        self.slide.dimensions, self.sizes = (width, height), [(round(width / d), round(height / d)) for d in downsamples]
+        self.slide.dimensions, self.sizes = (
+            (width, height),
+            [(round(width / d), round(height / d)) for d in downsamples],
+        )
 
     def region(self, level, left, top, right, bottom):
         scale = self.downsamples[level]
-        self.corner = round(left * scale), round(top * scale)     # OpenSlide counts from here
+        self.corner = round(left * scale), round(top * scale)  # OpenSlide counts from here
         ramp = np.round((np.arange((right - left, bottom - top)[self.axis]) + 0.5) * scale / 8)
         rgba = np.full((bottom - top, right - left, 4), 255, np.uint8)
         rgba[..., 0] = ramp[None] if self.axis == 0 else ramp[:, None]
@@ -565,82 +868,196 @@ def test_children_tile_their_parent_at_any_mpp(monkeypatch):
     """Random mpp and pyramids, odd downsamples among them, through the planner and the reader of cells: edges nest exactly, lie within a
     pixel of the finest magnification of where the lattice has them, and a tile's pixels show its own place."""
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(data, "tissue_mask", lambda reader, mpp, own: (None, np.zeros([int(n * mpp / 16) for n in reader.slide.dimensions[::-1]], bool)))
-    pyramids = [(1.0,), (1.0, 2.0, 4.0), (1.0, 2.0005, 4.00013), (1.0, 3.9998, 15.9991), (1.0, 1.9999, 4.00013)]
+    monkeypatch.setattr(
+        data,
+        "tissue_mask",
+        lambda reader, mpp, own: (
+            None,
+            np.zeros([int(n * mpp / 16) for n in reader.slide.dimensions[::-1]], bool),
+        ),
+    )
+    pyramids = [
+        (1.0,),
+        (1.0, 2.0, 4.0),
+        (1.0, 2.0005, 4.00013),
+        (1.0, 3.9998, 15.9991),
+        (1.0, 1.9999, 4.00013),
+    ]
     for i in range(200):
         mpp = str(rng.uniform(0.2, 0.6))
         magnifications = [5, 10, 20] if float(mpp) <= 0.51 else [5, 10]
-        reader = Ramp(*(int(v) for v in rng.integers(4000, 90000, 2)), pyramids[i % len(pyramids)], x=mpp, y=mpp)
-        plan = data.plan_slide(reader, Args(magnifications=magnifications, region=int(rng.integers(1, 4))))
-        finest = 10 / magnifications[-1] / plan.mpp               # level-0 pixels per pixel of the finest magnification
-        assert plan.cell_px == pytest.approx(448 / float(mpp), rel=1e-12) and plan.downsample <= finest * 1.02
+        reader = Ramp(
+            *(int(v) for v in rng.integers(4000, 90000, 2)),
+            pyramids[i % len(pyramids)],
+            x=mpp,
+            y=mpp,
+        )
+        plan = data.plan_slide(
+            reader, Args(magnifications=magnifications, region=int(rng.integers(1, 4)))
+        )
+        finest = (
+            10 / magnifications[-1] / plan.mpp
+        )  # level-0 pixels per pixel of the finest magnification
+        assert (
+            plan.cell_px == pytest.approx(448 / float(mpp), rel=1e-12)
+            and plan.downsample <= finest * 1.02
+        )
         for axis, lines in enumerate(plan.lines):
-            edges = [data.tile_edges(lines, k) * plan.downsample for k in range(len(magnifications))]
+            edges = [
+                data.tile_edges(lines, k) * plan.downsample for k in range(len(magnifications))
+            ]
             for k, e in enumerate(edges):
-                assert np.abs(e - plan.cell_px / 2 ** k * np.arange(len(e))).max() <= finest and (np.diff(e) > 0).all()
+                assert (
+                    np.abs(e - plan.cell_px / 2**k * np.arange(len(e))).max() <= finest
+                    and (np.diff(e) > 0).all()
+                )
                 assert k == 0 or np.abs(e[::2] - edges[k - 1]).max() < 1e-6
         nesting, off, kept = data.drift(plan)
-        assert nesting < 1e-6 and off <= finest * plan.mpp and all(abs(v * m / 10 - 1) < 0.02 for m, pair in zip(magnifications, kept) for v in pair)
+        assert (
+            nesting < 1e-6
+            and off <= finest * plan.mpp
+            and all(
+                abs(v * m / 10 - 1) < 0.02 for m, pair in zip(magnifications, kept) for v in pair
+            )
+        )
         if i % 10 == 0:
-            reader.axis, cell = i // 10 % 2, [int(rng.integers(len(lines) - 1)) for lines in plan.lines]
-            red, green = data.read_cell(reader, plan, *cell)[..., :2].astype(float).mean(axis=(1, 2)).T
-            places = np.array(Geometry(1, magnifications).cell_table().tolist())                        # (T, 3) level, row, col
-            centre = (cell[reader.axis] + (places[:, 2 - reader.axis] + 0.5) / 2.0 ** places[:, 0]) * plan.cell_px - reader.corner[reader.axis]
+            reader.axis, cell = (
+                i // 10 % 2,
+                [int(rng.integers(len(lines) - 1)) for lines in plan.lines],
+            )
+            red, green = (
+                data.read_cell(reader, plan, *cell)[..., :2].astype(float).mean(axis=(1, 2)).T
+            )
+            places = np.array(
+                Geometry(1, magnifications).cell_table().tolist()
+            )  # (T, 3) level, row, col
+            centre = (
+                cell[reader.axis] + (places[:, 2 - reader.axis] + 0.5) / 2.0 ** places[:, 0]
+            ) * plan.cell_px - reader.corner[reader.axis]
             assert np.abs((red + 255 - green) * 4 - centre).max() <= finest, (mpp, plan.downsample)
 
 
 def stub(**properties):
     """A slide that says this of itself; mpp and unit stand for OpenSlide's names."""
-    names = {"x": "openslide.mpp-x", "y": "openslide.mpp-y", "res_x": "tiff.XResolution", "res_y": "tiff.YResolution", "unit": "tiff.ResolutionUnit",
-             "power": "openslide.objective-power"}
+    names = {
+        "x": "openslide.mpp-x",
+        "y": "openslide.mpp-y",
+        "res_x": "tiff.XResolution",
+        "res_y": "tiff.YResolution",
+        "unit": "tiff.ResolutionUnit",
+        "power": "openslide.objective-power",
+    }
     return type("Stub", (), {"properties": {names[k]: v for k, v in properties.items()}})
 
 
-@pytest.mark.parametrize("said, given, power, expected", [
-    (dict(x="0.25", y="0.25"), None, False, (0.25, "openslide.mpp-x")), (dict(x="0,25", y="0,25"), None, False, (0.25, "openslide.mpp-x")),
-    (dict(x="0.5", y="0.509"), None, False, (0.5045, "openslide.mpp-x")), (dict(x="0.5", y="0.5", power="40"), None, True, (0.5, "openslide.mpp-x")),
-    (dict(res_x="20000", res_y="20000", unit="centimeter"), None, False, (0.5, "tiff.XResolution")),
-    (dict(res_x="50800", res_y="50800", unit="inch", power="20"), None, True, (0.5, "tiff.XResolution")),
-    (dict(x="0.499", y="0.499", res_x="72", res_y="72", unit="inch"), None, False, (0.499, "openslide.mpp-x")),
-    (dict(power="40"), None, True, (0.25, "openslide.objective-power")),
-    (dict(unit="none", res_x="1", res_y="1", power="20"), None, True, (0.5, "openslide.objective-power")),
-    (dict(x="0.499", y="0.499"), 0.5, False, (0.5, "--mpp")), ({}, 0.5, False, (0.5, "--mpp")), (dict(power="40"), 0.5, True, (0.5, "--mpp")),
-    (dict(x="0.0274", y="0.0274"), 0.274, False, (0.274, "--mpp")), (dict(x="1000", y="1000"), 0.25, False, (0.25, "--mpp")),
-    (dict(x="0", y="0"), 0.25, False, (0.25, "--mpp")),
-    (dict(x="nan", y="nan"), 0.25, False, (0.25, "--mpp")), (dict(x="0.25", y="0.5"), 0.25, False, (0.25, "--mpp"))])
+@pytest.mark.parametrize(
+    "said, given, power, expected",
+    [
+        (dict(x="0.25", y="0.25"), None, False, (0.25, "openslide.mpp-x")),
+        (dict(x="0,25", y="0,25"), None, False, (0.25, "openslide.mpp-x")),
+        (dict(x="0.5", y="0.509"), None, False, (0.5045, "openslide.mpp-x")),
+        (dict(x="0.5", y="0.5", power="40"), None, True, (0.5, "openslide.mpp-x")),
+        (
+            dict(res_x="20000", res_y="20000", unit="centimeter"),
+            None,
+            False,
+            (0.5, "tiff.XResolution"),
+        ),
+        (
+            dict(res_x="50800", res_y="50800", unit="inch", power="20"),
+            None,
+            True,
+            (0.5, "tiff.XResolution"),
+        ),
+        (
+            dict(x="0.499", y="0.499", res_x="72", res_y="72", unit="inch"),
+            None,
+            False,
+            (0.499, "openslide.mpp-x"),
+        ),
+        (dict(power="40"), None, True, (0.25, "openslide.objective-power")),
+        (
+            dict(unit="none", res_x="1", res_y="1", power="20"),
+            None,
+            True,
+            (0.5, "openslide.objective-power"),
+        ),
+        (dict(x="0.499", y="0.499"), 0.5, False, (0.5, "--mpp")),
+        ({}, 0.5, False, (0.5, "--mpp")),
+        (dict(power="40"), 0.5, True, (0.5, "--mpp")),
+        (dict(x="0.0274", y="0.0274"), 0.274, False, (0.274, "--mpp")),
+        (dict(x="1000", y="1000"), 0.25, False, (0.25, "--mpp")),
+        (dict(x="0", y="0"), 0.25, False, (0.25, "--mpp")),
+        (dict(x="nan", y="nan"), 0.25, False, (0.25, "--mpp")),
+        (dict(x="0.25", y="0.5"), 0.25, False, (0.25, "--mpp")),
+    ],
+)
 def test_mpp_comes_from_who_says_it(said, given, power, expected):
     mpp, source = data.slide_mpp(stub(**said), given, from_power=power)
     assert (mpp, source) == (pytest.approx(expected[0]), expected[1])
 
 
-@pytest.mark.parametrize("said, given, power, words", [
-    ({}, None, False, ["no mpp", "--mpp", "--manifest"]), (dict(power="20"), None, False, ["objective-power is '20'", "--mpp-from-power"]),
-    (dict(unit="none", res_x="1", res_y="1"), None, True, ["no mpp", "--mpp"]), (dict(power="0"), None, True, ["objective-power is '0'", "--mpp"]),
-    (dict(x="0", y="0"), None, True, ["mpp-x '0'", "0.1 to 4", "--mpp"]), (dict(x="nan", y="0.5"), None, False, ["mpp-x 'nan'", "--mpp"]),
-    (dict(x="", y="0.5"), None, False, ["mpp-x ''", "--mpp"]), (dict(x="0.5"), None, False, ["mpp-y None", "--mpp"]),
-    (dict(x="-0.5", y="-0.5"), None, False, ["'-0.5'"]),
-    (dict(x="25", y="25"), None, False, ["mpp-x '25'", "0.1 to 4"]), (dict(x="0.0274", y="0.0274"), None, False, ["'0.0274'", "0.1 to 4"]),
-    (dict(x="0.5", y="0.52"), None, False, ["'0.52'", "same in x and y"]),
-    (dict(x="0.25", y="0.25", power="20"), 0.5, False, ["--mpp says 0.5", "'0.25'", "leave --mpp out"]),
-    (dict(x="0.5", y="0.5"), 0.489, False, ["2 %"]),
-    (dict(res_x="72", res_y="72", unit="inch"), None, True, ["XResolution '72'", "per inch", "352.8"]),
-    (dict(res_x="0", res_y="0", unit="centimeter"), None, False, ["XResolution '0'", "nan"]),
-    (dict(res_x="20000", res_y="20000", unit="centimeter"), 0.25, False, ["0.5 and 0.5 um/px"]),
-    ({}, 25.0, False, ["--mpp says 25", "0.1 to 4"]), ({}, float("nan"), False, ["--mpp says nan"]), (dict(x="0.5", y="0.5"), 0.0, False, ["--mpp says 0"])])
+@pytest.mark.parametrize(
+    "said, given, power, words",
+    [
+        ({}, None, False, ["no mpp", "--mpp", "--manifest"]),
+        (dict(power="20"), None, False, ["objective-power is '20'", "--mpp-from-power"]),
+        (dict(unit="none", res_x="1", res_y="1"), None, True, ["no mpp", "--mpp"]),
+        (dict(power="0"), None, True, ["objective-power is '0'", "--mpp"]),
+        (dict(x="0", y="0"), None, True, ["mpp-x '0'", "0.1 to 4", "--mpp"]),
+        (dict(x="nan", y="0.5"), None, False, ["mpp-x 'nan'", "--mpp"]),
+        (dict(x="", y="0.5"), None, False, ["mpp-x ''", "--mpp"]),
+        (dict(x="0.5"), None, False, ["mpp-y None", "--mpp"]),
+        (dict(x="-0.5", y="-0.5"), None, False, ["'-0.5'"]),
+        (dict(x="25", y="25"), None, False, ["mpp-x '25'", "0.1 to 4"]),
+        (dict(x="0.0274", y="0.0274"), None, False, ["'0.0274'", "0.1 to 4"]),
+        (dict(x="0.5", y="0.52"), None, False, ["'0.52'", "same in x and y"]),
+        (
+            dict(x="0.25", y="0.25", power="20"),
+            0.5,
+            False,
+            ["--mpp says 0.5", "'0.25'", "leave --mpp out"],
+        ),
+        (dict(x="0.5", y="0.5"), 0.489, False, ["2 %"]),
+        (
+            dict(res_x="72", res_y="72", unit="inch"),
+            None,
+            True,
+            ["XResolution '72'", "per inch", "352.8"],
+        ),
+        (dict(res_x="0", res_y="0", unit="centimeter"), None, False, ["XResolution '0'", "nan"]),
+        (dict(res_x="20000", res_y="20000", unit="centimeter"), 0.25, False, ["0.5 and 0.5 um/px"]),
+        ({}, 25.0, False, ["--mpp says 25", "0.1 to 4"]),
+        ({}, float("nan"), False, ["--mpp says nan"]),
+        (dict(x="0.5", y="0.5"), 0.0, False, ["--mpp says 0"]),
+    ],
+)
 def test_mpp_is_never_guessed(said, given, power, words):
     with pytest.raises(MixmagError) as error:
         data.slide_mpp(stub(**said), given, from_power=power)
     assert all(w in str(error.value) for w in words), error.value
 
 
-@pytest.mark.parametrize("name, given, expected", [
-    ("CMU-1-Small-Region.svs", None, 0.499), ("CMU-1-Small-Region.svs", 0.5, 0.5), ("CMU-1-Small-Region.svs", 0.25, "leave --mpp out"),
-    ("luna-1065626.svs", None, 0.5026),
-    ("TCGA-CR-7395-01A-01-TS1.svs", None, "no mpp"), ("TCGA-CR-7395-01A-01-TS1.svs", 0.5, 0.5), ("ezwsi-multiframe_camelyon.dcm", None, "'28.969"),
-    ("openslide-python-boxes.tiff", None, "'352.7"), ("openslide-python-boxes.tiff", 0.5, 0.5),
-    ("panimg-valid_tiff.tif", None, "'1000.0"), ("panimg-valid_tiff.tif", 0.5, 0.5),
-    ("panimg-invalid_resolutions_tiff.tif", None, "no mpp"), ("panimg-no_dzi.tif", None, 0.97237),
-    ("highdicom-sm_image.dcm", None, 0.499), ("openslide-python-boxes_0.dcm", None, 0.499)])
+@pytest.mark.parametrize(
+    "name, given, expected",
+    [
+        ("CMU-1-Small-Region.svs", None, 0.499),
+        ("CMU-1-Small-Region.svs", 0.5, 0.5),
+        ("CMU-1-Small-Region.svs", 0.25, "leave --mpp out"),
+        ("luna-1065626.svs", None, 0.5026),
+        ("TCGA-CR-7395-01A-01-TS1.svs", None, "no mpp"),
+        ("TCGA-CR-7395-01A-01-TS1.svs", 0.5, 0.5),
+        ("ezwsi-multiframe_camelyon.dcm", None, "'28.969"),
+        ("openslide-python-boxes.tiff", None, "'352.7"),
+        ("openslide-python-boxes.tiff", 0.5, 0.5),
+        ("panimg-valid_tiff.tif", None, "'1000.0"),
+        ("panimg-valid_tiff.tif", 0.5, 0.5),
+        ("panimg-invalid_resolutions_tiff.tif", None, "no mpp"),
+        ("panimg-no_dzi.tif", None, 0.97237),
+        ("highdicom-sm_image.dcm", None, 0.499),
+        ("openslide-python-boxes_0.dcm", None, 0.499),
+    ],
+)
 def test_mpp_of_real_slides(real, name, given, expected):
     slide = openslide.OpenSlide(real / "slides" / name)
     if isinstance(expected, str):
@@ -652,10 +1069,17 @@ def test_mpp_of_real_slides(real, name, given, expected):
 
 def test_manifest_names_slides_by_file_or_id(tmp_path):
     path = tmp_path / "m.csv"
-    path.write_text("slide,mpp,note\nfolder/a.svs,\"0,25\",x\nb.c,0.5,\nd.svs,,nothing said\n", "utf-8")
+    path.write_text(
+        'slide,mpp,note\nfolder/a.svs,"0,25",x\nb.c,0.5,\nd.svs,,nothing said\n', "utf-8"
+    )
     args = Args(mpp=0.3, manifest=data.read_manifest(path))
     asked = {name: data.given_mpp(name, args) for name in ("a", "b.c", "b", "d")}
-    assert asked == {"a": (0.25, "--manifest row a.svs"), "b.c": (0.5, "--manifest row b.c"), "b": (0.3, "--mpp"), "d": (0.3, "--mpp")}
+    assert asked == {
+        "a": (0.25, "--manifest row a.svs"),
+        "b.c": (0.5, "--manifest row b.c"),
+        "b": (0.3, "--mpp"),
+        "d": (0.3, "--mpp"),
+    }
     with pytest.raises(MixmagError, match="row a.svs says 0.25.*leave --manifest row a.svs out"):
         data.slide_mpp(stub(x="0.5", y="0.5"), *asked["a"])
     with pytest.raises(MixmagError, match="two rows"):
@@ -669,11 +1093,20 @@ def test_manifest_names_slides_by_file_or_id(tmp_path):
 
 
 INK = {"blue": (30, 60, 150), "green": (20, 130, 70), "black": (25, 25, 30), "red": (225, 35, 50)}
-STAINS = {"hematoxylin": (1.25, 1.35, 0.55), "eosin": (0.12, 0.95, 0.45), "blue": (0.8, 0.65, 0.42), "dab": (0.65, 1.3, 1.8)}             # density in R, G, B
+STAINS = {
+    "hematoxylin": (1.25, 1.35, 0.55),
+    "eosin": (0.12, 0.95, 0.45),
+    "blue": (0.8, 0.65, 0.42),
+    "dab": (0.65, 1.3, 1.8),
+}  # density in R, G, B
 
 
 def field(rng, side, px):
-    return np.asarray(Image.fromarray(rng.standard_normal((side // px + 4,) * 2).astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC))
+    return np.asarray(
+        Image.fromarray(rng.standard_normal((side // px + 4,) * 2).astype(np.float32)).resize(
+            (side, side), Image.Resampling.BICUBIC
+        )
+    )
 
 
 def dots(rng, side, share, radius):
@@ -687,32 +1120,55 @@ def paint(seed, fault, side=1792):
     """A section on glass at 2 um/px with one thing wrong with it, as a JPEG, and where a region of it should be taken:
     (side, side, 3) uint8, (side, side) bool."""
     rng = np.random.default_rng(seed)
-    y, x = np.mgrid[-1:1:side * 1j, -1:1:side * 1j]
-    tissue = (x ** 2 + y ** 2 + 0.15 * field(rng, side, 400) < 0.45) & (fault != "empty")
-    nuclei, eosin = dots(rng, side, 0.006, 3), (0.4 + 0.12 * field(rng, side, 8) + 0.15 * field(rng, side, 60)).clip(0.05)
+    y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
+    tissue = (x**2 + y**2 + 0.15 * field(rng, side, 400) < 0.45) & (fault != "empty")
+    nuclei, eosin = (
+        dots(rng, side, 0.006, 3),
+        (0.4 + 0.12 * field(rng, side, 8) + 0.15 * field(rng, side, 60)).clip(0.05),
+    )
     amount = {"hematoxylin": nuclei, "eosin": eosin}
     if fault == "fat":
-        near = cKDTree(rng.uniform(0, side, (int(side * side / 40 ** 2), 2))).query(np.stack(np.mgrid[:side, :side], -1), k=2)[0]
-        amount = {"eosin": 0.7 * (near[..., 1] - near[..., 0] < 4)}                                     # walls of some 4 um round cells of 80
+        near = cKDTree(rng.uniform(0, side, (int(side * side / 40**2), 2))).query(
+            np.stack(np.mgrid[:side, :side], -1), k=2
+        )[0]
+        amount = {
+            "eosin": 0.7 * (near[..., 1] - near[..., 0] < 4)
+        }  # walls of some 4 um round cells of 80
     elif fault == "ihc":
         amount = {"blue": 0.5 * nuclei + 0.03, "dab": 0.8 * dots(rng, side, 0.0005, 4)}
     density = sum(np.multiply.outer(a * tissue, STAINS[k]) for k, a in amount.items())
     if fault in ("haze", "empty"):
-        smear = Image.fromarray((255 * (field(rng, side, 500) > 1)).astype(np.uint8)).filter(ImageFilter.GaussianBlur(20))
-        density = density + np.multiply.outer(0.05 + 0.015 * field(rng, side, 800).clip(-2, 2) + 0.06 * (np.asarray(smear) / 255), STAINS["eosin"])
+        smear = Image.fromarray((255 * (field(rng, side, 500) > 1)).astype(np.uint8)).filter(
+            ImageFilter.GaussianBlur(20)
+        )
+        density = density + np.multiply.outer(
+            0.05 + 0.015 * field(rng, side, 800).clip(-2, 2) + 0.06 * (np.asarray(smear) / 255),
+            STAINS["eosin"],
+        )
     light = np.array([243, 242, 244]) * np.exp(-density)
     if fault in INK:
         image = Image.new("L", (side, side))
         for _ in range(2):
-            ImageDraw.Draw(image).line([tuple(p) for p in rng.uniform(0, side, (4, 2))], fill=255, width=int(rng.uniform(200, 450)), joint="curve")
-        ink = np.asarray(image.filter(ImageFilter.GaussianBlur(8)), np.float32)[..., None] / 255 * rng.uniform(0.85, 0.97)
+            ImageDraw.Draw(image).line(
+                [tuple(p) for p in rng.uniform(0, side, (4, 2))],
+                fill=255,
+                width=int(rng.uniform(200, 450)),
+                joint="curve",
+            )
+        ink = (
+            np.asarray(image.filter(ImageFilter.GaussianBlur(8)), np.float32)[..., None]
+            / 255
+            * rng.uniform(0.85, 0.97)
+        )
         light = light * (1 - ink + ink * (np.array(INK[fault]) + rng.integers(-15, 16, 3)) / 255)
         tissue &= ink[..., 0] < 0.3
     if fault == "borders":
         outside = (np.hypot(x, y) > 0.95) | (y < -0.8) | (x > 0.9)
         light[outside], tissue = 3, tissue & ~outside
     buffer = io.BytesIO()
-    Image.fromarray((light + rng.normal(0, 3, light.shape)).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=80)
+    Image.fromarray((light + rng.normal(0, 3, light.shape)).clip(0, 255).astype(np.uint8)).save(
+        buffer, "JPEG", quality=80
+    )
     return np.asarray(Image.open(buffer)), tissue
 
 
@@ -720,13 +1176,25 @@ def at_16_um(picture):
     return np.asarray(Image.fromarray(picture).reduce(8))
 
 
-@pytest.mark.parametrize("fault, least", [("none", 0.85), ("haze", 0.85), ("borders", 0.85), ("ihc", 0.8), ("fat", 0.8), *((ink, 0.85) for ink in INK)])
+@pytest.mark.parametrize(
+    "fault, least",
+    [
+        ("none", 0.85),
+        ("haze", 0.85),
+        ("borders", 0.85),
+        ("ihc", 0.8),
+        ("fat", 0.8),
+        *((ink, 0.85) for ink in INK),
+    ],
+)
 def test_tissue_is_found_whatever_is_on_the_glass(fault, least):
     """Intersection over union with what was drawn; the thresholds were tuned on seeds 0 to 5 and 21, 22."""
     picture, truth = paint(11, fault)
     mask, truth = data.find_tissue(at_16_um(picture)), at_16_um(truth.astype(np.uint8) * 255) > 127
     iou = (mask & truth).sum() / (mask | truth).sum()
-    print(f"{fault}: IoU {iou:.3f}, recall {(mask & truth).sum() / truth.sum():.3f}, precision {(mask & truth).sum() / mask.sum():.3f}")
+    print(
+        f"{fault}: IoU {iou:.3f}, recall {(mask & truth).sum() / truth.sum():.3f}, precision {(mask & truth).sum() / mask.sum():.3f}"
+    )
     assert truth.mean() > 0.05 and iou > least
 
 
@@ -734,28 +1202,82 @@ def test_tissue_is_found_whatever_is_on_the_glass(fault, least):
 def test_no_tissue_is_no_tissue(what):
     rng = np.random.default_rng(0)
     flat = {"white": 255, "glass": (243, 241, 238), "black": 0, "one pixel": (200, 90, 150)}
-    rgb = at_16_um(paint(11, "empty")[0]) if what == "haze" else rng.normal(240, 2.5, (300, 400, 3)).clip(0, 255).astype(np.uint8) if what == "noise" else \
-        np.full((1, 1, 3) if what == "one pixel" else (300, 400, 3), flat[what], np.uint8)
+    rgb = (
+        at_16_um(paint(11, "empty")[0])
+        if what == "haze"
+        else rng.normal(240, 2.5, (300, 400, 3)).clip(0, 255).astype(np.uint8)
+        if what == "noise"
+        else np.full((1, 1, 3) if what == "one pixel" else (300, 400, 3), flat[what], np.uint8)
+    )
     assert not data.find_tissue(rgb).any()
 
 
-@pytest.mark.parametrize("name, shrink, tissue, none", [                                                # seen by eye, (x, y) in pixels of the picture
-    ("histoprep-slide_with_ink.jpeg", 8, [(300, 250), (1800, 400), (2500, 300), (3300, 550), (4600, 650), (5300, 550)],
-     [(3850, 830), (3900, 880), (3780, 860), (100, 850), (3000, 150), (2000, 850), (5000, 150), (4160, 380)]),
-    ("tissueloc-20181218042458.jpg", 1, [(200, 450), (330, 370), (600, 150), (550, 870), (1300, 450), (1500, 450), (1650, 800)],
-     [(800, 200), (1050, 450), (40, 890), (100, 950), (960, 990)]),
-    ("tissueloc-20181218042533.jpg", 1, [(60, 550), (300, 700), (800, 350), (1000, 430), (1300, 650), (1600, 700), (1450, 400)],
-     [(400, 100), (200, 250), (1000, 530), (1700, 200), (900, 60)]),
-    ("tissueloc-20181218042607.jpg", 1, [(150, 110), (50, 650), (400, 400), (700, 450), (880, 200), (1300, 450), (1700, 500), (1250, 880)],
-     [(30, 100), (570, 390), (940, 600), (1000, 100), (400, 900)])])
+@pytest.mark.parametrize(
+    "name, shrink, tissue, none",
+    [  # seen by eye, (x, y) in pixels of the picture
+        (
+            "histoprep-slide_with_ink.jpeg",
+            8,
+            [(300, 250), (1800, 400), (2500, 300), (3300, 550), (4600, 650), (5300, 550)],
+            [
+                (3850, 830),
+                (3900, 880),
+                (3780, 860),
+                (100, 850),
+                (3000, 150),
+                (2000, 850),
+                (5000, 150),
+                (4160, 380),
+            ],
+        ),
+        (
+            "tissueloc-20181218042458.jpg",
+            1,
+            [(200, 450), (330, 370), (600, 150), (550, 870), (1300, 450), (1500, 450), (1650, 800)],
+            [(800, 200), (1050, 450), (40, 890), (100, 950), (960, 990)],
+        ),
+        (
+            "tissueloc-20181218042533.jpg",
+            1,
+            [(60, 550), (300, 700), (800, 350), (1000, 430), (1300, 650), (1600, 700), (1450, 400)],
+            [(400, 100), (200, 250), (1000, 530), (1700, 200), (900, 60)],
+        ),
+        (
+            "tissueloc-20181218042607.jpg",
+            1,
+            [
+                (150, 110),
+                (50, 650),
+                (400, 400),
+                (700, 450),
+                (880, 200),
+                (1300, 450),
+                (1700, 500),
+                (1250, 880),
+            ],
+            [(30, 100), (570, 390), (940, 600), (1000, 100), (400, 900)],
+        ),
+    ],
+)
 def test_tissue_of_real_pictures(real, name, shrink, tissue, none):
-    mask = data.find_tissue(np.asarray(Image.open(real / "pictures" / name).convert("RGB").reduce(shrink)))
-    assert all(mask[y // shrink, x // shrink] for x, y in tissue) and not any(mask[y // shrink, x // shrink] for x, y in none)
+    mask = data.find_tissue(
+        np.asarray(Image.open(real / "pictures" / name).convert("RGB").reduce(shrink))
+    )
+    assert all(mask[y // shrink, x // shrink] for x, y in tissue) and not any(
+        mask[y // shrink, x // shrink] for x, y in none
+    )
 
 
-@pytest.mark.parametrize("name, mpp, least, most", [
-    ("CMU-1-Small-Region.svs", 0.499, 0.3, 0.5), ("TCGA-CR-7395-01A-01-TS1.svs", 0.5, 0.55, 0.75), ("luna-1065626.svs", 0.5026, 0.003, 0.01),
-    ("panimg-no_dzi.tif", 0.972, 0, 0), ("panimg-valid_tiff.tif", 0.5, 0, 0)])
+@pytest.mark.parametrize(
+    "name, mpp, least, most",
+    [
+        ("CMU-1-Small-Region.svs", 0.499, 0.3, 0.5),
+        ("TCGA-CR-7395-01A-01-TS1.svs", 0.5, 0.55, 0.75),
+        ("luna-1065626.svs", 0.5026, 0.003, 0.01),
+        ("panimg-no_dzi.tif", 0.972, 0, 0),
+        ("panimg-valid_tiff.tif", 0.5, 0, 0),
+    ],
+)
 def test_tissue_of_real_slides(real, name, mpp, least, most):
     """How much of each is tissue, by eye."""
     assert least <= data.tissue_mask(data.Reader(real / "slides" / name), mpp)[1].mean() <= most
@@ -764,58 +1286,129 @@ def test_tissue_of_real_slides(real, name, mpp, least, most):
 def test_the_thumbnail_is_the_box_mean_however_it_is_read(tmp_path):
     picture = pink(2777, 5000)
     rgb, unread = data.thumbnail(data.Reader(write_tiff(tmp_path / "s.tiff", picture, 0.5)), 0.5)
-    whole = np.asarray(Image.fromarray(picture).resize((rgb.shape[1], rgb.shape[0]), Image.Resampling.BOX), float)
+    whole = np.asarray(
+        Image.fromarray(picture).resize((rgb.shape[1], rgb.shape[0]), Image.Resampling.BOX), float
+    )
     assert rgb.shape == (87, 156, 3) and not unread.any() and np.abs(rgb - whole).max() <= 1
 
 
 def test_missing_tiles_are_glass_and_unreadable_ones_are_tried(tmp_path):
     import tifffile
+
     picture = np.full((4096, 4096, 3), 243, np.uint8)
     picture[1024:3072, 1024:3072] = pink(2048, 2048)
-    tiles = [picture[y:y + 256, x:x + 256] if y < 2048 else None for y in range(0, 4096, 256) for x in range(0, 4096, 256)]
+    tiles = [
+        picture[y : y + 256, x : x + 256] if y < 2048 else None
+        for y in range(0, 4096, 256)
+        for x in range(0, 4096, 256)
+    ]
     with tifffile.TiffWriter(tmp_path / "s.tiff") as tiff:
-        tiff.write(iter(tiles), shape=picture.shape, dtype=np.uint8, tile=(256, 256), photometric="rgb", compression="zlib", resolution=(2e4, 2e4),
-                   resolutionunit="CENTIMETER")
+        tiff.write(
+            iter(tiles),
+            shape=picture.shape,
+            dtype=np.uint8,
+            tile=(256, 256),
+            photometric="rgb",
+            compression="zlib",
+            resolution=(2e4, 2e4),
+            resolutionunit="CENTIMETER",
+        )
     rgb, mask = data.tissue_mask(data.Reader(tmp_path / "s.tiff"), 0.5)
-    assert (rgb[64:] == 255).all() and not mask[64:].any() and mask[36:60, 36:92].all() and not mask[:30].any()
+    assert (
+        (rgb[64:] == 255).all()
+        and not mask[64:].any()
+        and mask[36:60, 36:92].all()
+        and not mask[:30].any()
+    )
     with tifffile.TiffFile(tmp_path / "s.tiff") as tiff:
-        start, length = ((tiff.pages[0].tags[t].value[6 * 16 + 6]) for t in ("TileOffsets", "TileByteCounts"))
+        start, length = (
+            (tiff.pages[0].tags[t].value[6 * 16 + 6]) for t in ("TileOffsets", "TileByteCounts")
+        )
     whole = (tmp_path / "s.tiff").read_bytes()
-    (tmp_path / "bad.tiff").write_bytes(whole[:start] + bytes(length) + whole[start + length:])
+    (tmp_path / "bad.tiff").write_bytes(whole[:start] + bytes(length) + whole[start + length :])
     grey, tried = data.tissue_mask(data.Reader(tmp_path / "bad.tiff"), 0.5)
     bad = (grey == 128).all(axis=2)
-    assert tried[bad].all() and bad[48:56, 48:56].all() and bad.sum() <= 16 ** 2 and np.array_equal(grey[~bad], rgb[~bad])
+    assert (
+        tried[bad].all()
+        and bad[48:56, 48:56].all()
+        and bad.sum() <= 16**2
+        and np.array_equal(grey[~bad], rgb[~bad])
+    )
 
 
 def ring(x, y, radius, n=40):
     return [[x + radius * np.cos(a), y + radius * np.sin(a)] for a in np.linspace(0, 2 * np.pi, n)]
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda p: {"type": "FeatureCollection", "features": [{"type": "Feature", "geometry": None},
-                                                         *({"type": "Feature", "geometry": {"type": "Polygon", "coordinates": q}} for q in p)]},
-    lambda p: {"type": "Feature", "properties": {"name": "tissue"}, "geometry": {"type": "MultiPolygon", "coordinates": p}},
-    lambda p: {"type": "MultiPolygon", "coordinates": p}, lambda p: [{"type": "Polygon", "coordinates": q} for q in p],
-    lambda p: {"type": "GeometryCollection", "geometries": [{"type": "Polygon", "coordinates": q} for q in p]}])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda p: {
+            "type": "FeatureCollection",
+            "features": [
+                {"type": "Feature", "geometry": None},
+                *(
+                    {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": q}}
+                    for q in p
+                ),
+            ],
+        },
+        lambda p: {
+            "type": "Feature",
+            "properties": {"name": "tissue"},
+            "geometry": {"type": "MultiPolygon", "coordinates": p},
+        },
+        lambda p: {"type": "MultiPolygon", "coordinates": p},
+        lambda p: [{"type": "Polygon", "coordinates": q} for q in p],
+        lambda p: {
+            "type": "GeometryCollection",
+            "geometries": [{"type": "Polygon", "coordinates": q} for q in p],
+        },
+    ],
+)
 def test_geojson_masks_are_the_polygons(tmp_path, wrap):
     """Against matplotlib's point in polygon: a disc with a hole, an island in the hole, and a disc that overlaps a hole of another."""
     from matplotlib.path import Path as Polygon
-    parts = [[ring(2000, 2000, 500)], [ring(2000, 2000, 1500), ring(2000, 2000, 900)], [ring(6000, 3000, 900)], [ring(6500, 3000, 1000), ring(6300, 3000, 400)]]
+
+    parts = [
+        [ring(2000, 2000, 500)],
+        [ring(2000, 2000, 1500), ring(2000, 2000, 900)],
+        [ring(6000, 3000, 900)],
+        [ring(6500, 3000, 1000), ring(6300, 3000, 400)],
+    ]
     (tmp_path / "m.geojson").write_text(json.dumps(wrap(parts)), "utf-8")
-    slide = type("Stub", (), {"dimensions": (9000, 5000), "properties": {"openslide.bounds-x": "320", "openslide.bounds-y": "64"}})
+    slide = type(
+        "Stub",
+        (),
+        {
+            "dimensions": (9000, 5000),
+            "properties": {"openslide.bounds-x": "320", "openslide.bounds-y": "64"},
+        },
+    )
     mask = data.read_mask(tmp_path / "m.geojson", slide, (156, 281))
-    centres = np.stack(np.meshgrid((np.arange(281) + 0.5) * 9000 / 281, (np.arange(156) + 0.5) * 5000 / 156), axis=-1).reshape(-1, 2) - (320, 64)
+    centres = np.stack(
+        np.meshgrid((np.arange(281) + 0.5) * 9000 / 281, (np.arange(156) + 0.5) * 5000 / 156),
+        axis=-1,
+    ).reshape(-1, 2) - (320, 64)
     within = [[Polygon(r).contains_points(centres) for r in rings] for rings in parts]
-    expected = np.any([w[0] & ~np.any([np.zeros(len(centres), bool), *w[1:]], axis=0) for w in within], axis=0).reshape(156, 281)
-    edge = ndimage.maximum_filter(expected, 3) ^ ndimage.minimum_filter(expected, 3)                    # Pillow draws the outline, too
-    assert expected.mean() > 0.1 and np.array_equal(mask[~edge], expected[~edge]) and abs(mask.mean() / expected.mean() - 1) < 0.04
+    expected = np.any(
+        [w[0] & ~np.any([np.zeros(len(centres), bool), *w[1:]], axis=0) for w in within], axis=0
+    ).reshape(156, 281)
+    edge = ndimage.maximum_filter(expected, 3) ^ ndimage.minimum_filter(
+        expected, 3
+    )  # Pillow draws the outline, too
+    assert (
+        expected.mean() > 0.1
+        and np.array_equal(mask[~edge], expected[~edge])
+        and abs(mask.mean() / expected.mean() - 1) < 0.04
+    )
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "I;16", "P", "RGB", "RGBA"])
 @pytest.mark.parametrize("size", [(90, 50), (281, 156), (1800, 1000)])
 def test_png_masks_cover_the_whole_slide(tmp_path, mode, size):
     half = np.zeros((size[1], size[0]), bool)
-    half[:, :size[0] // 3] = True
+    half[:, : size[0] // 3] = True
     value = {"I;16": np.uint16(300), "1": True}.get(mode, np.uint8(1))
     if mode in ("RGB", "RGBA"):
         array = np.zeros((*half.shape, len(mode)), np.uint8)
@@ -826,34 +1419,69 @@ def test_png_masks_cover_the_whole_slide(tmp_path, mode, size):
     if mode == "P":
         image = Image.fromarray(array).convert("P")
     image.save(tmp_path / "m.png")
-    mask = data.read_mask(tmp_path / "m.png", type("Stub", (), {"dimensions": (9000, 5000), "properties": {}}), (156, 281))
+    mask = data.read_mask(
+        tmp_path / "m.png",
+        type("Stub", (), {"dimensions": (9000, 5000), "properties": {}}),
+        (156, 281),
+    )
     assert mask[:, :93].all() and not mask[:, 95:].any()
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("m.png", Image.new("L", (90, 50)), "m.png: holds no tissue"),
-    ("m.png", Image.new("L", (50, 90), 255), "50 x 90 is another shape than the slide's 9000 x 5000"),
-    ("m.png", Image.new("L", (92, 50), 255), "92 x 50 is another shape"), ("m.png", b"no picture", "m.png: cannot be read as a mask"),
-    ("m.geojson", {"type": "FeatureCollection", "features": []}, "m.geojson: holds no tissue"),
-    ("m.geojson", {"type": "Polygon", "coordinates": [ring(20000, 0, 100)]}, "a polygon leaves the slide's 9000 x 5000 px"),
-    ("m.geojson", {"type": "Point", "coordinates": [5, 5]}, "holds no tissue"),
-    ("m.geojson", {"type": "Polygon", "coordinates": [["x", "y"]]}, "cannot be read as a mask"),
-    ("m.geojson", {"name": "no type"}, "cannot be read"), ("m.geojson", b"{", "cannot be read"), ("m.geojson", b"\xff\xfe", "cannot be read")])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("m.png", Image.new("L", (90, 50)), "m.png: holds no tissue"),
+        (
+            "m.png",
+            Image.new("L", (50, 90), 255),
+            "50 x 90 is another shape than the slide's 9000 x 5000",
+        ),
+        ("m.png", Image.new("L", (92, 50), 255), "92 x 50 is another shape"),
+        ("m.png", b"no picture", "m.png: cannot be read as a mask"),
+        ("m.geojson", {"type": "FeatureCollection", "features": []}, "m.geojson: holds no tissue"),
+        (
+            "m.geojson",
+            {"type": "Polygon", "coordinates": [ring(20000, 0, 100)]},
+            "a polygon leaves the slide's 9000 x 5000 px",
+        ),
+        ("m.geojson", {"type": "Point", "coordinates": [5, 5]}, "holds no tissue"),
+        ("m.geojson", {"type": "Polygon", "coordinates": [["x", "y"]]}, "cannot be read as a mask"),
+        ("m.geojson", {"name": "no type"}, "cannot be read"),
+        ("m.geojson", b"{", "cannot be read"),
+        ("m.geojson", b"\xff\xfe", "cannot be read"),
+    ],
+)
 def test_masks_that_are_none_are_refused(tmp_path, name, content, message):
     if isinstance(content, Image.Image):
         content.save(tmp_path / name)
     else:
-        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        (tmp_path / name).write_bytes(
+            content if isinstance(content, bytes) else json.dumps(content).encode()
+        )
     with pytest.raises(MixmagError, match=message):
-        data.read_mask(tmp_path / name, type("Stub", (), {"dimensions": (9000, 5000), "properties": {}}), (156, 281))
+        data.read_mask(
+            tmp_path / name,
+            type("Stub", (), {"dimensions": (9000, 5000), "properties": {}}),
+            (156, 281),
+        )
 
 
 def test_masks_belong_to_slides_by_name(tmp_path):
     for name in ("a.png", "b.geojson", "c.png", "c.geojson"):
         (tmp_path / name).touch()
-    assert data.find_mask(data.Path("x/a.svs"), None) is None and data.find_mask(data.Path("x/z.svs"), tmp_path / "a.png") == tmp_path / "a.png"
-    assert [data.find_mask(data.Path(f"x/{i}.svs"), tmp_path).name for i in "ab"] == ["a.png", "b.geojson"]
-    for slide, place, message in (("c", tmp_path, "found 2"), ("d", tmp_path, "d.png or .*d.geojson; found 0"), ("a", tmp_path / "none.png", "none.png; found 0")):
+    assert (
+        data.find_mask(data.Path("x/a.svs"), None) is None
+        and data.find_mask(data.Path("x/z.svs"), tmp_path / "a.png") == tmp_path / "a.png"
+    )
+    assert [data.find_mask(data.Path(f"x/{i}.svs"), tmp_path).name for i in "ab"] == [
+        "a.png",
+        "b.geojson",
+    ]
+    for slide, place, message in (
+        ("c", tmp_path, "found 2"),
+        ("d", tmp_path, "d.png or .*d.geojson; found 0"),
+        ("a", tmp_path / "none.png", "none.png; found 0"),
+    ):
         with pytest.raises(MixmagError, match=message):
             data.find_mask(data.Path(f"x/{slide}.svs"), place)
 
@@ -871,25 +1499,75 @@ def test_manifest_mask_and_qc_from_the_command_line(tmp_path, monkeypatch, capsy
     for name, mpp in (("a", None), ("b", 0.5), ("c$d$", 0.5), ("e", 0.5)):
         write_tiff(slides / f"{name}.tiff", pink(1000, 1000), mpp)
         if name != "e":
-            Image.fromarray(np.pad(np.full((30, 15), 255, np.uint8), ((0, 0), (0, 15)))).save(tmp_path / "masks" / f"{name}.png")
-    data.write_csv(tmp_path / "m.csv", ("slide", "mpp"), [("a", "0.5"), ("b.tiff", "0.25"), ("gone", "0.5")])
-    flags = ("--slides", slides, "--out", tmp_path / "d", "--manifest", tmp_path / "m.csv", "--mask", tmp_path / "masks")
+            Image.fromarray(np.pad(np.full((30, 15), 255, np.uint8), ((0, 0), (0, 15)))).save(
+                tmp_path / "masks" / f"{name}.png"
+            )
+    data.write_csv(
+        tmp_path / "m.csv", ("slide", "mpp"), [("a", "0.5"), ("b.tiff", "0.25"), ("gone", "0.5")]
+    )
+    flags = (
+        "--slides",
+        slides,
+        "--out",
+        tmp_path / "d",
+        "--manifest",
+        tmp_path / "m.csv",
+        "--mask",
+        tmp_path / "masks",
+    )
     assert tile(monkeypatch, *flags) == 3
     out, err = capsys.readouterr()
-    assert "a: 0.5 um/px (--manifest row a)" in out and "1 of 3 rows name no slide here, such as gone" in err
-    assert "b: FAILED" in err and "--manifest row b.tiff says 0.25" in err and "e: FAILED" in err and "e.png" in err and "2 slides done, 2 failed" in out
-    assert data.read_slide(tmp_path / "d/slides/a.safetensors").meta["settings"]["mask"] == data.hashlib.sha256((tmp_path / "masks/a.png").read_bytes()).hexdigest()
-    assert sorted(p.name for p in (tmp_path / "d/qc").iterdir()) == ["a.png", "c$d$.png"]               # and no temporary files
+    assert (
+        "a: 0.5 um/px (--manifest row a)" in out
+        and "1 of 3 rows name no slide here, such as gone" in err
+    )
+    assert (
+        "b: FAILED" in err
+        and "--manifest row b.tiff says 0.25" in err
+        and "e: FAILED" in err
+        and "e.png" in err
+        and "2 slides done, 2 failed" in out
+    )
+    assert (
+        data.read_slide(tmp_path / "d/slides/a.safetensors").meta["settings"]["mask"]
+        == data.hashlib.sha256((tmp_path / "masks/a.png").read_bytes()).hexdigest()
+    )
+    assert sorted(p.name for p in (tmp_path / "d/qc").iterdir()) == [
+        "a.png",
+        "c$d$.png",
+    ]  # and no temporary files
     for name in ("a", "c$d$"):
         with Image.open(tmp_path / "d/qc" / f"{name}.png") as picture:
-            assert max(picture.size) <= 2000 and len(picture.convert("RGB").getcolors(1 << 24)) > 1000
+            assert (
+                max(picture.size) <= 2000 and len(picture.convert("RGB").getcolors(1 << 24)) > 1000
+            )
     assert tile(monkeypatch, *flags) == 3 and "a: done before" in capsys.readouterr().out
     Image.new("L", (30, 30), 255).save(tmp_path / "masks" / "a.png")
-    assert tile(monkeypatch, *flags) == 3 and "a: FAILED" in (err := capsys.readouterr().err) and "give another --out" in err
+    assert (
+        tile(monkeypatch, *flags) == 3
+        and "a: FAILED" in (err := capsys.readouterr().err)
+        and "give another --out" in err
+    )
     with pytest.raises(MixmagError, match="no such file or folder"):
-        tile(monkeypatch, "--slides", tmp_path, "--out", tmp_path / "d", "--mask", tmp_path / "absent.png")
+        tile(
+            monkeypatch,
+            "--slides",
+            tmp_path,
+            "--out",
+            tmp_path / "d",
+            "--mask",
+            tmp_path / "absent.png",
+        )
     with pytest.raises(MixmagError, match="one file for 4 slides"):
-        tile(monkeypatch, "--slides", slides, "--out", tmp_path / "d", "--mask", tmp_path / "masks" / "a.png")
+        tile(
+            monkeypatch,
+            "--slides",
+            slides,
+            "--out",
+            tmp_path / "d",
+            "--mask",
+            tmp_path / "masks" / "a.png",
+        )
 
 
 def test_processes_share_the_slides_and_a_bad_one_ends_none_of_them(tmp_path):
@@ -897,22 +1575,50 @@ def test_processes_share_the_slides_and_a_bad_one_ends_none_of_them(tmp_path):
     (tmp_path / "slides").mkdir()
     for name, mpp in (("a", None), ("b", 0.5), ("c", 0.5), ("d", 0.5)):
         write_tiff(tmp_path / "slides" / f"{name}.tiff", pink(1400, 1400), mpp)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "data.py"), "tile", "--slides", "slides",
-                           "--out", "d"], cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(ROOT / "data.py"),
+            "tile",
+            "--slides",
+            "slides",
+            "--out",
+            "d",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode != 0 and "a: FAILED" in done.stderr, done.stderr
-    assert {p.stem for p in (tmp_path / "d" / "slides").iterdir()} == {"b", "c", "d"} and "2 slides done, 0 failed" in done.stdout and "1 slides done, 1 failed" in done.stdout
+    assert (
+        {p.stem for p in (tmp_path / "d" / "slides").iterdir()} == {"b", "c", "d"}
+        and "2 slides done, 0 failed" in done.stdout
+        and "1 slides done, 1 failed" in done.stdout
+    )
     assert [p.name for p in (tmp_path / "d").glob("failed*")] == ["failed-0-of-2.csv"]
 
 
 def test_qc_shows_the_tiles_in_their_places(tmp_path, monkeypatch):
     """Each panel, put together from tiles, is the region itself at the panel's resolution."""
     from matplotlib.figure import Figure
+
     region = pink(2 * 896, 3 * 896)
     table, tiles = Geometry(1).cell_table().tolist(), np.empty((6, 21, 224, 224, 3), np.uint8)
     for cell in range(6):
-        part = Image.fromarray(region).crop((left := cell % 3 * 896, top := cell // 3 * 896, left + 896, top + 896))
+        part = Image.fromarray(region).crop(
+            (left := cell % 3 * 896, top := cell // 3 * 896, left + 896, top + 896)
+        )
         for i, (k, r, c) in enumerate(table):
-            tiles[cell, i] = np.asarray(part.reduce(2 ** (2 - k)))[224 * r:224 * (r + 1), 224 * c:224 * (c + 1)]
+            tiles[cell, i] = np.asarray(part.reduce(2 ** (2 - k)))[
+                224 * r : 224 * (r + 1), 224 * c : 224 * (c + 1)
+            ]
     monkeypatch.setattr(data, "read_window", lambda *_: tiles)
     figure = Figure()
     plan = type("Plan", (), {"cell_px": 896.0, "mpp": 0.5, "magnifications": [5, 10, 20]})
@@ -921,16 +1627,26 @@ def test_qc_shows_the_tiles_in_their_places(tmp_path, monkeypatch):
     for axis, picture in zip(figure.axes, [whole] * 3 + [cell] * 3, strict=True):
         shown = np.asarray(axis.images[0].get_array(), float)
         expected = np.asarray(picture.resize(shown.shape[1::-1], Image.Resampling.BOX), float)
-        assert np.abs(shown - expected).max() <= 3 and axis.images[0].get_extent() == [0, picture.width / 2, picture.height / 2, 0]
+        assert np.abs(shown - expected).max() <= 3 and axis.images[0].get_extent() == [
+            0,
+            picture.width / 2,
+            picture.height / 2,
+            0,
+        ]
 
 
 def test_qc_says_when_its_region_cannot_be_read(real, tmp_path, monkeypatch):
-    assert tile(monkeypatch, "--slides", real / "broken/cmu-midfile-zeroed.svs", "--out", tmp_path) == 3
+    assert (
+        tile(monkeypatch, "--slides", real / "broken/cmu-midfile-zeroed.svs", "--out", tmp_path)
+        == 3
+    )
     assert Image.open(tmp_path / "qc/cmu-midfile-zeroed.png").size[0] > 500
 
 
 def test_nothing_is_upsampled(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "tissue_mask", lambda reader, mpp, own: (None, np.zeros((300, 300), bool)))
+    monkeypatch.setattr(
+        data, "tissue_mask", lambda reader, mpp, own: (None, np.zeros((300, 300), bool))
+    )
 
     def plan(mpp, downsamples=(1.0,), **args):
         reader = Ramp(9000, 9000, downsamples, x=str(mpp), y=str(mpp))
@@ -938,14 +1654,26 @@ def test_nothing_is_upsampled(tmp_path, monkeypatch):
         plan = data.plan_slide(reader, Args(**args))
         return plan, data.plan_report(reader, plan, 3)
 
-    for mpp, words in ((0.4991, None), (0.5026, "0.5026 um/px are interpolated by 0.5%"), (0.509, "interpolated by 1.8%")):
-        assert (words or "tokens") in plan(mpp)[1] and ("interpolated" in plan(mpp)[1]) == bool(words)
-    with pytest.raises(MixmagError, match="0.52 um/px are coarser than 20x .* --magnifications 5 10 tiles it"):
+    for mpp, words in (
+        (0.4991, None),
+        (0.5026, "0.5026 um/px are interpolated by 0.5%"),
+        (0.509, "interpolated by 1.8%"),
+    ):
+        assert (words or "tokens") in plan(mpp)[1] and ("interpolated" in plan(mpp)[1]) == bool(
+            words
+        )
+    with pytest.raises(
+        MixmagError, match="0.52 um/px are coarser than 20x .* --magnifications 5 10 tiles it"
+    ):
         plan(0.52)
     with pytest.raises(MixmagError, match="it has none of the magnifications"):
         plan(3.0)
     assert plan(1.0, magnifications=[5, 10])[0].level == 0
-    assert plan(0.25, (1.0, 2.0005, 4.0))[0].level == 1 and plan(0.252, (1.0, 2.0, 4.0))[0].level == 0 and plan(0.25, (1.0, 4.0))[0].shrink == 2
+    assert (
+        plan(0.25, (1.0, 2.0005, 4.0))[0].level == 1
+        and plan(0.252, (1.0, 2.0, 4.0))[0].level == 0
+        and plan(0.25, (1.0, 4.0))[0].shrink == 2
+    )
     with pytest.raises(MixmagError, match="does not fit level 0"):
         plan(0.25, (1.0, 2.0), sizes=[(8960, 8960), (4478, 4480)])
     assert plan(0.25, (1.0, 1.95), sizes=[(9000, 9000), (4500, 4737)])[0].level == 0
@@ -953,8 +1681,19 @@ def test_nothing_is_upsampled(tmp_path, monkeypatch):
 
 def test_white_slide_yields_an_empty_file(tmp_path):
     write_tiff(tmp_path / "white.tiff", np.full((3000, 3000, 3), 243, np.uint8), 0.5)
-    out, _ = run("data.py", "tile", "--slides", tmp_path / "white.tiff", "--out", tmp_path / "d", cwd=tmp_path)
-    assert "nothing to embed" in out and len(data.read_slide(tmp_path / "d/slides/white.safetensors").cells) == 0
+    out, _ = run(
+        "data.py",
+        "tile",
+        "--slides",
+        tmp_path / "white.tiff",
+        "--out",
+        tmp_path / "d",
+        cwd=tmp_path,
+    )
+    assert (
+        "nothing to embed" in out
+        and len(data.read_slide(tmp_path / "d/slides/white.safetensors").cells) == 0
+    )
 
 
 def test_bad_slides_are_listed_and_the_rest_is_done(tmp_path):
@@ -963,15 +1702,23 @@ def test_bad_slides_are_listed_and_the_rest_is_done(tmp_path):
     (tmp_path / "empty.tiff").touch()
     (tmp_path / "text.tiff").write_text("not a slide")
     (tmp_path / "cut.tiff").write_bytes((tmp_path / "good.tiff").read_bytes()[:3000])
-    out, err = run("data.py", "tile", "--slides", tmp_path, "--out", tmp_path / "d", cwd=tmp_path, code=3)
+    out, err = run(
+        "data.py", "tile", "--slides", tmp_path, "--out", tmp_path / "d", cwd=tmp_path, code=3
+    )
     assert "1 slides done, 4 failed" in out
     with open(tmp_path / "d" / "failed.csv", newline="") as f:
         failed = {row["slide_id"]: row["reason"] for row in csv.DictReader(f)}
-    assert set(failed) == {"no-mpp", "empty", "text", "cut"} and "0 bytes" in failed["empty"] and "--mpp" in failed["no-mpp"]
+    assert (
+        set(failed) == {"no-mpp", "empty", "text", "cut"}
+        and "0 bytes" in failed["empty"]
+        and "--mpp" in failed["no-mpp"]
+    )
     assert data.verify(tmp_path / "d") == []
 
 
-@pytest.mark.parametrize("width, height, shrinks", [(100_000, 100_000, (1, 4, 16)), (100_000, 2_048, (1,))])
+@pytest.mark.parametrize(
+    "width, height, shrinks", [(100_000, 100_000, (1, 4, 16)), (100_000, 2_048, (1,))]
+)
 def test_memory_is_bounded_on_huge_slides(tmp_path, width, height, shrinks):
     """40 GB of pixels in a pyramid, and the widest band of a single-level slide (tests/bench.py has the whole one)."""
     assert tile_sparse(tmp_path, width, height, shrinks) < 1000
@@ -981,6 +1728,7 @@ def test_memory_is_bounded_on_huge_slides(tmp_path, width, height, shrinks):
 def tiff_tile(path, number, page=0):
     """Where the bytes of a tile lie in a TIFF file, and how many there are."""
     import tifffile
+
     with tifffile.TiffFile(path) as tiff:
         return tiff.pages[page].dataoffsets[number], tiff.pages[page].databytecounts[number]
 
@@ -989,13 +1737,14 @@ def spoil(path, number):
     """A copy of a TIFF in which one tile's bytes are zero."""
     (start, length), whole = tiff_tile(path, number), path.read_bytes()
     bad = path.with_name(f"bad{number}-{path.name}")
-    bad.write_bytes(whole[:start] + bytes(length) + whole[start + length:])
+    bad.write_bytes(whole[:start] + bytes(length) + whole[start + length :])
     return bad
 
 
 def without(path, *numbers):
     """A copy of a TIFF from whose first level tiles are missing: their byte counts are zero."""
     import tifffile
+
     bad = path.with_name(f"less-{path.name}")
     bad.write_bytes(path.read_bytes())
     with tifffile.TiffFile(bad, mode="r+b") as tiff:
@@ -1010,7 +1759,7 @@ def without(path, *numbers):
 def test_neighbours_of_a_bad_region_are_those_of_the_clean_slide(tmp_path, monkeypatch, threads):
     """Whatever the order and the number of threads that stumble over one another's failed handle."""
     clean = write_tiff(tmp_path / "s.tiff", pink(3584, 3584), 0.5, levels=(1, 8))
-    bad = spoil(clean, 5 * 14 + 6)                                # of 14 x 14 tiles of 256 px: inside cell (1, 1) and that alone
+    bad = spoil(clean, 5 * 14 + 6)  # of 14 x 14 tiles of 256 px: inside cell (1, 1) and that alone
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     plan = data.plan_slide(data.Reader(bad), Args(region=1))
     good = {cell: tiles.tobytes() for _, cell, tiles in data.read_cells(data.Reader(clean), plan)}
@@ -1019,21 +1768,42 @@ def test_neighbours_of_a_bad_region_are_those_of_the_clean_slide(tmp_path, monke
         np.random.default_rng(seed).shuffle(plan.windows)
         found = list(data.read_cells(reader := data.Reader(bad), plan))
         assert [cell for _, cell, _ in found] == [w[:2] for w in plan.windows]
-        assert [cell for _, cell, tiles in found if isinstance(tiles, openslide.OpenSlideError)] == [(1, 1)]
-        assert all(tiles.tobytes() == good[cell] for _, cell, tiles in found if cell != (1, 1)) and reader.slide.dimensions == (3584, 3584)
+        assert [
+            cell for _, cell, tiles in found if isinstance(tiles, openslide.OpenSlideError)
+        ] == [(1, 1)]
+        assert all(
+            tiles.tobytes() == good[cell] for _, cell, tiles in found if cell != (1, 1)
+        ) and reader.slide.dimensions == (3584, 3584)
 
 
-def test_bad_windows_are_dropped_alone_and_more_than_one_percent_is_a_failure(tmp_path, monkeypatch, capsys):
+def test_bad_windows_are_dropped_alone_and_more_than_one_percent_is_a_failure(
+    tmp_path, monkeypatch, capsys
+):
     clean = write_tiff(tmp_path / "s.tiff", pink(2464, 2464), 0.5, levels=(1, 8), tile=(64, 64))
-    bad, worse = spoil(clean, 5 * 39 + 5), spoil(spoil(clean, 5 * 39 + 5), 30 * 39 + 30)                # inside windows (1, 1) and (8, 8) of 11 x 11
+    bad, worse = (
+        spoil(clean, 5 * 39 + 5),
+        spoil(spoil(clean, 5 * 39 + 5), 30 * 39 + 30),
+    )  # inside windows (1, 1) and (8, 8) of 11 x 11
     flags = ("--out", tmp_path / "d", "--region", 1, "--magnifications", 20, "--batch-size", 50)
     assert tile(monkeypatch, "--slides", clean, bad, worse, *flags) == 3
     out, err = capsys.readouterr()
-    assert "1 windows dropped as unreadable" in out and "2 of 121 windows cannot be read, more than 1%" in err
-    whole, less = (data.read_slide(tmp_path / f"d/slides/{p.stem}.safetensors") for p in (clean, bad))
+    assert (
+        "1 windows dropped as unreadable" in out
+        and "2 of 121 windows cannot be read, more than 1%" in err
+    )
+    whole, less = (
+        data.read_slide(tmp_path / f"d/slides/{p.stem}.safetensors") for p in (clean, bad)
+    )
     others = (whole.cells != 1).any(axis=1)
-    assert whole.meta["n_bad"] == 0 and less.meta["n_bad"] == 1 and others.sum() == 120 and data.verify(tmp_path / "d") == []
-    assert np.array_equal(less.cells, whole.cells[others]) and np.array_equal(less.features, whole.features[others])
+    assert (
+        whole.meta["n_bad"] == 0
+        and less.meta["n_bad"] == 1
+        and others.sum() == 120
+        and data.verify(tmp_path / "d") == []
+    )
+    assert np.array_equal(less.cells, whole.cells[others]) and np.array_equal(
+        less.features, whole.features[others]
+    )
     with open(tmp_path / "d" / "failed.csv", newline="") as f:
         assert [(r["slide_id"], r["stage"]) for r in csv.DictReader(f)] == [(worse.stem, "tile")]
 
@@ -1045,15 +1815,21 @@ def test_missing_tissue_is_never_white(tmp_path, levels):
     picture = np.full((3584, 3584, 3), 243, np.uint8)
     picture[256:3328, 256:3328] = pink(3072, 3072)
     clean = write_tiff(tmp_path / "s.tiff", picture, 0.5, levels=levels)
-    less = data.Reader(without(clean, 5 * 14 + 5, 0, 13, 12 * 14 + 13))                                 # within cell (1, 1); corners and a side of glass
+    less = data.Reader(
+        without(clean, 5 * 14 + 5, 0, 13, 12 * 14 + 13)
+    )  # within cell (1, 1); corners and a side of glass
     plan = data.plan_slide(less, Args(region=1))
     assert len(plan.windows) == 16
     found = {cell: tiles for _, cell, tiles in data.read_cells(less, plan)}
-    assert [cell for cell, tiles in found.items() if isinstance(tiles, Exception)] == [(1, 1)] and "where the thumbnail shows tissue" in str(found[1, 1])
+    assert [cell for cell, tiles in found.items() if isinstance(tiles, Exception)] == [
+        (1, 1)
+    ] and "where the thumbnail shows tissue" in str(found[1, 1])
     for _, cell, tiles in data.read_cells(data.Reader(clean), plan):
         if cell not in ((0, 0), (3, 0), (3, 3), (1, 1)):
             assert np.array_equal(tiles, found[cell])
-    assert (found[0, 0][5][:, :] == 255).all() and found[0, 0][20].min() < 200                          # glass, and tissue beside it
+    assert (found[0, 0][5][:, :] == 255).all() and found[0, 0][
+        20
+    ].min() < 200  # glass, and tissue beside it
 
 
 def test_dry_run_plans_and_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -1063,21 +1839,35 @@ def test_dry_run_plans_and_writes_nothing(tmp_path, monkeypatch, capsys):
     flags = ("--slides", slides, "--out", tmp_path / "d", "--dry-run")
     assert tile(monkeypatch, *flags) == 0
     out = capsys.readouterr().out
-    for words in ("0.25 um/px (openslide.mpp-x)", "level 1 of 3 (downsample 2)", "1 of 1 windows", "1 cells, 21 tokens (5x 1, 10x 4, 20x 16)", "drift:",
-                  "1 slides can be tiled, 0 cannot", "GB free"):
+    for words in (
+        "0.25 um/px (openslide.mpp-x)",
+        "level 1 of 3 (downsample 2)",
+        "1 of 1 windows",
+        "1 cells, 21 tokens (5x 1, 10x 4, 20x 16)",
+        "drift:",
+        "1 slides can be tiled, 0 cannot",
+        "GB free",
+    ):
         assert words in out, f"{words!r} not in {out}"
     write_tiff(slides / "no-mpp.tiff", pink(1000, 1000), None)
-    assert tile(monkeypatch, *flags) == 3 and "no-mpp: FAILED" in capsys.readouterr().err and os.listdir(tmp_path) == ["slides"]
+    assert (
+        tile(monkeypatch, *flags) == 3
+        and "no-mpp: FAILED" in capsys.readouterr().err
+        and os.listdir(tmp_path) == ["slides"]
+    )
     monkeypatch.setattr(data, "free_bytes", lambda folder: 1000)
     with pytest.raises(MixmagError, match="do not fit under --out"):
         tile(monkeypatch, *flags)
-    assert tile(monkeypatch, *flags[:-1]) == 3 and "good: FAILED: its 0 MB do not fit" in capsys.readouterr().err
+    assert (
+        tile(monkeypatch, *flags[:-1]) == 3
+        and "good: FAILED: its 0 MB do not fit" in capsys.readouterr().err
+    )
 
 
 def test_slides_are_only_read_and_their_names_may_be_odd(tmp_path, monkeypatch, capsys):
     slides = tmp_path / "sli des"
     slides.mkdir()
-    names = ["001", "1", "a b", "ü,\"c\"", "x.y", "-n", "n\nl"]
+    names = ["001", "1", "a b", 'ü,"c"', "x.y", "-n", "n\nl"]
     for i, name in enumerate(names):
         write_tiff(slides / f"{name}.tiff", pink(900, 900, i), 0.5)
     (slides / "._001.tiff").write_bytes(b"resource fork")
@@ -1086,8 +1876,13 @@ def test_slides_are_only_read_and_their_names_may_be_odd(tmp_path, monkeypatch, 
         (out / "slides").mkdir(exist_ok=True)
     with pytest.raises(MixmagError, match="among the slides"):
         tile(monkeypatch, "--slides", slides, "--out", slides)
-    assert tile(monkeypatch, "--slides", slides, "--out", tmp_path / "d") == 0 and f"{len(names)} slides done, 0 failed" in capsys.readouterr().out
-    assert {s.slide_id for s in data.read_slides(tmp_path / "d")} == set(names) and data.verify(tmp_path / "d") == []
+    assert (
+        tile(monkeypatch, "--slides", slides, "--out", tmp_path / "d") == 0
+        and f"{len(names)} slides done, 0 failed" in capsys.readouterr().out
+    )
+    assert {s.slide_id for s in data.read_slides(tmp_path / "d")} == set(names) and data.verify(
+        tmp_path / "d"
+    ) == []
     (slides / "slides").rmdir()
     assert {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in slides.iterdir()} == before
 
@@ -1095,44 +1890,105 @@ def test_slides_are_only_read_and_their_names_may_be_odd(tmp_path, monkeypatch, 
 def test_slides_with_one_id_are_refused(tmp_path):
     for name in ("a.tiff", "A.svs"):
         (tmp_path / name).touch()
-    _, err = run("data.py", "tile", "--slides", tmp_path, "--out", tmp_path / "d", cwd=tmp_path, code=1)
+    _, err = run(
+        "data.py", "tile", "--slides", tmp_path, "--out", tmp_path / "d", cwd=tmp_path, code=1
+    )
     assert "slides with one id" in err
 
 
 def test_texture_is_finite_deterministic_and_blind_to_turning():
-    tiles = torch.from_numpy(np.stack([pink(224, 224, seed) for seed in range(3)] + [np.full((224, 224, 3), 255, np.uint8)]))
+    tiles = torch.from_numpy(
+        np.stack(
+            [pink(224, 224, seed) for seed in range(3)] + [np.full((224, 224, 3), 255, np.uint8)]
+        )
+    )
     out = data.texture(tiles)
-    assert out.shape == (4, 46) and torch.isfinite(out).all() and torch.equal(out, data.texture(tiles))
+    assert (
+        out.shape == (4, 46) and torch.isfinite(out).all() and torch.equal(out, data.texture(tiles))
+    )
     assert torch.allclose(data.texture(torch.rot90(tiles, 1, (1, 2))), out, atol=1e-4)
     assert (out[0] - out[1]).abs().max() > 0.01
 
 
 def test_encoder_from_a_module(tmp_path):
-    (tmp_path / "mine.py").write_text("def factory():\n    return lambda tiles: tiles.float().mean((1, 2))\n"
-                                      "def nan():\n    return lambda tiles: tiles.float().mean((1, 2)).where(tiles.amin((1, 2)) > 250, float('nan'))\n")
+    (tmp_path / "mine.py").write_text(
+        "def factory():\n    return lambda tiles: tiles.float().mean((1, 2))\n"
+        "def nan():\n    return lambda tiles: tiles.float().mean((1, 2)).where(tiles.amin((1, 2)) > 250, float('nan'))\n"
+    )
     write_tiff(tmp_path / "s.tiff", pink(3000, 3000), 0.5)
-    run("data.py", "tile", "--slides", "s.tiff", "--out", "d", "--encoder", "mine:factory", cwd=tmp_path)
+    run(
+        "data.py",
+        "tile",
+        "--slides",
+        "s.tiff",
+        "--out",
+        "d",
+        "--encoder",
+        "mine:factory",
+        cwd=tmp_path,
+    )
     slide = data.read_slide(tmp_path / "d/slides/s.safetensors")
-    assert slide.dim == 3 and slide.meta["encoder"] == "mine:factory" and slide.features.shape == (9, 21, 3)
-    _, err = run("data.py", "tile", "--slides", "s.tiff", "--out", "e", "--encoder", "mine:nan", cwd=tmp_path, code=3)
+    assert (
+        slide.dim == 3
+        and slide.meta["encoder"] == "mine:factory"
+        and slide.features.shape == (9, 21, 3)
+    )
+    _, err = run(
+        "data.py",
+        "tile",
+        "--slides",
+        "s.tiff",
+        "--out",
+        "e",
+        "--encoder",
+        "mine:nan",
+        cwd=tmp_path,
+        code=3,
+    )
     assert "s: FAILED: the encoder returned NaN" in err
-    _, err = run("data.py", "tile", "--slides", "s.tiff", "--out", "e", "--encoder", "mine:absent", cwd=tmp_path, code=1)
+    _, err = run(
+        "data.py",
+        "tile",
+        "--slides",
+        "s.tiff",
+        "--out",
+        "e",
+        "--encoder",
+        "mine:absent",
+        cwd=tmp_path,
+        code=1,
+    )
     assert "absent" in err
 
 
 def test_real_slides(real, tmp_path):
-    out, err = run("data.py", "tile", "--slides", real / "slides", "--out", tmp_path, cwd=tmp_path, code=3)
+    out, err = run(
+        "data.py", "tile", "--slides", real / "slides", "--out", tmp_path, cwd=tmp_path, code=3
+    )
     assert "CMU-1-Small-Region: 0.499 um/px" in out and "6 cells, 126 tokens" in out
-    assert "2 slides done, 8 failed" in out and "boxes_1.dcm: the same DICOM series as openslide-python-boxes_0.dcm" in err and data.verify(tmp_path) == []
-    for slide_id, reason in (("TCGA-CR-7395-01A-01-TS1", "says no mpp"), ("ezwsi-multiframe_camelyon", "28.969"), ("panimg-no_dzi", "--magnifications 5 10 tiles it"),
-                             ("highdicom-sm_image", "50 x 50 px are less than one cell"), ("panimg-invalid_resolutions_tiff", "says no mpp")):
-        assert any(line.startswith(f"{slide_id}: FAILED") and reason in line for line in err.splitlines()), slide_id
+    assert (
+        "2 slides done, 8 failed" in out
+        and "boxes_1.dcm: the same DICOM series as openslide-python-boxes_0.dcm" in err
+        and data.verify(tmp_path) == []
+    )
+    for slide_id, reason in (
+        ("TCGA-CR-7395-01A-01-TS1", "says no mpp"),
+        ("ezwsi-multiframe_camelyon", "28.969"),
+        ("panimg-no_dzi", "--magnifications 5 10 tiles it"),
+        ("highdicom-sm_image", "50 x 50 px are less than one cell"),
+        ("panimg-invalid_resolutions_tiff", "says no mpp"),
+    ):
+        assert any(
+            line.startswith(f"{slide_id}: FAILED") and reason in line for line in err.splitlines()
+        ), slide_id
 
 
 def test_broken_slides_each_get_a_line(real, tmp_path):
     broken = sorted((real / "broken").iterdir())
     out, err = run("data.py", "tile", "--slides", *broken, "--out", tmp_path, cwd=tmp_path, code=3)
-    assert f"0 slides done, {len(broken)} failed" in out and all(f"{p.stem}: FAILED" in err for p in broken)
+    assert f"0 slides done, {len(broken)} failed" in out and all(
+        f"{p.stem}: FAILED" in err for p in broken
+    )
 
 
 def test_what_an_encoder_may_return():
@@ -1143,12 +1999,25 @@ def test_what_an_encoder_may_return():
         return batch.float().mean((1, 2))
 
     whole = data.encode(mean, tiles, 10, "cpu")
-    assert whole.shape == (2, 5, 3) and whole.dtype == np.float16 and np.array_equal(whole, data.encode(mean, tiles, 3, "cpu", 3))
-    assert np.allclose(data.encode(lambda b: mean(b).bfloat16(), tiles, 4, "cpu"), whole, rtol=2 ** -8)
+    assert (
+        whole.shape == (2, 5, 3)
+        and whole.dtype == np.float16
+        and np.array_equal(whole, data.encode(mean, tiles, 3, "cpu", 3))
+    )
+    assert np.allclose(
+        data.encode(lambda b: mean(b).bfloat16(), tiles, 4, "cpu"), whole, rtol=2**-8
+    )
     widths = iter((3, 3, 3, 2))
-    for encoder, message in ((lambda b: mean(b) * 1e9, "beyond float16, for 10 of 10"), (lambda b: mean(b) / 0 * 0, "NaN"), (lambda b: b.sum((1, 2)), "torch.int64"),
-                             (lambda b: mean(b)[:1], r"\(1, 3\) of 3 tiles"), (lambda b: mean(b)[:, 0], r"\(3,\)"), (lambda b: b.float(), "expected floating-point"),
-                             (lambda b: mean(b).numpy(), "ndarray"), (lambda b: mean(b)[:, :next(widths)], r"\(1, 2\) of 1 tiles, expected .* \(1, 3\)")):
+    for encoder, message in (
+        (lambda b: mean(b) * 1e9, "beyond float16, for 10 of 10"),
+        (lambda b: mean(b) / 0 * 0, "NaN"),
+        (lambda b: b.sum((1, 2)), "torch.int64"),
+        (lambda b: mean(b)[:1], r"\(1, 3\) of 3 tiles"),
+        (lambda b: mean(b)[:, 0], r"\(3,\)"),
+        (lambda b: b.float(), "expected floating-point"),
+        (lambda b: mean(b).numpy(), "ndarray"),
+        (lambda b: mean(b)[:, : next(widths)], r"\(1, 2\) of 1 tiles, expected .* \(1, 3\)"),
+    ):
         with pytest.raises(MixmagError, match=message):
             data.encode(encoder, tiles, 3, "cpu")
     with pytest.raises(MixmagError, match=r"\(3, 3\) of 3 tiles, expected .* \(3, 4\)"):
@@ -1156,11 +2025,18 @@ def test_what_an_encoder_may_return():
 
 
 def test_a_factory_that_fails_gives_one_line(tmp_path, monkeypatch):
-    (tmp_path / "bad.py").write_text("def raises():\n    raise KeyError('weights')\ndef nothing():\n    pass\n")
+    (tmp_path / "bad.py").write_text(
+        "def raises():\n    raise KeyError('weights')\ndef nothing():\n    pass\n"
+    )
     (tmp_path / "syntax.py").write_text("def f(:\n")
     monkeypatch.chdir(tmp_path)
-    for name, message in (("bad:raises", "KeyError: 'weights'"), ("bad:nothing", "returned NoneType"), ("syntax:f", "SyntaxError"), ("absent:f", "No module named"),
-                          ("resnet", "expected texture, virchow2 or module:factory")):
+    for name, message in (
+        ("bad:raises", "KeyError: 'weights'"),
+        ("bad:nothing", "returned NoneType"),
+        ("syntax:f", "SyntaxError"),
+        ("absent:f", "No module named"),
+        ("resnet", "expected texture, virchow2 or module:factory"),
+    ):
         with pytest.raises(MixmagError, match=message):
             data.tile_encoder(name, "cpu")
     with pytest.raises(MixmagError, match="only --encoder virchow2"):
@@ -1169,31 +2045,59 @@ def test_a_factory_that_fails_gives_one_line(tmp_path, monkeypatch):
 
 # -------------------------------------------------------------------------------------------------------------- Virchow2
 
+
 @pytest.fixture
 def pretend_timm(tmp_path, monkeypatch):
     """Called with a text: a module `timm` of that text stands before any other while the test runs."""
+
     def pretend(text):
         (tmp_path / "timm").mkdir()
         (tmp_path / "timm" / "__init__.py").write_text(text)
         (tmp_path / "timm" / "layers.py").write_text("SwiGLUPacked = 'SwiGLUPacked'\n")
         monkeypatch.syspath_prepend(tmp_path)
 
-    real = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "timm"}
+    real = {
+        name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "timm"
+    }
     yield pretend
     for name in [name for name in sys.modules if name.split(".")[0] == "timm"]:
         del sys.modules[name]
     sys.modules.update(real)
 
 
-@pytest.mark.parametrize("text, message", [
-    ("raise ModuleNotFoundError(\"No module named 'timm'\", name='timm')", "not installed: pip install timm torchvision==0.28.0"),
-    ("raise ModuleNotFoundError(\"No module named 'torchvision'\", name='torchvision')", "does not match torch .*No module named 'torchvision'"),
-    ("raise RuntimeError('operator torchvision::nms does not exist')", "does not match torch .*nms does not exist.*torchvision==0.28.0"),
-    ("class Gated(OSError):\n    response = type('R', (), {'status_code': 403})\ndef create_model(*a, **k):\n    raise Gated('hf_secret 403')", "accept its terms at .*HF_TOKEN"),
-    ("class Gated(OSError):\n    response = type('R', (), {'status_code': 401})\ndef create_model(*a, **k):\n    raise Gated('hf_secret 401')", "accept its terms at .*HF_TOKEN"),
-    ("class LocalEntryNotFoundError(FileNotFoundError): pass\ndef create_model(*a, **k):\n    raise LocalEntryNotFoundError('hf_secret')",
-     r"\(LocalEntryNotFoundError\): without a network give --weights FILE"),
-    ("def create_model(*a, **k):\n    raise OSError(28, 'No space left on device')", "No space left on device")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            "raise ModuleNotFoundError(\"No module named 'timm'\", name='timm')",
+            "not installed: pip install timm torchvision==0.28.0",
+        ),
+        (
+            "raise ModuleNotFoundError(\"No module named 'torchvision'\", name='torchvision')",
+            "does not match torch .*No module named 'torchvision'",
+        ),
+        (
+            "raise RuntimeError('operator torchvision::nms does not exist')",
+            "does not match torch .*nms does not exist.*torchvision==0.28.0",
+        ),
+        (
+            "class Gated(OSError):\n    response = type('R', (), {'status_code': 403})\ndef create_model(*a, **k):\n    raise Gated('hf_secret 403')",
+            "accept its terms at .*HF_TOKEN",
+        ),
+        (
+            "class Gated(OSError):\n    response = type('R', (), {'status_code': 401})\ndef create_model(*a, **k):\n    raise Gated('hf_secret 401')",
+            "accept its terms at .*HF_TOKEN",
+        ),
+        (
+            "class LocalEntryNotFoundError(FileNotFoundError): pass\ndef create_model(*a, **k):\n    raise LocalEntryNotFoundError('hf_secret')",
+            r"\(LocalEntryNotFoundError\): without a network give --weights FILE",
+        ),
+        (
+            "def create_model(*a, **k):\n    raise OSError(28, 'No space left on device')",
+            "No space left on device",
+        ),
+    ],
+)
 def test_each_way_not_to_have_virchow2_gets_its_line(pretend_timm, monkeypatch, text, message):
     pretend_timm(text)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
@@ -1204,20 +2108,36 @@ def test_each_way_not_to_have_virchow2_gets_its_line(pretend_timm, monkeypatch, 
 
 def test_virchow2_is_asked_for_as_its_authors_say_and_checked(pretend_timm):
     """The class token of what the model makes of the normalised picture; a model of another width or with NaN is refused at once."""
-    pretend_timm("calls = []\ndef create_model(name, **settings):\n    calls.append((name, settings))\n    return model\n")
+    pretend_timm(
+        "calls = []\ndef create_model(name, **settings):\n    calls.append((name, settings))\n    return model\n"
+    )
     import timm
 
     class Model(torch.nn.Module):
         def forward(self, x, dim=1280, fill=1.0):
-            return x.mean((2, 3)).repeat(1, 500)[:, None, :dim] * torch.linspace(fill, 9, 261)[:, None]
+            return (
+                x.mean((2, 3)).repeat(1, 500)[:, None, :dim] * torch.linspace(fill, 9, 261)[:, None]
+            )
 
     timm.model = Model()
     encoder = data.tile_encoder("virchow2", "cpu")
-    assert timm.calls == [("hf-hub:paige-ai/Virchow2", {"pretrained": True, "mlp_layer": "SwiGLUPacked", "act_layer": torch.nn.SiLU})]
+    assert timm.calls == [
+        (
+            "hf-hub:paige-ai/Virchow2",
+            {"pretrained": True, "mlp_layer": "SwiGLUPacked", "act_layer": torch.nn.SiLU},
+        )
+    ]
     tiles = np.random.default_rng(0).integers(0, 256, (3, 224, 224, 3), dtype=np.uint8)
-    expected = ((tiles.mean((1, 2)) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225])             # (3, 3), the class token's factor is 1
+    expected = (tiles.mean((1, 2)) / 255 - [0.485, 0.456, 0.406]) / [
+        0.229,
+        0.224,
+        0.225,
+    ]  # (3, 3), the class token's factor is 1
     assert np.allclose(data.encode(encoder, tiles, 2, "cpu")[:, :3], expected, atol=2e-3)
-    for settings, message in (({"dim": 1024}, r"expected floating-point numbers \(2, 1280\)"), ({"fill": np.nan}, "NaN")):
+    for settings, message in (
+        ({"dim": 1024}, r"expected floating-point numbers \(2, 1280\)"),
+        ({"fill": np.nan}, "NaN"),
+    ):
         timm.model.forward = lambda x, settings=settings: Model.forward(timm.model, x, **settings)
         with pytest.raises(MixmagError, match=message):
             data.tile_encoder("virchow2", "cpu")
@@ -1227,8 +2147,24 @@ def test_other_weights_are_another_encoder(tmp_path, monkeypatch, capsys):
     """A slide is tiled again into the same place only by the very same weights."""
     write_tiff(tmp_path / "a.tiff", pink(1000, 1000), 0.5)
     monkeypatch.setattr(data, "tile_encoder", lambda *rest: data.texture)
-    monkeypatch.setattr(sys, "argv", ["data.py", "tile", "--slides", str(tmp_path / "a.tiff"), "--out", str(tmp_path / "d"), "--region", "1",
-                                      "--encoder", "virchow2", "--weights", str(tmp_path / "weights.pt")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "data.py",
+            "tile",
+            "--slides",
+            str(tmp_path / "a.tiff"),
+            "--out",
+            str(tmp_path / "d"),
+            "--region",
+            "1",
+            "--encoder",
+            "virchow2",
+            "--weights",
+            str(tmp_path / "weights.pt"),
+        ],
+    )
     codes = []
     for words in ("one", "one", "other"):
         (tmp_path / "weights.pt").write_text(words)
@@ -1241,7 +2177,7 @@ def shallow(monkeypatch):
     """The real timm, whose models get 1 block. A torchvision built for CUDA fails beside a torch for CPU only for want of two operators that nobody calls here."""
     operators = torch.library.Library("torchvision", "FRAGMENT")
     try:
-        import torchvision                                                                              # noqa: F401
+        import torchvision  # noqa: F401
     except ImportError:
         pytest.skip("torchvision is not installed: the architecture cannot be tried")
     except RuntimeError:
@@ -1249,30 +2185,61 @@ def shallow(monkeypatch):
             operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     timm = pytest.importorskip("timm")
     create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, **settings: create(name, **settings, depth=1))
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, **settings: create(name, **settings, depth=1)
+    )
     yield timm
 
 
 def test_virchow2_of_a_file_is_the_real_architecture(shallow, tmp_path):
     """Weights from either kind of file; what comes out is token 0 of timm's own model behind timm's own transform; strictness."""
     from timm.layers import SwiGLUPacked
+
     torch.manual_seed(0)
-    model = shallow.create_model("vit_huge_patch14_224", img_size=224, init_values=1e-5, num_classes=0, reg_tokens=4, mlp_ratio=5.3375, global_pool="",
-                                 dynamic_img_size=True, mlp_layer=SwiGLUPacked, act_layer=torch.nn.SiLU).eval()
+    model = shallow.create_model(
+        "vit_huge_patch14_224",
+        img_size=224,
+        init_values=1e-5,
+        num_classes=0,
+        reg_tokens=4,
+        mlp_ratio=5.3375,
+        global_pool="",
+        dynamic_img_size=True,
+        mlp_layer=SwiGLUPacked,
+        act_layer=torch.nn.SiLU,
+    ).eval()
     state = model.state_dict()
-    assert state["pos_embed"].shape == (1, 261, 1280) and state["blocks.0.mlp.fc1.weight"].shape == (6832, 1280) and state["reg_token"].shape == (1, 4, 1280)
+    assert (
+        state["pos_embed"].shape == (1, 261, 1280)
+        and state["blocks.0.mlp.fc1.weight"].shape == (6832, 1280)
+        and state["reg_token"].shape == (1, 4, 1280)
+    )
     safetensors.torch.save_file(state, tmp_path / "w.safetensors")
     torch.save(state, tmp_path / "w.pt")
     tiles = np.random.default_rng(0).integers(0, 256, (3, 224, 224, 3), dtype=np.uint8)
-    transform = shallow.data.create_transform((3, 224, 224), interpolation="bicubic", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_pct=1.0)
+    transform = shallow.data.create_transform(
+        (3, 224, 224),
+        interpolation="bicubic",
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        crop_pct=1.0,
+    )
     with torch.inference_mode():
         tokens = model(torch.stack([transform(Image.fromarray(tile)) for tile in tiles]))
         assert tokens.shape == (3, 261, 1280)
         for name in ("w.safetensors", "w.pt"):
-            assert torch.equal(data.tile_encoder("virchow2", "cpu", tmp_path / name)(torch.from_numpy(tiles)), tokens[:, 0])
+            assert torch.equal(
+                data.tile_encoder("virchow2", "cpu", tmp_path / name)(torch.from_numpy(tiles)),
+                tokens[:, 0],
+            )
     del state["cls_token"]
-    torch.save({**state, "head.weight": torch.zeros(1), "norm.bias": torch.zeros(3)}, tmp_path / "w.pt")
-    with pytest.raises(MixmagError, match="1 missing, such as cls_token; 1 unexpected, such as head.weight; 1 of another shape, such as norm.bias"):
+    torch.save(
+        {**state, "head.weight": torch.zeros(1), "norm.bias": torch.zeros(3)}, tmp_path / "w.pt"
+    )
+    with pytest.raises(
+        MixmagError,
+        match="1 missing, such as cls_token; 1 unexpected, such as head.weight; 1 of another shape, such as norm.bias",
+    ):
         data.tile_encoder("virchow2", "cpu", tmp_path / "w.pt")
     torch.save({"model": state, "x": Trap(tmp_path / "ran")}, tmp_path / "w.pt")
     for name in ("w.pt", "absent.safetensors", "absent.pt"):
@@ -1293,105 +2260,249 @@ class Trap:
 
 # --------------------------------------------------------------------------------------------------- import of other tools' files
 
-def trident_file(path, corners, magnification, side, features=None, dim=8, power=40, dtype=np.float32, layout=None, **changes):
+
+def trident_file(
+    path,
+    corners,
+    magnification,
+    side,
+    features=None,
+    dim=8,
+    power=40,
+    dtype=np.float32,
+    layout=None,
+    **changes,
+):
     """What TRIDENT writes of one slide at one magnification, by the description of its layout: chunks of one row, attributes on both data sets."""
     import h5py
+
     corners = np.array(corners, np.int64).reshape(-1, 2)
     if features is None:
-        features = np.random.default_rng(len(corners)).standard_normal((len(corners), dim)).astype(dtype)
-    attributes = {"patch_size": 224, "patch_size_level0": side, "level0_magnification": power, "target_magnification": magnification, "overlap": 0,
-                  "name": path.stem, "savetodir": "/elsewhere", "level0_width": 30000, "level0_height": 20000, **changes}
+        features = (
+            np.random.default_rng(len(corners)).standard_normal((len(corners), dim)).astype(dtype)
+        )
+    attributes = {
+        "patch_size": 224,
+        "patch_size_level0": side,
+        "level0_magnification": power,
+        "target_magnification": magnification,
+        "overlap": 0,
+        "name": path.stem,
+        "savetodir": "/elsewhere",
+        "level0_width": 30000,
+        "level0_height": 20000,
+        **changes,
+    }
     encoder = attributes.pop("encoder", "virchow2")
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as f:
         for name, array in (("features", features), ("coords", corners)):
-            f.create_dataset(name, data=array, **({"maxshape": (None, *array.shape[1:]), "chunks": (1, *array.shape[1:])} if layout is None else layout))
-        f["features"].attrs.update({"name": path.stem, "savetodir": "/elsewhere", **({"encoder": encoder} if encoder else {})})
+            f.create_dataset(
+                name,
+                data=array,
+                **(
+                    {"maxshape": (None, *array.shape[1:]), "chunks": (1, *array.shape[1:])}
+                    if layout is None
+                    else layout
+                ),
+            )
+        f["features"].attrs.update(
+            {
+                "name": path.stem,
+                "savetodir": "/elsewhere",
+                **({"encoder": encoder} if encoder else {}),
+            }
+        )
         f["coords"].attrs.update({k: v for k, v in attributes.items() if v is not None})
     return features
 
 
 def grid(cols, rows, side, kept=lambda col, row: True):
-    return [(col * side, row * side) for row in range(rows) for col in range(cols) if kept(col, row)]
+    return [
+        (col * side, row * side) for row in range(rows) for col in range(cols) if kept(col, row)
+    ]
 
 
 def job(folder, *paths, tool="trident", **changes):
-    return {"slide_id": "s", "paths": [str(p) for p in paths], "out": str(folder / "slides" / "s.safetensors"), "tool": tool, "mpp": (None, "--mpp"), "encoder": None,
-            "class_token": None, **changes}
+    return {
+        "slide_id": "s",
+        "paths": [str(p) for p in paths],
+        "out": str(folder / "slides" / "s.safetensors"),
+        "tool": tool,
+        "mpp": (None, "--mpp"),
+        "encoder": None,
+        "class_token": None,
+        **changes,
+    }
 
 
 def by_hand(corners, features, sides, magnifications):
     """{cell: {entry: embedding}} by the definition: which cell's box and which of its 4^k boxes a tile's corner is the corner of."""
-    at = {tuple(place): i for i, place in enumerate(Geometry(1, magnifications).cell_table().tolist())}
+    at = {
+        tuple(place): i for i, place in enumerate(Geometry(1, magnifications).cell_table().tolist())
+    }
     cells = {}
     for k, (side, places, rows) in enumerate(zip(sides, corners, features)):
         for (x, y), row in zip(places, rows):
             col, line = x // sides[0], y // sides[0]
-            cells.setdefault((col, line), {})[at[k, (y - line * sides[0]) // side, (x - col * sides[0]) // side]] = row
+            cells.setdefault((col, line), {})[
+                at[k, (y - line * sides[0]) // side, (x - col * sides[0]) // side]
+            ] = row
     return cells
 
 
-@pytest.mark.parametrize("magnifications, cell, dtype, patch", [((5, 10, 20), 1792, np.float32, 224), ((5, 10, 20), 2048, np.float16, 256), ((10, 20), 448, np.float16, 224),
-                                                                ((20,), 448, np.float64, 224), ((5, 10, 20, 40), 3584, np.float32, 224)])
+@pytest.mark.parametrize(
+    "magnifications, cell, dtype, patch",
+    [
+        ((5, 10, 20), 1792, np.float32, 224),
+        ((5, 10, 20), 2048, np.float16, 256),
+        ((10, 20), 448, np.float16, 224),
+        ((20,), 448, np.float64, 224),
+        ((5, 10, 20, 40), 3584, np.float32, 224),
+    ],
+)
 def test_import_equals_placing_by_hand(tmp_path, magnifications, cell, dtype, patch):
     rng, power = np.random.default_rng(0), cell * magnifications[0] // patch
     sides = [cell >> k for k in range(len(magnifications))]
-    corners = [rng.permutation([c for c in grid(5 * 2 ** k, 4 * 2 ** k, side) if rng.random() < 0.6]) for k, side in enumerate(sides)]
+    corners = [
+        rng.permutation([c for c in grid(5 * 2**k, 4 * 2**k, side) if rng.random() < 0.6])
+        for k, side in enumerate(sides)
+    ]
     paths = [tmp_path / str(m) / "s.h5" for m in magnifications]
-    features = [trident_file(path, c, m, side, power=power, dtype=dtype, patch_size=patch) for path, c, m, side in zip(paths, corners, magnifications, sides)]
+    features = [
+        trident_file(path, c, m, side, power=power, dtype=dtype, patch_size=patch)
+        for path, c, m, side in zip(paths, corners, magnifications, sides)
+    ]
     assert data.import_slide(job(tmp_path, *paths)) == "imported" and data.verify(tmp_path) == []
-    slide, expected = data.read_slide(tmp_path / "slides" / "s.safetensors"), by_hand(corners, features, sides, magnifications)
+    slide, expected = (
+        data.read_slide(tmp_path / "slides" / "s.safetensors"),
+        by_hand(corners, features, sides, magnifications),
+    )
     assert sorted(map(tuple, slide.cells.tolist())) == sorted(expected)
     for cell_at, row, valid in zip(slide.cells.tolist(), slide.features, slide.valid):
         held = expected[tuple(cell_at)]
         assert set(np.flatnonzero(valid)) == set(held) and not row[~valid].any()
-        assert all(np.array_equal(row[entry], vector.astype(np.float16)) for entry, vector in held.items())
-    assert slide.meta["mpp"] == pytest.approx(10 / power) and slide.meta["cell_px"] == cell and slide.meta["magnifications"] == list(magnifications)
-    assert (slide.meta["encoder"], slide.meta["tile_px"], slide.meta["width"], slide.meta["n_bad"]) == ("virchow2", patch, 30000, 0)
+        assert all(
+            np.array_equal(row[entry], vector.astype(np.float16)) for entry, vector in held.items()
+        )
+    assert (
+        slide.meta["mpp"] == pytest.approx(10 / power)
+        and slide.meta["cell_px"] == cell
+        and slide.meta["magnifications"] == list(magnifications)
+    )
+    assert (
+        slide.meta["encoder"],
+        slide.meta["tile_px"],
+        slide.meta["width"],
+        slide.meta["n_bad"],
+    ) == ("virchow2", patch, 30000, 0)
     row = dict(zip(data.IMPORT_COLUMNS[3:], data.import_row(slide, 1)))
-    tables = [{(k, r + c[1] * 2 ** k, q + c[0] * 2 ** k) for k, r, q in Geometry(1, magnifications).cell_table()[list(held)].tolist()} for c, held in expected.items()]
+    tables = [
+        {
+            (k, r + c[1] * 2**k, q + c[0] * 2**k)
+            for k, r, q in Geometry(1, magnifications).cell_table()[list(held)].tolist()
+        }
+        for c, held in expected.items()
+    ]
     there = set().union(*tables)
     alone = sum(k > 0 and (k - 1, r // 2, c // 2) not in there for k, r, c in there)
-    gaps = sum((k + 1, 2 * r + i, 2 * c + j) not in there for k, r, c in there if k + 1 < len(magnifications) for i in (0, 1) for j in (0, 1))
-    assert (row["without_parent"], row["missing_children"]) == (alone, gaps) and row["tiles"] == " ".join(str(len(c)) for c in corners)
+    gaps = sum(
+        (k + 1, 2 * r + i, 2 * c + j) not in there
+        for k, r, c in there
+        if k + 1 < len(magnifications)
+        for i in (0, 1)
+        for j in (0, 1)
+    )
+    assert (row["without_parent"], row["missing_children"]) == (alone, gaps) and row[
+        "tiles"
+    ] == " ".join(str(len(c)) for c in corners)
 
 
 def three(folder, changes=(), **common):
     """5x, 10x and 20x files of one 4 x 3 cell slide; changes {magnification: settings}."""
     paths = []
     for k, m in enumerate((5, 10, 20)):
-        settings = {"corners": grid(4 * 2 ** k, 3 * 2 ** k, 1792 >> k), "magnification": m, "side": 1792 >> k, **common, **dict(changes).get(m, {})}
+        settings = {
+            "corners": grid(4 * 2**k, 3 * 2**k, 1792 >> k),
+            "magnification": m,
+            "side": 1792 >> k,
+            **common,
+            **dict(changes).get(m, {}),
+        }
         paths.append(folder / f"{m}x" / "s.h5")
         trident_file(paths[-1], **settings)
     return paths
 
 
 def off(column, row, where):
-    return [(x + column, y + row) if i == where else (x, y) for i, (x, y) in enumerate(grid(8, 6, 896))]
+    return [
+        (x + column, y + row) if i == where else (x, y) for i, (x, y) in enumerate(grid(8, 6, 896))
+    ]
 
 
-@pytest.mark.parametrize("changes, settings, message", [
-    ({10: {"corners": off(1, 0, 5)}}, {}, "10x: 1 of 48 tiles are off the lattice of 896"),
-    ({10: {"corners": off(896, 0, 5)}}, {}, "10x: 1 of 48 tiles stand where another one does"),
-    ({10: {"corners": off(0, 40 * 896, 5)}}, {}, "begin beyond its 30000 x 20000 px"),
-    ({20: {"corners": off(-896, 0, 0)}}, {}, "off the lattice"),
-    ({20: {"corners": grid(8, 6, 896)}}, {}, "20x: the 48 tiles are 2 x 448 apart"),
-    ({20: {"corners": grid(8, 6, 224)}}, {}, "20x: 36 of 48 tiles are off the lattice of 448"),
-    ({20: {"side": 896, "power": None}}, {}, "1792 px at 5x, 896 px at 10x, 896 px at 20x; expected each half"),
-    ({20: {"side": 896}}, {}, "patch_size_level0 is 896, but 224 px at 20x of 40x are 448"),
-    ({20: {"magnification": 40, "power": 80}}, {}, "5x, 10x, 40x; expected doublings"),
-    ({20: {"patch_size": 256, "power": 35}}, {}, "do not agree on the patch size: 224, 224, 256"),
-    ({20: {"overlap": 32}}, {}, "overlap is 32"), ({20: {"name": "other"}}, {}, "slide's name: s, s, other"),
-    ({5: {"encoder": "virchow2\x1b[2J"}}, {}, r"encoder is 'virchow2\\x1b\[2J'"), ({20: {"level0_width": 29000}}, {}, "slide's size"),
-    ({20: {"encoder": "uni_v2"}}, {}, "encoder: virchow2, virchow2, uni_v2"), ({20: {"dim": 9}}, {}, "width of an embedding: 8, 8, 9"),
-    ({20: {"patch_size_level0": None}}, {}, "attribute patch_size_level0 is None, expected a number"), ({20: {"target_magnification": "20"}}, {}, "is '20', expected a number"),
-    ({20: {"patch_size": [224, 224]}}, {}, "'an array'"), ({20: {"level0_magnification": float("nan")}}, {}, "is nan"),
-    ({20: {"features": np.full((192, 8), 7e4, np.float32)}}, {}, "beyond float16.* in 192 of 192"), ({20: {"features": np.ones((191, 8), np.float16)}}, {}, "191 embeddings at 192"),
-    ({5: {"features": np.array([[1.0] * 8, [1.0] * 7 + [np.nan]] * 6, np.float16)}}, {}, "5x/s.h5: NaN.* in 6 of 12 tiles, first in row 1"),
-    ({5: {"features": np.eye(12, dtype=np.float32)[:, :11]}}, {}, "nothing but zeros in 1 of 12 tiles, first in row 11"),
-    ({5: {"features": np.ones((12, 8), np.int64)}}, {}, "features is int64"), ({5: {"features": np.ones((12, 8, 1), np.float32)}}, {}, "features is float32"),
-    ({}, {"mpp": (0.31, "--mpp")}, "--mpp says 0.31, but tiles of 1792 px at 5x were cut as if it were 0.25"), ({}, {"encoder": "uni_v2"}, "'virchow2', --encoder says 'uni_v2'"),
-    ({m: {"encoder": None} for m in (5, 10, 20)}, {}, "say it with --encoder"), ({}, {"class_token": True}, "holds 8 numbers .*--class-token cuts 2560")])
+@pytest.mark.parametrize(
+    "changes, settings, message",
+    [
+        ({10: {"corners": off(1, 0, 5)}}, {}, "10x: 1 of 48 tiles are off the lattice of 896"),
+        ({10: {"corners": off(896, 0, 5)}}, {}, "10x: 1 of 48 tiles stand where another one does"),
+        ({10: {"corners": off(0, 40 * 896, 5)}}, {}, "begin beyond its 30000 x 20000 px"),
+        ({20: {"corners": off(-896, 0, 0)}}, {}, "off the lattice"),
+        ({20: {"corners": grid(8, 6, 896)}}, {}, "20x: the 48 tiles are 2 x 448 apart"),
+        ({20: {"corners": grid(8, 6, 224)}}, {}, "20x: 36 of 48 tiles are off the lattice of 448"),
+        (
+            {20: {"side": 896, "power": None}},
+            {},
+            "1792 px at 5x, 896 px at 10x, 896 px at 20x; expected each half",
+        ),
+        ({20: {"side": 896}}, {}, "patch_size_level0 is 896, but 224 px at 20x of 40x are 448"),
+        ({20: {"magnification": 40, "power": 80}}, {}, "5x, 10x, 40x; expected doublings"),
+        (
+            {20: {"patch_size": 256, "power": 35}},
+            {},
+            "do not agree on the patch size: 224, 224, 256",
+        ),
+        ({20: {"overlap": 32}}, {}, "overlap is 32"),
+        ({20: {"name": "other"}}, {}, "slide's name: s, s, other"),
+        ({5: {"encoder": "virchow2\x1b[2J"}}, {}, r"encoder is 'virchow2\\x1b\[2J'"),
+        ({20: {"level0_width": 29000}}, {}, "slide's size"),
+        ({20: {"encoder": "uni_v2"}}, {}, "encoder: virchow2, virchow2, uni_v2"),
+        ({20: {"dim": 9}}, {}, "width of an embedding: 8, 8, 9"),
+        (
+            {20: {"patch_size_level0": None}},
+            {},
+            "attribute patch_size_level0 is None, expected a number",
+        ),
+        ({20: {"target_magnification": "20"}}, {}, "is '20', expected a number"),
+        ({20: {"patch_size": [224, 224]}}, {}, "'an array'"),
+        ({20: {"level0_magnification": float("nan")}}, {}, "is nan"),
+        (
+            {20: {"features": np.full((192, 8), 7e4, np.float32)}},
+            {},
+            "beyond float16.* in 192 of 192",
+        ),
+        ({20: {"features": np.ones((191, 8), np.float16)}}, {}, "191 embeddings at 192"),
+        (
+            {5: {"features": np.array([[1.0] * 8, [1.0] * 7 + [np.nan]] * 6, np.float16)}},
+            {},
+            "5x/s.h5: NaN.* in 6 of 12 tiles, first in row 1",
+        ),
+        (
+            {5: {"features": np.eye(12, dtype=np.float32)[:, :11]}},
+            {},
+            "nothing but zeros in 1 of 12 tiles, first in row 11",
+        ),
+        ({5: {"features": np.ones((12, 8), np.int64)}}, {}, "features is int64"),
+        ({5: {"features": np.ones((12, 8, 1), np.float32)}}, {}, "features is float32"),
+        (
+            {},
+            {"mpp": (0.31, "--mpp")},
+            "--mpp says 0.31, but tiles of 1792 px at 5x were cut as if it were 0.25",
+        ),
+        ({}, {"encoder": "uni_v2"}, "'virchow2', --encoder says 'uni_v2'"),
+        ({m: {"encoder": None} for m in (5, 10, 20)}, {}, "say it with --encoder"),
+        ({}, {"class_token": True}, "holds 8 numbers .*--class-token cuts 2560"),
+    ],
+)
 def test_what_does_not_match_is_refused_by_name(tmp_path, changes, settings, message):
     with pytest.raises(MixmagError, match=message):
         data.import_slide(job(tmp_path, *three(tmp_path, changes), **settings))
@@ -1416,10 +2527,17 @@ def test_import_says_where_mpp_and_encoder_are_from(tmp_path):
     asked = job(tmp_path, *three(tmp_path, encoder=None), mpp=(0.2525, "--mpp"), encoder="virchow2")
     assert data.import_slide(asked) == "imported" and data.import_slide(asked) == "done before"
     meta = data.read_slide(asked["out"]).meta
-    assert (meta["mpp"], meta["mpp_source"], meta["cell_px"], meta["encoder"]) == (0.2525, "--mpp", 1792.0, "virchow2")
+    assert (meta["mpp"], meta["mpp_source"], meta["cell_px"], meta["encoder"]) == (
+        0.2525,
+        "--mpp",
+        1792.0,
+        "virchow2",
+    )
     with pytest.raises(MixmagError, match="give another --out"):
         data.import_slide({**asked, "mpp": (0.26, "--mpp")})
-    assert data.import_slide({**asked, "mpp": (None, "--mpp"), "encoder": None}) == "done before"                  # whatever made it was said the first time
+    assert (
+        data.import_slide({**asked, "mpp": (None, "--mpp"), "encoder": None}) == "done before"
+    )  # whatever made it was said the first time
     three(tmp_path, {20: {"features": np.ones((192, 8), np.float32)}}, encoder=None)
     with pytest.raises(MixmagError, match="give another --out"):
         data.import_slide(asked)
@@ -1429,8 +2547,13 @@ def test_import_says_where_mpp_and_encoder_are_from(tmp_path):
 def test_floored_sides_are_settled_by_the_coordinates(tmp_path, power):
     """A scan at 39.99x is cut at round(447.888) = 448 px, and the attribute says 447; at 35x everything divides."""
     sides = [round(224 * power / m) for m in (5, 10, 20)]
-    paths = three(tmp_path, {m: {"corners": grid(4 * 2 ** k, 3 * 2 ** k, side), "side": 224 * power // m, "power": power}
-                             for k, (m, side) in enumerate(zip((5, 10, 20), sides))})
+    paths = three(
+        tmp_path,
+        {
+            m: {"corners": grid(4 * 2**k, 3 * 2**k, side), "side": 224 * power // m, "power": power}
+            for k, (m, side) in enumerate(zip((5, 10, 20), sides))
+        },
+    )
     data.import_slide(job(tmp_path, *paths))
     slide = data.read_slide(tmp_path / "slides" / "s.safetensors")
     assert slide.meta["cell_px"] == sides[0] and slide.valid.all() and len(slide.cells) == 12
@@ -1438,47 +2561,101 @@ def test_floored_sides_are_settled_by_the_coordinates(tmp_path, power):
 
 
 def test_a_scan_whose_magnifications_drift_apart_is_refused(tmp_path):
-    paths = three(tmp_path, {m: {"corners": grid(4 * 2 ** k, 3 * 2 ** k, round(224 * 33 / m)), "side": 224 * 33 // m, "power": 33} for k, m in enumerate((5, 10, 20))})
+    paths = three(
+        tmp_path,
+        {
+            m: {
+                "corners": grid(4 * 2**k, 3 * 2**k, round(224 * 33 / m)),
+                "side": 224 * 33 // m,
+                "power": 33,
+            }
+            for k, m in enumerate((5, 10, 20))
+        },
+    )
     with pytest.raises(MixmagError, match="1478 px at 5x, 739 px at 10x, 369 px at 20x"):
         data.import_slide(job(tmp_path, *paths))
 
 
-@pytest.mark.parametrize("encoder, asked, width", [("virchow2", None, 1280), ("virchow2", False, 2560), ("other", True, 1280), ("other", False, 2560), ("other", None, None)])
+@pytest.mark.parametrize(
+    "encoder, asked, width",
+    [
+        ("virchow2", None, 1280),
+        ("virchow2", False, 2560),
+        ("other", True, 1280),
+        ("other", False, 2560),
+        ("other", None, None),
+    ],
+)
 def test_2560_numbers_are_cut_by_rule_only(tmp_path, encoder, asked, width):
     wide = np.random.default_rng(0).standard_normal((12, 2560)).astype(np.float32)
     paths = three(tmp_path, {5: {"features": wide}}, dim=2560, encoder=encoder)
     if width is None:
-        with pytest.raises(MixmagError, match="2560 numbers .*--class-token keeps the first 1280.*--no-class-token all"):
+        with pytest.raises(
+            MixmagError,
+            match="2560 numbers .*--class-token keeps the first 1280.*--no-class-token all",
+        ):
             data.import_slide(job(tmp_path, *paths, class_token=asked))
     else:
         data.import_slide(job(tmp_path, *paths, class_token=asked))
-        assert np.array_equal(data.read_slide(tmp_path / "slides" / "s.safetensors").features[:, 0], wide[:, :width].astype(np.float16))
+        assert np.array_equal(
+            data.read_slide(tmp_path / "slides" / "s.safetensors").features[:, 0],
+            wide[:, :width].astype(np.float16),
+        )
 
 
 @pytest.mark.parametrize("empty", [(5, 10, 20), (5,), (10, 20)])
 def test_empty_magnifications_are_invalid_tokens(tmp_path, empty):
-    paths = three(tmp_path, {m: {"corners": [], "features": np.zeros((0, 8), np.float32)} for m in empty})
+    paths = three(
+        tmp_path, {m: {"corners": [], "features": np.zeros((0, 8), np.float32)} for m in empty}
+    )
     data.import_slide(job(tmp_path, *paths))
-    slide, starts = data.read_slide(tmp_path / "slides" / "s.safetensors"), {5: slice(0, 1), 10: slice(1, 5), 20: slice(5, 21)}
-    assert slide.features.shape == (0 if len(empty) == 3 else 12, 21, 8) and data.verify(tmp_path) == []
+    slide, starts = (
+        data.read_slide(tmp_path / "slides" / "s.safetensors"),
+        {5: slice(0, 1), 10: slice(1, 5), 20: slice(5, 21)},
+    )
+    assert (
+        slide.features.shape == (0 if len(empty) == 3 else 12, 21, 8)
+        and data.verify(tmp_path) == []
+    )
     assert all(slide.valid[:, starts[m]].any() != (m in empty) for m in starts if len(empty) < 3)
 
 
 def stamp_file(path, tile_um, mpp, cols, rows, seed=0, drop=0.2, **changes):
     """STAMP's walk over a slide: supertiles of a whole number of tiles, each rounded up to whole slide pixels; then its file, rows in any order."""
     import h5py
+
     rng, step = np.random.default_rng(seed), int(np.ceil(tile_um / mpp))
-    per = max(int(1024 * mpp // tile_um), 1)                      # tiles along a supertile
-    places = [(sx, sy, x, y) for sy in range(0, rows, per) for sx in range(0, cols, per) for y in range(per) for x in range(per)
-              if sx + x < cols and sy + y < rows and rng.random() > drop]
+    per = max(int(1024 * mpp // tile_um), 1)  # tiles along a supertile
+    places = [
+        (sx, sy, x, y)
+        for sy in range(0, rows, per)
+        for sx in range(0, cols, per)
+        for y in range(per)
+        for x in range(per)
+        if sx + x < cols and sy + y < rows and rng.random() > drop
+    ]
     places = np.array(places)[rng.permutation(len(places))]
     coords = (places[:, :2] * step * mpp + places[:, 2:] * tile_um).astype(np.float32)
     feats = rng.standard_normal((len(places), 8)).astype(np.float16)
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as f:
         f["coords"], f["feats"] = changes.pop("coords", coords), feats
-        f.attrs.update({k: v for k, v in {"stamp_version": "2.3.0", "extractor": "virchow2", "unit": "um", "tile_size_um": tile_um, "tile_size_px": 224, "code_hash": "0",
-                                          "feat_type": "tile", **changes}.items() if v is not None})
+        f.attrs.update(
+            {
+                k: v
+                for k, v in {
+                    "stamp_version": "2.3.0",
+                    "extractor": "virchow2",
+                    "unit": "um",
+                    "tile_size_um": tile_um,
+                    "tile_size_px": 224,
+                    "code_hash": "0",
+                    "feat_type": "tile",
+                    **changes,
+                }.items()
+                if v is not None
+            }
+        )
     return places[:, :2] + places[:, 2:], feats
 
 
@@ -1487,22 +2664,53 @@ def test_stamps_micrometres_are_snapped_to_the_lattice(tmp_path, mpp, given):
     """Each tile in the place that it was cut at, though STAMP's supertiles drift; pixels are of --mpp, else of the finest magnification."""
     paths, made = [tmp_path / str(m) / "a" / "s.h5" for m in (5, 10, 20)], []
     for k, path in enumerate(paths):
-        made.append(stamp_file(path, 448.0 / 2 ** k, mpp, 9 * 2 ** k, 7 * 2 ** k, seed=k))
+        made.append(stamp_file(path, 448.0 / 2**k, mpp, 9 * 2**k, 7 * 2**k, seed=k))
     data.import_slide(job(tmp_path, *paths, tool="stamp", mpp=(given, "--mpp")))
     slide = data.read_slide(tmp_path / "slides" / "s.safetensors")
-    assert slide.meta["mpp"] == (given or 0.5) and slide.meta["cell_px"] * slide.meta["mpp"] == pytest.approx(448) and data.verify(tmp_path) == []
-    expected = by_hand([p * 1792 // 2 ** k for k, (p, _) in enumerate(made)], [f for _, f in made], [1792, 896, 448], (5, 10, 20))
-    found = {tuple(cell): {e: row[e] for e in np.flatnonzero(valid)} for cell, row, valid in zip(slide.cells.tolist(), slide.features, slide.valid)}
+    assert (
+        slide.meta["mpp"] == (given or 0.5)
+        and slide.meta["cell_px"] * slide.meta["mpp"] == pytest.approx(448)
+        and data.verify(tmp_path) == []
+    )
+    expected = by_hand(
+        [p * 1792 // 2**k for k, (p, _) in enumerate(made)],
+        [f for _, f in made],
+        [1792, 896, 448],
+        (5, 10, 20),
+    )
+    found = {
+        tuple(cell): {e: row[e] for e in np.flatnonzero(valid)}
+        for cell, row, valid in zip(slide.cells.tolist(), slide.features, slide.valid)
+    }
     assert found.keys() == expected.keys()
-    assert all(found[c].keys() == expected[c].keys() and all(np.array_equal(found[c][e], v) for e, v in expected[c].items()) for c in expected)
-    drift = max(abs((int(np.ceil(448 / 2 ** k / mpp)) * mpp - 448 / 2 ** k) * p.max()) for k, (p, _) in enumerate(made))
-    assert slide.meta["residual_um"] <= drift + 0.1 and (slide.meta["residual_um"] < 0.01) == (mpp == 0.25)
+    assert all(
+        found[c].keys() == expected[c].keys()
+        and all(np.array_equal(found[c][e], v) for e, v in expected[c].items())
+        for c in expected
+    )
+    drift = max(
+        abs((int(np.ceil(448 / 2**k / mpp)) * mpp - 448 / 2**k) * p.max())
+        for k, (p, _) in enumerate(made)
+    )
+    assert slide.meta["residual_um"] <= drift + 0.1 and (slide.meta["residual_um"] < 0.01) == (
+        mpp == 0.25
+    )
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"unit": None}, "unit is None"), ({"unit": "px"}, "unit is 'px'"), ({"feat_type": "slide"}, "feat_type 'slide'"), ({"tile_size_um": None}, "tile_size_um is None"),
-    ({"tile_size_px": 0}, "tile_size_px is 0"), ({"extractor": "uni"}, "do not agree on the encoder"), ({"tile_size_um": 300.0}, "doublings"),
-    ({"coords": np.array([[100.0, 0], [224, 0]], np.float32)}, "20 embeddings|embeddings at 2"), ({"coords": np.full((26, 2), np.nan)}, "finite")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"unit": None}, "unit is None"),
+        ({"unit": "px"}, "unit is 'px'"),
+        ({"feat_type": "slide"}, "feat_type 'slide'"),
+        ({"tile_size_um": None}, "tile_size_um is None"),
+        ({"tile_size_px": 0}, "tile_size_px is 0"),
+        ({"extractor": "uni"}, "do not agree on the encoder"),
+        ({"tile_size_um": 300.0}, "doublings"),
+        ({"coords": np.array([[100.0, 0], [224, 0]], np.float32)}, "20 embeddings|embeddings at 2"),
+        ({"coords": np.full((26, 2), np.nan)}, "finite"),
+    ],
+)
 def test_stamp_files_that_do_not_say_or_do_not_fit_are_refused(tmp_path, changes, message):
     paths = [tmp_path / str(m) / "s.h5" for m in (5, 10)]
     stamp_file(paths[0], 448.0, 0.25, 4, 3)
@@ -1513,7 +2721,15 @@ def test_stamp_files_that_do_not_say_or_do_not_fit_are_refused(tmp_path, changes
 
 def test_stamp_tiles_between_two_places_are_refused(tmp_path):
     coords = np.array(grid(4, 3, 448.0), np.float32)
-    stamp_file(tmp_path / "s.h5", 448.0, 0.25, 4, 3, drop=-1, coords=coords + [0, 0.3 * 448] * (np.arange(12) == 7)[:, None])
+    stamp_file(
+        tmp_path / "s.h5",
+        448.0,
+        0.25,
+        4,
+        3,
+        drop=-1,
+        coords=coords + [0, 0.3 * 448] * (np.arange(12) == 7)[:, None],
+    )
     with pytest.raises(MixmagError, match="5x: 1 of 12 tiles are off the lattice"):
         data.import_slide(job(tmp_path, tmp_path / "s.h5", tool="stamp"))
 
@@ -1521,6 +2737,7 @@ def test_stamp_tiles_between_two_places_are_refused(tmp_path):
 def hostile(f, kind, folder):
     """Make the data set `features` of an open file something that must not be read."""
     import h5py
+
     del f["features"]
     if kind == "external link":
         f["features"] = h5py.ExternalLink(str(folder / "elsewhere.h5"), "features")
@@ -1537,9 +2754,9 @@ def hostile(f, kind, folder):
     elif kind == "compound":
         f.create_dataset("features", (12, 8), dtype=[("a", "f4")])
     elif kind == "2^60 rows":
-        f.create_dataset("features", (2 ** 60, 8), np.float32, chunks=(1, 8))
+        f.create_dataset("features", (2**60, 8), np.float32, chunks=(1, 8))
     elif kind == "2^58 columns":
-        f.create_dataset("features", (12, 2 ** 58), np.float16, chunks=(1, 8))
+        f.create_dataset("features", (12, 2**58), np.float16, chunks=(1, 8))
     elif kind == "never written":
         f.create_dataset("features", (12, 8), np.float32)
     elif kind == "half written":
@@ -1547,10 +2764,14 @@ def hostile(f, kind, folder):
     elif kind == "gzip":
         f.create_dataset("features", data=np.ones((12, 8), np.float32), compression="gzip")
     elif kind == "scale-offset":
-        f.create_dataset("features", data=np.ones((12, 8), np.float32), scaleoffset=2, chunks=(1, 8))
+        f.create_dataset(
+            "features", data=np.ones((12, 8), np.float32), scaleoffset=2, chunks=(1, 8)
+        )
     elif kind == "external file":
         np.ones((12, 8), np.float32).tofile(folder / "raw")
-        f.create_dataset("features", (12, 8), np.float32, external=[(str(folder / "raw"), 0, h5py.h5f.UNLIMITED)])
+        f.create_dataset(
+            "features", (12, 8), np.float32, external=[(str(folder / "raw"), 0, h5py.h5f.UNLIMITED)]
+        )
     elif kind == "virtual":
         layout = h5py.VirtualLayout((12, 8), np.float32)
         layout[:] = h5py.VirtualSource(str(folder / "elsewhere.h5"), "features", (12, 8))
@@ -1559,14 +2780,30 @@ def hostile(f, kind, folder):
         f.create_dataset("features", data=np.ones((12, 8), np.longdouble))
 
 
-@pytest.mark.parametrize("kind, message", [
-    ("external link", "no data set 'features' of its own"), ("soft link loop", "no data set 'features' of its own"), ("group", "no data set 'features' of its own"),
-    ("absent", r"no data set 'features' of its own; found \?\[2J, coords"), ("objects", "features is object"), ("references", "features is object"), ("compound", "features is"),
-    ("2^60 rows", "claims 36893488147419103232 bytes"), ("2^58 columns", "claims 6917529027641081856 bytes"), ("never written", "claims 384 bytes.* of which 0 are stored here"),
-    ("half written", "claims 384 bytes.* of which 192 are stored here"), ("gzip", "stored through filter 1.* h5repack"), ("scale-offset", "stored through filter 6"),
-    ("external file", "of which"), ("virtual", "of which"), ("long double", "features is float128|features is longdouble")])
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("external link", "no data set 'features' of its own"),
+        ("soft link loop", "no data set 'features' of its own"),
+        ("group", "no data set 'features' of its own"),
+        ("absent", r"no data set 'features' of its own; found \?\[2J, coords"),
+        ("objects", "features is object"),
+        ("references", "features is object"),
+        ("compound", "features is"),
+        ("2^60 rows", "claims 36893488147419103232 bytes"),
+        ("2^58 columns", "claims 6917529027641081856 bytes"),
+        ("never written", "claims 384 bytes.* of which 0 are stored here"),
+        ("half written", "claims 384 bytes.* of which 192 are stored here"),
+        ("gzip", "stored through filter 1.* h5repack"),
+        ("scale-offset", "stored through filter 6"),
+        ("external file", "of which"),
+        ("virtual", "of which"),
+        ("long double", "features is float128|features is longdouble"),
+    ],
+)
 def test_hostile_hdf5_is_refused_unread(tmp_path, kind, message, monkeypatch):
     import h5py
+
     paths = three(tmp_path)
     (tmp_path / "elsewhere.h5").write_bytes(paths[0].read_bytes())
     with h5py.File(paths[0], "a") as f:
@@ -1578,7 +2815,13 @@ def test_hostile_hdf5_is_refused_unread(tmp_path, kind, message, monkeypatch):
 
 def slide_of_three(folder, slide_id, **settings):
     for k, m in enumerate((5, 10, 20)):
-        trident_file(folder / f"{m}x_224px_0px_overlap" / "features_virchow2" / f"{slide_id}.h5", grid(6 * 2 ** k, 3 * 2 ** k, 1792 >> k), m, 1792 >> k, **settings)
+        trident_file(
+            folder / f"{m}x_224px_0px_overlap" / "features_virchow2" / f"{slide_id}.h5",
+            grid(6 * 2**k, 3 * 2**k, 1792 >> k),
+            m,
+            1792 >> k,
+            **settings,
+        )
     return [folder / f"{m}x_224px_0px_overlap" for m in (5, 10, 20)]
 
 
@@ -1595,10 +2838,19 @@ def test_import_takes_each_slides_own_mpp(tmp_path):
     (tmp_path / "m.csv").write_text("slide,mpp\na.svs,0.2528\nb.1,0.4991\nz.svs,0.25\n")
     args = ("import", "--stamp", 5, 10, "--out", "d", "--mpp", 0.25, "--manifest", "m.csv")
     _, err = run("data.py", *args, cwd=tmp_path)
-    rows, slides = table(tmp_path / "d" / "import.csv"), {s.slide_id: s for s in data.read_slides(tmp_path / "d")}
+    rows, slides = (
+        table(tmp_path / "d" / "import.csv"),
+        {s.slide_id: s for s in data.read_slides(tmp_path / "d")},
+    )
     assert {i: (row["mpp"], row["mpp_source"]) for i, row in rows.items()} == {
-        "a": ("0.2528", "--manifest row a.svs"), "b.1": ("0.4991", "--manifest row b.1"), "c": ("0.25", "--mpp")}
-    assert all(s.meta["cell_px"] == pytest.approx(448 / s.meta["mpp"]) for s in slides.values()) and "1 of 3 rows name no slide here, such as z.svs" in err
+        "a": ("0.2528", "--manifest row a.svs"),
+        "b.1": ("0.4991", "--manifest row b.1"),
+        "c": ("0.25", "--mpp"),
+    }
+    assert (
+        all(s.meta["cell_px"] == pytest.approx(448 / s.meta["mpp"]) for s in slides.values())
+        and "1 of 3 rows name no slide here, such as z.svs" in err
+    )
     (tmp_path / "m.csv").write_text("slide,mpp\na.svs,0.2528\na,0.25\n")
     assert "two rows for this slide" in run("data.py", *args, cwd=tmp_path, code=1)[1]
 
@@ -1612,13 +2864,43 @@ def test_an_imported_cohort_trains(tmp_path):
     slide_of_three(tmp_path, "cut")
     cut = folders[1] / "features_virchow2" / "cut.h5"
     cut.write_bytes(cut.read_bytes()[:5000])
-    out, err = run("data.py", "import", "--trident", *folders, "--out", tmp_path / "d", cwd=tmp_path, code=3)
-    assert "a: imported, mpp 0.25" in out and "2 slides imported, 2 failed" in out and "cut: FAILED" in err and "lone: FAILED: no file in" in err
+    out, err = run(
+        "data.py", "import", "--trident", *folders, "--out", tmp_path / "d", cwd=tmp_path, code=3
+    )
+    assert (
+        "a: imported, mpp 0.25" in out
+        and "2 slides imported, 2 failed" in out
+        and "cut: FAILED" in err
+        and "lone: FAILED: no file in" in err
+    )
     rows, failed = table(tmp_path / "d" / "import.csv"), table(tmp_path / "d" / "failed.csv")
-    assert {i: row["status"] for i, row in rows.items()} == {"a": "imported", "b": "imported", "cut": "failed", "lone": "failed"} and set(failed) == {"cut", "lone"}
-    assert (rows["a"]["tiles"], rows["a"]["of"], rows["a"]["whole_windows"]) == ("18 72 288", "18 72 288", "2") and "truncated" in failed["cut"]["reason"]
+    assert {i: row["status"] for i, row in rows.items()} == {
+        "a": "imported",
+        "b": "imported",
+        "cut": "failed",
+        "lone": "failed",
+    } and set(failed) == {"cut", "lone"}
+    assert (rows["a"]["tiles"], rows["a"]["of"], rows["a"]["whole_windows"]) == (
+        "18 72 288",
+        "18 72 288",
+        "2",
+    ) and "truncated" in failed["cut"]["reason"]
     assert data.verify(tmp_path / "d") == []
-    run("train.py", "pretrain", "--data", tmp_path / "d", "--out", tmp_path / "r", "--steps", 2, "--batch-size", 2, "--holdout", 0, cwd=tmp_path)
+    run(
+        "train.py",
+        "pretrain",
+        "--data",
+        tmp_path / "d",
+        "--out",
+        tmp_path / "r",
+        "--steps",
+        2,
+        "--batch-size",
+        2,
+        "--holdout",
+        0,
+        cwd=tmp_path,
+    )
     for place in folders:
         for i in ("lone", "cut"):
             (place / "features_virchow2" / f"{i}.h5").unlink(missing_ok=True)
@@ -1632,10 +2914,17 @@ def test_import_folders_that_cannot_be_meant(tmp_path):
         (tmp_path / place).touch()
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "s\udcae.h5").touch()
-    for place, tool, message in (("none", "trident", "no feature files"), ("raw", "trident", r"'s\\udcae' in .* not a printable name"), ("job", "trident", "features_a; there is .*features_b"), ("nested", "stamp", "two slides with one id")):
+    for place, tool, message in (
+        ("none", "trident", "no feature files"),
+        ("raw", "trident", r"'s\\udcae' in .* not a printable name"),
+        ("job", "trident", "features_a; there is .*features_b"),
+        ("nested", "stamp", "two slides with one id"),
+    ):
         with pytest.raises(MixmagError, match=message):
             data.import_folder(tmp_path / place, tool, None)
-    assert data.import_folder(tmp_path / "job", "trident", "b") == {"x": tmp_path / "job" / "features_b" / "x.h5"}
+    assert data.import_folder(tmp_path / "job", "trident", "b") == {
+        "x": tmp_path / "job" / "features_b" / "x.h5"
+    }
     for flags in ((), ("--trident", "a", "--stamp", "b")):
         run("data.py", "import", *flags, "--out", "d", cwd=tmp_path, code=2)
 
@@ -1659,7 +2948,19 @@ if __name__ == "__main__":
 
 def import_damaged(folder, folders, code):
     (folder / "script.py").write_text(IMPORT_SCRIPT)
-    done = subprocess.run([sys.executable, str(folder / "script.py"), "import", "--trident", *map(str, folders), "--out", str(folder / "d")], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(folder / "script.py"),
+            "import",
+            "--trident",
+            *map(str, folders),
+            "--out",
+            str(folder / "d"),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
     return table(folder / "d" / "import.csv")
 
@@ -1668,7 +2969,10 @@ def test_a_file_that_brings_the_reader_down_costs_its_slide(tmp_path):
     for i in ("a", "crash", "hang", "z"):
         folders = slide_of_three(tmp_path, i)
     rows = import_damaged(tmp_path, folders, 3)
-    assert {i for i, row in rows.items() if row["status"] == "imported"} == {"a", "z"} and data.verify(tmp_path / "d") == []
+    assert {i for i, row in rows.items() if row["status"] == "imported"} == {
+        "a",
+        "z",
+    } and data.verify(tmp_path / "d") == []
     assert all("bring the HDF5 library down" in rows[i]["reason"] for i in ("crash", "hang"))
 
 
@@ -1676,6 +2980,7 @@ def test_mutated_hdf5_is_refused_or_read_as_it_is(tmp_path):
     """100 slides with random bytes changed in one of their files, or its end cut off: each has a row; what is imported differs from the clean
     slide only in single numbers, where the damage hit the embedding's own bytes, or in places, where it hit the coordinates'."""
     import h5py
+
     rng = np.random.default_rng(0)
     folders = slide_of_three(tmp_path, "clean")
     for i in range(100):
@@ -1684,22 +2989,35 @@ def test_mutated_hdf5_is_refused_or_read_as_it_is(tmp_path):
         raw = bytearray(path.read_bytes())
         for at in rng.integers(len(raw), size=(1, 1, 4, 16)[i % 4]):
             raw[at] = rng.integers(256)
-        path.write_bytes(raw[:rng.integers(len(raw))] if i % 10 == 0 else raw)
+        path.write_bytes(raw[: rng.integers(len(raw))] if i % 10 == 0 else raw)
     rows = import_damaged(tmp_path, folders, 3)
     clean = data.read_slide(tmp_path / "d" / "slides" / "clean.safetensors")
     imported = [i for i, row in rows.items() if row["status"] == "imported"]
-    assert len(rows) == 101 and {row["status"] for row in rows.values()} == {"imported", "failed"} and 20 < len(imported) < 90 and data.verify(tmp_path / "d") == []
+    assert (
+        len(rows) == 101
+        and {row["status"] for row in rows.values()} == {"imported", "failed"}
+        and 20 < len(imported) < 90
+        and data.verify(tmp_path / "d") == []
+    )
     assert all(row["reason"] for row in rows.values() if row["status"] == "failed")
     for i in imported:
-        slide, k = data.read_slide(tmp_path / "d" / "slides" / f"{i}.safetensors"), int(i[1:]) % 3 if i != "clean" else 0
+        slide, k = (
+            data.read_slide(tmp_path / "d" / "slides" / f"{i}.safetensors"),
+            int(i[1:]) % 3 if i != "clean" else 0,
+        )
         with h5py.File(folders[k] / "features_virchow2" / f"{i}.h5") as f:
             places = sorted(map(tuple, f["coords"][...].tolist()))
-        if places == sorted(grid(6 * 2 ** k, 3 * 2 ** k, 1792 >> k)):
-            assert np.array_equal(slide.cells, clean.cells) and np.array_equal(slide.valid, clean.valid)
-            assert (slide.features == clean.features).any(axis=-1).all() and (slide.features != clean.features).sum() <= 16
+        if places == sorted(grid(6 * 2**k, 3 * 2**k, 1792 >> k)):
+            assert np.array_equal(slide.cells, clean.cells) and np.array_equal(
+                slide.valid, clean.valid
+            )
+            assert (slide.features == clean.features).any(axis=-1).all() and (
+                slide.features != clean.features
+            ).sum() <= 16
 
 
 # ------------------------------------------------------------------------------------------------------ windows, batches
+
 
 @pytest.mark.parametrize("stride", [1, 3])
 @pytest.mark.parametrize("cover", [1.0, 0.5, 0.01])
@@ -1721,7 +3039,9 @@ def test_windows_equal_the_loop(stride, cover):
 
 def test_gather_equals_the_loop(tmp_path):
     valid = np.random.default_rng(1).random((5, 21)) > 0.2
-    slide = data.read_slide(make_slide(tmp_path, cells=[(0, 0), (1, 0), (0, 1), (1, 1), (2, 1)], valid=valid))
+    slide = data.read_slide(
+        make_slide(tmp_path, cells=[(0, 0), (1, 0), (0, 1), (1, 1), (2, 1)], valid=valid)
+    )
     g = Geometry(2)
     rows, corners = data.windows(slide.cells, 2, 1, 0.5)
     x, ok = data.gather(slide, rows, g.cell_order().numpy())
@@ -1731,9 +3051,11 @@ def test_gather_equals_the_loop(tmp_path):
     for w, (col, row) in enumerate(corners.tolist()):
         for i, (k, r, c) in enumerate(g.token_table().tolist()):
             cell = at.get((col + (c >> k), row + (r >> k)))
-            entry = in_cell[k, r % 2 ** k, c % 2 ** k]
+            entry = in_cell[k, r % 2**k, c % 2**k]
             held = cell is not None and valid[cell, entry]
-            assert ok[w, i] == held and np.array_equal(x[w, i], slide.features[cell, entry] if held else np.zeros(8))
+            assert ok[w, i] == held and np.array_equal(
+                x[w, i], slide.features[cell, entry] if held else np.zeros(8)
+            )
 
 
 def test_a_sample_is_a_function_of_seed_and_index(cohort):
@@ -1741,36 +3063,62 @@ def test_a_sample_is_a_function_of_seed_and_index(cohort):
     a = data.RegionDataset(slides, Geometry(3), 7, 0.5, views=2, source=5)
     b = data.RegionDataset(slides, Geometry(3), 7, 0.5, views=2, source=5)
     together, alone = a.__getitems__([3, len(a) + 5, 2]), b.__getitems__([len(b) + 5])
-    assert together["x"].shape == (2, 3, 189, 64) and together["removed"].shape == (2, 3, 94) and together["valid"] is None
+    assert (
+        together["x"].shape == (2, 3, 189, 64)
+        and together["removed"].shape == (2, 3, 94)
+        and together["valid"] is None
+    )
     for key in ("x", "removed", "slide"):
         assert torch.equal(together[key][:, 1:2], alone[key])
-    assert not torch.equal(data.RegionDataset(slides, Geometry(3), 8, 0.5).__getitems__([3])["x"], data.RegionDataset(slides, Geometry(3), 7, 0.5).__getitems__([3])["x"])
+    assert not torch.equal(
+        data.RegionDataset(slides, Geometry(3), 8, 0.5).__getitems__([3])["x"],
+        data.RegionDataset(slides, Geometry(3), 7, 0.5).__getitems__([3])["x"],
+    )
 
 
 def test_embeddings_held_in_memory_are_those_of_the_files(tmp_path):
-    cells, holes = [(c, r) for c in range(4) for r in range(5)], np.random.default_rng(1).random((20, 21)) > 0.1
+    cells, holes = (
+        [(c, r) for c in range(4) for r in range(5)],
+        np.random.default_rng(1).random((20, 21)) > 0.1,
+    )
     for i, valid in enumerate((None, holes, None)):
         make_slide(tmp_path, str(i), cells, seed=i, valid=valid)
     for settings in ({}, {"views": 2, "source": 4}):
-        files, held = (data.RegionDataset(data.read_slides(tmp_path), Geometry(3), 7, 0.5, **settings) for _ in range(2))
+        files, held = (
+            data.RegionDataset(data.read_slides(tmp_path), Geometry(3), 7, 0.5, **settings)
+            for _ in range(2)
+        )
         held.hold("cpu")
         expected, (found,) = files.__getitems__(range(20)), held.batches([range(20)], 1, "cpu")
-        assert expected["x"].shape == found["x"].shape and torch.equal(expected["x"][expected["valid"]], found["x"][found["valid"]])
-        assert all(torch.equal(expected[k], found[k]) for k in ("valid", "removed", "slide")) and not expected["valid"].all()
+        assert expected["x"].shape == found["x"].shape and torch.equal(
+            expected["x"][expected["valid"]], found["x"][found["valid"]]
+        )
+        assert (
+            all(torch.equal(expected[k], found[k]) for k in ("valid", "removed", "slide"))
+            and not expected["valid"].all()
+        )
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
 def test_a_batch_stays_as_it_is_until_the_next_is_asked_for(tmp_path, threads):
     """However long it is in use and however far ahead the threads are, over the border of epochs; and all lie in the same few places."""
-    cells, holes = [(c, r) for c in range(4) for r in range(5)], np.random.default_rng(1).random((20, 21)) > 0.1
+    cells, holes = (
+        [(c, r) for c in range(4) for r in range(5)],
+        np.random.default_rng(1).random((20, 21)) > 0.1,
+    )
     for i, valid in enumerate((None, holes, None)):
         make_slide(tmp_path, str(i), cells, seed=i, valid=valid)
-    fresh, again = (data.RegionDataset(data.read_slides(tmp_path), Geometry(3), 7, 0.5, views=2, source=4) for _ in range(2))
+    fresh, again = (
+        data.RegionDataset(data.read_slides(tmp_path), Geometry(3), 7, 0.5, views=2, source=4)
+        for _ in range(2)
+    )
     loads, places = [range(i, i + 4) for i in range(0, 120, 4)] + [range(2)], Counter()
     for indices, batch in zip(loads, again.batches(loads, threads, "cpu"), strict=True):
         time.sleep(0.02)
         expected = fresh.__getitems__(indices)
-        assert all(torch.equal(expected[k], batch[k]) for k in ("x", "removed", "slide")) and (expected["valid"] is None) == (batch["valid"] is None)
+        assert all(torch.equal(expected[k], batch[k]) for k in ("x", "removed", "slide")) and (
+            expected["valid"] is None
+        ) == (batch["valid"] is None)
         places[batch["x"].data_ptr()] += 1
     assert len(places) == (2 * threads or 1) and min(places.values()) > 3
 
@@ -1787,7 +3135,9 @@ def test_work_ahead_keeps_its_order_and_ends_with_its_reader(threads):
         return 1 / (item - 30)
 
     results = data.ahead(slowly, range(40), threads)
-    assert [next(results) for _ in range(10)] == [1 / (i - 30) for i in range(10)] and len(begun) <= 10 + 2 * threads
+    assert [next(results) for _ in range(10)] == [1 / (i - 30) for i in range(10)] and len(
+        begun
+    ) <= 10 + 2 * threads
     with pytest.raises(ZeroDivisionError):
         list(results)
     assert max(begun) <= 30 + 2 * threads and sorted(set(begun)) == sorted(begun)
@@ -1796,7 +3146,9 @@ def test_work_ahead_keeps_its_order_and_ends_with_its_reader(threads):
 def test_an_epoch_sees_every_window_once(cohort):
     dataset = data.RegionDataset(data.read_slides(cohort)[:20], Geometry(3), 0, 0.5)
     for epoch in (0, 3):
-        assert sorted(dataset.draw(epoch * len(dataset) + np.arange(len(dataset)))[0][0]) == list(range(len(dataset)))
+        assert sorted(dataset.draw(epoch * len(dataset) + np.arange(len(dataset)))[0][0]) == list(
+            range(len(dataset))
+        )
 
 
 def test_two_views_lie_in_one_source_window(cohort):
@@ -1805,7 +3157,10 @@ def test_two_views_lie_in_one_source_window(cohort):
         dataset = data.RegionDataset(slides, Geometry(3), 0, 0.5, views=2, source=source)
         (a, b), _, removed = dataset.draw(range(300))
         gaps = np.abs(dataset.corners[a] - dataset.corners[b]).max(axis=1)
-        assert np.array_equal(dataset.slide_of[a], dataset.slide_of[b]) and (removed[0] != removed[1]).any(axis=1).all()
+        assert (
+            np.array_equal(dataset.slide_of[a], dataset.slide_of[b])
+            and (removed[0] != removed[1]).any(axis=1).all()
+        )
         assert max(gaps) <= source - 3 and (source == 3 or max(gaps) > 0)
 
 
@@ -1814,7 +3169,10 @@ def test_turned_windows_hold_the_turned_tokens(cohort):
     plain = data.RegionDataset(data.read_slides(cohort)[:5], Geometry(3), 0, 0.5, turn=False)
     for i in range(20):
         turn = dataset.draw([i])[1].item()
-        assert torch.equal(dataset.__getitems__([i])["x"][0], plain.__getitems__([i])["x"][0][Geometry(3).dihedral()[turn]])
+        assert torch.equal(
+            dataset.__getitems__([i])["x"][0],
+            plain.__getitems__([i])["x"][0][Geometry(3).dihedral()[turn]],
+        )
 
 
 def test_case_batches_are_ragged_bags(cohort):
@@ -1823,10 +3181,20 @@ def test_case_batches_are_ragged_bags(cohort):
     dataset = data.CaseDataset(slides, cases, Geometry(3), Geometry(3).select(10))
     batch = dataset.__getitems__([2, 0])
     ids = [i for c in (cases[2], cases[0]) for i in c.slide_ids]
-    assert batch["slide_ids"] == ids and batch["x"].shape == (int(batch["regions"].sum()), 36, 64) and batch["valid"] is None
-    assert batch["label"].tolist() == [cases[2].label, cases[0].label] and batch["case"].tolist() == [0] * len(cases[2].slide_ids) + [1] * len(cases[0].slide_ids)
-    first = data.gather(slides[ids[0]], dataset.rows[ids[0]], Geometry(3).cell_order().numpy()[Geometry(3).select(10)])[0]
-    assert np.array_equal(batch["x"][:len(first)].numpy(), first)
+    assert (
+        batch["slide_ids"] == ids
+        and batch["x"].shape == (int(batch["regions"].sum()), 36, 64)
+        and batch["valid"] is None
+    )
+    assert batch["label"].tolist() == [cases[2].label, cases[0].label] and batch[
+        "case"
+    ].tolist() == [0] * len(cases[2].slide_ids) + [1] * len(cases[0].slide_ids)
+    first = data.gather(
+        slides[ids[0]],
+        dataset.rows[ids[0]],
+        Geometry(3).cell_order().numpy()[Geometry(3).select(10)],
+    )[0]
+    assert np.array_equal(batch["x"][: len(first)].numpy(), first)
 
 
 def test_slides_without_a_region_are_named(tmp_path):
@@ -1845,8 +3213,12 @@ def test_regions_without_a_valid_token_are_no_regions(tmp_path):
     make_slide(tmp_path, "a", cells=[(0, 0), (1, 0)], valid=valid)
     slides, geometry = {"a": data.read_slides(tmp_path)[0]}, Geometry(1)
     for magnification, corners in ((20, [[0, 0]]), (5, [[0, 0], [1, 0]])):
-        dataset = data.CaseDataset(slides, [data.Case("1", 0, "train", ["a"])], geometry, geometry.select(magnification))
-        assert dataset.corners["a"].tolist() == corners and dataset.__getitems__([0])["regions"].tolist() == [len(corners)]
+        dataset = data.CaseDataset(
+            slides, [data.Case("1", 0, "train", ["a"])], geometry, geometry.select(magnification)
+        )
+        assert dataset.corners["a"].tolist() == corners and dataset.__getitems__([0])[
+            "regions"
+        ].tolist() == [len(corners)]
 
 
 def test_statistics_equal_the_definition(tmp_path):
@@ -1856,19 +3228,33 @@ def test_statistics_equal_the_definition(tmp_path):
     slides = data.read_slides(tmp_path)
     mean, std, directions = data.feature_statistics(slides)
     tokens = np.concatenate([s.features[s.valid].astype(np.float64) for s in slides])
-    assert np.allclose(mean, tokens.mean(0), atol=1e-6) and np.allclose(std, tokens.std(0), atol=1e-6)
+    assert np.allclose(mean, tokens.mean(0), atol=1e-6) and np.allclose(
+        std, tokens.std(0), atol=1e-6
+    )
     level = Geometry(1).cell_table()[:, 0].numpy()
     for k in range(3):
-        at = np.concatenate([s.features[:, level == k][s.valid[:, level == k]].astype(np.float64) for s in slides])
-        assert np.allclose(directions[k], (at / np.linalg.norm(at, axis=1, keepdims=True)).mean(0), atol=1e-6)
+        at = np.concatenate(
+            [s.features[:, level == k][s.valid[:, level == k]].astype(np.float64) for s in slides]
+        )
+        assert np.allclose(
+            directions[k], (at / np.linalg.norm(at, axis=1, keepdims=True)).mean(0), atol=1e-6
+        )
 
 
 def test_help_answers_at_once():
     for script in ("data.py", "train.py"):
         began = time.time()
-        subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, check=True)
-        assert time.time() - began < 5                             # about 0.1 s; importing torch alone takes longer than a second
-        out = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / script), "--help"], capture_output=True, text=True).stderr
+        subprocess.run(
+            [sys.executable, str(ROOT / script), "--help"], capture_output=True, check=True
+        )
+        assert (
+            time.time() - began < 5
+        )  # about 0.1 s; importing torch alone takes longer than a second
+        out = subprocess.run(
+            [sys.executable, "-X", "importtime", str(ROOT / script), "--help"],
+            capture_output=True,
+            text=True,
+        ).stderr
         assert "torch" not in out
 
 
@@ -1877,19 +3263,33 @@ def test_narrow_slides_are_used_as_a_whole(tmp_path):
     for columns in ((0,), (2, 3), (5, 6)):
         cells = np.array([(c, r) for c in columns for r in range(39)], np.int32)
         rows, corners = data.covering(cells, 3, 0.5)
-        assert sorted(rows[rows >= 0].tolist()) == list(range(len(cells))) and (corners % 3 == 0).all()
+        assert (
+            sorted(rows[rows >= 0].tolist()) == list(range(len(cells))) and (corners % 3 == 0).all()
+        )
     square = np.array([(c, r) for c in range(4) for r in range(4)], np.int32)
-    assert (data.covering(square, 3, 0.5)[0] >= 0).sum() == 9 and (data.covering(square, 3, 0.3)[0] >= 0).sum() == 15
+    assert (data.covering(square, 3, 0.5)[0] >= 0).sum() == 9 and (
+        data.covering(square, 3, 0.3)[0] >= 0
+    ).sum() == 15
 
 
 def test_a_slide_smaller_than_a_window_is_usable(tmp_path):
     """Its fullest windows count in inference, and in pretraining none."""
-    small, whole = data.read_slide(make_slide(tmp_path, "small", cells=[(0, 0), (1, 0), (4, 1)])), data.read_slide(
-        make_slide(tmp_path, "whole", cells=[(c, r) for c in range(3) for r in range(3)] + [(3, 0)]))
-    assert data.covering(small.cells, 3, 0.6)[1].tolist() == [[0, 0]] and data.covering(whole.cells, 3, 0.5)[1].tolist() == [[0, 0]]
+    small, whole = (
+        data.read_slide(make_slide(tmp_path, "small", cells=[(0, 0), (1, 0), (4, 1)])),
+        data.read_slide(
+            make_slide(
+                tmp_path, "whole", cells=[(c, r) for c in range(3) for r in range(3)] + [(3, 0)]
+            )
+        ),
+    )
+    assert data.covering(small.cells, 3, 0.6)[1].tolist() == [[0, 0]] and data.covering(
+        whole.cells, 3, 0.5
+    )[1].tolist() == [[0, 0]]
     assert data.covering(small.cells[:0], 3, 0.5)[0].shape == (0, 9)
     cases = [data.Case("1", 0, "train", ["small"])]
-    batch = data.CaseDataset({"small": small}, cases, Geometry(3), Geometry(3).select()).__getitems__([0])
+    batch = data.CaseDataset(
+        {"small": small}, cases, Geometry(3), Geometry(3).select()
+    ).__getitems__([0])
     assert batch["regions"].tolist() == [2] and batch["valid"].sum() == 3 * 21
     assert len(data.RegionDataset([small], Geometry(3), 0, 0.5)) == 0
 
@@ -1901,8 +3301,14 @@ def test_a_flag_for_one_slide_does_not_undo_another(tmp_path, monkeypatch, capsy
     write_tiff(tmp_path / "s" / "silent.tiff", pink(900, 900), None)
     flags = ("--slides", tmp_path / "s", "--out", tmp_path / "d", "--region", 1)
     assert tile(monkeypatch, *flags) == 3
-    assert tile(monkeypatch, *flags, "--mpp", 0.5) == 0 and "says: done before" in capsys.readouterr().out
-    assert tile(monkeypatch, *flags, "--mpp", 0.4) == 3 and "was made at 0.5 um/px, now asked for 0.4" in capsys.readouterr().err
+    assert (
+        tile(monkeypatch, *flags, "--mpp", 0.5) == 0
+        and "says: done before" in capsys.readouterr().out
+    )
+    assert (
+        tile(monkeypatch, *flags, "--mpp", 0.4) == 3
+        and "was made at 0.5 um/px, now asked for 0.4" in capsys.readouterr().err
+    )
 
 
 def test_folders_are_searched_by_links_and_not_where_hidden(tmp_path):
@@ -1914,7 +3320,12 @@ def test_folders_are_searched_by_links_and_not_where_hidden(tmp_path):
     os.symlink(tmp_path / "store", tmp_path / "here" / "linked")
     os.symlink(tmp_path / "here", tmp_path / "here" / "loop")
     os.symlink(tmp_path / ".snapshot", tmp_path / "here" / ".hidden")
-    assert [p.name for p in data.find_slides([tmp_path / "here", tmp_path / "b.tiff", tmp_path / "here" / ".." / "b.tiff"])] == ["a.tiff", "b.tiff"]
+    assert [
+        p.name
+        for p in data.find_slides(
+            [tmp_path / "here", tmp_path / "b.tiff", tmp_path / "here" / ".." / "b.tiff"]
+        )
+    ] == ["a.tiff", "b.tiff"]
     for name in ("here/A.svs", "here/B.svs"):
         (tmp_path / name).touch()
     with pytest.raises(MixmagError, match="(?s)A.svs.*a.tiff.*B.svs.*b.tiff"):
@@ -1932,17 +3343,46 @@ def test_unscanned_holes_are_no_lost_tiles():
     """A large hole in tissue, which scanners leave out, against one of a lost tile's size."""
     mask = np.ones((300, 300), bool)
     mask[100:200, 100:200] = mask[20:30, 20:30] = False
-    plan = data.TilePlan(0.5, "", [5, 10, 20], 896.0, (0.0, 0.0), 0, 1.0, (), [], 0, None, mask, np.array([1 / 32, 1 / 32]))
-    assert not plan.inside[110:190, 110:190].any() and plan.inside[20:30, 20:30].all() and not plan.inside[0].any()
+    plan = data.TilePlan(
+        0.5,
+        "",
+        [5, 10, 20],
+        896.0,
+        (0.0, 0.0),
+        0,
+        1.0,
+        (),
+        [],
+        0,
+        None,
+        mask,
+        np.array([1 / 32, 1 / 32]),
+    )
+    assert (
+        not plan.inside[110:190, 110:190].any()
+        and plan.inside[20:30, 20:30].all()
+        and not plan.inside[0].any()
+    )
 
 
 @pytest.mark.parametrize("crs, corner", [({}, (3000, 2000)), ({"crs": {"type": "name"}}, (0, 0))])
 def test_masks_begin_where_their_tool_counts_from(tmp_path, crs, corner):
     """QuPath counts from the corner of the bounds; TRIDENT, whose files have a crs, from the slide's. Points and lines have no area."""
+
     class Slide:
-        dimensions, properties = (9000, 5000), {"openslide.bounds-x": "3000", "openslide.bounds-y": "2000"}
-    shapes = [{"type": "Feature", "geometry": {"type": "Point", "coordinates": [1, 1]}}, {"type": "Polygon", "coordinates": [[[0, 0], [1000, 0], [1000, 500], [0, 500]]]}]
-    (tmp_path / "m.geojson").write_bytes(b"\xef\xbb\xbf" + json.dumps({"type": "FeatureCollection", "features": shapes, **crs}).encode())
+        dimensions, properties = (
+            (9000, 5000),
+            {"openslide.bounds-x": "3000", "openslide.bounds-y": "2000"},
+        )
+
+    shapes = [
+        {"type": "Feature", "geometry": {"type": "Point", "coordinates": [1, 1]}},
+        {"type": "Polygon", "coordinates": [[[0, 0], [1000, 0], [1000, 500], [0, 500]]]},
+    ]
+    (tmp_path / "m.geojson").write_bytes(
+        b"\xef\xbb\xbf"
+        + json.dumps({"type": "FeatureCollection", "features": shapes, **crs}).encode()
+    )
     y, x = np.nonzero(data.read_mask(tmp_path / "m.geojson", Slide, (50, 90)))
     assert (x.min(), y.min()) == (corner[0] // 100, corner[1] // 100) and len(x) >= 50
 
@@ -1950,12 +3390,19 @@ def test_masks_begin_where_their_tool_counts_from(tmp_path, crs, corner):
 def test_statistics_of_some_magnifications(tmp_path):
     """Against the tokens themselves, of slides small enough to be read whole."""
     valid = np.random.default_rng(0).random((2, 21)) > 0.2
-    slides = [data.read_slide(make_slide(tmp_path, "a", valid=valid)), data.read_slide(make_slide(tmp_path, "b", seed=1))]
+    slides = [
+        data.read_slide(make_slide(tmp_path, "a", valid=valid)),
+        data.read_slide(make_slide(tmp_path, "b", seed=1)),
+    ]
     every = np.concatenate([s.features[:, 1:5][s.valid[:, 1:5]] for s in slides]).astype(np.float64)
     mean, std, directions = data.feature_statistics(slides, [1])
     assert np.allclose(mean, every.mean(0), atol=1e-6) and np.allclose(std, every.std(0), atol=1e-6)
-    assert np.allclose(directions[1], (every / np.linalg.norm(every, axis=1, keepdims=True)).mean(0), atol=1e-6)
-    assert np.allclose(data.feature_statistics(slides, [0, 1, 2])[0], data.feature_statistics(slides)[0])
+    assert np.allclose(
+        directions[1], (every / np.linalg.norm(every, axis=1, keepdims=True)).mean(0), atol=1e-6
+    )
+    assert np.allclose(
+        data.feature_statistics(slides, [0, 1, 2])[0], data.feature_statistics(slides)[0]
+    )
 
 
 def test_verify_goes_by_cases_and_past_a_bad_list(tmp_path):
@@ -1965,16 +3412,22 @@ def test_verify_goes_by_cases_and_past_a_bad_list(tmp_path):
     task(tmp_path, [("p", "a", 1, "test")], "one")
     task(tmp_path, [("p", "b", 1, "train")], "two")
     (tmp_path / "pretrain.csv").write_text("slide_id\nb\nc\n")
-    assert [f for f in data.verify(tmp_path) if "pretrain.csv" in f] == [f"{tmp_path}/pretrain.csv: slide 'b' is in a tune or test split, itself or by its case"]
+    assert [f for f in data.verify(tmp_path) if "pretrain.csv" in f] == [
+        f"{tmp_path}/pretrain.csv: slide 'b' is in a tune or test split, itself or by its case"
+    ]
     (tmp_path / "pretrain.csv").write_text("slide\nb\n")
     found = data.verify(tmp_path)
-    assert sum("column slide_id is missing" in f for f in found) == 1 and any("split tune does not hold both classes" in f for f in found)
+    assert sum("column slide_id is missing" in f for f in found) == 1 and any(
+        "split tune does not hold both classes" in f for f in found
+    )
 
 
 def test_findings_name_the_line_of_the_file(tmp_path):
     make_slide(tmp_path, "a", [(0, 0)])
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "t.csv").write_text('case_id,slide_id,label,split\n\np,a,1,train\n"q\nq",b,2,train\n')
+    (tmp_path / "tasks" / "t.csv").write_text(
+        'case_id,slide_id,label,split\n\np,a,1,train\n"q\nq",b,2,train\n'
+    )
     assert any("line 5: label of case" in f for f in data.verify(tmp_path))
 
 
@@ -1984,8 +3437,12 @@ def test_shares_and_their_lists_of_failures(tmp_path, monkeypatch):
     write_tiff(tmp_path / "slides" / "a.tiff", pink(1000, 1000), 0.5)
     (tmp_path / "slides" / "b.tiff").write_bytes(b"no slide")
     flags = ("--slides", tmp_path / "slides", "--out", tmp_path / "d")
-    assert [tile(monkeypatch, *flags, "--shard", f"{i}/2") for i in (0, 1)] == [0, 3] and (tmp_path / "d" / "failed-1-of-2.csv").exists()
-    assert tile(monkeypatch, *flags) == 3 and [p.name for p in (tmp_path / "d").glob("*failed*")] == ["failed.csv"]
+    assert [tile(monkeypatch, *flags, "--shard", f"{i}/2") for i in (0, 1)] == [0, 3] and (
+        tmp_path / "d" / "failed-1-of-2.csv"
+    ).exists()
+    assert tile(monkeypatch, *flags) == 3 and [
+        p.name for p in (tmp_path / "d").glob("*failed*")
+    ] == ["failed.csv"]
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(MixmagError, match="torchrun shares the slides out already"):
         tile(monkeypatch, *flags, "--shard", "0/2")
@@ -2003,6 +3460,7 @@ def test_files_that_vanish_meanwhile_are_no_fault(tmp_path, monkeypatch):
 def test_levels_that_are_padded_to_whole_tiles_are_passed_over(tmp_path, far):
     """OpenSlide's downsample, the mean of the sides' ratios, is wrong for them: tissue would be looked for, and pixels taken, somewhere else."""
     import tifffile
+
     picture = np.full((256 * 21, 256 * 23, 3), 243, np.uint8)
     picture[-2000:, -2000:] = pink(2000, 2000)
     clean = write_tiff(tmp_path / "clean.tiff", picture, 0.25, levels=(1, 2, 32) if far else (1, 2))
@@ -2010,13 +3468,28 @@ def test_levels_that_are_padded_to_whole_tiles_are_passed_over(tmp_path, far):
     with tifffile.TiffWriter(padded) as tiff:
         for shrink in (1, 2, 32) if far else (1, 2):
             small = np.asarray(Image.fromarray(picture).reduce(shrink))
-            small = np.pad(small, [(0, -n % 256) for n in small.shape[:2]] + [(0, 0)], constant_values=243)
-            tiff.write(small, tile=(256, 256), photometric="rgb", compression="zlib", subfiletype=int(shrink > 1), resolution=(4e4, 4e4), resolutionunit="CENTIMETER")
+            small = np.pad(
+                small, [(0, -n % 256) for n in small.shape[:2]] + [(0, 0)], constant_values=243
+            )
+            tiff.write(
+                small,
+                tile=(256, 256),
+                photometric="rgb",
+                compression="zlib",
+                subfiletype=int(shrink > 1),
+                resolution=(4e4, 4e4),
+                resolutionunit="CENTIMETER",
+            )
     plans = [data.plan_slide(data.Reader(path), Args(region=1)) for path in (clean, padded)]
-    assert data.Reader(padded).downsamples[1] == pytest.approx((23 / 12 + 21 / 11) / 2, rel=1e-3) and [p.level for p in plans] == [1, 0]
+    assert data.Reader(padded).downsamples[1] == pytest.approx(
+        (23 / 12 + 21 / 11) / 2, rel=1e-3
+    ) and [p.level for p in plans] == [1, 0]
     assert plans[0].windows == plans[1].windows and len(plans[0].windows) > 0
     for cell in plans[0].windows:
-        a, b = (data.read_cell(data.Reader(path), plan, *cell[:2]).astype(int) for path, plan in zip((clean, padded), plans))
+        a, b = (
+            data.read_cell(data.Reader(path), plan, *cell[:2]).astype(int)
+            for path, plan in zip((clean, padded), plans)
+        )
         assert np.abs(a - b).max() <= 2
 
 
@@ -2026,6 +3499,7 @@ def test_a_damaged_coarse_level_costs_nothing(tmp_path):
     picture[:2700, :2700] = pink(2700, 2700)
     clean = write_tiff(tmp_path / "s.tiff", picture, 0.5, levels=(1, 4))
     import tifffile
+
     bad = tmp_path / "bad.tiff"
     bad.write_bytes(clean.read_bytes())
     with tifffile.TiffFile(clean) as tiff:
@@ -2041,10 +3515,23 @@ def test_a_damaged_coarse_level_costs_nothing(tmp_path):
 def test_pixels_that_the_file_does_not_have_are_counted(tmp_path, monkeypatch, capsys):
     """A lost row of tiles from one edge to the other cannot be told from glass that was never scanned, and is said."""
     clean = write_tiff(tmp_path / "s.tiff", pink(2700, 2700), 0.5)
-    assert tile(monkeypatch, "--slides", without(clean, *range(5 * 11, 6 * 11)), clean, "--out", tmp_path / "d") == 0
+    assert (
+        tile(
+            monkeypatch,
+            "--slides",
+            without(clean, *range(5 * 11, 6 * 11)),
+            clean,
+            "--out",
+            tmp_path / "d",
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert out.count("3 cells hold pixels that the file does not have, taken for glass") == 1
-    assert [data.read_slide(tmp_path / f"d/slides/{i}.safetensors").meta["n_unscanned"] for i in ("less-s", "s")] == [3, 0]
+    assert [
+        data.read_slide(tmp_path / f"d/slides/{i}.safetensors").meta["n_unscanned"]
+        for i in ("less-s", "s")
+    ] == [3, 0]
 
 
 def test_a_name_that_is_no_text_fails_alone(tmp_path):
@@ -2053,7 +3540,9 @@ def test_a_name_that_is_no_text_fails_alone(tmp_path):
     good = write_tiff(tmp_path / "in" / "a.tiff", pink(1000, 1000), 0.5)
     (tmp_path / "in" / os.fsdecode(b"Pr\xe4parat.tiff")).write_bytes(good.read_bytes())
     _, err = run("data.py", "tile", "--slides", "in", "--out", "d", cwd=tmp_path, code=3)
-    assert [p.name for p in (tmp_path / "d" / "slides").iterdir()] == ["a.safetensors"] and "the name is no UTF-8; rename the file" in err
+    assert [p.name for p in (tmp_path / "d" / "slides").iterdir()] == [
+        "a.safetensors"
+    ] and "the name is no UTF-8; rename the file" in err
     with open(tmp_path / "d" / "failed.csv", newline="", encoding="utf-8") as f:
         assert [r["slide_id"] for r in csv.DictReader(f)] == ["Pr\\udce4parat"]
 
@@ -2063,7 +3552,7 @@ def test_blood_is_tissue():
     rng = np.random.default_rng(0)
     picture = np.full((300, 300, 3), 243, np.uint8)
     y, x = np.mgrid[:300, :300]
-    clot = (y - 150) ** 2 + (x - 150) ** 2 < 90 ** 2
+    clot = (y - 150) ** 2 + (x - 150) ** 2 < 90**2
     picture[clot] = np.clip((183, 52, 76) + rng.normal(0, 12, (clot.sum(), 1)), 0, 255)
     assert data.find_tissue(picture)[clot].mean() > 0.9
     smooth = np.full((300, 300, 3), 243, np.uint8)
@@ -2076,13 +3565,19 @@ def test_synth_does_not_mix_with_anything_else(tmp_path):
     before = (tmp_path / "tasks" / "colon_msi.csv").read_bytes()
     with pytest.raises(MixmagError, match="no synthetic cohort's; give another --out"):
         data.synth_cohort(tmp_path)
-    assert (tmp_path / "tasks" / "colon_msi.csv").read_bytes() == before and not (tmp_path / "slides").exists()
+    assert (tmp_path / "tasks" / "colon_msi.csv").read_bytes() == before and not (
+        tmp_path / "slides"
+    ).exists()
 
 
 @pytest.mark.parametrize("mode", ["--text", "--binary"])
 def test_sums_of_the_program_sha256sum_are_read(tmp_path, mode):
     make_slide(tmp_path, "a")
-    (tmp_path / "SHA256SUMS").write_bytes(subprocess.run(["sha256sum", mode, "slides/a.safetensors"], cwd=tmp_path, capture_output=True).stdout)
+    (tmp_path / "SHA256SUMS").write_bytes(
+        subprocess.run(
+            ["sha256sum", mode, "slides/a.safetensors"], cwd=tmp_path, capture_output=True
+        ).stdout
+    )
     assert data.seal_findings(tmp_path / "SHA256SUMS") == []
     make_slide(tmp_path, "a", seed=1)
     assert "checksum differs" in data.seal_findings(tmp_path / "SHA256SUMS")[0]
@@ -2094,5 +3589,7 @@ def test_hidden_files_are_nobodys(tmp_path):
     (tmp_path / "slides" / "._a.safetensors").write_bytes(b"\0\5\x16\7")
     task(tmp_path, [("p", "a", 1, "train")])
     (tmp_path / "tasks" / "._t.csv").write_bytes(b"\0\5\x16\7")
-    assert [s.slide_id for s in data.read_slides(tmp_path)] == data.pretraining_ids(tmp_path) == ["a"] and data.task_names(tmp_path) == ["t"]
+    assert [s.slide_id for s in data.read_slides(tmp_path)] == data.pretraining_ids(tmp_path) == [
+        "a"
+    ] and data.task_names(tmp_path) == ["t"]
     assert not any("._" in finding for finding in data.verify(tmp_path))

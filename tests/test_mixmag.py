@@ -1,4 +1,5 @@
 """The model, its losses and its pooling, against plain oracles.     python -m pytest tests/test_mixmag.py"""
+
 import json
 import math
 import subprocess
@@ -16,7 +17,16 @@ import mixmag
 from mixmag import Config, GatedABMIL, Geometry, MaskedEmbeddingModel, MixingEncoder
 
 GEOMETRIES = [(3, (5, 10, 20)), (2, (5, 10, 20)), (1, (20,)), (4, (10, 20)), (2, (5, 10, 20, 40))]
-TINY = dict(width=32, depth=2, heads=4, decoder_width=48, decoder_depth=2, decoder_heads=4, projector_hidden=24, projector_dim=8)
+TINY = dict(
+    width=32,
+    depth=2,
+    heads=4,
+    decoder_width=48,
+    decoder_depth=2,
+    decoder_heads=4,
+    projector_hidden=24,
+    projector_dim=8,
+)
 
 
 def tiny(dim=10, region=2, magnifications=(5, 10, 20)):
@@ -26,11 +36,17 @@ def tiny(dim=10, region=2, magnifications=(5, 10, 20)):
 
 # ------------------------------------------------------------------------------------------------------------- geometry
 
+
 @pytest.mark.parametrize("region, magnifications", GEOMETRIES)
 def test_tokens_are_counted_and_placed(region, magnifications):
     g = Geometry(region, magnifications)
-    assert g.num_tokens == region ** 2 * sum(4 ** k for k in range(len(magnifications)))                # Eq. 1
-    expected = [(k, r, c) for k in range(len(magnifications)) for r in range(region * 2 ** k) for c in range(region * 2 ** k)]
+    assert g.num_tokens == region**2 * sum(4**k for k in range(len(magnifications)))  # Eq. 1
+    expected = [
+        (k, r, c)
+        for k in range(len(magnifications))
+        for r in range(region * 2**k)
+        for c in range(region * 2**k)
+    ]
     assert g.token_table().tolist() == [list(t) for t in expected]
 
 
@@ -45,7 +61,11 @@ def test_cell_order_follows_the_definition(region, magnifications):
     for cell_row in range(region):
         for cell_col in range(region):
             for k in range(g.levels):
-                entries += [(k, cell_row * 2 ** k + r, cell_col * 2 ** k + c) for r in range(2 ** k) for c in range(2 ** k)]
+                entries += [
+                    (k, cell_row * 2**k + r, cell_col * 2**k + c)
+                    for r in range(2**k)
+                    for c in range(2**k)
+                ]
     assert [list(entries[i]) for i in g.cell_order()] == g.token_table().tolist()
 
 
@@ -68,7 +88,9 @@ def test_dihedral_agrees_with_turning_the_picture(region, magnifications):
 @pytest.mark.parametrize("region, magnifications", GEOMETRIES)
 def test_dihedral_is_a_group(region, magnifications):
     rows = {tuple(p.tolist()) for p in Geometry(region, magnifications).dihedral()}
-    assert tuple(range(Geometry(region, magnifications).num_tokens)) == tuple(Geometry(region, magnifications).dihedral()[0].tolist())
+    assert tuple(range(Geometry(region, magnifications).num_tokens)) == tuple(
+        Geometry(region, magnifications).dihedral()[0].tolist()
+    )
     for p in rows:
         assert sorted(p) == list(range(len(p)))
         for q in rows:
@@ -99,7 +121,7 @@ def test_removal_weights_count_only_valid_tokens():
     """Averaged over every token being removed once, the weights of valid tokens give each magnification that is there its share."""
     g = Geometry(2)
     valid = torch.ones(1, g.num_tokens, dtype=torch.bool)
-    valid[0, g.select(5)] = False                                  # no 5x at all
+    valid[0, g.select(5)] = False  # no 5x at all
     valid[0, g.select(20)[:30]] = False
     removed = torch.arange(g.num_tokens)[None]
     weight = mixmag.removal_weights(g, removed, valid)[0]
@@ -108,19 +130,25 @@ def test_removal_weights_count_only_valid_tokens():
         assert weight[g.select(m)].sum().item() == pytest.approx(share)
     everything = torch.ones(3, g.num_tokens, dtype=torch.bool)
     removed = mixmag.random_removal(3, g.num_tokens, 0.5)
-    assert torch.allclose(mixmag.removal_weights(g, removed, everything), mixmag.removal_weights(g, removed))
+    assert torch.allclose(
+        mixmag.removal_weights(g, removed, everything), mixmag.removal_weights(g, removed)
+    )
 
 
 def test_relatives_are_mutual_and_counted():
     r = Geometry(3).relatives()
-    assert torch.equal(r["parent"], r["children"].T) and torch.equal(r["neighbours"], r["neighbours"].T)
+    assert torch.equal(r["parent"], r["children"].T) and torch.equal(
+        r["neighbours"], r["neighbours"].T
+    )
     level = Geometry(3).token_table()[:, 0]
     assert r["parent"].sum(1).tolist() == [0 if k == 0 else 1 for k in level]
     assert r["children"].sum(1).tolist() == [0 if k == 2 else 4 for k in level]
     assert sorted(set(r["neighbours"].sum(1).tolist())) == [3, 5, 8]
 
 
-@pytest.mark.parametrize("arguments", [(0, (5, 10, 20)), (3, (5, 20)), (3, ()), (3, (20, 10)), (2, (-5, -10))])
+@pytest.mark.parametrize(
+    "arguments", [(0, (5, 10, 20)), (3, (5, 20)), (3, ()), (3, (20, 10)), (2, (-5, -10))]
+)
 def test_geometry_refuses_what_does_not_nest(arguments):
     with pytest.raises(ValueError, match="double"):
         Geometry(*arguments)
@@ -128,16 +156,25 @@ def test_geometry_refuses_what_does_not_nest(arguments):
 
 # -------------------------------------------------------------------------------------------------------------- encoder
 
+
 class ReferenceEncoder(nn.Module):
     """The mixing encoder written from torch.nn parts: nn.MultiheadAttention and functions, on the same weights."""
 
     def __init__(self, encoder):
         super().__init__()
         self.e, c = encoder, encoder.config
-        self.attention = nn.ModuleList(nn.MultiheadAttention(c.width, c.heads, batch_first=True) for _ in range(c.depth))
+        self.attention = nn.ModuleList(
+            nn.MultiheadAttention(c.width, c.heads, batch_first=True) for _ in range(c.depth)
+        )
         for mine, block in zip(self.attention, encoder.blocks):
-            mine.in_proj_weight.data, mine.in_proj_bias.data = block.attn.qkv.weight.data, block.attn.qkv.bias.data
-            mine.out_proj.weight.data, mine.out_proj.bias.data = block.attn.proj.weight.data, block.attn.proj.bias.data
+            mine.in_proj_weight.data, mine.in_proj_bias.data = (
+                block.attn.qkv.weight.data,
+                block.attn.qkv.bias.data,
+            )
+            mine.out_proj.weight.data, mine.out_proj.bias.data = (
+                block.attn.proj.weight.data,
+                block.attn.proj.bias.data,
+            )
 
     def forward(self, x, index, valid):
         e = self.e
@@ -149,7 +186,11 @@ class ReferenceEncoder(nn.Module):
             x = x + attention(h, h, h, key_padding_mask=ignore, need_weights=False)[0]
             h = F.layer_norm(x, x.shape[-1:], block.norm2.weight, block.norm2.bias)
             m = block.mlp
-            x = x + F.linear(F.silu(F.linear(h, m.w1.weight, m.w1.bias)) * F.linear(h, m.w2.weight, m.w2.bias), m.w3.weight, m.w3.bias)
+            x = x + F.linear(
+                F.silu(F.linear(h, m.w1.weight, m.w1.bias)) * F.linear(h, m.w2.weight, m.w2.bias),
+                m.w3.weight,
+                m.w3.bias,
+            )
         return F.layer_norm(x, x.shape[-1:], e.norm.weight, e.norm.bias)
 
 
@@ -171,7 +212,9 @@ def test_encoder_takes_any_subset_and_its_order_means_nothing():
     cls, tokens = encoder(x)
     shuffled = torch.rand(2, 84).argsort(1)
     cls2, tokens2 = encoder(mixmag.take(x, shuffled), shuffled)
-    assert torch.allclose(cls, cls2, atol=1e-5) and torch.allclose(mixmag.take(tokens, shuffled), tokens2, atol=1e-5)
+    assert torch.allclose(cls, cls2, atol=1e-5) and torch.allclose(
+        mixmag.take(tokens, shuffled), tokens2, atol=1e-5
+    )
     assert [t.shape for t in encoder(x[:, :5], shuffled[:, :5])] == [(2, 4, 32), (2, 5, 32)]
 
 
@@ -183,8 +226,10 @@ def test_invalid_tokens_change_no_valid_output():
     cls2, tokens2 = encoder(spoiled, valid=valid)
     assert torch.equal(cls, cls2) and torch.equal(tokens[valid], tokens2[valid])
     without, index = x[:1, valid[0]], valid[0].nonzero().T
-    cls3, tokens3 = encoder(without, index)                        # leaving them out is the same as masking them
-    assert torch.allclose(cls3, cls[:1], atol=1e-5) and torch.allclose(tokens3[0], tokens[0, valid[0]], atol=1e-5)
+    cls3, tokens3 = encoder(without, index)  # leaving them out is the same as masking them
+    assert torch.allclose(cls3, cls[:1], atol=1e-5) and torch.allclose(
+        tokens3[0], tokens[0, valid[0]], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -199,7 +244,14 @@ def test_attention_in_bf16_equals_torchs_and_a_part_the_whole(masked):
         out = function(*parts, mask)
         return [t.double() for t in (out, *torch.autograd.grad(out.square().sum(), parts))]
 
-    exact, fused, ours = (results(f, d) for f, d in ((F.scaled_dot_product_attention, torch.float64), (F.scaled_dot_product_attention, torch.bfloat16), (mixmag.attend, torch.bfloat16)))
+    exact, fused, ours = (
+        results(f, d)
+        for f, d in (
+            (F.scaled_dot_product_attention, torch.float64),
+            (F.scaled_dot_product_attention, torch.bfloat16),
+            (mixmag.attend, torch.bfloat16),
+        )
+    )
     for e, f, o in zip(exact, fused, ours):
         assert (o - e).norm() < max(1.5 * (f - e).norm(), 0.01 * e.norm()) and e.norm() > 1
     block, x = mixmag.Block(16, 4), torch.randn(2, 17, 16)
@@ -237,14 +289,23 @@ def test_positions_start_close_in_a_family():
 
 # --------------------------------------------------------------------------------------------------------------- losses
 
+
 def test_mem_loss_equals_the_loop():
     torch.manual_seed(1)
-    pred, target, weight = torch.randn(3, 7, 5, dtype=torch.float64, requires_grad=True), torch.randn(3, 7, 5, dtype=torch.float64), torch.rand(3, 7, dtype=torch.float64)
+    pred, target, weight = (
+        torch.randn(3, 7, 5, dtype=torch.float64, requires_grad=True),
+        torch.randn(3, 7, 5, dtype=torch.float64),
+        torch.rand(3, 7, dtype=torch.float64),
+    )
     total = 0.0
     for b in range(3):
         for i in range(7):
             p, t = pred[b, i].tolist(), target[b, i].tolist()
-            cosine = sum(u * v for u, v in zip(p, t)) / math.sqrt(sum(u * u for u in p)) / math.sqrt(sum(v * v for v in t))
+            cosine = (
+                sum(u * v for u, v in zip(p, t))
+                / math.sqrt(sum(u * u for u in p))
+                / math.sqrt(sum(v * v for v in t))
+            )
             total += weight[b, i].item() * (1 - cosine) / 3
     assert mixmag.mem_loss(pred, target, weight).item() == pytest.approx(total, abs=1e-12)
     assert torch.autograd.gradcheck(lambda p: mixmag.mem_loss(p, target, weight), pred)
@@ -270,24 +331,37 @@ def test_losses_are_in_full_precision_under_autocast():
     removed, valid = mixmag.random_removal(2, g.num_tokens, 0.5), torch.rand(2, g.num_tokens) > 0.2
     plain = mixmag.nt_xent(a, b, 0.1), mixmag.removal_weights(g, removed, valid)
     with torch.autocast("cpu", torch.bfloat16):
-        assert all(torch.equal(x, y) for x, y in zip(plain, (mixmag.nt_xent(a, b, 0.1), mixmag.removal_weights(g, removed, valid))))
+        assert all(
+            torch.equal(x, y)
+            for x, y in zip(
+                plain, (mixmag.nt_xent(a, b, 0.1), mixmag.removal_weights(g, removed, valid))
+            )
+        )
 
 
 def test_gated_abmil_equals_the_loop_over_ragged_bags():
     torch.manual_seed(3)
     pool = GatedABMIL(5, 7).double()
-    x, lengths = torch.randn(11, 5, dtype=torch.float64, requires_grad=True), torch.tensor([4, 1, 6])
+    x, lengths = (
+        torch.randn(11, 5, dtype=torch.float64, requires_grad=True),
+        torch.tensor([4, 1, 6]),
+    )
     pooled, attention = pool(x, lengths)
     start = 0
     for bag, length in enumerate(lengths.tolist()):
         scores = []
-        for h in x[start:start + length]:
-            gate = [math.tanh((v @ h + c).item()) / (1 + math.exp(-(u @ h + d).item())) for v, c, u, d in zip(pool.V.weight, pool.V.bias, pool.U.weight, pool.U.bias)]
-            scores.append(sum(w.item() * g for w, g in zip(pool.w.weight[0], gate)) + pool.w.bias.item())
+        for h in x[start : start + length]:
+            gate = [
+                math.tanh((v @ h + c).item()) / (1 + math.exp(-(u @ h + d).item()))
+                for v, c, u, d in zip(pool.V.weight, pool.V.bias, pool.U.weight, pool.U.bias)
+            ]
+            scores.append(
+                sum(w.item() * g for w, g in zip(pool.w.weight[0], gate)) + pool.w.bias.item()
+            )
         total = sum(math.exp(s) for s in scores)
         weights = [math.exp(s) / total for s in scores]
-        assert attention[start:start + length].tolist() == pytest.approx(weights, abs=1e-12)
-        expected = sum(w * h for w, h in zip(weights, x[start:start + length]))
+        assert attention[start : start + length].tolist() == pytest.approx(weights, abs=1e-12)
+        expected = sum(w * h for w, h in zip(weights, x[start : start + length]))
         assert torch.allclose(pooled[bag], expected, atol=1e-12)
         start += length
     assert torch.autograd.gradcheck(lambda x: pool(x, lengths)[0], x)
@@ -297,7 +371,11 @@ def test_gated_abmil_stays_finite_where_a_plain_softmax_would_not():
     pool = GatedABMIL(2, 4)
     pool.w.weight.data.fill_(1e5)
     pooled, attention = pool(torch.randn(50, 2), torch.tensor([49, 1]))
-    assert torch.isfinite(pooled).all() and attention[-1] == 1 and attention[:49].sum().item() == pytest.approx(1)
+    assert (
+        torch.isfinite(pooled).all()
+        and attention[-1] == 1
+        and attention[:49].sum().item() == pytest.approx(1)
+    )
 
 
 @pytest.mark.parametrize("lengths", [[5, 0, 6], [5, 5], [12]])
@@ -308,24 +386,40 @@ def test_gated_abmil_refuses_empty_or_misfit_bags(lengths):
 
 def test_min_slide_loss_equals_the_loop_and_sends_the_gradient_to_one_slide():
     torch.manual_seed(4)
-    loss, case = torch.rand(9, dtype=torch.float64, requires_grad=True), torch.tensor([0, 1, 1, 2, 2, 2, 3, 0, 3])
+    loss, case = (
+        torch.rand(9, dtype=torch.float64, requires_grad=True),
+        torch.tensor([0, 1, 1, 2, 2, 2, 3, 0, 3]),
+    )
     expected = [min(loss[i].item() for i in range(9) if case[i] == c) for c in range(4)]
     assert mixmag.min_slide_loss(loss, case).tolist() == expected
     gradient = torch.autograd.grad(mixmag.min_slide_loss(loss, case).sum(), loss)[0]
-    assert gradient.tolist() == [1.0 if loss[i].item() == expected[case[i]] else 0.0 for i in range(9)]
+    assert gradient.tolist() == [
+        1.0 if loss[i].item() == expected[case[i]] else 0.0 for i in range(9)
+    ]
     assert torch.autograd.gradcheck(lambda x: mixmag.min_slide_loss(x, case), loss)
 
 
 # ---------------------------------------------------------------------------------------------------------- MEM and CMEM
 
+
 def test_mem_decodes_what_was_removed_and_touches_nothing_else():
     model = MaskedEmbeddingModel(tiny()).eval()
     x = torch.randn(3, 84, 10)
     out = model(x, 0.5, generator=torch.Generator().manual_seed(0))
-    assert out.pred.shape == (3, 42, 10) and out.removed.shape == (3, 42) and out.per_level.shape == (3,)
+    assert (
+        out.pred.shape == (3, 42, 10)
+        and out.removed.shape == (3, 42)
+        and out.per_level.shape == (3,)
+    )
     spoiled = x.scatter(1, out.removed[..., None].expand(-1, -1, 10), math.nan)
-    assert torch.equal(model(spoiled, out.removed).pred, out.pred)             # the encoder never sees a removed token
-    expected = mixmag.mem_loss(out.pred, mixmag.take(x, out.removed), mixmag.removal_weights(model.encoder.geometry, out.removed))
+    assert torch.equal(
+        model(spoiled, out.removed).pred, out.pred
+    )  # the encoder never sees a removed token
+    expected = mixmag.mem_loss(
+        out.pred,
+        mixmag.take(x, out.removed),
+        mixmag.removal_weights(model.encoder.geometry, out.removed),
+    )
     assert torch.equal(out.loss, expected)
 
 
@@ -367,9 +461,24 @@ def test_trivial_predictions_equal_the_loop():
             k, r, c = table[i]
             assert torch.allclose(found["shift"][b, j], mean[k] + shift, atol=1e-5)
             parent = [v for v in visible if table[v] == [k - 1, r // 2, c // 2]]
-            children = [v for v in visible if table[v][0] == k + 1 and (table[v][1] // 2, table[v][2] // 2) == (r, c)]
-            near = [v for v in visible if table[v][0] == k and v != i and max(abs(table[v][1] - r), abs(table[v][2] - c)) == 1]
-            for name, which in (("mean", []), ("parent", parent), ("children", children), ("neighbours", near)):
+            children = [
+                v
+                for v in visible
+                if table[v][0] == k + 1 and (table[v][1] // 2, table[v][2] // 2) == (r, c)
+            ]
+            near = [
+                v
+                for v in visible
+                if table[v][0] == k
+                and v != i
+                and max(abs(table[v][1] - r), abs(table[v][2] - c)) == 1
+            ]
+            for name, which in (
+                ("mean", []),
+                ("parent", parent),
+                ("children", children),
+                ("neighbours", near),
+            ):
                 expected = x[b, which].mean(0) if which else mean[k]
                 assert torch.allclose(found[name][b, j], expected, atol=1e-5)
 
@@ -379,7 +488,9 @@ def test_cmem_is_mem_on_both_views_and_nt_xent_between_them():
     views, removed = torch.randn(2, 5, 84, 10), mixmag.random_removal(10, 84, 0.5).view(2, 5, -1)
     out = model(views, removed)
     separate = [MaskedEmbeddingModel.forward(model, views[v], removed[v]) for v in (0, 1)]
-    assert out.mem.item() == pytest.approx((separate[0].loss + separate[1].loss).item() / 2, abs=1e-6)
+    assert out.mem.item() == pytest.approx(
+        (separate[0].loss + separate[1].loss).item() / 2, abs=1e-6
+    )
     z = [model.projector(s.cls.flatten(1)) for s in separate]
     assert out.contrastive.item() == pytest.approx(mixmag.nt_xent(*z, 0.1).item(), abs=1e-5)
     assert out.loss.item() == pytest.approx((out.mem + out.contrastive).item(), abs=1e-6)
@@ -395,17 +506,29 @@ def test_mem_learns_a_region_whose_tokens_repeat():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.3                                       # predicting the mean (nothing) leaves it at 1
+    assert loss.item() < 0.3  # predicting the mean (nothing) leaves it at 1
 
 
 # ------------------------------------------------------------------------------------------------------ slide classifier
 
-@pytest.mark.parametrize("encoder, tokens, magnification", [(False, "patch", 20), (False, "patch", "all"), (True, "patch", 5), (True, "patch", "all"),
-                                                            (True, "cls", 10), (True, "cls", "all")])
+
+@pytest.mark.parametrize(
+    "encoder, tokens, magnification",
+    [
+        (False, "patch", 20),
+        (False, "patch", "all"),
+        (True, "patch", 5),
+        (True, "patch", "all"),
+        (True, "cls", 10),
+        (True, "cls", "all"),
+    ],
+)
 def test_classifier_serves_every_row(encoder, tokens, magnification):
     """One pass over ragged slides equals slide by slide, in chunks or whole, and invalid tokens are as good as absent."""
     config = tiny()
-    model = mixmag.SlideClassifier(config, MixingEncoder(config) if encoder else None, tokens, magnification, 16, chunk=2).eval()
+    model = mixmag.SlideClassifier(
+        config, MixingEncoder(config) if encoder else None, tokens, magnification, 16, chunk=2
+    ).eval()
     n, regions = len(model.index), torch.tensor([3, 1, 2])
     x, valid = torch.randn(6, n, 10), torch.rand(6, n) > 0.3
     logit, attention = model(x, regions, valid)
@@ -413,7 +536,7 @@ def test_classifier_serves_every_row(encoder, tokens, magnification):
     model.chunk = 64
     start = 0
     for s, r in enumerate(regions.tolist()):
-        alone, _ = model(x[start:start + r], torch.tensor([r]), valid[start:start + r])
+        alone, _ = model(x[start : start + r], torch.tensor([r]), valid[start : start + r])
         assert alone.item() == pytest.approx(logit[s].item(), abs=1e-5)
         start += r
 
@@ -452,7 +575,9 @@ def test_whitening_takes_away_places_and_sizes():
     out = whiten(h)
     variance = torch.linalg.eigvalsh(covariance)
     expected = torch.diag(variance / (variance + 0.1 * variance.mean()))
-    assert out.mean(0).abs().max() < 1e-4 and torch.allclose(torch.einsum("wnd,wne->de", out, out) / 1200, expected, atol=1e-4)
+    assert out.mean(0).abs().max() < 1e-4 and torch.allclose(
+        torch.einsum("wnd,wne->de", out, out) / 1200, expected, atol=1e-4
+    )
 
 
 def test_classifier_refuses_class_tokens_without_an_encoder():
@@ -462,8 +587,11 @@ def test_classifier_refuses_class_tokens_without_an_encoder():
 
 # -------------------------------------------------------------------------------------------------------------- config, disk
 
+
 def export(folder, encoder):
-    save_file({k: v.contiguous() for k, v in encoder.state_dict().items()}, folder / "model.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in encoder.state_dict().items()}, folder / "model.safetensors"
+    )
     (folder / "config.json").write_text(json.dumps({"model": encoder.config.to_dict()}))
 
 
@@ -484,7 +612,14 @@ def test_load_encoder_is_strict(tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(RuntimeError, match="norm.bias"):
         mixmag.load_encoder(tmp_path)
-    for broken in (b"", whole[:5], whole[:200], whole[:-100], b"\xff" * 100, whole[:8] + b"?" + whole[9:]):
+    for broken in (
+        b"",
+        whole[:5],
+        whole[:200],
+        whole[:-100],
+        b"\xff" * 100,
+        whole[:8] + b"?" + whole[9:],
+    ):
         (tmp_path / "model.safetensors").write_bytes(broken)
         with pytest.raises(ValueError, match="not a whole safetensors file"):
             mixmag.load_encoder(tmp_path)
@@ -503,21 +638,42 @@ def test_config_round_trip_and_strictness():
 
 
 def test_presets_have_the_sizes_they_promise():
-    assert 0.7e6 < sum(p.numel() for p in MaskedEmbeddingModel(Config.small(64)).parameters()) < 1.3e6
+    assert (
+        0.7e6 < sum(p.numel() for p in MaskedEmbeddingModel(Config.small(64)).parameters()) < 1.3e6
+    )
     paper = Config.paper()
-    assert (paper.dim, paper.width, paper.depth, paper.heads, paper.decoder_width, paper.decoder_depth, paper.cls_tokens) == (1280, 768, 6, 12, 1024, 2, 4)
+    assert (
+        paper.dim,
+        paper.width,
+        paper.depth,
+        paper.heads,
+        paper.decoder_width,
+        paper.decoder_depth,
+        paper.cls_tokens,
+    ) == (1280, 768, 6, 12, 1024, 2, 4)
 
 
 def test_mixmag_imports_torch_and_the_standard_library_only():
-    code = ("import sys; before = set(sys.modules); import torch; torch_too = set(sys.modules); import mixmag; "
-            "print(sorted({m.split('.')[0] for m in set(sys.modules) - torch_too} - set(sys.stdlib_module_names) - {'torch', 'mixmag'}))")
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    code = (
+        "import sys; before = set(sys.modules); import torch; torch_too = set(sys.modules); import mixmag; "
+        "print(sorted({m.split('.')[0] for m in set(sys.modules) - torch_too} - set(sys.stdlib_module_names) - {'torch', 'mixmag'}))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert out.strip() == "[]"
 
 
 def test_float64_is_kept_where_it_is_given():
-    assert mixmag.mem_loss(torch.randn(1, 2, 3).double(), torch.randn(1, 2, 3).double(), torch.rand(1, 2).double()).dtype == torch.float64
-    assert np.isfinite(mixmag.nt_xent(torch.randn(2, 3).half(), torch.randn(2, 3).half(), 0.1).item())
+    assert (
+        mixmag.mem_loss(
+            torch.randn(1, 2, 3).double(), torch.randn(1, 2, 3).double(), torch.rand(1, 2).double()
+        ).dtype
+        == torch.float64
+    )
+    assert np.isfinite(
+        mixmag.nt_xent(torch.randn(2, 3).half(), torch.randn(2, 3).half(), 0.1).item()
+    )
 
 
 def test_classifiers_read_regions_of_their_own_size():
@@ -534,7 +690,9 @@ def test_classifiers_read_regions_of_their_own_size():
         kept = valid.any(1)
         logit, attention = model(x, regions, valid)
         expected, other = model(x[kept], regions - 1)
-        assert torch.allclose(logit, expected, atol=1e-6) and torch.allclose(attention, other, atol=1e-6)
+        assert torch.allclose(logit, expected, atol=1e-6) and torch.allclose(
+            attention, other, atol=1e-6
+        )
 
 
 def test_dimensions_that_hardly_vary_keep_the_typical_scale():
@@ -542,7 +700,9 @@ def test_dimensions_that_hardly_vary_keep_the_typical_scale():
     layer.fit(torch.zeros(4), torch.tensor([2.0, 2.0, 2.0, 0.0]))
     assert layer(torch.ones(1, 4)).tolist() == [[0.5] * 4]
     layer.fit(torch.zeros(4), torch.zeros(4))
-    assert layer(torch.ones(1, 4, dtype=torch.float64)).dtype == torch.float64 and layer(torch.ones(1, 4)).tolist() == [[1.0] * 4]
+    assert layer(torch.ones(1, 4, dtype=torch.float64)).dtype == torch.float64 and layer(
+        torch.ones(1, 4)
+    ).tolist() == [[1.0] * 4]
 
 
 @pytest.mark.parametrize("changes", [{"width": "96"}, {"heads": 0}, {"depth": 1.5}])

@@ -1,4 +1,5 @@
 """Schedules, groups, precision; the commands as real processes, killed and started again.     python -m pytest tests/test_train.py"""
+
 import argparse
 import csv
 import itertools
@@ -33,51 +34,85 @@ QUICK_FINETUNE = ("--epochs", 3, "--batch-size", 8)
 
 # ------------------------------------------------------------------------------------------------------------ the parts
 
+
 def test_rate_equals_torchs_schedulers():
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
-    scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, milestones=[5], schedulers=[
-        torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 5, total_iters=4),
-        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=15)])
+    scheduler = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        milestones=[5],
+        schedulers=[
+            torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 5, total_iters=4),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=15),
+        ],
+    )
     for step in range(20):
         assert train.lr_at(step, 20, 5) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
         optimizer.step()
         scheduler.step()
-    assert train.lr_at(0, 100, 10) > 0 and train.lr_at(9, 100, 10) == 1 and train.lr_at(0, 1, 0) == 1
+    assert (
+        train.lr_at(0, 100, 10) > 0 and train.lr_at(9, 100, 10) == 1 and train.lr_at(0, 1, 0) == 1
+    )
 
 
 def test_every_parameter_is_in_exactly_one_group():
     config = mixmag.Config.small(16)
-    for model in (mixmag.ContrastiveEmbeddingModel(config), mixmag.SlideClassifier(config, mixmag.MixingEncoder(config))):
+    for model in (
+        mixmag.ContrastiveEmbeddingModel(config),
+        mixmag.SlideClassifier(config, mixmag.MixingEncoder(config)),
+    ):
         groups = train.parameter_groups(model, 0.05, 0.75)
         ids = [id(p) for g in groups for p in g["params"]]
         assert sorted(ids) == sorted(map(id, model.parameters())) and len(set(ids)) == len(ids)
         where = {id(p): g for g in groups for p in g["params"]}
         for name, p in model.named_parameters():
-            plain = name.endswith("bias") or "norm" in name or name.split(".")[-1] in ("cls", "pos", "mask_token")
+            plain = (
+                name.endswith("bias")
+                or "norm" in name
+                or name.split(".")[-1] in ("cls", "pos", "mask_token")
+            )
             assert where[id(p)]["weight_decay"] == (0 if plain else 0.05), name
 
 
 def test_layer_decay_follows_the_depth():
     config = mixmag.Config.small(16)
     model = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config))
-    where = {id(p): g["lr_scale"] for g in train.parameter_groups(model, 0.05, 0.75) for p in g["params"]}
+    where = {
+        id(p): g["lr_scale"] for g in train.parameter_groups(model, 0.05, 0.75) for p in g["params"]
+    }
     e = model.encoder
-    assert [where[id(b.attn.qkv.weight)] for b in e.blocks] == pytest.approx([0.75 ** 4, 0.75 ** 3, 0.75 ** 2, 0.75])
-    assert where[id(e.pos)] == where[id(e.cls)] == where[id(e.input.weight)] == pytest.approx(0.75 ** 5)
-    assert where[id(e.norm.weight)] == where[id(model.head.weight)] == where[id(model.pool.w.weight)] == 1
+    assert [where[id(b.attn.qkv.weight)] for b in e.blocks] == pytest.approx(
+        [0.75**4, 0.75**3, 0.75**2, 0.75]
+    )
+    assert (
+        where[id(e.pos)] == where[id(e.cls)] == where[id(e.input.weight)] == pytest.approx(0.75**5)
+    )
+    assert (
+        where[id(e.norm.weight)]
+        == where[id(model.head.weight)]
+        == where[id(model.pool.w.weight)]
+        == 1
+    )
 
 
-@pytest.mark.parametrize("name", ["encoder.surprise", "encoder.blockss.0.x", "teacher.weight", "xencoder.norm.weight"])
+@pytest.mark.parametrize(
+    "name", ["encoder.surprise", "encoder.blockss.0.x", "teacher.weight", "xencoder.norm.weight"]
+)
 def test_unknown_names_raise(name):
     with pytest.raises(ValueError, match="belongs to no layer"):
         train.layer_of(name, 4)
 
 
-def compute(dtype=None, scale=2.0 ** 10):
+def compute(dtype=None, scale=2.0**10):
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=dtype == torch.float16)
-    return train.SimpleNamespace(device=torch.device("cpu"), dtype=dtype, scaler=scaler, rank=0, world=1,
-                                 autocast=lambda: torch.autocast("cpu", dtype) if dtype else train.nullcontext())
+    return train.SimpleNamespace(
+        device=torch.device("cpu"),
+        dtype=dtype,
+        scaler=scaler,
+        rank=0,
+        world=1,
+        autocast=lambda: torch.autocast("cpu", dtype) if dtype else train.nullcontext(),
+    )
 
 
 def a_batch(views=1, B=6):
@@ -97,26 +132,60 @@ def model_and_optimizer(cls=mixmag.MaskedEmbeddingModel):
 @pytest.mark.parametrize("views", [1, 2])
 def test_accumulated_gradient_equals_the_whole(views):
     """For CMEM too, whose negatives are the whole batch however it is cut; and however it is loaded."""
-    model, _ = model_and_optimizer(mixmag.MaskedEmbeddingModel if views == 1 else mixmag.ContrastiveEmbeddingModel)
+    model, _ = model_and_optimizer(
+        mixmag.MaskedEmbeddingModel if views == 1 else mixmag.ContrastiveEmbeddingModel
+    )
     gradients = []
-    loaded = [dict(zip(("x", "removed", "valid"), part)) for part in train.in_parts(a_batch(views), 4)]
-    for micro, loads in ((6, [a_batch(views)]), (4, [a_batch(views)]), (1, [a_batch(views)]), (6, loaded), (3, iter(loaded))):
+    loaded = [
+        dict(zip(("x", "removed", "valid"), part)) for part in train.in_parts(a_batch(views), 4)
+    ]
+    for micro, loads in (
+        (6, [a_batch(views)]),
+        (4, [a_batch(views)]),
+        (1, [a_batch(views)]),
+        (6, loaded),
+        (3, iter(loaded)),
+    ):
         model.zero_grad()
         logged = train.pretrain_step(model, loads, 6, micro, compute())
         gradients.append([p.grad.clone() for p in model.parameters()] + list(logged.values()))
     for other in gradients[1:]:
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients[0], other))
     if views == 2:
-        assert logged["loss"].item() == pytest.approx((logged["mem"] + logged["contrastive"]).item(), abs=1e-5) and logged["contrastive"] > 1
+        assert (
+            logged["loss"].item()
+            == pytest.approx((logged["mem"] + logged["contrastive"]).item(), abs=1e-5)
+            and logged["contrastive"] > 1
+        )
 
 
 def test_a_batch_is_the_same_however_much_of_it_is_loaded_at_once(cohort, tmp_path, monkeypatch):
     """Loads of 8 of 10 windows in parts of 4, or all 10 in one: bit for bit, and no more than a load is ever made at once."""
     held, weights, make = set(), [], data.RegionDataset.batches
-    monkeypatch.setattr(data.RegionDataset, "batches", lambda self, loads, *rest: held.update(map(len, loads)) or make(self, loads, *rest))
+    monkeypatch.setattr(
+        data.RegionDataset,
+        "batches",
+        lambda self, loads, *rest: held.update(map(len, loads)) or make(self, loads, *rest),
+    )
     for load in (256, 8):
         monkeypatch.setattr(train, "LOAD", load)
-        train.pretrain(train.parse(["pretrain", "--data", str(cohort), "--out", str(tmp_path / str(load)), "--steps", "3", "--batch-size", "10", "--micro-batch", "4"]))
+        train.pretrain(
+            train.parse(
+                [
+                    "pretrain",
+                    "--data",
+                    str(cohort),
+                    "--out",
+                    str(tmp_path / str(load)),
+                    "--steps",
+                    "3",
+                    "--batch-size",
+                    "10",
+                    "--micro-batch",
+                    "4",
+                ]
+            )
+        )
         weights.append((tmp_path / str(load) / "encoder" / "model.safetensors").read_bytes())
     assert weights[0] == weights[1] and held == {10, 8, 2}
 
@@ -126,25 +195,60 @@ def test_losing_slides_are_left_out_and_change_no_gradient():
     torch.manual_seed(0)
     config = mixmag.Config.small(8, region=2, depth=2)
     model = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config), dropout=0.5)
-    regions, case, label = torch.tensor([2, 1, 3, 1, 2]), torch.tensor([0, 0, 0, 1, 2]), torch.tensor([1.0, 0.0, 1.0])
-    batch = {"x": torch.randn(9, 84, 8), "valid": torch.rand(9, 84) > 0.2, "held": False, "regions": regions, "case": case, "label": label, "slide_ids": list("abcde")}
-    ends = [sum(regions[:s + 1].tolist()) for s in range(5)]
-    alone = [{**batch, "x": batch["x"][b - r:b], "valid": batch["valid"][b - r:b], "regions": torch.tensor([r]), "case": torch.tensor([0]), "label": label[c:c + 1]}
-             for r, b, c in zip(regions.tolist(), ends, case.tolist())]
+    regions, case, label = (
+        torch.tensor([2, 1, 3, 1, 2]),
+        torch.tensor([0, 0, 0, 1, 2]),
+        torch.tensor([1.0, 0.0, 1.0]),
+    )
+    batch = {
+        "x": torch.randn(9, 84, 8),
+        "valid": torch.rand(9, 84) > 0.2,
+        "held": False,
+        "regions": regions,
+        "case": case,
+        "label": label,
+        "slide_ids": list("abcde"),
+    }
+    ends = [sum(regions[: s + 1].tolist()) for s in range(5)]
+    alone = [
+        {
+            **batch,
+            "x": batch["x"][b - r : b],
+            "valid": batch["valid"][b - r : b],
+            "regions": torch.tensor([r]),
+            "case": torch.tensor([0]),
+            "label": label[c : c + 1],
+        }
+        for r, b, c in zip(regions.tolist(), ends, case.tolist())
+    ]
     model.eval()
     losses = [train.slide_losses(model, one, 0.1, compute()).item() for one in alone]
     left = train.least_slides(model, batch, 0.1, compute())
     best = min(range(3), key=losses.__getitem__)
-    assert left["slide_ids"] == [list("abc")[best], "d", "e"] and left["case"].tolist() == [0, 1, 2] and model.training
-    assert torch.equal(left["x"], torch.cat([alone[s]["x"] for s in (best, 3, 4)])) and torch.equal(left["valid"], torch.cat([alone[s]["valid"] for s in (best, 3, 4)]))
+    assert (
+        left["slide_ids"] == [list("abc")[best], "d", "e"]
+        and left["case"].tolist() == [0, 1, 2]
+        and model.training
+    )
+    assert torch.equal(left["x"], torch.cat([alone[s]["x"] for s in (best, 3, 4)])) and torch.equal(
+        left["valid"], torch.cat([alone[s]["valid"] for s in (best, 3, 4)])
+    )
     model.dropout.p, gradients = 0.0, []
-    for step in (lambda: train.finetune_step(model, batch, 0.1, compute(), 3, 0), lambda: mixmag.min_slide_loss(train.slide_losses(model, batch, 0.1, compute()), case).mean()):
+    for step in (
+        lambda: train.finetune_step(model, batch, 0.1, compute(), 3, 0),
+        lambda: mixmag.min_slide_loss(
+            train.slide_losses(model, batch, 0.1, compute()), case
+        ).mean(),
+    ):
         model.zero_grad()
         loss = step()
         if loss.requires_grad:
             loss.backward()
         gradients.append([loss.detach()] + [p.grad.clone() for p in model.parameters()])
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients)) and max(g.abs().max() for g in gradients[0]) > 1e-2
+    assert (
+        all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
+        and max(g.abs().max() for g in gradients[0]) > 1e-2
+    )
 
 
 def test_the_model_can_be_captured_for_compilation():
@@ -156,13 +260,18 @@ def test_the_model_can_be_captured_for_compilation():
             model.compile(dynamic=False, backend="aot_eager")
         train.pretrain_step(model, [a_batch()], 6, 6, compute())
         gradients.append({name: p.grad for name, p in model.named_parameters()})
-    assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-5) for name in gradients[0])
+    assert all(
+        torch.allclose(gradients[0][name], gradients[1][name], atol=1e-5) for name in gradients[0]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_agrees_with_full_precision(dtype):
     model, _ = model_and_optimizer()
-    full, half = (train.pretrain_step(model, [a_batch()], 6, 6, compute(d))["loss"].item() for d in (None, dtype))
+    full, half = (
+        train.pretrain_step(model, [a_batch()], 6, 6, compute(d))["loss"].item()
+        for d in (None, dtype)
+    )
     assert half == pytest.approx(full, rel=0.02)
 
 
@@ -170,7 +279,10 @@ def test_scaled_step_equals_the_plain_one_and_skips_infinities():
     plain, plain_optimizer = model_and_optimizer()
     scaled, scaled_optimizer = model_and_optimizer()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=True)
-    for model, optimizer, s in ((plain, plain_optimizer, torch.amp.GradScaler("cpu", enabled=False)), (scaled, scaled_optimizer, scaler)):
+    for model, optimizer, s in (
+        (plain, plain_optimizer, torch.amp.GradScaler("cpu", enabled=False)),
+        (scaled, scaled_optimizer, scaler),
+    ):
         s.scale(model(a_batch()["x"], a_batch()["removed"]).loss).backward()
         train.optimizer_step(model, optimizer, s, 1e-3, 0.1)
     for a, b in zip(plain.parameters(), scaled.parameters()):
@@ -179,89 +291,162 @@ def test_scaled_step_equals_the_plain_one_and_skips_infinities():
     scaler.scale(scaled(a_batch()["x"], a_batch()["removed"]).loss).backward()
     next(scaled.parameters()).grad.view(-1)[0] = math.inf
     norm = train.optimizer_step(scaled, scaled_optimizer, scaler, 1e-3, 0.1).item()
-    assert not math.isfinite(norm) and scaler.get_scale() == 512.0 and all(torch.equal(a, b) for a, b in zip(before, scaled.parameters()))
+    assert (
+        not math.isfinite(norm)
+        and scaler.get_scale() == 512.0
+        and all(torch.equal(a, b) for a, b in zip(before, scaled.parameters()))
+    )
 
 
 def test_a_process_without_a_case_takes_its_step_too(cohort, monkeypatch):
     """The second of two processes, and a single case: under fp16 its scaler has seen no loss, and the step is the other process's."""
     monkeypatch.setattr(train, "sum_over_processes", lambda values, compute: values)
     slides = {s.slide_id: s for s in data.read_slides(cohort)}
-    dataset = data.CaseDataset(slides, data.read_task(cohort, "skin_braf")[:1], mixmag.Geometry(3), mixmag.Geometry(3).select())
+    dataset = data.CaseDataset(
+        slides,
+        data.read_task(cohort, "skin_braf")[:1],
+        mixmag.Geometry(3),
+        mixmag.Geometry(3).select(),
+    )
     model = mixmag.SlideClassifier(mixmag.Config.small(64), None, hidden=8)
     optimizer = torch.optim.AdamW(train.parameter_groups(model, 0.0))
-    args = SimpleNamespace(seed=0, batch_size=4, epochs=1, workers=0, smoothing=0.1, lr=1e-3, warmup=0, clip=1)
+    args = SimpleNamespace(
+        seed=0, batch_size=4, epochs=1, workers=0, smoothing=0.1, lr=1e-3, warmup=0, clip=1
+    )
     machine = SimpleNamespace(**{**vars(compute(torch.float16)), "rank": 1, "world": 2})
-    assert train.finetune_epoch(model, optimizer, dataset, machine, args, 0, train.progress(total=1)) == (0.0, 0.0)
-    assert all(state["step"] == 1 for state in optimizer.state.values()) and len(optimizer.state) == len(list(model.parameters()))
+    assert train.finetune_epoch(
+        model, optimizer, dataset, machine, args, 0, train.progress(total=1)
+    ) == (0.0, 0.0)
+    assert all(state["step"] == 1 for state in optimizer.state.values()) and len(
+        optimizer.state
+    ) == len(list(model.parameters()))
 
 
 def test_a_run_begun_anew_is_never_a_mixture(tmp_path, monkeypatch):
     """Killed while --resume off clears the folder: until nothing of the old run is left, its config.json says whose it is."""
     (tmp_path / "encoder").mkdir()
-    names = [*train.RUN_FILES, "result.json", data.SUMS, "predict.csv", "predict-failed.csv", "heatmap/S1/attention.csv"]
+    names = [
+        *train.RUN_FILES,
+        "result.json",
+        data.SUMS,
+        "predict.csv",
+        "predict-failed.csv",
+        "heatmap/S1/attention.csv",
+    ]
     (tmp_path / "heatmap" / "S1").mkdir(parents=True)
     for name in names:
         (tmp_path / name).write_text("{}")
     unlink, gone = Path.unlink, []
-    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: (gone.append(path.name), unlink(path, missing_ok=missing_ok)))
+    monkeypatch.setattr(
+        Path,
+        "unlink",
+        lambda path, missing_ok=False: (
+            gone.append(path.name),
+            unlink(path, missing_ok=missing_ok),
+        ),
+    )
     train.Run(tmp_path, {"lr": 1}, "off", compute())
-    assert gone[len(names) - 2] == "config.json" and [p.name for p in tmp_path.iterdir()] in (["encoder", "config.json"], ["config.json", "encoder"]) and json.loads((tmp_path / "config.json").read_text()) == {"lr": 1}
+    assert (
+        gone[len(names) - 2] == "config.json"
+        and [p.name for p in tmp_path.iterdir()]
+        in (["encoder", "config.json"], ["config.json", "encoder"])
+        and json.loads((tmp_path / "config.json").read_text()) == {"lr": 1}
+    )
 
 
 def test_precision_is_chosen_by_width_on_a_processor():
     cpu = torch.device("cpu")
-    assert train.amp_dtype("auto", cpu, 96) is None and train.amp_dtype("off", cpu, 4096) is None and train.amp_dtype("fp16", cpu, 96) == torch.float16
-    assert train.amp_dtype("auto", cpu, 768) == (torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None)
+    assert (
+        train.amp_dtype("auto", cpu, 96) is None
+        and train.amp_dtype("off", cpu, 4096) is None
+        and train.amp_dtype("fp16", cpu, 96) == torch.float16
+    )
+    assert train.amp_dtype("auto", cpu, 768) == (
+        torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- statistics
+
 
 def test_bootstrap_is_centred_and_covers():
     rng = np.random.default_rng(0)
     covered = 0
     for trial in range(60):
         labels = np.repeat([0, 1], [60, 30])
-        scores = rng.standard_normal(90) + labels                  # true AUROC: Phi(1 / sqrt 2)
+        scores = rng.standard_normal(90) + labels  # true AUROC: Phi(1 / sqrt 2)
         samples = train.bootstrap_aurocs(labels, scores, trial, 400)
         low, high = train.interval(samples)
         assert low <= roc_auc_score(labels, scores) <= high
         covered += low <= 0.7602 <= high
-    assert covered >= 50                                           # 95 % of 60 is 57; below 50 has a chance of about 1e-4
+    assert covered >= 50  # 95 % of 60 is 57; below 50 has a chance of about 1e-4
 
 
 def test_bootstrap_areas_equal_scikit_learn():
     """With few cases every resample can be listed: each bootstrapped area must be one that scikit-learn computes of a resample."""
     labels, scores = np.array([1, 0, 0, 1, 0]), np.array([0.9, 0.1, 0.5, 0.5, 0.7])
     samples = train.bootstrap_aurocs(labels, scores, 0, 200)
-    possible = {round(float(roc_auc_score([1] * 2 + [0] * 3, [*p, *n])), 9) for p in itertools.product([0.9, 0.5], repeat=2)
-                for n in itertools.product([0.1, 0.5, 0.7], repeat=3)}
+    possible = {
+        round(float(roc_auc_score([1] * 2 + [0] * 3, [*p, *n])), 9)
+        for p in itertools.product([0.9, 0.5], repeat=2)
+        for n in itertools.product([0.1, 0.5, 0.7], repeat=3)
+    }
     assert {round(float(s), 9) for s in samples} <= possible and len(set(samples)) > 4
 
 
 def test_pairs_are_told_apart_only_where_they_differ():
     """Two rows of equal skill and one that is better on one task of two: the star, the pairing and Holm's correction against a loop of its own."""
     rng, labels = np.random.default_rng(0), np.repeat([1, 0], [30, 60])
-    area, draws, rows, tasks = {}, {}, ("mem-0.50-patch", "random-all-patch", "abmil-20"), ("skin_braf", "lung_egfr")
+    area, draws, rows, tasks = (
+        {},
+        {},
+        ("mem-0.50-patch", "random-all-patch", "abmil-20"),
+        ("skin_braf", "lung_egfr"),
+    )
     for number, task in enumerate(tasks):
         noise = rng.standard_normal(90)
         for row in rows:
-            scores = noise + 0.1 * rng.standard_normal(90) + labels * (3.0 if (row, task) == (rows[0], "skin_braf") else 0.5)
-            area[row, task], draws[row, task] = roc_auc_score(labels, scores), train.resampled(labels, scores[None], number)
+            scores = (
+                noise
+                + 0.1 * rng.standard_normal(90)
+                + labels * (3.0 if (row, task) == (rows[0], "skin_braf") else 0.5)
+            )
+            area[row, task], draws[row, task] = (
+                roc_auc_score(labels, scores),
+                train.resampled(labels, scores[None], number),
+            )
     runs = {key: [{"auroc": value}] for key, value in area.items()}
-    lines = {line.split(" | ")[0]: line for line in train.format_pairs(rows, tasks, runs, draws).splitlines()}
+    lines = {
+        line.split(" | ")[0]: line
+        for line in train.format_pairs(rows, tasks, runs, draws).splitlines()
+    }
     cells = lines["| MEM 0.50, Patch - Random all, Patch"].split(" | ")
     expected = 100 * (area[rows[0], "skin_braf"] - area[rows[1], "skin_braf"])
-    assert cells[1].endswith("*") and not cells[2].endswith("*") and float(cells[1][:-1]) == pytest.approx(expected, abs=0.051) and "on 1 of 2 tasks" in cells[-1]
-    assert "not distinguishable" in lines["| Random all, Patch - AB-MIL 20x"] and "on 0 of 2" in lines["| Random all, Patch - AB-MIL 20x"]
-    assert train.two_sided(np.array([1.0, 2.0, -1.0])) == 1.0 and train.two_sided(np.ones(999)) == pytest.approx(0.002)
+    assert (
+        cells[1].endswith("*")
+        and not cells[2].endswith("*")
+        and float(cells[1][:-1]) == pytest.approx(expected, abs=0.051)
+        and "on 1 of 2 tasks" in cells[-1]
+    )
+    assert (
+        "not distinguishable" in lines["| Random all, Patch - AB-MIL 20x"]
+        and "on 0 of 2" in lines["| Random all, Patch - AB-MIL 20x"]
+    )
+    assert train.two_sided(np.array([1.0, 2.0, -1.0])) == 1.0 and train.two_sided(
+        np.ones(999)
+    ) == pytest.approx(0.002)
 
 
 @pytest.mark.parametrize("tokens", ("patch", "cls"))
 def test_held_outputs_stand_for_the_encoder(cohort, tokens):
     """A slide's outputs made once give the logits that the encoder gives, also where tokens are invalid."""
     cases = data.read_task(cohort, "skin_braf")[:6]
-    slides = {s.slide_id: s for s in data.read_slides(cohort, [i for c in cases for i in c.slide_ids])}
-    next(iter(slides.values())).valid = np.random.default_rng(0).random(next(iter(slides.values())).valid.shape) > 0.3
+    slides = {
+        s.slide_id: s for s in data.read_slides(cohort, [i for c in cases for i in c.slide_ids])
+    }
+    next(iter(slides.values())).valid = (
+        np.random.default_rng(0).random(next(iter(slides.values())).valid.shape) > 0.3
+    )
     torch.manual_seed(0)
     config, compute = mixmag.Config.small(64), train.machine(argparse.Namespace(device="cpu"), 96)
     model = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config), tokens, hidden=8).eval()
@@ -270,7 +455,13 @@ def test_held_outputs_stand_for_the_encoder(cohort, tokens):
     train.hold_outputs(model, dataset, compute)
     train.fit_whitening(model, dataset, compute)
     held = dataset.__getitems__(range(6))
-    assert held["held"] and not batch["held"] and torch.allclose(train.slide_logits(model, held), train.slide_logits(model, batch), atol=1e-5)
+    assert (
+        held["held"]
+        and not batch["held"]
+        and torch.allclose(
+            train.slide_logits(model, held), train.slide_logits(model, batch), atol=1e-5
+        )
+    )
 
 
 def test_one_class_has_no_auroc():
@@ -288,18 +479,34 @@ def test_case_score_rule_is_chosen_by_the_tune_split():
 
 def test_the_papers_average_rows():
     """All rows of the paper recompute from their columns but two, which are printed otherwise than their columns say."""
-    differ = {row for row, values in train.PAPER.items() if abs(np.mean(values[:7]) - values[7]) > 0.051}
+    differ = {
+        row for row, values in train.PAPER.items() if abs(np.mean(values[:7]) - values[7]) > 0.051
+    }
     assert len(train.PAPER) == 24 and len(differ) == 2, differ
 
 
 # ---------------------------------------------------------------------------------------------------------- the commands
 
+
 @pytest.fixture(scope="module")
 def runs(cohort, tmp_path_factory):
     """A folder with a finished pretraining run and a finished fine-tuning run on it."""
     folder = tmp_path_factory.mktemp("runs")
-    run("train.py", "pretrain", "--mask", 0.5, "--data", cohort, "--holdout", 0.2, *QUICK_PRETRAIN, cwd=folder)
-    run("train.py", "finetune", "--task", "skin_braf", "--data", cohort, *QUICK_FINETUNE, cwd=folder)
+    run(
+        "train.py",
+        "pretrain",
+        "--mask",
+        0.5,
+        "--data",
+        cohort,
+        "--holdout",
+        0.2,
+        *QUICK_PRETRAIN,
+        cwd=folder,
+    )
+    run(
+        "train.py", "finetune", "--task", "skin_braf", "--data", cohort, *QUICK_FINETUNE, cwd=folder
+    )
     return folder
 
 
@@ -310,22 +517,54 @@ def lines(path):
 def test_pretrain_leaves_a_whole_run(runs, cohort):
     folder = runs / "runs" / "mem-0.50"
     result = json.loads((folder / "result.json").read_text())
-    assert result["steps"] == 12 and set(result["held_out"]) == {"model", "mean", "shift", "parent", "children", "neighbours"}
+    assert result["steps"] == 12 and set(result["held_out"]) == {
+        "model",
+        "mean",
+        "shift",
+        "parent",
+        "children",
+        "neighbours",
+    }
     assert result["held_out"]["parent"][0] is None and result["held_out"]["children"][2] is None
     encoder = mixmag.load_encoder(folder / "encoder")
     state = torch.load(folder / "last.pt", weights_only=True)
-    assert all(torch.equal(v, state["model"][f"encoder.{k}"]) for k, v in encoder.state_dict().items())
-    assert (folder / "curve.png").stat().st_size > 5000 and "mixing encoder" in (folder / "SUMMARY.md").read_text()
+    assert all(
+        torch.equal(v, state["model"][f"encoder.{k}"]) for k, v in encoder.state_dict().items()
+    )
+    assert (folder / "curve.png").stat().st_size > 5000 and "mixing encoder" in (
+        folder / "SUMMARY.md"
+    ).read_text()
     with open(folder / "encoder" / "slides.csv", newline="") as f:
         roles = {row["slide_id"]: row["role"] for row in csv.DictReader(f)}
-    assert not set(roles) & data.evaluation_slides(cohort) and set(roles.values()) == {"train", "held-out"}
+    assert not set(roles) & data.evaluation_slides(cohort) and set(roles.values()) == {
+        "train",
+        "held-out",
+    }
     assert [line["step"] for line in lines(folder / "metrics.jsonl")] == [10, 12]
 
 
 def test_embeddings_in_memory_change_nothing(cohort, tmp_path):
     for flag in ("--resume=auto", "--in-memory"):
-        run("train.py", "pretrain", "--data", cohort, "--out", tmp_path / flag, "--steps", 3, "--batch-size", 4, "--holdout", 0, flag, cwd=tmp_path)
-    files, held = (torch.load(tmp_path / flag / "last.pt", weights_only=True)["model"] for flag in ("--resume=auto", "--in-memory"))
+        run(
+            "train.py",
+            "pretrain",
+            "--data",
+            cohort,
+            "--out",
+            tmp_path / flag,
+            "--steps",
+            3,
+            "--batch-size",
+            4,
+            "--holdout",
+            0,
+            flag,
+            cwd=tmp_path,
+        )
+    files, held = (
+        torch.load(tmp_path / flag / "last.pt", weights_only=True)["model"]
+        for flag in ("--resume=auto", "--in-memory")
+    )
     assert all(torch.equal(files[k], held[k]) for k in files)
 
 
@@ -337,21 +576,38 @@ def test_finetune_result_is_what_scikit_learn_says(runs):
     for split, key in (("test", "auroc"), ("tune", "tune_auroc")):
         mine = [r for r in rows if r["split"] == split]
         assert len({r["case_id"] for r in mine}) == len(mine) == result["cases"][split][0]
-        assert roc_auc_score([int(r["label"]) for r in mine], [float(r["score"]) for r in mine]) == pytest.approx(result[key], abs=1e-12)
+        assert roc_auc_score(
+            [int(r["label"]) for r in mine], [float(r["score"]) for r in mine]
+        ) == pytest.approx(result[key], abs=1e-12)
     tuned = [line["tune_auroc"] for line in lines(folder / "metrics.jsonl")]
-    assert result["best_epoch"] == int(np.argmax(tuned)) and result["interval"][0] <= result["auroc"] <= result["interval"][1]
+    assert (
+        result["best_epoch"] == int(np.argmax(tuned))
+        and result["interval"][0] <= result["auroc"] <= result["interval"][1]
+    )
 
 
 def test_predict_gives_the_same_scores_and_looks_at_no_label(runs, cohort, tmp_path):
     folder = next((runs / "runs").glob("skin_braf-*"))
-    run("train.py", "predict", "--run", folder, "--data", cohort, "--out", tmp_path / "p.csv", cwd=runs)
+    run(
+        "train.py",
+        "predict",
+        "--run",
+        folder,
+        "--data",
+        cohort,
+        "--out",
+        tmp_path / "p.csv",
+        cwd=runs,
+    )
     with open(tmp_path / "p.csv", newline="") as f:
         scores = {row["slide_id"]: float(row["score"]) for row in csv.DictReader(f)}
     cases = {c.case_id: c for c in data.read_task(cohort, "skin_braf")}
     rule = train.CASE_SCORES[json.loads((folder / "result.json").read_text())["case_score"]]
     with open(folder / "predictions.csv", newline="") as f:
         for row in csv.DictReader(f):
-            assert float(row["score"]) == pytest.approx(rule([scores[i] for i in cases[row["case_id"]].slide_ids]), abs=1e-5)
+            assert float(row["score"]) == pytest.approx(
+                rule([scores[i] for i in cases[row["case_id"]].slide_ids]), abs=1e-5
+            )
 
 
 def test_test_labels_decide_nothing(cohort, tmp_path):
@@ -360,31 +616,99 @@ def test_test_labels_decide_nothing(cohort, tmp_path):
     (other / "tasks").mkdir(parents=True)
     os.symlink(cohort / "slides", other / "slides")
     with open(cohort / "tasks" / "skin_braf.csv", newline="") as f:
-        rows = [(r["case_id"], r["slide_id"], 1 - int(r["label"]) if r["split"] == "test" else r["label"], r["split"]) for r in csv.DictReader(f)]
-    data.write_csv(other / "tasks" / "skin_braf.csv", ("case_id", "slide_id", "label", "split"), rows)
+        rows = [
+            (
+                r["case_id"],
+                r["slide_id"],
+                1 - int(r["label"]) if r["split"] == "test" else r["label"],
+                r["split"],
+            )
+            for r in csv.DictReader(f)
+        ]
+    data.write_csv(
+        other / "tasks" / "skin_braf.csv", ("case_id", "slide_id", "label", "split"), rows
+    )
     scores = []
     for place in (cohort, other):
-        run("train.py", "finetune", "--task", "skin_braf", "--init", "random", "--data", place, "--out", tmp_path / place.name, *QUICK_FINETUNE, cwd=tmp_path)
+        run(
+            "train.py",
+            "finetune",
+            "--task",
+            "skin_braf",
+            "--init",
+            "random",
+            "--data",
+            place,
+            "--out",
+            tmp_path / place.name,
+            *QUICK_FINETUNE,
+            cwd=tmp_path,
+        )
         with open(tmp_path / place.name / "predictions.csv", newline="") as f:
             scores.append([(r["case_id"], r["score"]) for r in csv.DictReader(f)])
     assert scores[0] == scores[1]
 
 
-@pytest.mark.parametrize("flags", [("--init", "none", "--magnification", 5), ("--init", "none"), ("--init", "random", "--magnification", 20, "--tokens", "cls"), ("--tokens", "cls")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--init", "none", "--magnification", 5),
+        ("--init", "none"),
+        ("--init", "random", "--magnification", 20, "--tokens", "cls"),
+        ("--tokens", "cls"),
+    ],
+)
 def test_every_kind_of_row_trains(runs, cohort, flags):
-    out, _ = run("train.py", "finetune", "--task", "gastric_her2", "--data", cohort, *flags, "--epochs", 1, "--batch-size", 16, cwd=runs)
+    out, _ = run(
+        "train.py",
+        "finetune",
+        "--task",
+        "gastric_her2",
+        "--data",
+        cohort,
+        *flags,
+        "--epochs",
+        1,
+        "--batch-size",
+        16,
+        cwd=runs,
+    )
     assert "gastric_her2: test AUROC 0." in out
 
 
 def test_cmem_trains(runs, cohort):
-    run("train.py", "pretrain", "--source", 5, "--data", cohort, "--steps", 10, "--batch-size", 4, cwd=runs)
+    run(
+        "train.py",
+        "pretrain",
+        "--source",
+        5,
+        "--data",
+        cohort,
+        "--steps",
+        10,
+        "--batch-size",
+        4,
+        cwd=runs,
+    )
     line = lines(runs / "runs" / "cmem-5-0.50" / "metrics.jsonl")[-1]
     assert line["loss"] == pytest.approx(line["mem"] + line["contrastive"], abs=1e-4)
 
 
 @pytest.mark.parametrize("empty", [False, True])
 def test_a_damaged_checkpoint_falls_back_and_runs_nothing(cohort, tmp_path, empty):
-    flags = ["pretrain", "--data", cohort, "--batch-size", 4, "--save-every", 4, "--holdout", 0, "--out", "r"]
+    flags = [
+        "pretrain",
+        "--data",
+        cohort,
+        "--batch-size",
+        4,
+        "--save-every",
+        4,
+        "--holdout",
+        0,
+        "--out",
+        "r",
+    ]
     run("train.py", *flags, "--steps", 12, cwd=tmp_path)
     before = (tmp_path / "r" / "encoder" / "model.safetensors").read_bytes()
 
@@ -397,14 +721,41 @@ def test_a_damaged_checkpoint_falls_back_and_runs_nothing(cohort, tmp_path, empt
         (tmp_path / "r" / "last.pt").write_bytes(b"")
     (tmp_path / "r" / "result.json").unlink()
     _, err = run("train.py", *flags, "--steps", 12, cwd=tmp_path)
-    assert "not a whole checkpoint" in err and "prev.pt, 8 done" in err and not (tmp_path / "evil").exists()
+    assert (
+        "not a whole checkpoint" in err
+        and "prev.pt, 8 done" in err
+        and not (tmp_path / "evil").exists()
+    )
     assert (tmp_path / "r" / "encoder" / "model.safetensors").read_bytes() == before
 
 
 def test_other_settings_are_refused_and_named(runs, cohort):
-    _, err = run("train.py", "pretrain", "--data", cohort, *QUICK_PRETRAIN, "--out", "runs/mem-0.50", "--lr", 0.5, cwd=runs, code=1)
+    _, err = run(
+        "train.py",
+        "pretrain",
+        "--data",
+        cohort,
+        *QUICK_PRETRAIN,
+        "--out",
+        "runs/mem-0.50",
+        "--lr",
+        0.5,
+        cwd=runs,
+        code=1,
+    )
     assert "lr None there, 0.5 now" in err and "--resume off" in err
-    _, err = run("train.py", "pretrain", "--mask", 0.5, "--data", cohort, "--holdout", 0.2, *QUICK_PRETRAIN, cwd=runs)
+    _, err = run(
+        "train.py",
+        "pretrain",
+        "--mask",
+        0.5,
+        "--data",
+        cohort,
+        "--holdout",
+        0.2,
+        *QUICK_PRETRAIN,
+        cwd=runs,
+    )
     assert "done before" in err
 
 
@@ -413,24 +764,72 @@ def test_faults_end_in_one_clear_line(runs, cohort, tmp_path):
         _, err = run("train.py", *args, cwd=cwd, code=code)
         return err
 
-    assert "no finished pretraining run" in error("finetune", "--task", "skin_braf", "--data", cohort, cwd=tmp_path)
-    assert "no such task; found gastric_her2, skin_braf" in error("finetune", "--task", "nothing", "--data", cohort)
-    assert "cls with an encoder" in error("finetune", "--task", "skin_braf", "--data", cohort, "--init", "none", "--tokens", "cls", "--out", "x1")
-    assert "40 is not among" in error("finetune", "--task", "skin_braf", "--data", cohort, "--init", "random", "--magnification", 40, "--out", "x2")
+    assert "no finished pretraining run" in error(
+        "finetune", "--task", "skin_braf", "--data", cohort, cwd=tmp_path
+    )
+    assert "no such task; found gastric_her2, skin_braf" in error(
+        "finetune", "--task", "nothing", "--data", cohort
+    )
+    assert "cls with an encoder" in error(
+        "finetune",
+        "--task",
+        "skin_braf",
+        "--data",
+        cohort,
+        "--init",
+        "none",
+        "--tokens",
+        "cls",
+        "--out",
+        "x1",
+    )
+    assert "40 is not among" in error(
+        "finetune",
+        "--task",
+        "skin_braf",
+        "--data",
+        cohort,
+        "--init",
+        "random",
+        "--magnification",
+        40,
+        "--out",
+        "x2",
+    )
     error("finetune", "--task", "skin_braf", "--magnification", "20x", code=2)
     assert "no slides folder" in error("pretrain", "--data", tmp_path)
-    assert "no exported encoder" in error("embed", "--init", tmp_path, "--data", cohort, "--out", "x3")
-    assert "--region 4" in error("pretrain", "--data", cohort, "--region", 5, "--out", "x4", "--holdout", 0)
+    assert "no exported encoder" in error(
+        "embed", "--init", tmp_path, "--data", cohort, "--out", "x3"
+    )
+    assert "--region 4" in error(
+        "pretrain", "--data", cohort, "--region", 5, "--out", "x4", "--holdout", 0
+    )
     assert "some must stay" in error("pretrain", "--data", cohort, "--mask", 1.0, "--out", "x5")
     error("finetune", code=2)
     leaky = tmp_path / "leaky"
     leaky.mkdir()
     os.symlink(cohort / "slides", leaky / "slides")
     os.symlink(cohort / "tasks", leaky / "tasks")
-    data.write_csv(leaky / "pretrain.csv", ("slide_id",), [(p.stem,) for p in (cohort / "slides").iterdir()])
-    run("train.py", "pretrain", "--data", leaky, "--steps", 2, "--batch-size", 2, "--out", "saw-it-all", cwd=tmp_path)
+    data.write_csv(
+        leaky / "pretrain.csv", ("slide_id",), [(p.stem,) for p in (cohort / "slides").iterdir()]
+    )
+    run(
+        "train.py",
+        "pretrain",
+        "--data",
+        leaky,
+        "--steps",
+        2,
+        "--batch-size",
+        2,
+        "--out",
+        "saw-it-all",
+        cwd=tmp_path,
+    )
     for init in (tmp_path / "saw-it-all", tmp_path / "saw-it-all" / "encoder"):
-        assert "slides of tune or test cases" in error("finetune", "--task", "skin_braf", "--data", cohort, "--init", init)
+        assert "slides of tune or test cases" in error(
+            "finetune", "--task", "skin_braf", "--data", cohort, "--init", init
+        )
 
 
 def test_one_class_in_the_test_split_is_said(cohort, tmp_path):
@@ -438,24 +837,74 @@ def test_one_class_in_the_test_split_is_said(cohort, tmp_path):
     (other / "tasks").mkdir(parents=True)
     os.symlink(cohort / "slides", other / "slides")
     with open(cohort / "tasks" / "skin_braf.csv", newline="") as f:
-        rows = [(r["case_id"], r["slide_id"], r["label"], r["split"]) for r in csv.DictReader(f) if r["split"] != "test" or r["label"] == "0"]
-    data.write_csv(other / "tasks" / "skin_braf.csv", ("case_id", "slide_id", "label", "split"), rows)
-    out, _ = run("train.py", "finetune", "--task", "skin_braf", "--init", "none", "--data", other, "--epochs", 1, cwd=tmp_path)
-    assert "no AUROC" in out and json.loads(next(tmp_path.glob("runs/*/result.json")).read_text())["auroc"] is None
-    out, _ = run("train.py", "table", "--data", other, "--rows", "abmil-20", "--epochs", 1, cwd=tmp_path)
+        rows = [
+            (r["case_id"], r["slide_id"], r["label"], r["split"])
+            for r in csv.DictReader(f)
+            if r["split"] != "test" or r["label"] == "0"
+        ]
+    data.write_csv(
+        other / "tasks" / "skin_braf.csv", ("case_id", "slide_id", "label", "split"), rows
+    )
+    out, _ = run(
+        "train.py",
+        "finetune",
+        "--task",
+        "skin_braf",
+        "--init",
+        "none",
+        "--data",
+        other,
+        "--epochs",
+        1,
+        cwd=tmp_path,
+    )
+    assert (
+        "no AUROC" in out
+        and json.loads(next(tmp_path.glob("runs/*/result.json")).read_text())["auroc"] is None
+    )
+    out, _ = run(
+        "train.py", "table", "--data", other, "--rows", "abmil-20", "--epochs", 1, cwd=tmp_path
+    )
     assert "n/a" in out and "0 of 1" in out
 
 
 def test_table_runs_skips_and_prints(runs, cohort):
-    args = ("table", "--data", cohort, "--rows", "abmil-20", "random-all-cls", "mem-0.25-patch", "--steps", 4, "--epochs", 1, "--seeds", 2)
+    args = (
+        "table",
+        "--data",
+        cohort,
+        "--rows",
+        "abmil-20",
+        "random-all-cls",
+        "mem-0.25-patch",
+        "--steps",
+        4,
+        "--epochs",
+        1,
+        "--seeds",
+        2,
+    )
     out, _ = run("train.py", *args, cwd=runs)
-    assert "## Table 1" in out and "## Table 2" in out and "| MEM 0.25 |" in out and "2 of 2" in out and "mean over 2 seeds" in out
-    paper = np.mean([train.PAPER["abmil-20"][list(train.TASK_TITLES).index(task)] for task in ("gastric_her2", "skin_braf")])
+    assert (
+        "## Table 1" in out
+        and "## Table 2" in out
+        and "| MEM 0.25 |" in out
+        and "2 of 2" in out
+        and "mean over 2 seeds" in out
+    )
+    paper = np.mean(
+        [
+            train.PAPER["abmil-20"][list(train.TASK_TITLES).index(task)]
+            for task in ("gastric_her2", "skin_braf")
+        ]
+    )
     assert f"| {paper:.1f} |" in out and (runs / "runs/table/SUMMARY.md").exists()
     found = train.read_results(runs / "runs/table")
     for (row, task), lines in found.runs.items():
         for line, scores in zip(lines, found.scores[row, task], strict=True):
-            assert line["auroc"] == pytest.approx(roc_auc_score(found.labels[task], scores), abs=1e-12)
+            assert line["auroc"] == pytest.approx(
+                roc_auc_score(found.labels[task], scores), abs=1e-12
+            )
     again, err = run("train.py", *args, cwd=runs)
     assert out.endswith(again) and err.count("done before") >= 12
 
@@ -475,9 +924,19 @@ def absent(name):
     return version(name)
 m.version = absent
 """)
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "doctor"], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert done.returncode == 1 and "WARNING            h5py is not installed: pip install -r requirements.txt" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "doctor"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert (
+        done.returncode == 1
+        and "WARNING            h5py is not installed: pip install -r requirements.txt"
+        in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_demo_wants_its_own_task(cohort, tmp_path):
@@ -485,23 +944,48 @@ def test_demo_wants_its_own_task(cohort, tmp_path):
     os.symlink(cohort / "slides", tmp_path / "d" / "slides")
     shutil.copy(cohort / "tasks" / "skin_braf.csv", tmp_path / "d" / "tasks")
     _, err = run("train.py", "demo", "--data", "d", cwd=tmp_path, code=1)
-    assert "gastric_her2.csv: no such task; found skin_braf" in err and not (tmp_path / "runs").exists()
+    assert (
+        "gastric_her2.csv: no such task; found skin_braf" in err
+        and not (tmp_path / "runs").exists()
+    )
 
 
 def several(ranks, *args, cwd):
     """The command in processes that find each other as those of torchrun do, with gloo."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(ranks)}
-    for process in [Command("train.py", *args, cwd=cwd, environment={**place, "RANK": str(r)}) for r in range(ranks)]:
+        place = {
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(probe.getsockname()[1]),
+            "WORLD_SIZE": str(ranks),
+        }
+    for process in [
+        Command("train.py", *args, cwd=cwd, environment={**place, "RANK": str(r)})
+        for r in range(ranks)
+    ]:
         code, out, err = process.end()
         assert code == 0, out + err
 
 
 def torchrun(ranks, *args, cwd):
     """The command under torchrun itself, one thread a process."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(ROOT / "train.py"), *map(str, args)],
-                          cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+            str(ROOT / "train.py"),
+            *map(str, args),
+        ],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -512,62 +996,189 @@ def untrained(flags, cohort, tmp_path) -> dict:
     return torch.load(tmp_path / "0" / "last.pt", weights_only=True)["model"]
 
 
-@pytest.mark.parametrize("flags, ranks, start", [
-    (("pretrain", "--batch-size", 8, "--steps", 6, "--holdout", 0.2), (2, 4), several), (("pretrain", "--source", 5, "--batch-size", 8, "--steps", 6, "--holdout", 0.2), (2, 4), several),
-    (("finetune", "--task", "skin_braf", "--init", "random", "--magnification", 10, "--dropout", 0, "--epochs", 2, "--batch-size", 10), (2,), torchrun)])
+@pytest.mark.parametrize(
+    "flags, ranks, start",
+    [
+        (("pretrain", "--batch-size", 8, "--steps", 6, "--holdout", 0.2), (2, 4), several),
+        (
+            ("pretrain", "--source", 5, "--batch-size", 8, "--steps", 6, "--holdout", 0.2),
+            (2, 4),
+            several,
+        ),
+        (
+            (
+                "finetune",
+                "--task",
+                "skin_braf",
+                "--init",
+                "random",
+                "--magnification",
+                10,
+                "--dropout",
+                0,
+                "--epochs",
+                2,
+                "--batch-size",
+                10,
+            ),
+            (2,),
+            torchrun,
+        ),
+    ],
+)
 def test_many_processes_give_what_one_gives(cohort, tmp_path, flags, ranks, start):
     """The same parameters after several steps at the same global batch; one of the batches of finetune does not divide."""
     run("train.py", *flags, "--data", cohort, "--out", "1", cwd=tmp_path)
-    one, before = torch.load(tmp_path / "1" / "last.pt", weights_only=True), untrained(flags, cohort, tmp_path)
+    one, before = (
+        torch.load(tmp_path / "1" / "last.pt", weights_only=True),
+        untrained(flags, cohort, tmp_path),
+    )
     for n in ranks:
         start(n, *flags, "--data", cohort, "--out", n, cwd=tmp_path)
         other = torch.load(tmp_path / str(n) / "last.pt", weights_only=True)
-        a, b, c = (torch.cat([v.flatten() for k, v in m.items() if "standardize" not in k]) for m in (one["model"], other["model"], before))
-        assert (a - b).norm() < 1e-2 * (a - c).norm()              # AdamW divides by sqrt(v), which blows up rounding where gradients are small
-        first, other = lines(tmp_path / "1" / "metrics.jsonl"), lines(tmp_path / str(n) / "metrics.jsonl")
-        assert [set(line) for line in first] == [set(line) for line in other] and all(other[-1][k] == pytest.approx(first[-1][k], rel=2e-3) for k in ("loss", "norm"))
+        a, b, c = (
+            torch.cat([v.flatten() for k, v in m.items() if "standardize" not in k])
+            for m in (one["model"], other["model"], before)
+        )
+        assert (a - b).norm() < 1e-2 * (
+            a - c
+        ).norm()  # AdamW divides by sqrt(v), which blows up rounding where gradients are small
+        first, other = (
+            lines(tmp_path / "1" / "metrics.jsonl"),
+            lines(tmp_path / str(n) / "metrics.jsonl"),
+        )
+        assert [set(line) for line in first] == [set(line) for line in other] and all(
+            other[-1][k] == pytest.approx(first[-1][k], rel=2e-3) for k in ("loss", "norm")
+        )
     if flags[0] == "finetune":
-        scores = [[(r["case_id"], float(r["score"])) for r in data.read_csv(tmp_path / n / "predictions.csv", ("case_id", "score"))] for n in ("1", "2")]
-        assert [c for c, _ in scores[0]] == [c for c, _ in scores[1]] and np.allclose([s for _, s in scores[0]], [s for _, s in scores[1]], atol=1e-4)
+        scores = [
+            [
+                (r["case_id"], float(r["score"]))
+                for r in data.read_csv(tmp_path / n / "predictions.csv", ("case_id", "score"))
+            ]
+            for n in ("1", "2")
+        ]
+        assert [c for c, _ in scores[0]] == [c for c, _ in scores[1]] and np.allclose(
+            [s for _, s in scores[0]], [s for _, s in scores[1]], atol=1e-4
+        )
 
 
 def test_real_slides_go_all_the_way(real, tmp_path):
     """Tile, pretrain, embed; where there is nothing to do, that is said."""
-    run("data.py", "tile", "--slides", real / "slides" / "TCGA-CR-7395-01A-01-TS1.svs", "--mpp", 0.5, "--out", "d", cwd=tmp_path)
-    run("data.py", "tile", "--slides", real / "slides" / "CMU-1-Small-Region.svs", real / "slides" / "luna-1065626.svs", "--out", "d", cwd=tmp_path)
+    run(
+        "data.py",
+        "tile",
+        "--slides",
+        real / "slides" / "TCGA-CR-7395-01A-01-TS1.svs",
+        "--mpp",
+        0.5,
+        "--out",
+        "d",
+        cwd=tmp_path,
+    )
+    run(
+        "data.py",
+        "tile",
+        "--slides",
+        real / "slides" / "CMU-1-Small-Region.svs",
+        real / "slides" / "luna-1065626.svs",
+        "--out",
+        "d",
+        cwd=tmp_path,
+    )
     _, err = run("train.py", "pretrain", "--data", "d", *QUICK_PRETRAIN, cwd=tmp_path)
     assert "3 slides with 2 windows" in err
-    out, _ = run("train.py", "embed", "--init", "runs/mem-0.50", "--tokens", "cls", "--data", "d", "--out", "e", cwd=tmp_path)
+    out, _ = run(
+        "train.py",
+        "embed",
+        "--init",
+        "runs/mem-0.50",
+        "--tokens",
+        "cls",
+        "--data",
+        "d",
+        "--out",
+        "e",
+        cwd=tmp_path,
+    )
     assert "2 regions" in out and "luna-1065626" in out
 
 
 # --------------------------------------------------------------------------------- embed, heatmap, the plan: other people's tools
 
-ODD = {"encoder": "odd", "magnifications": [5, 10, 20], "tile_px": 224, "mpp": 0.2525, "cell_px": 448 / 0.2525, "origin": [100.0, 37.0],
-       "width": 40000, "height": 30000, "n_bad": 0}                # a cell is 1774.2574... pixels: every edge has to be rounded
+ODD = {
+    "encoder": "odd",
+    "magnifications": [5, 10, 20],
+    "tile_px": 224,
+    "mpp": 0.2525,
+    "cell_px": 448 / 0.2525,
+    "origin": [100.0, 37.0],
+    "width": 40000,
+    "height": 30000,
+    "n_bad": 0,
+}  # a cell is 1774.2574... pixels: every edge has to be rounded
 
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
     """A DATA folder of a slide with holes and invalid tokens, one of many windows, an empty one and one with a NaN; an encoder and one of other weights."""
     folder, rng = tmp_path_factory.mktemp("odd"), np.random.default_rng(5)
-    cells = {"holes": [(c, r) for c in range(7) for r in range(4) if (c, r) not in ((1, 0), (4, 2), (5, 3), (6, 0), (6, 1), (6, 3))],
-             "many": [(c + 3, r) for c in range(20) for r in range(14)], "empty": [], "poisoned": [(0, 0), (1, 0), (0, 1), (1, 1)]}
+    cells = {
+        "holes": [
+            (c, r)
+            for c in range(7)
+            for r in range(4)
+            if (c, r) not in ((1, 0), (4, 2), (5, 3), (6, 0), (6, 1), (6, 3))
+        ],
+        "many": [(c + 3, r) for c in range(20) for r in range(14)],
+        "empty": [],
+        "poisoned": [(0, 0), (1, 0), (0, 1), (1, 1)],
+    }
     for name, places in cells.items():
         places = np.array(places, np.int32).reshape(-1, 2)
-        features, valid = rng.standard_normal((len(places), 21, 6)).astype(np.float16), rng.random((len(places), 21)) > 0.1 * (name == "holes")
+        features, valid = (
+            rng.standard_normal((len(places), 21, 6)).astype(np.float16),
+            rng.random((len(places), 21)) > 0.1 * (name == "holes"),
+        )
         features[:1, 3] = np.nan if name == "poisoned" else features[:1, 3]
-        data.write_slide(folder / "slides" / f"{name}.safetensors", features, places, valid, {"slide_id": name, **ODD})
+        data.write_slide(
+            folder / "slides" / f"{name}.safetensors",
+            features,
+            places,
+            valid,
+            {"slide_id": name, **ODD},
+        )
     for seed in (0, 1):
         torch.manual_seed(seed)
         encoder = mixmag.MixingEncoder(mixmag.Config(6, region=2, width=16, depth=1, heads=2))
         (folder / f"run{seed}").mkdir()
-        train.export_encoder(train.SimpleNamespace(folder=folder / f"run{seed}"), encoder, data.read_slides(folder, ["many"])[0], "small", [])
+        train.export_encoder(
+            train.SimpleNamespace(folder=folder / f"run{seed}"),
+            encoder,
+            data.read_slides(folder, ["many"])[0],
+            "small",
+            [],
+        )
     return folder
 
 
 def embed(odd, out, *flags, slides=("holes", "many", "empty"), init="run0"):
-    return train.embed_command(train.parse(["embed", "--init", str(odd / init), "--data", str(odd), "--out", str(out), "--slides", *slides, *flags]))
+    return train.embed_command(
+        train.parse(
+            [
+                "embed",
+                "--init",
+                str(odd / init),
+                "--data",
+                str(odd),
+                "--out",
+                str(out),
+                "--slides",
+                *slides,
+                *flags,
+            ]
+        )
+    )
 
 
 def brute_force(slide, region=2, levels=(0, 1, 2), min_cover=0.5):
@@ -575,85 +1186,178 @@ def brute_force(slide, region=2, levels=(0, 1, 2), min_cover=0.5):
     written from the description of a region, with no function of the project."""
     at = {tuple(c): i for i, c in enumerate(slide.cells.tolist())}
     first = [0, 1, 5]
-    edge = lambda k, i, side: int(np.round(slide.meta["origin"][k] + i * side))               # noqa: E731
+    edge = lambda k, i, side: int(np.round(slide.meta["origin"][k] + i * side))  # noqa: E731
     tokens, inputs = [], []
     for row in range(0, 40, region):
         for col in range(0, 40, region):
             inside = [(col + c, row + r) for r in range(region) for c in range(region)]
-            if sum(i in at for i in inside) < min_cover * region ** 2:
+            if sum(i in at for i in inside) < min_cover * region**2:
                 continue
             x, valid = [], []
             for k in levels:
-                side = slide.meta["cell_px"] / 2 ** k
-                for r in range(region * 2 ** k):
-                    for c in range(region * 2 ** k):
-                        cell, n = (col + c // 2 ** k, row + r // 2 ** k), 2 ** k
+                side = slide.meta["cell_px"] / 2**k
+                for r in range(region * 2**k):
+                    for c in range(region * 2**k):
+                        cell, n = (col + c // 2**k, row + r // 2**k), 2**k
                         t = first[k] + (r % n) * n + c % n
                         there = cell in at and bool(slide.valid[at[cell], t])
-                        x.append(slide.features[at[cell], t] if there else np.zeros(slide.dim, np.float16))
+                        x.append(
+                            slide.features[at[cell], t]
+                            if there
+                            else np.zeros(slide.dim, np.float16)
+                        )
                         valid.append(there)
                         if there:
                             X, Y = col * n + c, row * n + r
-                            tokens.append((len(inputs), k, (X, Y), (edge(0, X, side), edge(1, Y, side), edge(0, X + 1, side), edge(1, Y + 1, side)), len(x) - 1))
+                            tokens.append(
+                                (
+                                    len(inputs),
+                                    k,
+                                    (X, Y),
+                                    (
+                                        edge(0, X, side),
+                                        edge(1, Y, side),
+                                        edge(0, X + 1, side),
+                                        edge(1, Y + 1, side),
+                                    ),
+                                    len(x) - 1,
+                                )
+                            )
             inputs.append((np.stack(x), np.array(valid), (col, row)))
     return tokens, inputs
 
 
-def read_trident(folder: Path, slide_id: str, name: str, width: int, px: int, magnification: int, side: float):
+def read_trident(
+    folder: Path, slide_id: str, name: str, width: int, px: int, magnification: int, side: float
+):
     """A reader of TRIDENT's two files as its documentation describes them; torchmil takes names from the one and coordinates from the other,
     Patho-Bench the level-0 patch size from the attributes."""
-    types = {"patch_size": int, "patch_size_level0": int, "level0_magnification": float, "target_magnification": int, "overlap": int, "name": str,
-             "savetodir": str, "level0_width": int, "level0_height": int}
+    types = {
+        "patch_size": int,
+        "patch_size_level0": int,
+        "level0_magnification": float,
+        "target_magnification": int,
+        "overlap": int,
+        "name": str,
+        "savetodir": str,
+        "level0_width": int,
+        "level0_height": int,
+    }
     base = folder / f"{magnification:g}x_{px}px_0px_overlap"
-    with h5py.File(base / f"features_{name}" / f"{slide_id}.h5", "r") as f, h5py.File(base / "patches" / f"{slide_id}_patches.h5", "r") as p:
+    with (
+        h5py.File(base / f"features_{name}" / f"{slide_id}.h5", "r") as f,
+        h5py.File(base / "patches" / f"{slide_id}_patches.h5", "r") as p,
+    ):
         assert set(f) == {"features", "coords"} and set(p) == {"coords"}
-        assert f["features"].dtype == np.float32 and f["coords"].dtype == p["coords"].dtype == np.int64
-        assert f["features"].shape == (len(f["coords"]), width) and f["coords"].shape[1:] == (2,) and np.array_equal(f["coords"], p["coords"])
+        assert (
+            f["features"].dtype == np.float32 and f["coords"].dtype == p["coords"].dtype == np.int64
+        )
+        assert (
+            f["features"].shape == (len(f["coords"]), width)
+            and f["coords"].shape[1:] == (2,)
+            and np.array_equal(f["coords"], p["coords"])
+        )
         for coords in (f["coords"], p["coords"]):
             found = dict(coords.attrs)
             assert set(found) == set(types)
             for key, kind in types.items():
-                assert isinstance(found[key], {int: np.integer, float: (np.integer, np.floating), str: str}[kind]), key
-            assert abs(px * found["level0_magnification"] / magnification - found["patch_size_level0"]) < 1         # as TRIDENT computes the side
+                assert isinstance(
+                    found[key], {int: np.integer, float: (np.integer, np.floating), str: str}[kind]
+                ), key
+            assert (
+                abs(px * found["level0_magnification"] / magnification - found["patch_size_level0"])
+                < 1
+            )  # as TRIDENT computes the side
             assert {k: found[k] for k in types if k != "savetodir"} == {
-                "patch_size": px, "patch_size_level0": round(side), "level0_magnification": pytest.approx(10 / ODD["mpp"], abs=0.5), "target_magnification": magnification, "overlap": 0,
-                "name": slide_id, "level0_width": 40000, "level0_height": 30000}
-        assert f["features"].attrs["encoder"] == name and f["features"].attrs["name"] == slide_id and isinstance(f["features"].attrs["savetodir"], str)
+                "patch_size": px,
+                "patch_size_level0": round(side),
+                "level0_magnification": pytest.approx(10 / ODD["mpp"], abs=0.5),
+                "target_magnification": magnification,
+                "overlap": 0,
+                "name": slide_id,
+                "level0_width": 40000,
+                "level0_height": 30000,
+            }
+        assert (
+            f["features"].attrs["encoder"] == name
+            and f["features"].attrs["name"] == slide_id
+            and isinstance(f["features"].attrs["savetodir"], str)
+        )
         return f["features"][:], f["coords"][:]
 
 
 def test_embed_writes_what_trident_readers_want(odd, tmp_path, capsys):
     """Both outputs, read by readers that know nothing of the writer, equal the encoder applied window by window, row for row."""
     assert embed(odd, tmp_path, "--tokens", "patch") == embed(odd, tmp_path, "--tokens", "cls") == 0
-    encoder, said = mixmag.load_encoder(odd / "run0" / "encoder"), capsys.readouterr().out.splitlines()
-    written = [[t[1] for s in data.read_slides(odd, ["holes", "many", "empty"]) for t in brute_force(s)[0]].count(k) for k in range(3)]
-    assert said[0].startswith(f"3 slides, patch outputs in {tmp_path}: {written[0]} at 5x, {written[1]} at 10x, {written[2]} at 20x; 1 slides have no tissue")
+    encoder, said = (
+        mixmag.load_encoder(odd / "run0" / "encoder"),
+        capsys.readouterr().out.splitlines(),
+    )
+    written = [
+        [
+            t[1]
+            for s in data.read_slides(odd, ["holes", "many", "empty"])
+            for t in brute_force(s)[0]
+        ].count(k)
+        for k in range(3)
+    ]
+    assert said[0].startswith(
+        f"3 slides, patch outputs in {tmp_path}: {written[0]} at 5x, {written[1]} at 10x, {written[2]} at 20x; 1 slides have no tissue"
+    )
     for slide in data.read_slides(odd, ["holes", "many", "empty"]):
         tokens, inputs = brute_force(slide)
         with torch.no_grad():
-            outputs = [encoder(torch.from_numpy(x)[None], valid=torch.from_numpy(valid)[None]) for x, valid, _ in inputs]
+            outputs = [
+                encoder(torch.from_numpy(x)[None], valid=torch.from_numpy(valid)[None])
+                for x, valid, _ in inputs
+            ]
         for k, m in enumerate((5, 10, 20)):
-            features, coords = read_trident(tmp_path, slide.slide_id, "mixmag_patch", 16, 224, m, ODD["cell_px"] / 2 ** k)
+            features, coords = read_trident(
+                tmp_path, slide.slide_id, "mixmag_patch", 16, 224, m, ODD["cell_px"] / 2**k
+            )
             mine = [t for t in tokens if t[1] == k]
             assert coords.tolist() == [list(box[:2]) for _, _, _, box, _ in mine]
             if mine:
-                assert np.allclose(features, torch.stack([outputs[w][1][0, i] for w, *_, i in mine]), atol=1e-5)
-        features, coords = read_trident(tmp_path, slide.slide_id, "mixmag_cls", 64, 448, 5, 2 * ODD["cell_px"])
-        assert coords.tolist() == [[int(np.round(o + c * ODD["cell_px"])) for o, c in zip(ODD["origin"], corner)] for *_, corner in inputs]
+                assert np.allclose(
+                    features, torch.stack([outputs[w][1][0, i] for w, *_, i in mine]), atol=1e-5
+                )
+        features, coords = read_trident(
+            tmp_path, slide.slide_id, "mixmag_cls", 64, 448, 5, 2 * ODD["cell_px"]
+        )
+        assert coords.tolist() == [
+            [int(np.round(o + c * ODD["cell_px"])) for o, c in zip(ODD["origin"], corner)]
+            for *_, corner in inputs
+        ]
         if inputs:
-            assert np.allclose(features, torch.stack([cls[0].flatten() for cls, _ in outputs]), atol=1e-5)
-    assert len(inputs) == 77 and not brute_force(data.read_slides(odd, ["empty"])[0])[1]       # more windows than one pass takes; none
+            assert np.allclose(
+                features, torch.stack([cls[0].flatten() for cls, _ in outputs]), atol=1e-5
+            )
+    assert (
+        len(inputs) == 77 and not brute_force(data.read_slides(odd, ["empty"])[0])[1]
+    )  # more windows than one pass takes; none
 
 
 def test_embed_in_clams_layout(odd, tmp_path):
     embed(odd, tmp_path / "clam", "--layout", "clam")
     embed(odd, tmp_path / "trident")
     for slide_id in ("holes", "many", "empty"):
-        bag = torch.load(tmp_path / "clam/5x_448px_0px_overlap/mixmag_cls/pt_files" / f"{slide_id}.pt", weights_only=True)
-        with h5py.File(tmp_path / "clam/5x_448px_0px_overlap/mixmag_cls/h5_files" / f"{slide_id}.h5", "r") as f:
+        bag = torch.load(
+            tmp_path / "clam/5x_448px_0px_overlap/mixmag_cls/pt_files" / f"{slide_id}.pt",
+            weights_only=True,
+        )
+        with h5py.File(
+            tmp_path / "clam/5x_448px_0px_overlap/mixmag_cls/h5_files" / f"{slide_id}.h5", "r"
+        ) as f:
             features, coords = f["features"][:], f["coords"][:]
-        same, there = read_trident(tmp_path / "trident", slide_id, "mixmag_cls", 64, 448, 5, 2 * ODD["cell_px"])
-        assert bag.dtype == torch.float32 and np.array_equal(bag, features) and np.array_equal(features, same) and np.array_equal(coords, there)
+        same, there = read_trident(
+            tmp_path / "trident", slide_id, "mixmag_cls", 64, 448, 5, 2 * ODD["cell_px"]
+        )
+        assert (
+            bag.dtype == torch.float32
+            and np.array_equal(bag, features)
+            and np.array_equal(features, same)
+            and np.array_equal(coords, there)
+        )
 
 
 def test_embed_goes_on_and_refuses_to_mix(odd, tmp_path, capsys):
@@ -675,66 +1379,169 @@ def test_embed_goes_on_and_refuses_to_mix(odd, tmp_path, capsys):
         f["coords"] = np.zeros((3, 2), np.int64)
     theirs = patches.read_bytes()
     assert embed(odd, tmp_path, "--tokens", "patch", slides=("holes", "many", "poisoned")) == 3
-    failed = {r["slide_id"]: r["reason"] for r in data.read_csv(tmp_path / "failed.csv", ("slide_id", "stage", "reason"))}
-    assert set(failed) == {"many", "poisoned"} and "other coordinates" in failed["many"] and "not finite" in failed["poisoned"]
-    assert patches.read_bytes() == theirs and not list(tmp_path.rglob("poisoned*")) and not list(tmp_path.rglob("*.tmp"))
+    failed = {
+        r["slide_id"]: r["reason"]
+        for r in data.read_csv(tmp_path / "failed.csv", ("slide_id", "stage", "reason"))
+    }
+    assert (
+        set(failed) == {"many", "poisoned"}
+        and "other coordinates" in failed["many"]
+        and "not finite" in failed["poisoned"]
+    )
+    assert (
+        patches.read_bytes() == theirs
+        and not list(tmp_path.rglob("poisoned*"))
+        and not list(tmp_path.rglob("*.tmp"))
+    )
 
 
 def test_embed_asks_for_room_first(odd, tmp_path, monkeypatch):
     """HDF5 brings the process down where a disk gets full under it, so what will not fit is refused before its first byte; the others are written."""
     monkeypatch.setattr(data, "free_bytes", lambda folder: 5000)
     assert embed(odd, tmp_path) == 3
-    failed = {r["slide_id"]: r["reason"] for r in data.read_csv(tmp_path / "failed.csv", ("slide_id", "stage", "reason"))}
-    assert set(failed) == {"many"} and "MB do not fit into the 0 MB that are free under" in failed["many"]
+    failed = {
+        r["slide_id"]: r["reason"]
+        for r in data.read_csv(tmp_path / "failed.csv", ("slide_id", "stage", "reason"))
+    }
+    assert (
+        set(failed) == {"many"}
+        and "MB do not fit into the 0 MB that are free under" in failed["many"]
+    )
     assert {p.stem for p in tmp_path.rglob("features*/*.h5")} == {"holes", "empty"}
 
 
-KINDS = [("none", "patch", "all"), ("none", "patch", 10), ("random", "patch", "all"), ("random", "patch", 20), ("random", "cls", "all"), ("random", "cls", 5)]
+KINDS = [
+    ("none", "patch", "all"),
+    ("none", "patch", 10),
+    ("random", "patch", "all"),
+    ("random", "patch", 20),
+    ("random", "cls", "all"),
+    ("random", "cls", 5),
+]
 
 
 @pytest.mark.parametrize("init,tokens,magnification", KINDS)
-def test_attention_lies_where_a_loop_over_windows_puts_it(odd, init, tokens, magnification, monkeypatch):
+def test_attention_lies_where_a_loop_over_windows_puts_it(
+    odd, init, tokens, magnification, monkeypatch
+):
     """Places, weights and ranks of every kind of run, in CaseDataset's order, against loops; a slide's weights sum to 1."""
     torch.manual_seed(3)
     config = mixmag.Config(6, region=2, width=16, depth=1, heads=2)
-    model = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config) if init == "random" else None, tokens, magnification, hidden=8).eval()
+    model = mixmag.SlideClassifier(
+        config,
+        mixmag.MixingEncoder(config) if init == "random" else None,
+        tokens,
+        magnification,
+        hidden=8,
+    ).eval()
     if model.whiten is not None:
-        model.whiten.fit(torch.randn_like(model.whiten.mean), torch.diag(torch.rand(len(model.whiten.matrix))))
+        model.whiten.fit(
+            torch.randn_like(model.whiten.mean), torch.diag(torch.rand(len(model.whiten.matrix)))
+        )
     slide = data.read_slides(odd, ["holes"])[0]
-    dataset = data.CaseDataset({"holes": slide}, [data.Case("holes", 0, "", ["holes"])], config.geometry(), model.index, 0.5)
+    dataset = data.CaseDataset(
+        {"holes": slide},
+        [data.Case("holes", 0, "", ["holes"])],
+        config.geometry(),
+        model.index,
+        0.5,
+    )
     table, score = train.attention_table(model, dataset, compute())
     levels = (0, 1, 2) if magnification == "all" else ((5, 10, 20).index(magnification),)
     expected, inputs = brute_force(slide, levels=levels)
     x, valid = (torch.from_numpy(np.stack(part)) for part in list(zip(*inputs))[:2])
     with torch.no_grad():
-        h = model.standardize(x) if init == "none" else model.encoder(x, model.index.expand(len(x), -1), valid)[0 if tokens == "cls" else 1]
+        h = (
+            model.standardize(x)
+            if init == "none"
+            else model.encoder(x, model.index.expand(len(x), -1), valid)[
+                0 if tokens == "cls" else 1
+            ]
+        )
         h = h.flatten(1)[:, None] if tokens == "cls" else h
         h = h if init == "none" else (h - model.whiten.mean) @ model.whiten.matrix
         h = h[:, 0] if tokens == "cls" else h[valid]
-        raw = model.pool.w(torch.tanh(model.pool.V(h)) * torch.sigmoid(model.pool.U(h))).flatten().softmax(0)
+        raw = (
+            model.pool.w(torch.tanh(model.pool.V(h)) * torch.sigmoid(model.pool.U(h)))
+            .flatten()
+            .softmax(0)
+        )
         assert score == pytest.approx(torch.sigmoid(model.head(raw @ h)).item(), abs=1e-5)
     if tokens == "cls":
-        expected = [(w, 0, (col // 2, row // 2), tuple(int(np.round(ODD["origin"][i % 2] + ((col, row)[i % 2] + i // 2 * 2) * ODD["cell_px"])) for i in range(4)), 0)
-                    for w, (*_, (col, row)) in enumerate(inputs)]
-    assert [(w, k, tuple(p), tuple(b)) for w, k, p, b in zip(table.window.tolist(), table.level.tolist(), table.place.tolist(), table.box.tolist())] == [e[:4] for e in expected]
-    assert np.allclose(table.weight, raw, atol=1e-6) and table.weight.sum() == pytest.approx(1, abs=1e-6)
+        expected = [
+            (
+                w,
+                0,
+                (col // 2, row // 2),
+                tuple(
+                    int(
+                        np.round(
+                            ODD["origin"][i % 2] + ((col, row)[i % 2] + i // 2 * 2) * ODD["cell_px"]
+                        )
+                    )
+                    for i in range(4)
+                ),
+                0,
+            )
+            for w, (*_, (col, row)) in enumerate(inputs)
+        ]
+    assert [
+        (w, k, tuple(p), tuple(b))
+        for w, k, p, b in zip(
+            table.window.tolist(), table.level.tolist(), table.place.tolist(), table.box.tolist()
+        )
+    ] == [e[:4] for e in expected]
+    assert np.allclose(table.weight, raw, atol=1e-6) and table.weight.sum() == pytest.approx(
+        1, abs=1e-6
+    )
     assert table.region.tolist() == [[c // 2 for c in inputs[w][2]] for w, *_ in expected]
     for k in levels if tokens == "patch" else (0,):
         weights = table.weight[table.level == k]
-        assert np.allclose(table.rank[table.level == k], [((weights < v).sum() + ((weights == v).sum() + 1) / 2) / len(weights) for v in weights])
+        assert np.allclose(
+            table.rank[table.level == k],
+            [
+                ((weights < v).sum() + ((weights == v).sum() + 1) / 2) / len(weights)
+                for v in weights
+            ],
+        )
     figures = []
     monkeypatch.setattr(train, "save_figure", lambda figure, _: figures.append(figure))
-    for k, side in set(zip(table.level.tolist(), table.side.tolist())):                       # what is painted, by the place on the axes, and what is left bare
-        train.draw_attention(None, table, k, slide, (np.zeros((2, 2)), (0, 40000, 30000, 0)), (0, 0, 40000, 30000), "title")
+    for k, side in set(
+        zip(table.level.tolist(), table.side.tolist())
+    ):  # what is painted, by the place on the axes, and what is left bare
+        train.draw_attention(
+            None,
+            table,
+            k,
+            slide,
+            (np.zeros((2, 2)), (0, 40000, 30000, 0)),
+            (0, 0, 40000, 30000),
+            "title",
+        )
         axis = figures.pop().axes[0]
-        shown, (left, right, bottom, top) = axis.images[1].get_array(), np.array(axis.images[1].get_extent()) / 0.2525
-        centre = {(left + (c + 0.5) * (right - left) / shown.shape[1], top + (r + 0.5) * (bottom - top) / shown.shape[0]): shown[r, c] for r, c in zip(*np.where(~shown.mask))}
-        boxes = [(b, v) for b, v, level in zip(table.box.tolist(), table.rank, table.level) if level == k]
+        shown, (left, right, bottom, top) = (
+            axis.images[1].get_array(),
+            np.array(axis.images[1].get_extent()) / 0.2525,
+        )
+        centre = {
+            (
+                left + (c + 0.5) * (right - left) / shown.shape[1],
+                top + (r + 0.5) * (bottom - top) / shown.shape[0],
+            ): shown[r, c]
+            for r, c in zip(*np.where(~shown.mask))
+        }
+        boxes = [
+            (b, v) for b, v, level in zip(table.box.tolist(), table.rank, table.level) if level == k
+        ]
         for x, y in centre:
             (value,) = [v for (x0, y0, x1, y1), v in boxes if x0 < x < x1 and y0 < y < y1]
             assert centre[x, y] == value
-        assert len(centre) == (len(boxes) if tokens == "patch" else len(slide.cells) - 1)     # one cell lies in no region that is half covered
-        assert axis.get_xlim() == pytest.approx((0, 10100)) and axis.get_ylim() == pytest.approx((7575, 0))
+        assert len(centre) == (
+            len(boxes) if tokens == "patch" else len(slide.cells) - 1
+        )  # one cell lies in no region that is half covered
+        assert axis.get_xlim() == pytest.approx((0, 10100)) and axis.get_ylim() == pytest.approx(
+            (7575, 0)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -750,84 +1557,237 @@ def pictured(tmp_path_factory):
     rows = [("c0", slide.slide_id, 1, "test"), ("c1", "s0", 0, "test")]
     for i in range(9):
         features = slide.features[rng.permutation(len(slide.cells))] + np.float16(0.2 * (i % 2))
-        data.write_slide(folder / "d/slides" / f"s{i}.safetensors", features, slide.cells, slide.valid, {**{k: slide.meta[k] for k in data.FIELDS if k not in (
-            "format", "created", "sha256")}, "slide_id": f"s{i}"})
+        data.write_slide(
+            folder / "d/slides" / f"s{i}.safetensors",
+            features,
+            slide.cells,
+            slide.valid,
+            {
+                **{
+                    k: slide.meta[k]
+                    for k in data.FIELDS
+                    if k not in ("format", "created", "sha256")
+                },
+                "slide_id": f"s{i}",
+            },
+        )
         rows += [(f"c{i + 1}", f"s{i}", i % 2, "train" if i < 5 else "tune")] * (i > 0)
     data.write_csv(folder / "d/tasks/t.csv", ("case_id", "slide_id", "label", "split"), rows)
-    for name, *flags in (("patch",), ("cls", "--tokens", "cls"), ("none", "--init", "none", "--magnification", "20")):
+    for name, *flags in (
+        ("patch",),
+        ("cls", "--tokens", "cls"),
+        ("none", "--init", "none", "--magnification", "20"),
+    ):
         if name == "patch":
-            train.pretrain(train.parse(["pretrain", *map(str, ("--data", folder / "d", "--region", 2, "--steps", 4, "--batch-size", 4, "--holdout", 0, "--out", folder / "mem"))]))
-        train.finetune(train.parse(["finetune", "--task", "t", *map(str, ("--data", folder / "d", "--init", folder / "mem", "--region", 2, "--epochs", 1, "--batch-size", 4,
-                                                                          "--out", folder / name, *flags))]))
+            train.pretrain(
+                train.parse(
+                    [
+                        "pretrain",
+                        *map(
+                            str,
+                            (
+                                "--data",
+                                folder / "d",
+                                "--region",
+                                2,
+                                "--steps",
+                                4,
+                                "--batch-size",
+                                4,
+                                "--holdout",
+                                0,
+                                "--out",
+                                folder / "mem",
+                            ),
+                        ),
+                    ]
+                )
+            )
+        train.finetune(
+            train.parse(
+                [
+                    "finetune",
+                    "--task",
+                    "t",
+                    *map(
+                        str,
+                        (
+                            "--data",
+                            folder / "d",
+                            "--init",
+                            folder / "mem",
+                            "--region",
+                            2,
+                            "--epochs",
+                            1,
+                            "--batch-size",
+                            4,
+                            "--out",
+                            folder / name,
+                            *flags,
+                        ),
+                    ),
+                ]
+            )
+        )
     return folder
 
 
 def heatmap(pictured, name, *flags):
-    return train.heatmap_command(train.parse(["heatmap", "--run", str(pictured / name), "--slide", "synthetic-000", *map(str, flags)]))
+    return train.heatmap_command(
+        train.parse(
+            ["heatmap", "--run", str(pictured / name), "--slide", "synthetic-000", *map(str, flags)]
+        )
+    )
 
 
 def read_geojson(path):
     """A reader of what QuPath asks for: strict JSON, closed integer rectangles, unique ids, finite measurements."""
-    found = json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
-    assert found["type"] == "FeatureCollection" and len({f["id"] for f in found["features"]}) == len(found["features"])
+    found = json.loads(
+        path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON")
+    )
+    assert found["type"] == "FeatureCollection" and len(
+        {f["id"] for f in found["features"]}
+    ) == len(found["features"])
     for f in found["features"]:
         (ring,), p = f["geometry"]["coordinates"], f["properties"]
-        assert f["type"] == "Feature" and f["geometry"]["type"] == "Polygon" and uuid.UUID(f["id"]).version == 5
-        assert len(ring) == 5 and ring[0] == ring[-1] and all(type(v) is int for point in ring for v in point)
-        assert p["objectType"] == "detection" and all(0 <= v <= 255 and type(v) is int for v in p["color"]) and isinstance(p["classification"]["name"], str)
-        assert isinstance(p["measurements"], dict) and all(math.isfinite(v) for v in p["measurements"].values())
+        assert (
+            f["type"] == "Feature"
+            and f["geometry"]["type"] == "Polygon"
+            and uuid.UUID(f["id"]).version == 5
+        )
+        assert (
+            len(ring) == 5
+            and ring[0] == ring[-1]
+            and all(type(v) is int for point in ring for v in point)
+        )
+        assert (
+            p["objectType"] == "detection"
+            and all(0 <= v <= 255 and type(v) is int for v in p["color"])
+            and isinstance(p["classification"]["name"], str)
+        )
+        assert isinstance(p["measurements"], dict) and all(
+            math.isfinite(v) for v in p["measurements"].values()
+        )
     return found
 
 
 def test_heatmap_of_a_slide_image(pictured, tmp_path, capsys, monkeypatch):
     """Through the whole chain, on the image: pictures, CSV and GeoJSON of each magnification, which follow from run and slide alone."""
-    assert heatmap(pictured, "patch", "--image", pictured / "images/synthetic-000.tiff", "--out", tmp_path / "a") == 0
+    assert (
+        heatmap(
+            pictured,
+            "patch",
+            "--image",
+            pictured / "images/synthetic-000.tiff",
+            "--out",
+            tmp_path / "a",
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     monkeypatch.setattr(train, "draw_attention", lambda *_: None)
     heatmap(pictured, "patch", "--out", tmp_path / "b")
     rule = json.loads((pictured / "patch/result.json").read_text())["case_score"]
-    assert f"a case's score is the {rule} over its slides" in said and "no evidence of causality" in said
-    assert {p.name for p in (tmp_path / "a").iterdir()} == {"attention.csv", "regions.png", *(f"attention-{m}x.{e}" for m in (5, 10, 20) for e in ("png", "geojson"))}
+    assert (
+        f"a case's score is the {rule} over its slides" in said
+        and "no evidence of causality" in said
+    )
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {
+        "attention.csv",
+        "regions.png",
+        *(f"attention-{m}x.{e}" for m in (5, 10, 20) for e in ("png", "geojson")),
+    }
     with open(tmp_path / "a/attention.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     slide = data.read_slides(pictured / "d", ["synthetic-000"])[0]
     expected, _ = brute_force(slide)
-    assert [(int(r["magnification"]), int(r["col"]), int(r["row"]), int(r["x"]), int(r["y"])) for r in rows] == [((5, 10, 20)[k], *place, *box[:2]) for _, k, place, box, _ in expected]
-    assert sum(float(r["attention"]) for r in rows) == pytest.approx(1, abs=1e-6) and {float(r["side"]) for r in rows} == {896.0, 448.0, 224.0}
+    assert [
+        (int(r["magnification"]), int(r["col"]), int(r["row"]), int(r["x"]), int(r["y"]))
+        for r in rows
+    ] == [((5, 10, 20)[k], *place, *box[:2]) for _, k, place, box, _ in expected]
+    assert sum(float(r["attention"]) for r in rows) == pytest.approx(1, abs=1e-6) and {
+        float(r["side"]) for r in rows
+    } == {896.0, 448.0, 224.0}
     predicted, score = tmp_path / "p.csv", float(said.split("score ")[1].split(";")[0])
-    train.predict_command(train.parse(["predict", "--run", str(pictured / "patch"), "--data", str(pictured / "d"), "--slides", "synthetic-000", "--out", str(predicted)]))
-    assert score == pytest.approx(float(data.read_csv(predicted, ("slide_id", "score"))[0]["score"]), abs=1e-4)
+    train.predict_command(
+        train.parse(
+            [
+                "predict",
+                "--run",
+                str(pictured / "patch"),
+                "--data",
+                str(pictured / "d"),
+                "--slides",
+                "synthetic-000",
+                "--out",
+                str(predicted),
+            ]
+        )
+    )
+    assert score == pytest.approx(
+        float(data.read_csv(predicted, ("slide_id", "score"))[0]["score"]), abs=1e-4
+    )
     for m in (5, 10, 20):
         found = read_geojson(tmp_path / "a" / f"attention-{m}x.geojson")
-        assert (tmp_path / "a" / f"attention-{m}x.geojson").read_bytes() == (tmp_path / "b" / f"attention-{m}x.geojson").read_bytes()
+        assert (tmp_path / "a" / f"attention-{m}x.geojson").read_bytes() == (
+            tmp_path / "b" / f"attention-{m}x.geojson"
+        ).read_bytes()
         mine = [r for r in rows if r["magnification"] == str(m)]
         for r, f in zip(mine, found["features"], strict=True):
-            assert f["geometry"]["coordinates"][0][0] == [int(r["x"]), int(r["y"])] and f["properties"]["measurements"]["attention"] == float(r["attention"])
+            assert f["geometry"]["coordinates"][0][0] == [int(r["x"]), int(r["y"])] and f[
+                "properties"
+            ]["measurements"]["attention"] == float(r["attention"])
         assert found["metadata"]["bounds_subtracted"] == [0, 0]
         with Image.open(tmp_path / "a" / f"attention-{m}x.png") as picture:
-            assert min(picture.size) > 400 and len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 500
+            assert (
+                min(picture.size) > 400
+                and len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 500
+            )
 
 
 def test_heatmap_without_an_image_and_of_other_runs(pictured, tmp_path, capsys):
     heatmap(pictured, "cls", "--out", tmp_path / "cls")
     heatmap(pictured, "none", "--out", tmp_path / "none")
     assert capsys.readouterr().out.count("no --image, so no top regions") == 2
-    assert {p.name for p in (tmp_path / "cls").iterdir()} == {"attention.csv", "attention-regions.png", "attention-regions.geojson"}
-    assert {p.name for p in (tmp_path / "none").iterdir()} == {"attention.csv", "attention-20x.png", "attention-20x.geojson"}
+    assert {p.name for p in (tmp_path / "cls").iterdir()} == {
+        "attention.csv",
+        "attention-regions.png",
+        "attention-regions.geojson",
+    }
+    assert {p.name for p in (tmp_path / "none").iterdir()} == {
+        "attention.csv",
+        "attention-20x.png",
+        "attention-20x.geojson",
+    }
     slide = data.read_slides(pictured / "d", ["synthetic-000"])[0]
-    assert len(read_geojson(tmp_path / "cls/attention-regions.geojson")["features"]) == len(brute_force(slide)[1])
-    assert len(read_geojson(tmp_path / "none/attention-20x.geojson")["features"]) == len(brute_force(slide, levels=(2,))[0])
+    assert len(read_geojson(tmp_path / "cls/attention-regions.geojson")["features"]) == len(
+        brute_force(slide)[1]
+    )
+    assert len(read_geojson(tmp_path / "none/attention-20x.geojson")["features"]) == len(
+        brute_force(slide, levels=(2,))[0]
+    )
     with Image.open(tmp_path / "none/attention-20x.png") as picture:
         assert min(picture.size) > 400
 
 
-def test_heatmap_subtracts_bounds_and_survives_a_broken_image(pictured, tmp_path, monkeypatch, capsys):
+def test_heatmap_subtracts_bounds_and_survives_a_broken_image(
+    pictured, tmp_path, monkeypatch, capsys
+):
     """MIRAX slides say where their tissue lies, and QuPath cuts them to it. What cannot be read is drawn grey, and said."""
+
     class Bounded(data.Reader):
         def __init__(self, path):
             super().__init__(path)
-            self.slide = type("Slide", (), {"__getattr__": lambda _, name, slide=self.slide: getattr(slide, name)})()
-            self.slide.properties = {"openslide.bounds-x": "64", "openslide.bounds-y": "32", "openslide.bounds-width": "2000", "openslide.bounds-height": "1500"}
+            self.slide = type(
+                "Slide", (), {"__getattr__": lambda _, name, slide=self.slide: getattr(slide, name)}
+            )()
+            self.slide.properties = {
+                "openslide.bounds-x": "64",
+                "openslide.bounds-y": "32",
+                "openslide.bounds-width": "2000",
+                "openslide.bounds-height": "1500",
+            }
 
     image, drawn = pictured / "images/synthetic-000.tiff", []
     monkeypatch.setattr(train, "draw_regions", lambda *_: None)
@@ -835,23 +1795,53 @@ def test_heatmap_subtracts_bounds_and_survives_a_broken_image(pictured, tmp_path
     heatmap(pictured, "patch", "--image", image, "--out", tmp_path / "plain")
     monkeypatch.setattr(data, "Reader", Bounded)
     heatmap(pictured, "patch", "--image", image, "--out", tmp_path / "bounded")
-    assert [words[5] for words in drawn] == [(0, 0, 2800, 1900)] * 3 + [(64, 32, 2064, 1532)] * 3       # what is seen, level-0 px
-    (whole, extent), (cut, cut_extent) = drawn[0][4], drawn[3][4]                            # the ground: the cut is the whole's, at its own scale
-    assert extent == (0, 2800, 1900, 0) and cut_extent == (64, 2064, 1532, 32) and whole.shape[1] == cut.shape[1] == 1600
-    small = np.asarray(Image.fromarray(whole).resize((2800 // 8, 1900 // 8), Image.Resampling.BOX))[4:191, 8:258]
-    assert np.corrcoef(small.ravel(), np.asarray(Image.fromarray(cut).resize(small.shape[::-1], Image.Resampling.BOX)).ravel())[0, 1] > 0.98
-    plain, bounded = (read_geojson(tmp_path / name / "attention-10x.geojson") for name in ("plain", "bounded"))
+    assert [words[5] for words in drawn] == [(0, 0, 2800, 1900)] * 3 + [
+        (64, 32, 2064, 1532)
+    ] * 3  # what is seen, level-0 px
+    (whole, extent), (cut, cut_extent) = (
+        drawn[0][4],
+        drawn[3][4],
+    )  # the ground: the cut is the whole's, at its own scale
+    assert (
+        extent == (0, 2800, 1900, 0)
+        and cut_extent == (64, 2064, 1532, 32)
+        and whole.shape[1] == cut.shape[1] == 1600
+    )
+    small = np.asarray(Image.fromarray(whole).resize((2800 // 8, 1900 // 8), Image.Resampling.BOX))[
+        4:191, 8:258
+    ]
+    assert (
+        np.corrcoef(
+            small.ravel(),
+            np.asarray(
+                Image.fromarray(cut).resize(small.shape[::-1], Image.Resampling.BOX)
+            ).ravel(),
+        )[0, 1]
+        > 0.98
+    )
+    plain, bounded = (
+        read_geojson(tmp_path / name / "attention-10x.geojson") for name in ("plain", "bounded")
+    )
     assert bounded["metadata"]["bounds_subtracted"] == [64, 32]
     for a, b in zip(plain["features"], bounded["features"], strict=True):
-        assert (np.array(a["geometry"]["coordinates"]) - b["geometry"]["coordinates"] == [64, 32]).all()
+        assert (
+            np.array(a["geometry"]["coordinates"]) - b["geometry"]["coordinates"] == [64, 32]
+        ).all()
 
     def fail(*_):
         raise data.openslide.OpenSlideError("torn")
 
     monkeypatch.setattr(Bounded, "read", fail)
     heatmap(pictured, "patch", "--image", image, "--out", tmp_path / "torn")
-    assert (drawn[-1][4][0] == 128).all() and "cannot be read and are drawn grey (torn)" in capsys.readouterr().err
-    tifffile.imwrite(tmp_path / "other.tiff", np.zeros((512, 512, 3), np.uint8), tile=(256, 256), photometric="rgb")
+    assert (
+        drawn[-1][4][0] == 128
+    ).all() and "cannot be read and are drawn grey (torn)" in capsys.readouterr().err
+    tifffile.imwrite(
+        tmp_path / "other.tiff",
+        np.zeros((512, 512, 3), np.uint8),
+        tile=(256, 256),
+        photometric="rgb",
+    )
     with pytest.raises(MixmagError, match="not the same slide"):
         heatmap(pictured, "patch", "--image", tmp_path / "other.tiff")
 
@@ -863,25 +1853,63 @@ def test_top_regions_are_those_of_the_highest_sum(odd, tmp_path, monkeypatch):
     tokens, inputs = brute_force(slide)
     weight = rng.random(len(tokens)) ** 4
     window, level = (np.array([t[i] for t in tokens]) for i in (0, 1))
-    table = train.SimpleNamespace(window=window, level=level, weight=weight, box=np.array([t[3] for t in tokens]), region=np.array([inputs[w][2] for w in window]) // 2)
+    table = train.SimpleNamespace(
+        window=window,
+        level=level,
+        weight=weight,
+        box=np.array([t[3] for t in tokens]),
+        region=np.array([inputs[w][2] for w in window]) // 2,
+    )
     cut = []
-    monkeypatch.setattr(train, "slide_picture", lambda _reader, box, _width: cut.append([int(v) for v in box]) or np.zeros((4, 4, 3), np.uint8))
-    train.draw_regions(tmp_path / "r.png", table, ["5x", "10x", "20x"], slide, None, 2 * ODD["cell_px"])
+    monkeypatch.setattr(
+        train,
+        "slide_picture",
+        lambda _reader, box, _width: (
+            cut.append([int(v) for v in box]) or np.zeros((4, 4, 3), np.uint8)
+        ),
+    )
+    train.draw_regions(
+        tmp_path / "r.png", table, ["5x", "10x", "20x"], slide, None, 2 * ODD["cell_px"]
+    )
     sums = {w: weight[window == w].sum() for w in range(len(inputs))}
     expected = []
     for w in sorted(sums, key=lambda w: -sums[w])[:6]:
         col, row = inputs[w][2]
-        box = [int(np.round(o + c * ODD["cell_px"])) for c, o in ((col, 100), (row, 37), (col + 2, 100), (row + 2, 37))]
+        box = [
+            int(np.round(o + c * ODD["cell_px"]))
+            for c, o in ((col, 100), (row, 37), (col + 2, 100), (row + 2, 37))
+        ]
         expected.append([min(v, limit) for v, limit in zip(box, (40000, 30000) * 2)])
         for k in range(3):
-            best = max((i for i in range(len(tokens)) if window[i] == w and level[i] == k), key=lambda i: weight[i])
-            expected.append([min(v, limit) for v, limit in zip(tokens[best][3], (40000, 30000) * 2)])
+            best = max(
+                (i for i in range(len(tokens)) if window[i] == w and level[i] == k),
+                key=lambda i: weight[i],
+            )
+            expected.append(
+                [min(v, limit) for v, limit in zip(tokens[best][3], (40000, 30000) * 2)]
+            )
     assert cut == expected and len(cut) == 24
 
 
 def test_finetune_plans_before_work(cohort, tmp_path):
     """Counts against a loop, no run folder, the same settings as the run itself, and the memory within a factor of two of the measured peak."""
-    flags = ["finetune", "--task", "skin_braf", "--init", "random", "--data", str(cohort), "--batch-size", "24", "--epochs", "1", "--region", "2", "--out", "r"]
+    flags = [
+        "finetune",
+        "--task",
+        "skin_braf",
+        "--init",
+        "random",
+        "--data",
+        str(cohort),
+        "--batch-size",
+        "24",
+        "--epochs",
+        "1",
+        "--region",
+        "2",
+        "--out",
+        "r",
+    ]
     planned, _ = run("train.py", *flags, "--dry-run", cwd=tmp_path)
     assert not list(tmp_path.iterdir())
     slides, bytes_read, most = {s.slide_id: s for s in data.read_slides(cohort)}, 0, 0
@@ -889,29 +1917,82 @@ def test_finetune_plans_before_work(cohort, tmp_path):
         cases = [c for c in data.read_task(cohort, "skin_braf") if c.split == split]
         regions = [sum(len(brute_force(slides[i])[1]) for i in c.slide_ids) for c in cases]
         row = next(line for line in planned.splitlines() if line.startswith(split)).split()
-        assert row[1:5] == [str(len(cases)), str(sum(len(c.slide_ids) for c in cases)), str(sum(regions)), f"{84 * sum(regions):,d}"]
+        assert row[1:5] == [
+            str(len(cases)),
+            str(sum(len(c.slide_ids) for c in cases)),
+            str(sum(regions)),
+            f"{84 * sum(regions):,d}",
+        ]
         bytes_read += (split != "test") * sum(regions) * 84 * 64 * 2
         most = sum(sorted(regions)[-24:]) if split == "train" else most
-    assert f"an epoch reads the train and the tune split, {bytes_read / 1e9:.3f} GB" in planned and "largest case: " in planned
-    code = ("import sys, train; train.finetune(train.parse(sys.argv[1:])); "
-            "print(int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) * 1024)")          # ru_maxrss would count the parent's
-    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
-    predicted, measured = float(planned.split("memory: about ")[1].split()[0]), int(done.stdout.split()[-1]) / 1e9
+    assert (
+        f"an epoch reads the train and the tune split, {bytes_read / 1e9:.3f} GB" in planned
+        and "largest case: " in planned
+    )
+    code = (
+        "import sys, train; train.finetune(train.parse(sys.argv[1:])); "
+        "print(int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) * 1024)"
+    )  # ru_maxrss would count the parent's
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    predicted, measured = (
+        float(planned.split("memory: about ")[1].split()[0]),
+        int(done.stdout.split()[-1]) / 1e9,
+    )
     assert 0.5 < predicted / measured < 2, (predicted, measured)
     config = mixmag.Config.small(64, region=2)
-    model = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config), hidden=train.PRESETS["small"]["finetune"]["hidden"])
-    assert predicted - float(planned.split(" of them held")[0].split()[-1]) == pytest.approx(train.finetuning_memory(model, most, True) / 1e9, abs=0.011)
+    model = mixmag.SlideClassifier(
+        config, mixmag.MixingEncoder(config), hidden=train.PRESETS["small"]["finetune"]["hidden"]
+    )
+    assert predicted - float(planned.split(" of them held")[0].split()[-1]) == pytest.approx(
+        train.finetuning_memory(model, most, True) / 1e9, abs=0.011
+    )
     assert "dry_run" not in json.loads((tmp_path / "r/config.json").read_text())
 
 
 def test_a_table_of_several_processes(runs, cohort):
     """torchrun makes the table that one process makes, and a cell that is refused ends all of them, in one line, with nothing written."""
-    args = ("table", "--data", cohort, "--rows", "abmil-20", "random-10-patch", "--tasks", "skin_braf", "--epochs", 1)
+    args = (
+        "table",
+        "--data",
+        cohort,
+        "--rows",
+        "abmil-20",
+        "random-10-patch",
+        "--tasks",
+        "skin_braf",
+        "--epochs",
+        1,
+    )
     torchrun(2, *args, "--out", "several", cwd=runs)
     assert len(train.read_results(runs / "several").runs) == 2
     before = {p: p.read_bytes() for p in (runs / "several").iterdir() if p.is_file()}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"),
-                           *map(str, args[:-1]), "2", "--out", "several"], cwd=runs, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(ROOT / "train.py"),
+            *map(str, args[:-1]),
+            "2",
+            "--out",
+            "several",
+        ],
+        cwd=runs,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode and "holds a run with other settings" in done.stderr
     assert {p: p.read_bytes() for p in (runs / "several").iterdir() if p.is_file()} == before
 
@@ -922,13 +2003,33 @@ def test_a_table_of_other_settings_replaces_nothing(runs, cohort):
     run("train.py", *args, "--epochs", 1, cwd=runs)
     before = {p: p.read_bytes() for p in (runs / "t").iterdir() if p.is_file()}
     _, err = run("train.py", *args, "--epochs", 2, cwd=runs, code=1)
-    assert "holds a run with other settings: epochs 1 there, 2 now" in err and {p: p.read_bytes() for p in (runs / "t").iterdir() if p.is_file()} == before
+    assert (
+        "holds a run with other settings: epochs 1 there, 2 now" in err
+        and {p: p.read_bytes() for p in (runs / "t").iterdir() if p.is_file()} == before
+    )
     (runs / "one-class" / "tasks").mkdir(parents=True)
     os.symlink(cohort / "slides", runs / "one-class" / "slides")
     shutil.copy(cohort / "tasks" / "gastric_her2.csv", runs / "one-class" / "tasks")
-    rows = [(r["case_id"], r["slide_id"], 0, r["split"]) for r in data.read_csv(cohort / "tasks" / "skin_braf.csv", ("case_id", "slide_id", "split"))]
-    data.write_csv(runs / "one-class" / "tasks" / "skin_braf.csv", ("case_id", "slide_id", "label", "split"), rows)
-    args = ("table", "--data", "one-class", "--rows", "abmil-20", "abmil-20", "--epochs", 1, "--out")
+    rows = [
+        (r["case_id"], r["slide_id"], 0, r["split"])
+        for r in data.read_csv(cohort / "tasks" / "skin_braf.csv", ("case_id", "slide_id", "split"))
+    ]
+    data.write_csv(
+        runs / "one-class" / "tasks" / "skin_braf.csv",
+        ("case_id", "slide_id", "label", "split"),
+        rows,
+    )
+    args = (
+        "table",
+        "--data",
+        "one-class",
+        "--rows",
+        "abmil-20",
+        "abmil-20",
+        "--epochs",
+        1,
+        "--out",
+    )
     out, _ = run("train.py", *args, "u", cwd=runs, code=3)
     assert out.count("| AB-MIL 20x |") == 1 and "| n/a | **" in out and "1 of 2" in out
     _, err = run("train.py", *args, "v", "--tasks", "skin_braf", cwd=runs, code=1)
@@ -936,17 +2037,38 @@ def test_a_table_of_other_settings_replaces_nothing(runs, cohort):
 
 
 def test_a_case_seen_by_another_tasks_slide_is_a_leak(runs, cohort, tmp_path):
-    seen = next(r["slide_id"] for r in data.read_csv(runs / "runs/mem-0.50/encoder/slides.csv", ("slide_id", "role")) if r["role"] == "train")
+    seen = next(
+        r["slide_id"]
+        for r in data.read_csv(runs / "runs/mem-0.50/encoder/slides.csv", ("slide_id", "role"))
+        if r["role"] == "train"
+    )
     shutil.copytree(cohort / "tasks", tmp_path / "d" / "tasks")
     os.symlink(cohort / "slides", tmp_path / "d" / "slides")
     path = tmp_path / "d" / "tasks" / "skin_braf.csv"
     columns = ("case_id", "slide_id", "label", "split")
     case = next(r["case_id"] for r in data.read_csv(path, columns) if r["split"] == "test")
     data.write_csv(path.with_name("other.csv"), columns, [(case, seen, 1, "train")])
-    for name in ("gastric_her2", "skin_braf"):                     # where that slide has been so far
-        rows = [tuple(r.values()) for r in data.read_csv(path.with_name(f"{name}.csv"), columns) if r["slide_id"] != seen]
+    for name in ("gastric_her2", "skin_braf"):  # where that slide has been so far
+        rows = [
+            tuple(r.values())
+            for r in data.read_csv(path.with_name(f"{name}.csv"), columns)
+            if r["slide_id"] != seen
+        ]
         data.write_csv(path.with_name(f"{name}.csv"), columns, rows)
-    _, err = run("train.py", "finetune", "--task", "skin_braf", "--data", tmp_path / "d", "--init", "runs/mem-0.50", "--out", tmp_path / "f", cwd=runs, code=1)
+    _, err = run(
+        "train.py",
+        "finetune",
+        "--task",
+        "skin_braf",
+        "--data",
+        tmp_path / "d",
+        "--init",
+        "runs/mem-0.50",
+        "--out",
+        tmp_path / "f",
+        cwd=runs,
+        code=1,
+    )
     assert f"was pretrained on 1 slides of tune or test cases of this task, such as '{seen}'" in err
 
 
@@ -957,26 +2079,47 @@ def test_the_encoder_brings_preset_and_region(runs, cohort):
     about = json.loads((runs / "runs/mem-0.50/encoder/config.json").read_text())
     (runs / "other").mkdir()
     shutil.copy(runs / "runs/mem-0.50/encoder/model.safetensors", runs / "other")
-    data.write_json(runs / "other" / "config.json", {**about, "preset": "paper", "model": {**about["model"], "region": 2}})
+    data.write_json(
+        runs / "other" / "config.json",
+        {**about, "preset": "paper", "model": {**about["model"], "region": 2}},
+    )
     for flags, expected in (((), ("paper", 2)), (("--preset", "small"), ("small", 2))):
         args = train.parse(["finetune", "--task", "x", "--init", str(runs / "other"), *flags])
         train.take_over(args)
         assert (args.preset, args.region) == expected
     with pytest.raises(MixmagError, match="--region 4: the encoder of .* reads regions of 2 x 2"):
-        train.take_over(train.parse(["finetune", "--task", "x", "--init", str(runs / "other"), "--region", "4"]))
+        train.take_over(
+            train.parse(["finetune", "--task", "x", "--init", str(runs / "other"), "--region", "4"])
+        )
     with pytest.raises(MixmagError, match="is a fine-tuning run"):
         train.encoder_folder(next((runs / "runs").glob("skin_braf-*")))
 
 
-@pytest.mark.parametrize("flags", [("--lr", "nan"), ("--lr", -1), ("--clip", 0), ("--smoothing", 5), ("--warmup", -1), ("--layer-decay", 2), ("--weight-decay", "inf"),
-                                   ("--dropout", 1.5), ("--seed", 2 ** 40), ("--min-cover", "x"), ("--batch-size", 0)])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--lr", "nan"),
+        ("--lr", -1),
+        ("--clip", 0),
+        ("--smoothing", 5),
+        ("--warmup", -1),
+        ("--layer-decay", 2),
+        ("--weight-decay", "inf"),
+        ("--dropout", 1.5),
+        ("--seed", 2**40),
+        ("--min-cover", "x"),
+        ("--batch-size", 0),
+    ],
+)
 def test_flags_out_of_range_are_usage_errors(flags, capsys):
     with pytest.raises(SystemExit) as end:
         train.parse(["finetune", "--task", "x", *map(str, flags)])
     assert end.value.code == 2 and f"argument {flags[0]}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [("--mask", "inf"), ("--mask", -1), ("--blr", 0), ("--source", 0)])
+@pytest.mark.parametrize(
+    "flags", [("--mask", "inf"), ("--mask", -1), ("--blr", 0), ("--source", 0)]
+)
 def test_pretraining_flags_out_of_range_are_usage_errors(flags, capsys):
     with pytest.raises(SystemExit) as end:
         train.parse(["pretrain", *map(str, flags)])
@@ -985,9 +2128,33 @@ def test_pretraining_flags_out_of_range_are_usage_errors(flags, capsys):
 
 
 def test_what_scales_to_nonsense_is_refused(cohort, tmp_path):
-    _, err = run("train.py", "pretrain", "--data", cohort, "--batch-size", 4096, "--steps", 1, "--out", "x", cwd=tmp_path, code=1)
+    _, err = run(
+        "train.py",
+        "pretrain",
+        "--data",
+        cohort,
+        "--batch-size",
+        4096,
+        "--steps",
+        1,
+        "--out",
+        "x",
+        cwd=tmp_path,
+        code=1,
+    )
     assert "makes a peak rate of 0.51" in err and "--preset paper" in err
-    _, err = run("train.py", "pretrain", "--data", cohort, "--device", "gpu", "--out", "x", cwd=tmp_path, code=1)
+    _, err = run(
+        "train.py",
+        "pretrain",
+        "--data",
+        cohort,
+        "--device",
+        "gpu",
+        "--out",
+        "x",
+        cwd=tmp_path,
+        code=1,
+    )
     assert "--device gpu: expected auto, cpu or cuda[:i]" in err
 
 
@@ -997,10 +2164,25 @@ def test_one_damaged_slide_costs_itself(runs, cohort, tmp_path):
     (tmp_path / "slides").mkdir()
     for i in ids:
         shutil.copy(cohort / "slides" / f"{i}.safetensors", tmp_path / "slides")
-    (tmp_path / "slides" / f"{ids[0]}.safetensors").write_bytes((tmp_path / "slides" / f"{ids[0]}.safetensors").read_bytes()[:5000])
+    (tmp_path / "slides" / f"{ids[0]}.safetensors").write_bytes(
+        (tmp_path / "slides" / f"{ids[0]}.safetensors").read_bytes()[:5000]
+    )
     tuned = next(p.parent for p in (runs / "runs").glob("skin_braf-*/result.json"))
-    out, _ = run("train.py", "predict", "--run", tuned, "--data", tmp_path, "--out", tmp_path / "p.csv", cwd=runs, code=3)
-    assert "2 slides scored" in out and [r["slide_id"] for r in data.read_csv(tmp_path / "p-failed.csv", ("slide_id",))] == [ids[0]]
+    out, _ = run(
+        "train.py",
+        "predict",
+        "--run",
+        tuned,
+        "--data",
+        tmp_path,
+        "--out",
+        tmp_path / "p.csv",
+        cwd=runs,
+        code=3,
+    )
+    assert "2 slides scored" in out and [
+        r["slide_id"] for r in data.read_csv(tmp_path / "p-failed.csv", ("slide_id",))
+    ] == [ids[0]]
     embed = ("embed", "--init", "runs/mem-0.50", "--data", tmp_path, "--out", tmp_path / "e")
     out, _ = run("train.py", *embed, cwd=runs, code=3)
     path = next((tmp_path / "e").rglob(f"features_*/{ids[1]}.h5"))
@@ -1013,21 +2195,53 @@ def test_weights_without_a_config_are_not_taken_up(runs, cohort, tmp_path):
     (tmp_path / "r").mkdir()
     shutil.copy(runs / "runs/mem-0.50/last.pt", tmp_path / "r")
     for resume in ("auto", "off"):
-        _, err = run("train.py", "pretrain", "--data", cohort, *QUICK_PRETRAIN, "--out", tmp_path / "r", "--resume", resume, cwd=tmp_path, code=1)
+        _, err = run(
+            "train.py",
+            "pretrain",
+            "--data",
+            cohort,
+            *QUICK_PRETRAIN,
+            "--out",
+            tmp_path / "r",
+            "--resume",
+            resume,
+            cwd=tmp_path,
+            code=1,
+        )
         assert "holds last.pt but no config.json" in err
 
 
 def test_of_several_starts_tune_chooses(runs, cohort, tmp_path):
     """Each start is noted, the result ranks tune at least as well as the best of them, and the same command gives the same again."""
-    flags = ("finetune", "--task", "skin_braf", "--data", cohort, "--init", runs / "runs/mem-0.50", "--epochs", 2, "--starts", 3, "--out")
+    flags = (
+        "finetune",
+        "--task",
+        "skin_braf",
+        "--data",
+        cohort,
+        "--init",
+        runs / "runs/mem-0.50",
+        "--epochs",
+        2,
+        "--starts",
+        3,
+        "--out",
+    )
     for out in "ab":
         run("train.py", *flags, tmp_path / out, cwd=tmp_path)
     noted = lines(tmp_path / "a" / "metrics.jsonl")
     starts = [line["tune_auroc"] for line in noted if "start" in line]
     result = json.loads((tmp_path / "a" / "result.json").read_text())
-    assert len(starts) == 3 and len(set(starts)) > 1 and [line["epoch"] for line in noted[3:]] == [0, 1]
+    assert (
+        len(starts) == 3
+        and len(set(starts)) > 1
+        and [line["epoch"] for line in noted[3:]] == [0, 1]
+    )
     assert result["tune_auroc"] == max(starts + [line["tune_auroc"] for line in noted[3:]])
-    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in ("predictions.csv", "metrics.jsonl"))
+    assert all(
+        (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        for name in ("predictions.csv", "metrics.jsonl")
+    )
 
 
 def test_abmil_reads_each_magnification_by_its_own_constants(cohort):
@@ -1035,30 +2249,73 @@ def test_abmil_reads_each_magnification_by_its_own_constants(cohort):
     cases = [c for c in data.read_task(cohort, "skin_braf") if c.split == "train"]
     slides = data.read_slides(cohort, {i for c in cases for i in c.slide_ids})
     for magnification in (10, "all"):
-        args = train.parse(["finetune", "--task", "skin_braf", "--init", "none", "--magnification", str(magnification)])
+        args = train.parse(
+            [
+                "finetune",
+                "--task",
+                "skin_braf",
+                "--init",
+                "none",
+                "--magnification",
+                str(magnification),
+            ]
+        )
         train.take_over(args)
         train.fill_in(args, "finetune")
         model = train.make_classifier(args, slides, slides, train.machine(args, 96))
-        dataset = data.CaseDataset({s.slide_id: s for s in slides}, cases, model.config.geometry(), model.index)
-        x = model.encode(dataset.__getitems__(range(len(dataset)))["x"])                    # (W, n, D)
+        dataset = data.CaseDataset(
+            {s.slide_id: s for s in slides}, cases, model.config.geometry(), model.index
+        )
+        x = model.encode(dataset.__getitems__(range(len(dataset)))["x"])  # (W, n, D)
         level = model.config.geometry().level()[model.index]
         for k in level.unique():
-            assert x[:, level == k].mean((0, 1)).abs().max() < 1e-3 and (x[:, level == k].std((0, 1)) - 1).abs().max() < 1e-2
+            assert (
+                x[:, level == k].mean((0, 1)).abs().max() < 1e-3
+                and (x[:, level == k].std((0, 1)) - 1).abs().max() < 1e-2
+            )
 
 
 def test_heatmap_takes_the_size_that_import_could_not_know(pictured, tmp_path):
     """STAMP's files do not say how large the slide is; the image does, unless a tile would begin beyond it, or its micrometres became pixels of
     another size. A cell at the border may be cut."""
     slide = data.read_slides(pictured / "d", ["synthetic-000"])[0]
-    for size, changes, message in (((2688, 1792), {"size_known": False}, ""), ((2900, 1792), {"size_known": False}, ""),
-                                   ((2688, 1792), {"size_known": True}, "not the same slide"), ((2688, 1792), {"size_known": False, "cell_px": 1792.0}, "not the same slide"),
-                                   ((2688, 1792), {"size_known": False, "mpp": 0.6, "settings": {"tool": "stamp"}}, "import it with --mpp 0.5")):
+    for size, changes, message in (
+        ((2688, 1792), {"size_known": False}, ""),
+        ((2900, 1792), {"size_known": False}, ""),
+        ((2688, 1792), {"size_known": True}, "not the same slide"),
+        ((2688, 1792), {"size_known": False, "cell_px": 1792.0}, "not the same slide"),
+        (
+            (2688, 1792),
+            {"size_known": False, "mpp": 0.6, "settings": {"tool": "stamp"}},
+            "import it with --mpp 0.5",
+        ),
+    ):
         folder = tmp_path / uuid.uuid4().hex
-        meta = {**{k: slide.meta[k] for k in data.FIELDS if k not in ("format", "created", "sha256")}, "width": size[0], "height": size[1], **changes}
-        data.write_slide(folder / "slides" / "synthetic-000.safetensors", np.array(slide.features), slide.cells, slide.valid, meta)
-        flags = ("--data", folder, "--image", pictured / "images/synthetic-000.tiff", "--out", folder / "out")
+        meta = {
+            **{k: slide.meta[k] for k in data.FIELDS if k not in ("format", "created", "sha256")},
+            "width": size[0],
+            "height": size[1],
+            **changes,
+        }
+        data.write_slide(
+            folder / "slides" / "synthetic-000.safetensors",
+            np.array(slide.features),
+            slide.cells,
+            slide.valid,
+            meta,
+        )
+        flags = (
+            "--data",
+            folder,
+            "--image",
+            pictured / "images/synthetic-000.tiff",
+            "--out",
+            folder / "out",
+        )
         if not message:
-            assert heatmap(pictured, "none", *flags) == 0 and (folder / "out" / "regions.png").exists()
+            assert (
+                heatmap(pictured, "none", *flags) == 0 and (folder / "out" / "regions.png").exists()
+            )
         else:
             with pytest.raises(MixmagError, match=message):
                 heatmap(pictured, "none", *flags)
@@ -1066,12 +2323,27 @@ def test_heatmap_takes_the_size_that_import_could_not_know(pictured, tmp_path):
 
 def test_what_is_left_to_train_on_and_how_is_said_before_a_run_begins(cohort, tmp_path):
     """A refusal that follows from the flags leaves no run folder behind that would refuse the mended command."""
-    _, err = run("train.py", "pretrain", "--data", cohort, "--out", "r", "--batch-size", 4096, "--steps", 1, cwd=tmp_path, code=1)
+    _, err = run(
+        "train.py",
+        "pretrain",
+        "--data",
+        cohort,
+        "--out",
+        "r",
+        "--batch-size",
+        4096,
+        "--steps",
+        1,
+        cwd=tmp_path,
+        code=1,
+    )
     assert "give --lr" in err and not (tmp_path / "r").exists()
     os.mkdir(tmp_path / "d")
     os.symlink(cohort / "slides", tmp_path / "d" / "slides")
     rows = [(i, p.stem, i % 2, "test") for i, p in enumerate(sorted((cohort / "slides").iterdir()))]
-    data.write_csv(tmp_path / "d" / "tasks" / "t.csv", ("case_id", "slide_id", "label", "split"), rows)
+    data.write_csv(
+        tmp_path / "d" / "tasks" / "t.csv", ("case_id", "slide_id", "label", "split"), rows
+    )
     _, err = run("train.py", "pretrain", "--data", "d", cwd=tmp_path, code=1)
     assert "every slide is of a tune or test case, or held out" in err
 
@@ -1081,7 +2353,9 @@ def test_machine_facts_want_no_git(cohort, tmp_path, monkeypatch):
     assert train.machine_facts(train.parse(["table"]), cohort)["commit"] is None
 
 
-def test_geojson_without_the_slide_takes_its_bounds_from_the_lattice(pictured, tmp_path, monkeypatch):
+def test_geojson_without_the_slide_takes_its_bounds_from_the_lattice(
+    pictured, tmp_path, monkeypatch
+):
     """Cells of a slide with bounds begin at their corner, so that QuPath's pixels are known without the slide."""
     read = data.read_slide
 
@@ -1096,7 +2370,10 @@ def test_geojson_without_the_slide_takes_its_bounds_from_the_lattice(pictured, t
     with open(tmp_path / "attention.csv", newline="") as f:
         first = next(r for r in csv.DictReader(f) if r["magnification"] == "5")
     assert found["metadata"]["bounds_subtracted"] == [64, 32]
-    assert found["features"][0]["geometry"]["coordinates"][0][0] == [int(first["x"]) - 64, int(first["y"]) - 32]
+    assert found["features"][0]["geometry"]["coordinates"][0][0] == [
+        int(first["x"]) - 64,
+        int(first["y"]) - 32,
+    ]
 
 
 def test_ones_own_tasks_stand_beside_the_papers(runs, cohort):
@@ -1105,13 +2382,51 @@ def test_ones_own_tasks_stand_beside_the_papers(runs, cohort):
     os.symlink(cohort / "slides", runs / "own" / "slides")
     shutil.copy(cohort / "tasks" / "skin_braf.csv", runs / "own" / "tasks")
     shutil.copy(cohort / "tasks" / "skin_braf.csv", runs / "own" / "tasks" / "a_task.csv")
-    (runs / "own" / "tasks" / "._b.csv").write_bytes(b"\0\5\x16\7")                                   # what macOS leaves on other disks
-    out, _ = run("train.py", "table", "--data", "own", "--rows", "abmil-20", "--epochs", 1, "--out", "own-table", cwd=runs)
-    assert train.read_results(runs / "own-table").tasks == ["skin_braf", "a_task"] and "| Skin BRAF | a_task |" in out
+    (runs / "own" / "tasks" / "._b.csv").write_bytes(
+        b"\0\5\x16\7"
+    )  # what macOS leaves on other disks
+    out, _ = run(
+        "train.py",
+        "table",
+        "--data",
+        "own",
+        "--rows",
+        "abmil-20",
+        "--epochs",
+        1,
+        "--out",
+        "own-table",
+        cwd=runs,
+    )
+    assert (
+        train.read_results(runs / "own-table").tasks == ["skin_braf", "a_task"]
+        and "| Skin BRAF | a_task |" in out
+    )
     with open(cohort / "tasks" / "skin_braf.csv", newline="") as f:
-        rows = [(r["case_id"], r["slide_id"], r["label"], r["split"]) for r in csv.DictReader(f) if r["split"] != "test"]
-    data.write_csv(runs / "own" / "tasks" / "c.csv", ("case_id", "slide_id", "label", "split"), rows)
-    _, err = run("train.py", "table", "--data", "own", "--rows", "abmil-20", "--tasks", "c", "--epochs", 1, "--out", "none", cwd=runs, code=1)
+        rows = [
+            (r["case_id"], r["slide_id"], r["label"], r["split"])
+            for r in csv.DictReader(f)
+            if r["split"] != "test"
+        ]
+    data.write_csv(
+        runs / "own" / "tasks" / "c.csv", ("case_id", "slide_id", "label", "split"), rows
+    )
+    _, err = run(
+        "train.py",
+        "table",
+        "--data",
+        "own",
+        "--rows",
+        "abmil-20",
+        "--tasks",
+        "c",
+        "--epochs",
+        1,
+        "--out",
+        "none",
+        cwd=runs,
+        code=1,
+    )
     assert "no cell of the table could be had; the last one: its test split has no case" in err
 
 
@@ -1120,20 +2435,48 @@ def test_whitening_is_of_every_training_slide(cohort, monkeypatch):
     slides = {s.slide_id: s for s in data.read_slides(cohort)}
     cases = [c for c in data.read_task(cohort, "skin_braf") if c.split == "train"]
     torch.manual_seed(0)
-    model = mixmag.SlideClassifier(mixmag.Config.small(64), mixmag.MixingEncoder(mixmag.Config.small(64)))
+    model = mixmag.SlideClassifier(
+        mixmag.Config.small(64), mixmag.MixingEncoder(mixmag.Config.small(64))
+    )
     dataset = data.CaseDataset(slides, cases, model.config.geometry(), model.index)
     regions = sum(map(len, dataset.rows.values()))
     train.hold_outputs(model, dataset, compute())
     train.fit_whitening(model, dataset, compute(), limit=regions // 2)
     share = -(-regions // (regions // 2))
-    h = torch.cat([torch.from_numpy(train.encoded(model, dataset, i, compute())[0])[::share] for i in dataset.rows]).double()
-    assert len(dataset.rows) > 20 and torch.allclose(model.whiten.mean, h.mean(0).float(), atol=1e-5)
+    h = torch.cat(
+        [
+            torch.from_numpy(train.encoded(model, dataset, i, compute())[0])[::share]
+            for i in dataset.rows
+        ]
+    ).double()
+    assert len(dataset.rows) > 20 and torch.allclose(
+        model.whiten.mean, h.mean(0).float(), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("frozen, whitened", [(1, False), (2, True)])
 def test_only_a_frozen_encoders_outputs_are_whitened(cohort, tmp_path, frozen, whitened):
-    train.finetune(train.parse(["finetune", "--data", str(cohort), "--task", "skin_braf", "--init", "random", "--tokens", "cls", "--epochs", "2",
-                                "--frozen-epochs", str(frozen), "--out", str(tmp_path / "r")]))
+    train.finetune(
+        train.parse(
+            [
+                "finetune",
+                "--data",
+                str(cohort),
+                "--task",
+                "skin_braf",
+                "--init",
+                "random",
+                "--tokens",
+                "cls",
+                "--epochs",
+                "2",
+                "--frozen-epochs",
+                str(frozen),
+                "--out",
+                str(tmp_path / "r"),
+            ]
+        )
+    )
     matrix = train.read_classifier(tmp_path / "r")[0].whiten.matrix
     assert torch.equal(matrix, torch.eye(len(matrix))) != whitened
 
@@ -1150,7 +2493,20 @@ def test_scores_are_not_rounded_by_autocast():
 
 def test_several_starts_go_on_where_they_stopped(cohort, tmp_path, monkeypatch):
     """After each start what was reached is saved: a run stopped in the third ends bit for bit as the whole one, and makes two starts again."""
-    flags = ["finetune", "--data", str(cohort), "--task", "skin_braf", "--init", "random", "--epochs", "2", "--starts", "4", "--out"]
+    flags = [
+        "finetune",
+        "--data",
+        str(cohort),
+        "--task",
+        "skin_braf",
+        "--init",
+        "random",
+        "--epochs",
+        "2",
+        "--starts",
+        "4",
+        "--out",
+    ]
     train.finetune(train.parse([*flags, str(tmp_path / "whole")]))
     begun, epoch = [], train.finetune_epoch
 
@@ -1175,10 +2531,32 @@ def test_what_embed_and_predict_leave_out_is_said(runs, cohort, tmp_path):
     meta = {k: slide.meta[k] for k in data.FIELDS if k not in ("format", "created", "sha256")}
     cells = np.array([(c, r) for c in range(4) for r in range(4)], np.int32)
     features = np.resize(np.array(slide.features), (16, 21, slide.dim))
-    data.write_slide(tmp_path / "d" / "slides" / f"{slide.slide_id}.safetensors", features, cells, np.ones((16, 21), bool), meta)
+    data.write_slide(
+        tmp_path / "d" / "slides" / f"{slide.slide_id}.safetensors",
+        features,
+        cells,
+        np.ones((16, 21), bool),
+        meta,
+    )
     found = runs / "runs"
-    init = next(p.parent for p in found.glob("*/result.json") if json.loads(p.read_text())["kind"] == "pretrain")
+    init = next(
+        p.parent
+        for p in found.glob("*/result.json")
+        if json.loads(p.read_text())["kind"] == "pretrain"
+    )
     out, _ = run("train.py", "embed", "--init", init, "--data", "d", "--out", "e", cwd=tmp_path)
     assert "1 regions" in out and "7 of 16 cells lie in windows that --min-cover leaves out" in out
-    out, _ = run("train.py", "embed", "--init", init, "--data", "d", "--out", "f", "--min-cover", 0, cwd=tmp_path)
+    out, _ = run(
+        "train.py",
+        "embed",
+        "--init",
+        init,
+        "--data",
+        "d",
+        "--out",
+        "f",
+        "--min-cover",
+        0,
+        cwd=tmp_path,
+    )
     assert "4 regions" in out and "--min-cover" not in out
