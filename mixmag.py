@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def full(x: Tensor) -> Tensor:
+def at_least_fp32(x: Tensor) -> Tensor:
     """In fp32, or fp64 where it is that."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -289,7 +289,7 @@ class Standardize(nn.Module):
         self.std.copy_(torch.where(std < 1e-2 * typical, typical, std))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (full(x) - self.mean) / self.std
+        return (at_least_fp32(x) - self.mean) / self.std
 
 
 POSITION_SIZE = 0.5  # assumed: root mean square of an initial position; at 0.02 MEM stays longer where it predicts the mean
@@ -336,7 +336,7 @@ class MixingEncoder(nn.Module):
         at invalid tokens mean nothing. Raises ValueError on shapes that do not fit.
         """
         B, n, D = x.shape
-        if D != self.config.dim or (
+        if self.config.dim != D or (
             n != self.geometry.num_tokens if index is None else index.shape != (B, n)
         ):
             raise ValueError(
@@ -464,7 +464,9 @@ def removal_weights(geometry: Geometry, removed: Tensor, valid: Tensor | None = 
 def mem_loss(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """Masked embedding loss. pred, target (B, M, D), weight (B, M) -> scalar, the mean over regions of Eq. 2, in fp32 or
     better. Source: paper section 3.1.1."""
-    cosine = F.cosine_similarity(full(pred), full(target), dim=-1)  # Eq. 3  (B, M)
+    cosine = F.cosine_similarity(
+        at_least_fp32(pred), at_least_fp32(target), dim=-1
+    )  # Eq. 3  (B, M)
     return (weight * (1 - cosine)).sum(1).mean()  # Eq. 2
 
 
@@ -577,7 +579,7 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
     Each of the 2B projections is to find its partner among the 2B - 1 others. Source: paper section 3.1.2, SimCLR.
     """
     B = a.shape[0]
-    z = F.normalize(full(torch.cat([a, b])), dim=-1)  # (2B, P)
+    z = F.normalize(at_least_fp32(torch.cat([a, b])), dim=-1)  # (2B, P)
     with torch.autocast(
         z.device.type, enabled=False
     ):  # which would take the product in half precision
@@ -624,10 +626,10 @@ class ContrastiveEmbeddingModel(MaskedEmbeddingModel):
 # ----------------------------------------------------------------------------------------------- supervised aggregation
 
 
-def in_full(layer: nn.Module, x: Tensor) -> Tensor:
+def without_autocast(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(x) outside autocast, so that scores which differ are not rounded to the same."""
     with torch.autocast(x.device.type, enabled=False):
-        return layer(full(x))
+        return layer(at_least_fp32(x))
 
 
 class GatedABMIL(nn.Module):
@@ -650,7 +652,7 @@ class GatedABMIL(nn.Module):
             torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths),
         )  # (T,)
         gated = torch.tanh(self.V(x)) * torch.sigmoid(self.U(x))  # (T, hidden)
-        score = in_full(self.w, gated).squeeze(1)  # (T,)
+        score = without_autocast(self.w, gated).squeeze(1)  # (T,)
         top = score.new_full((bags,), -math.inf).scatter_reduce(0, bag, score.detach(), "amax")
         e = (score - top[bag]).exp()
         attention = e / e.new_zeros(bags).index_add(0, bag, e)[bag]  # Eq. 8  (T,)
@@ -695,7 +697,7 @@ class Whiten(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """h (W, n, d) -> the same shape."""
-        return (full(h) - self.mean) @ self.matrix
+        return (at_least_fp32(h) - self.mean) @ self.matrix
 
 
 class SlideClassifier(nn.Module):
@@ -748,7 +750,7 @@ class SlideClassifier(nn.Module):
         for part in (self.pool, self.head):
             part.apply(_init_linear)
 
-    def encode(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+    def encode_tiles(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """x (W, n, D), valid (W, n) or None -> (W, n, d) contextualized or (W, 1, 4d) compressed outputs, not whitened.
         Raises ValueError on another n or D than this classifier reads."""
         if x.shape[1:] != (len(self.index), self.config.dim):
@@ -792,7 +794,7 @@ class SlideClassifier(nn.Module):
             )  # (W,)
             lengths, h = torch.zeros_like(regions).index_add(0, slide, valid.sum(1)), h[valid]
         pooled, attention = self.pool(self.dropout(h), lengths)
-        return in_full(self.head, self.dropout(pooled)).squeeze(1), attention
+        return without_autocast(self.head, self.dropout(pooled)).squeeze(1), attention
 
     def forward(
         self, x: Tensor, regions: Tensor, valid: Tensor | None = None

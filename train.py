@@ -9,6 +9,8 @@ Shape letters as in mixmag.py. Results go to stdout, everything else to stderr. 
 last.pt and prev.pt (checkpoints), what came out, and result.json once it is finished.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import itertools
@@ -24,6 +26,29 @@ from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from scipy import stats
+from sklearn.metrics import average_precision_score, roc_auc_score
+from torch import distributed
+
+import data
+import mixmag
+from data import (
+    MixmagError,
+    Stopped,
+    progress,
+    report_failed,
+    whole_file,
+    write_csv,
+    write_json,
+    write_text,
+)
+
+# -------------------------------------------------------- schedule, parameter groups, AMP, one step
 
 DEFAULT_DATA = "data/synthetic"
 PRESETS = {  # what a flag that is not given means; `paper` numbers are the assumed ones of README
@@ -52,404 +77,6 @@ PRESETS = {  # what a flag that is not given means; `paper` numbers are the assu
         "abmil": {},
     },  # what differs without an encoder: few tokens learn late, in cheap epochs
 }
-
-
-def parse(argv=None) -> argparse.Namespace:
-    """The command line. It stands first, and is parsed before the heavy imports, so that --help answers at once."""
-
-    def within(kind, low, high):
-        def number(text):
-            if not low <= kind(text) <= high:  # NaN is not
-                raise argparse.ArgumentTypeError(f"{text} is not within {low:g} to {high:g}")
-            return kind(text)
-
-        return number
-
-    natural, positive, share, rate = (
-        within(int, 0, 2**32 - 1),
-        within(int, 1, 2**32 - 1),
-        within(float, 0, 1),
-        within(float, 1e-30, 1e3),
-    )
-
-    def magnification(text):  # STAMP's may be 8.75
-        return text if text == "all" else float(text) if float(text) % 1 else positive(text)
-
-    class Help(argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action):
-            return action.help if action.default is None else super()._get_help_string(action)
-
-    parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name, summary, example):
-        p = commands.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            epilog=f"example: {example}",
-            formatter_class=Help,
-        )
-        p.add_argument("--seed", type=natural, default=0, help="everything random follows from it")
-        p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
-        return p
-
-    def training(p, steps, taken_over=""):
-        p.add_argument(
-            "--data",
-            default=DEFAULT_DATA,
-            help="DATA folder; the default is made first if it is not there",
-        )
-        p.add_argument(
-            "--out", help="run folder (default: a name made of the settings, under runs/)"
-        )
-        p.add_argument(
-            "--preset",
-            choices=PRESETS,
-            default="small",
-            help="small: 1 M parameters, for two CPU cores; "
-            f"paper: its sizes, as assumed in README{taken_over}",
-        )
-        p.add_argument(
-            "--region",
-            type=positive,
-            default=3,
-            help=f"cells per region side (assumed: 3){taken_over}",
-        )
-        p.add_argument(
-            "--batch-size", type=positive, help="global batch size (default: the preset's)"
-        )
-        p.add_argument(
-            "--epochs", type=positive, help="passes over the data (default: the preset's)"
-        )
-        if steps:
-            p.add_argument(
-                "--steps",
-                type=positive,
-                help="optimizer steps, instead of epochs (default: the preset's)",
-            )
-        p.add_argument("--lr", type=rate, help="peak learning rate (default: the preset's)")
-        if steps:
-            p.add_argument(
-                "--blr",
-                type=rate,
-                help="base rate, instead of lr: lr = blr * batch / 256 (default: the preset's)",
-            )
-        p.add_argument(
-            "--warmup",
-            type=share,
-            default=0.05,
-            help="share of the steps in which the rate rises (assumed)",
-        )
-        p.add_argument(
-            "--weight-decay",
-            type=within(float, 0, 1e3),
-            help="on matrices only (default: the preset's)",
-        )
-        p.add_argument("--clip", type=rate, default=1.0, help="largest gradient norm (assumed)")
-        p.add_argument(
-            "--amp",
-            choices=("auto", "off", "fp16", "bf16"),
-            default="auto",
-            help="auto: bf16 where the device computes it, else fp16 on a GPU",
-        )
-        p.add_argument(
-            "--workers", type=natural, default=1, help="threads that load the next batches"
-        )
-        p.add_argument(
-            "--resume",
-            choices=("auto", "off"),
-            default="auto",
-            help="auto: go on where a run of the same settings stopped",
-        )
-
-    p = command(
-        "pretrain",
-        "masked embedding modelling, without labels",
-        "python train.py pretrain --mask 0.5 --source 7",
-    )
-    training(p, steps=True)
-    p.add_argument(
-        "--mask", type=share, default=0.5, help="removal ratio (paper: 0.25, 0.50, 0.75)"
-    )
-    p.add_argument(
-        "--source",
-        type=positive,
-        metavar="S",
-        help="add the contrastive term on two views of an S x S source window (paper: 3, 7, 11)",
-    )
-    p.add_argument(
-        "--micro-batch",
-        type=positive,
-        default=64,
-        help="regions per forward pass; gradients accumulate to the batch",
-    )
-    p.add_argument(
-        "--min-cover", type=share, default=1.0, help="share of its cells that a window must hold"
-    )
-    p.add_argument(
-        "--holdout",
-        type=within(float, 0, 0.9),
-        default=0.05,
-        help="share of cases kept out, to measure the loss on",
-    )
-    p.add_argument("--save-every", type=positive, default=100, help="steps between checkpoints")
-    p.add_argument(
-        "--in-memory",
-        action="store_true",
-        help="hold all embeddings in the device's memory and gather there",
-    )
-    p.add_argument(
-        "--compile",
-        action="store_true",
-        help="torch.compile the model; the first step then takes minutes",
-    )
-
-    p = command(
-        "finetune",
-        "train slide-level prediction of a biomarker and score its test set once",
-        "python train.py finetune --task skin_braf --init runs/mem-0.50 --tokens cls",
-    )
-    training(p, steps=False, taken_over=" (default: the encoder's)")
-    p.set_defaults(preset=None, region=None)
-    p.add_argument("--task", required=True, help="name of a table in DATA/tasks")
-    p.add_argument(
-        "--init",
-        metavar="RUN|random|none",
-        help="pretraining run, random weights, or none: AB-MIL on the tile embeddings "
-        "(default: the newest pretraining run)",
-    )
-    p.add_argument(
-        "--tokens",
-        choices=("patch", "cls"),
-        default="patch",
-        help="contextualized (table 1) or compressed (table 2) outputs",
-    )
-    p.add_argument(
-        "--magnification",
-        type=magnification,
-        default="all",
-        help="all, or the only one whose embeddings are read",
-    )
-    p.add_argument(
-        "--hidden", type=positive, help="width of the AB-MIL attention (default: the preset's)"
-    )
-    p.add_argument(
-        "--dropout",
-        type=within(float, 0, 0.99),
-        default=0.2,
-        help="on what is pooled and on the pooled vector (assumed)",
-    )
-    p.add_argument("--smoothing", type=share, default=0.1, help="label smoothing (assumed)")
-    p.add_argument(
-        "--layer-decay",
-        type=share,
-        default=0.75,
-        help="each layer's rate against the one above (paper 4.3)",
-    )
-    p.add_argument(
-        "--frozen-epochs",
-        type=natural,
-        default=1,
-        help="epochs before the encoder learns (paper 4.3: 1); with more than one its outputs are held in memory meanwhile",
-    )
-    p.add_argument(
-        "--starts",
-        type=positive,
-        default=1,
-        help="random starts of the aggregator, each tried for all epochs on the frozen encoder's "
-        "outputs; the tune split chooses with which to go on",
-    )
-    p.add_argument(
-        "--encoder-rate",
-        type=share,
-        help="the encoder's rate against the aggregator's (assumed) (default: the preset's)",
-    )
-    p.add_argument(
-        "--case-score",
-        choices=("auto", "max", "mean"),
-        default="auto",
-        help="a case's score from its slides'; auto: whichever ranks the tune split better, max on a tie",
-    )
-    p.add_argument(
-        "--min-cover", type=share, default=0.5, help="share of its cells that a region must hold"
-    )
-    p.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="plan only: cases, tokens, bytes per epoch and the memory that the largest batch will take",
-    )
-
-    p = command(
-        "predict",
-        "score slides with a fine-tuned run",
-        "python train.py predict --run runs/skin_braf-mem-0.50-patch-all --data data/mine",
-    )
-    p.add_argument("--run", required=True, help="fine-tuning run")
-    p.add_argument("--data", required=True, help="DATA folder")
-    p.add_argument("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
-    p.add_argument("--out", help="CSV to write (default: RUN/predict.csv)")
-
-    p = command(
-        "embed",
-        "write contextualized or compressed outputs as HDF5 that MIL tools read",
-        "python train.py embed --init runs/mem-0.50 --tokens cls --out embeddings",
-    )
-    p.add_argument(
-        "--init",
-        required=True,
-        metavar="RUN",
-        help="pretraining run, or an exported encoder folder",
-    )
-    p.add_argument(
-        "--tokens",
-        choices=("patch", "cls"),
-        default="cls",
-        help="contextualized: one row per tile; compressed: one row per region",
-    )
-    p.add_argument("--data", default=DEFAULT_DATA, help="DATA folder")
-    p.add_argument("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
-    p.add_argument("--out", required=True, help="folder to write")
-    p.add_argument(
-        "--layout",
-        choices=("trident", "clam"),
-        default="trident",
-        help="folders as TRIDENT names them, or CLAM's h5_files/ and pt_files/",
-    )
-    p.add_argument(
-        "--min-cover", type=share, default=0.5, help="share of its cells that a region must hold"
-    )
-
-    p = command(
-        "heatmap",
-        "where a fine-tuned run looks on a slide: a picture per magnification, CSV, GeoJSON for QuPath",
-        "python train.py heatmap --run runs/skin_braf-mem-0.50-patch-all --slide S1 --image slides/S1.svs",
-    )
-    p.add_argument("--run", required=True, help="fine-tuning run")
-    p.add_argument("--slide", required=True, metavar="ID", help="slide id")
-    p.add_argument("--data", help="DATA folder (default: the run's)")
-    p.add_argument(
-        "--image",
-        metavar="SLIDE",
-        help="the slide itself, to draw on and to cut the top regions from (default: a grey ground)",
-    )
-    p.add_argument("--out", help="folder to write (default: RUN/heatmap/ID)")
-
-    p = command(
-        "table",
-        "run rows x tasks x seeds of the paper's tables 1 and 2, skipping what is done",
-        "python train.py table --rows abmil-20 mem-0.50-patch --tasks skin_braf",
-    )
-    p.add_argument(
-        "--data",
-        default=DEFAULT_DATA,
-        help="DATA folder; the default is made first if it is not there",
-    )
-    p.add_argument("--out", default="runs/table", help="folder of the runs and of SUMMARY.md")
-    p.add_argument(
-        "--rows",
-        nargs="+",
-        help="such as abmil-20, random-all-patch, mem-0.50-cls, cmem-7-patch (default: all 24)",
-    )
-    p.add_argument("--tasks", nargs="+", help="tables in DATA/tasks (default: all)")
-    p.add_argument("--seeds", type=positive, default=1, help="number of seeds, from --seed on")
-    p.add_argument("--preset", choices=PRESETS, default="small", help="for every run")
-    p.add_argument("--steps", type=positive, help="pretraining steps (default: the preset's)")
-    p.add_argument("--epochs", type=positive, help="fine-tuning epochs (default: the preset's)")
-    p.add_argument(
-        "--frozen-epochs",
-        type=natural,
-        default=1,
-        help="as in finetune; as many as --epochs is quickest",
-    )
-    p.add_argument("--starts", type=positive, default=1, help="as in finetune")
-
-    p = command(
-        "demo",
-        "a synthetic cohort, MEM pretraining, fine-tuning, a small table and a figure, in minutes on two cores",
-        "python train.py demo",
-    )
-    p.add_argument(
-        "--data",
-        default=DEFAULT_DATA,
-        help="DATA folder; the default is made first if it is not there",
-    )
-    p.add_argument("--out", default="runs/demo", help="folder of the runs, SUMMARY.md and demo.png")
-
-    command(
-        "doctor",
-        "versions, device, threads, bf16, disk: what this machine offers and what will go wrong",
-        "python train.py doctor",
-    )
-    return parser.parse_args(argv)
-
-
-def packages() -> list[str]:
-    """A line for each package that the project needs, a WARNING for one that is not there."""
-    import importlib.metadata
-
-    lines = []
-    for package in (
-        "torch",
-        "numpy",
-        "openslide-python",
-        "openslide-bin",
-        "scikit-learn",
-        "scipy",
-        "safetensors",
-        "h5py",
-        "tifffile",
-        "simplejpeg",
-        "matplotlib",
-        "tqdm",
-    ):
-        try:
-            lines.append(f"{package:18s} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            lines.append(
-                f"WARNING            {package} is not installed: pip install -r requirements.txt"
-            )
-    return lines
-
-
-if __name__ == "__main__":
-    ARGS = parse()
-    if ARGS.command == "doctor" and any(
-        "WARNING" in line for line in packages()
-    ):  # the imports below would fail
-        sys.exit("\n".join(packages()))
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import distributed  # noqa: E402
-from scipy import stats  # noqa: E402
-from sklearn.metrics import average_precision_score, roc_auc_score  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-
-import data  # noqa: E402
-import mixmag  # noqa: E402
-from data import (
-    MixmagError,
-    Stopped,
-    progress,
-    report_failed,
-    whole_file,
-    write_csv,
-    write_json,
-    write_text,
-)  # noqa: E402
-
-
-def log(*words) -> None:
-    """To stderr, from the first of several processes only."""
-    if process()[0] == 0:
-        print(*words, file=sys.stderr, flush=True)
-
-
-# -------------------------------------------------------------------------------------- one optimizer step, and its parts
 
 
 def lr_at(step: int, total: int, warmup: int) -> float:
@@ -506,67 +133,6 @@ def amp_dtype(mode: str, device: torch.device, width: int) -> torch.dtype | None
     return torch.bfloat16 if width >= 512 and torch.cpu._is_avx512_bf16_supported() else None
 
 
-def machine(args, width: int | None = None) -> SimpleNamespace:
-    """Where, in which precision and as which of how many processes to compute: .device, .autocast(), .scaler (which does nothing
-    unless in fp16), .rank and .world. Processes are those that torchrun started; they meet here. width: the model's, if not the preset's."""
-    device, (rank, world), width = (
-        data.find_device(args.device),
-        process(),
-        width or getattr(mixmag.Config, args.preset)(1).width,
-    )
-    if device.index is not None:
-        torch.cuda.set_device(device)  # lest every process opens the first GPU as well
-    if world > 1 and not distributed.is_initialized():
-        distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30)
-        )
-    dtype = amp_dtype(getattr(args, "amp", "auto"), device, width)
-    return SimpleNamespace(
-        device=device,
-        dtype=dtype,
-        rank=rank,
-        world=world,
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        autocast=lambda: torch.autocast(device.type, dtype) if dtype else nullcontext(),
-    )
-
-
-def process() -> tuple[int, int]:
-    """Which of how many processes this is, as torchrun says."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def meet(compute) -> None:
-    """All processes wait for each other here."""
-    if compute.world > 1:
-        distributed.barrier()
-
-
-def sum_over_processes(values: torch.Tensor, compute) -> torch.Tensor:
-    if compute.world > 1:
-        distributed.all_reduce(values)
-    return values
-
-
-def stopping(compute) -> bool:
-    """Whether any process was told to stop; asked by all of them at the same place, so that they stop together."""
-    return bool(sum_over_processes(torch.tensor(len(data.STOP_SIGNALS)), compute))
-
-
-def sum_gradients(model, compute) -> None:
-    """Each process has its share of the gradient of the global batch's mean; together they have all of it."""
-    if compute.world > 1:
-        learning = [p for p in model.parameters() if p.requires_grad]
-        flat = sum_over_processes(
-            torch.cat(
-                [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learning]
-            ),
-            compute,
-        )
-        for p, gradient in zip(learning, flat.split([p.numel() for p in learning])):
-            p.grad = gradient.view_as(p)
-
-
 def optimizer_step(model, optimizer, scaler, rate: float, clip: float) -> torch.Tensor:
     """Unscale, clip, step at `rate` times each group's lr_scale, update the scale, clear. Returns the gradient's norm, left on its
     device so that nothing waits for it; under fp16 a step with an infinite one is skipped and the scale halved."""
@@ -593,200 +159,7 @@ def usable_scale(compute) -> bool:
     return compute.scaler.is_enabled() and compute.scaler.get_scale() >= 1
 
 
-# ------------------------------------------------------------------------------------------------------- a run on disk
-
-RUN_FILES = (
-    "config.json",
-    "metrics.jsonl",
-    "last.pt",
-    "prev.pt",
-    "SUMMARY.md",
-    "curve.png",
-    "model.safetensors",
-    "predictions.csv",
-    "encoder/config.json",
-    "encoder/slides.csv",
-    "encoder/model.safetensors",
-)
-
-
-class OtherSettings(MixmagError):
-    """What stands in --out was made with other settings. A table, or a loop over slides, goes no further."""
-
-
-class Run:
-    """A run folder. Two starts with the same settings are one run; with other settings the second is refused. Of several processes
-    the first one writes, the others only read."""
-
-    def __init__(self, folder, config: dict, resume: str, compute):
-        self.folder, self.compute, self.writes = Path(folder), compute, compute.rank == 0
-        self.metrics = self.folder / "metrics.jsonl"
-        if self.writes:
-            self.claim(config, resume)
-        meet(compute)
-
-    def claim(self, config: dict, resume: str) -> None:
-        """Write config.json, after all of an earlier run is removed where `resume` is off. Raises OtherSettings for a run of other settings."""
-        stored = self.folder / "config.json"
-        if not stored.exists():
-            if strange := [
-                name for name in ("last.pt", "prev.pt") if (self.folder / name).exists()
-            ]:
-                raise MixmagError(
-                    f"{self.folder} holds {strange[0]} but no config.json, so nobody knows of what; name another --out"
-                )
-        elif resume == "auto":
-            found = data.read_json(stored)
-            differing = sorted(
-                k for k in found.keys() | config.keys() if found.get(k) != config.get(k)
-            )
-            if differing:
-                raise OtherSettings(
-                    f"{self.folder} holds a run with other settings: "
-                    + ", ".join(
-                        f"{k} {found.get(k)!r} there, {config.get(k)!r} now" for k in differing
-                    )
-                    + "; give another --out, or --resume off to begin anew"
-                )
-        else:
-            for name in (
-                "result.json",
-                data.SUMS,
-                "predict.csv",
-                "predict-failed.csv",
-                *reversed(RUN_FILES),
-            ):
-                (self.folder / name).unlink(
-                    missing_ok=True
-                )  # config.json last: until then this is the run that it was
-            shutil.rmtree(self.folder / "heatmap", ignore_errors=True)
-        data.sweep(self.folder, self.folder / "encoder")
-        if not self.result():  # a finished one may be read-only
-            write_json(stored, config)
-
-    def result(self) -> dict | None:
-        done = self.folder / "result.json"
-        return data.read_json(done) if done.exists() else None
-
-    def save(self, done: int, model, optimizer, **more) -> None:
-        """Write last.pt; the one before stays as prev.pt. Plain types and tensors only."""
-        if not self.writes:
-            return
-        state = {
-            **more,
-            "done": done,
-            "lines": len(self.metrics.read_text("utf-8").splitlines()),
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": self.compute.scaler.state_dict(),
-        }
-        last = self.folder / "last.pt"
-        with whole_file(last) as temporary:
-            with open(
-                temporary, "wb"
-            ) as f:  # by its name torch would put that into the file, and equal runs would differ
-                torch.save(state, f)
-            if last.exists():
-                os.replace(
-                    last, self.folder / "prev.pt"
-                )  # killed here, the run goes on from prev.pt
-
-    def load(self, model, optimizer) -> dict:
-        """Go on from the newest whole checkpoint, if any; nothing is unpickled, and the metrics are cut back to where it was written. Returns what
-        `save` was given, {"done": 0} without one."""
-        state = {"done": 0, "lines": 0}
-        for path in (self.folder / "last.pt", self.folder / "prev.pt"):
-            if path.exists() and "model" not in state:
-                try:
-                    found = torch.load(path, map_location="cpu", weights_only=True)
-                    state = {**found, "done": found["done"], "lines": found["lines"]}
-                    log(f"going on from {path}, {state['done']} done")
-                except Exception as error:  # whatever a damaged file makes torch raise: say so, take the one before
-                    log(
-                        f"{path}: not a whole checkpoint, trying the one before ({(str(error) or type(error).__name__).splitlines()[0]})"
-                    )
-        lines = state.pop("lines")
-        if self.writes:
-            noted = (
-                self.metrics.read_text("utf-8").splitlines(keepends=True)
-                if self.metrics.exists()
-                else []
-            )
-            write_text(self.metrics, "".join(noted[:lines]))
-        if "model" in state:
-            model.load_state_dict(state.pop("model"))
-            optimizer.load_state_dict(state.pop("optimizer"))
-            self.compute.scaler.load_state_dict(state.pop("scaler"))
-        return state
-
-    def note(self, **values) -> None:
-        """One line of metrics, rounded so that it reads well; times are left out, so equal runs have equal files."""
-        if not self.writes:
-            return
-        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
-        with open(self.metrics, "a", encoding="utf-8") as f:
-            f.write(json.dumps(rounded, allow_nan=False) + "\n")
-
-
-def settings(args, slides, *files) -> dict:
-    """What decides a run's outcome: the arguments, and by their checksums the slides and any other files that it reads."""
-    digest = hashlib.sha256("".join(s.meta["sha256"] for s in slides).encode("utf-8"))
-    for path in files:
-        digest.update(Path(path).read_bytes())
-    chosen = {
-        k: v
-        for k, v in vars(args).items()
-        if k
-        not in (
-            "out",
-            "device",
-            "workers",
-            "resume",
-            "save_every",
-            "dry_run",
-            "in_memory",
-            "compile",
-        )
-    }
-    chosen.update(
-        {k: str(Path(chosen[k])) for k in ("data", "init") if chosen.get(k)}
-    )  # the same folder is the same however it is spelt
-    return {
-        **chosen,
-        "tile_encoder": slides[0].meta["encoder"],
-        "inputs_sha256": digest.hexdigest(),
-    }
-
-
-def ensure_data(path, compute=None) -> Path:
-    """The DATA folder; the default one is made on the spot, by the first process."""
-    path = Path(path)
-    if (
-        str(path) == DEFAULT_DATA
-        and not data.synthetic_facts(path).get("complete")
-        and process()[0] == 0
-    ):
-        log(
-            f"{path} is not there: making the quick synthetic cohort first (data.py synth --out {path})"
-        )
-        data.synth_cohort(path)
-    if compute is not None:
-        meet(compute)
-    if not (path / "slides").is_dir():
-        raise MixmagError(f"{path}: no slides folder; make one with data.py tile or data.py synth")
-    return path
-
-
-def fill_in(args, kind: str) -> None:
-    """Give the flags that were left out the preset's values. steps and epochs, and lr and blr, stand for each other."""
-    values = dict(PRESETS[args.preset][kind])
-    if getattr(args, "init", None) == "none":
-        values.update(PRESETS[args.preset]["abmil"])
-    length = getattr(args, "steps", None) or args.epochs
-    given = {"steps": length, "epochs": length, "blr": args.lr}
-    for name, value in values.items():
-        if getattr(args, name) is None and given.get(name) is None:
-            setattr(args, name, value)
+# -------------------------------------------------------------------------------------- pretraining
 
 
 def model_config(args, slides) -> mixmag.Config:
@@ -795,104 +168,21 @@ def model_config(args, slides) -> mixmag.Config:
     )
 
 
-def parameters(model) -> str:
-    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
-
-
-# ---------------------------------------------------------------------------------------------------------- pretraining
-
-
-def pretraining_split(path: Path, holdout: float) -> tuple[list, list]:
-    """Slide ids to train on and to measure on. Whole cases are held out, chosen by a hash of their name: the choice moves with
-    nothing else."""
-    case_of = {
-        s: c.case_id
-        for task in data.task_names(path)
-        for c in data.read_task(path, task)
-        for s in c.slide_ids
-    }
-    ids = data.pretraining_ids(path)
-    cases = sorted(
-        {case_of.get(i, i) for i in ids}, key=lambda c: hashlib.sha256(c.encode("utf-8")).digest()
-    )
-    held = set(cases[: round(holdout * len(cases))])
-    return [i for i in ids if case_of.get(i, i) not in held], [
-        i for i in ids if case_of.get(i, i) in held
-    ]
-
-
-def level_table(model, dataset, mean, compute, batch_size: int = 64) -> dict:
-    """predictor -> (K,) mean of 1 - cosine per magnification on the same removed tokens of every window of `dataset`: the model,
-    and what needs no network. A parent of 5x and children of 20x do not exist: nan there."""
-    geometry, sums = model.encoder.geometry, {}
-    model.eval()
-    for start in progress(range(0, len(dataset), batch_size), desc="held-out", leave=False):
-        batch = data.to_device(
-            dataset.__getitems__(range(start, min(start + batch_size, len(dataset)))),
-            compute.device,
+def schedule(args, windows: int) -> tuple[int, int, float]:
+    """Steps in all, steps of warm-up, peak rate."""
+    total = args.steps or math.ceil(args.epochs * windows / args.batch_size)
+    peak = args.blr * args.batch_size / 256 if args.lr is None else args.lr  # linear scaling rule
+    if args.lr is None and peak > HIGHEST_RATE:
+        raise MixmagError(
+            f"--batch-size {args.batch_size}: linear scaling makes a peak rate of {peak:.2g} of a base rate of {args.blr:g}, at which "
+            "nothing is learned; give --lr, a smaller --blr, or --preset paper"
         )
-        x, removed, valid = batch["x"], batch["removed"], batch["valid"]
-        with torch.no_grad(), compute.autocast():
-            kept, cls, tokens = model.encode_kept(x, removed, valid)
-            predictions = {"model": model.decoder(cls, tokens, kept, removed, valid).float()}
-        predictions.update(
-            mixmag.trivial_predictions(geometry, x, removed, mean.to(compute.device), valid)
-        )
-        target = mixmag.take(x, removed).float()
-        for name, pred in predictions.items():
-            total, count = mixmag.level_losses(geometry, pred, target, removed, valid)
-            sums[name] = sums.get(name, 0) + torch.stack([total, count]).double().cpu()
-    model.train()
-    losses = {name: (total / count).tolist() for name, (total, count) in sums.items()}
-    losses["parent"][0] = losses["children"][-1] = math.nan
-    return losses
+    return total, round(args.warmup * total), peak
 
 
-def markdown(titles: list, rows: list) -> str:
-    return "\n".join(
-        [
-            f"| {' | '.join(titles)} |",
-            "|---" * len(titles) + "|",
-            *(f"| {' | '.join(cells)} |" for cells in rows),
-        ]
-    )
-
-
-def format_levels(losses: dict, magnifications, least: dict | None) -> str:
-    """A Markdown table of `level_table`, the model last but for the least loss that a synthetic cohort allows."""
-    names = {
-        "mean": "mean embedding",
-        "shift": "mean + the region's common shift",
-        "parent": "visible parent",
-        "children": "visible children",
-        "neighbours": "visible neighbours",
-        "model": "**mixing encoder**",
-    }
-    rows = [(title, losses[name]) for name, title in names.items()]
-    if least:
-        rows.append(("least possible (synthetic)", [least[str(m)] for m in magnifications]))
-    return markdown(
-        ["predictor of the removed tokens", *(f"{m}x" for m in magnifications), "all"],
-        [
-            [
-                title,
-                *(
-                    "-" if math.isnan(v) else f"{v:.3f}"
-                    for v in (*values, sum(values) / len(values))
-                ),
-            ]
-            for title, values in rows
-        ],
-    )
-
-
-def default_run(args) -> str:
-    name = f"mem-{args.mask:.2f}" if args.source is None else f"cmem-{args.source}-{args.mask:.2f}"
-    return (
-        name
-        + (f"-r{args.region}" if args.region != 3 else "")
-        + (f"-s{args.seed}" if args.seed else "")
-    )
+LOG_EVERY = 10  # steps
+LOAD = 256  # regions that are loaded at once, so that a large batch need not fit into memory
+HIGHEST_RATE = 0.02  # assumed: ten times what the small preset learns at
 
 
 def in_parts(batch: dict, micro: int) -> list[tuple]:
@@ -958,9 +248,28 @@ def projection_gradients(model, parts: list, compute) -> tuple[torch.Tensor, tup
     return loss.detach(), own.split([part[0].shape[1] for part in parts], dim=1)
 
 
+def pretraining_split(path: Path, holdout: float) -> tuple[list, list]:
+    """Slide ids to train on and to measure on. Whole cases are held out, chosen by a hash of their name: the choice moves with
+    nothing else."""
+    case_of = {
+        s: c.case_id
+        for task in data.task_names(path)
+        for c in data.read_task(path, task)
+        for s in c.slide_ids
+    }
+    ids = data.pretraining_ids(path)
+    cases = sorted(
+        {case_of.get(i, i) for i in ids}, key=lambda c: hashlib.sha256(c.encode("utf-8")).digest()
+    )
+    held = set(cases[: round(holdout * len(cases))])
+    return [i for i in ids if case_of.get(i, i) not in held], [
+        i for i in ids if case_of.get(i, i) in held
+    ]
+
+
 def pretrain(args) -> dict:
     """MEM or CMEM (paper 3.1) on every slide that is in no tune or test split. Returns result.json."""
-    fill_in(args, "pretrain")
+    apply_preset(args, "pretrain")
     compute = machine(args)
     path = ensure_data(args.data, compute)
     ids, held_ids = pretraining_split(path, args.holdout)
@@ -1018,25 +327,8 @@ def pretrain(args) -> dict:
             [(i, "train") for i in ids] + [(i, "held-out") for i in held_ids],
         )
         finish_pretraining(run, model, path, held_ids, directions, args, facts)
-    meet(compute)
+    barrier(compute)
     return run.result()
-
-
-def pretrain_command(args) -> int:
-    pretrain(args)
-    return 0
-
-
-def schedule(args, windows: int) -> tuple[int, int, float]:
-    """Steps in all, steps of warm-up, peak rate."""
-    total = args.steps or math.ceil(args.epochs * windows / args.batch_size)
-    peak = args.blr * args.batch_size / 256 if args.lr is None else args.lr  # linear scaling rule
-    if args.lr is None and peak > HIGHEST_RATE:
-        raise MixmagError(
-            f"--batch-size {args.batch_size}: linear scaling makes a peak rate of {peak:.2g} of a base rate of {args.blr:g}, at which "
-            "nothing is learned; give --lr, a smaller --blr, or --preset paper"
-        )
-    return total, round(args.warmup * total), peak
 
 
 def pretrain_loop(
@@ -1087,7 +379,7 @@ def pretrain_loop(
         last, stop = step + 1 == total, stopping(compute)
         saves = (step + 1) % args.save_every == 0 or last or stop
         if saves or (step + 1) % LOG_EVERY == 0:  # only here does anything wait for the device
-            norm = refuse_non_finite(run, recent, dataset)
+            norm = check_finite(run, recent, dataset)
             recent.clear()
             if (step + 1) % LOG_EVERY == 0 or last:
                 note_pretraining(
@@ -1112,12 +404,7 @@ def pretrain_loop(
     return {"steps": total, "seconds": round(seconds, 1)}
 
 
-LOG_EVERY = 10  # steps
-LOAD = 256  # regions that are loaded at once, so that a large batch need not fit into memory
-HIGHEST_RATE = 0.02  # assumed: ten times what the small preset learns at
-
-
-def refuse_non_finite(run: Run, recent: list, dataset) -> float | None:
+def check_finite(run: Run, recent: list, dataset) -> float | None:
     """recent: (step, indices of its loads, loss, norm of the gradient) of the steps since the last call. The last norm, None where fp16's scaler
     skipped that step. Raises MixmagError for a loss, or without a scaler a gradient, that is not finite."""
     losses, norms = (torch.stack([r[i].float() for r in recent]).tolist() for i in (2, 3))
@@ -1165,116 +452,21 @@ def note_pretraining(
     bar.set_postfix(loss=f"{logged['loss']:.3f}")
 
 
-def export_encoder(run: Run, encoder, slide, preset: str, seen: list) -> None:
-    """RUN/encoder: weights and config, which mixmag.load_encoder reads, and which slides it saw. The config comes last: its presence says that it
-    is whole."""
-    folder = run.folder / "encoder"
-    with whole_file(folder / "model.safetensors") as temporary:
-        save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in encoder.state_dict().items()},
-            temporary,
-        )
-    write_csv(folder / "slides.csv", ("slide_id", "role"), seen)
-    write_json(
-        folder / "config.json",
-        {
-            "model": encoder.config.to_dict(),
-            "tile_encoder": slide.meta["encoder"],
-            "preset": preset,
-            "licence": "the terms of the tile encoder's outputs pass on to these weights (Virchow2: CC-BY-NC-ND 4.0)",
-        },
+def default_run(args) -> str:
+    name = f"mem-{args.mask:.2f}" if args.source is None else f"cmem-{args.source}-{args.mask:.2f}"
+    return (
+        name
+        + (f"-r{args.region}" if args.region != 3 else "")
+        + (f"-s{args.seed}" if args.seed else "")
     )
 
 
-def finish_pretraining(run: Run, model, path, held_ids, directions, args, facts: dict) -> None:
-    """Measure on the held-out slides beside what needs no network, draw the curve, write result.json."""
-    config, cohort, losses = model.config, data.synthetic_facts(path), None
-    least, data_words = cohort.get("least_mem_loss"), "synthetic cohort" if cohort else str(path)
-    if held_ids:
-        held = data.RegionDataset(
-            data.read_slides(path, held_ids),
-            config.geometry(),
-            args.seed,
-            args.mask,
-            stride=config.region,
-            min_cover=args.min_cover,
-            turn=False,
-        )
-        if len(held):
-            losses = level_table(model, held, directions, run.compute)
-    text = (
-        format_levels(losses, config.magnifications, least)
-        if losses
-        else "no held-out window: the loss was not measured on unseen slides"
-    )
-    write_text(
-        run.folder / "SUMMARY.md",
-        f"# {run.folder.name}: loss (1 - cosine) on held-out slides, {data_words}\n\n{text}\n",
-    )
-    draw_pretraining(run, losses, config.magnifications, least, data_words)
-    plain = (
-        {name: [None if math.isnan(v) else v for v in values] for name, values in losses.items()}
-        if losses
-        else None
-    )
-    data.seal(
-        run.folder, RUN_FILES, "result.json", {"kind": "pretrain", **facts, "held_out": plain}
-    )
-    print(text)
+def pretrain_command(args) -> int:
+    pretrain(args)
+    return 0
 
 
-def plot(width=6.4, height=3.6, **grid):
-    """A figure and its axis, or its grid of them; matplotlib is imported where something is drawn."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained", **grid)
-    for axis in np.ravel(axes):
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def save_figure(figure, path) -> None:
-    from matplotlib import pyplot
-
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
-    pyplot.close(figure)
-
-
-def draw_pretraining(run: Run, losses, magnifications, least, data_words: str) -> None:
-    """RUN/curve.png: the loss of each magnification over the steps, and where the trivial predictors and the noise lie."""
-    lines = [json.loads(line) for line in run.metrics.read_text("utf-8").splitlines()]
-    figure, axis = plot()
-    for m in magnifications:
-        pairs = [(line["step"], line[f"{m}x"]) for line in lines if line[f"{m}x"] is not None]
-        axis.plot(*zip(*pairs), lw=1, label=f"{m}x, training batches")
-    if losses:
-        for name, style, title in (
-            ("mean", ":", "mean embedding"),
-            ("shift", "-.", "mean + common shift"),
-            ("neighbours", "--", "visible neighbours"),
-            ("model", "-", "mixing encoder"),
-        ):
-            axis.axhline(
-                np.mean(losses[name]), color="black", ls=style, lw=1, label=f"{title}, held out"
-            )
-    if least:
-        axis.axhline(
-            np.mean(list(least.values())), color="grey", lw=3, alpha=0.4, label="least possible"
-        )
-    axis.set(
-        xlabel="optimizer step",
-        ylabel="1 - cosine at removed tokens",
-        title=f"{run.folder.name}, {data_words}",
-    )
-    axis.legend(fontsize=7, frameon=False, ncols=2)
-    save_figure(figure, run.folder / "curve.png")
-
-
-# ---------------------------------------------------------------------------------------------------------- fine-tuning
+# -------------------------------------------------------------------------------------- fine-tuning
 
 
 def auroc(labels, scores) -> float:
@@ -1349,11 +541,11 @@ def read_encoder(run, slides) -> mixmag.MixingEncoder:
         trained_on = data.read_json(folder / "config.json")["tile_encoder"]
     except (ValueError, KeyError, RuntimeError) as error:
         raise MixmagError(f"{folder}: {' '.join(str(error).split())}") from None
-    refuse_strange(folder, trained_on, encoder.config, slides[0])
+    check_same_encoder(folder, trained_on, encoder.config, slides[0])
     return encoder
 
 
-def refuse_strange(run, tile_encoder: str, config: mixmag.Config, slide) -> None:
+def check_same_encoder(run, tile_encoder: str, config: mixmag.Config, slide) -> None:
     """A model says nothing of other embeddings than those it was trained on."""
     wanted, found = (
         (tile_encoder, config.dim, config.magnifications),
@@ -1368,7 +560,7 @@ def is_run(init: str) -> bool:
     return init not in ("none", "random")
 
 
-def take_over(args) -> None:
+def adopt_encoder_settings(args) -> None:
     """What the encoder of --init decides where its flag was left out: the preset, and the region's size, which cannot be another."""
     known = data.read_json(encoder_folder(args.init) / "config.json") if is_run(args.init) else {}
     region = known.get("model", {}).get("region", args.region or 3)
@@ -1379,7 +571,7 @@ def take_over(args) -> None:
     args.preset, args.region = args.preset or known.get("preset", "small"), region
 
 
-def refuse_seen(run, path, cases) -> None:
+def check_no_leakage(run, path, cases) -> None:
     """An encoder that in pretraining saw a tune or test case of this task, be it by a slide of another task, gives scores that mean nothing."""
     if not is_run(run):
         return
@@ -1444,13 +636,6 @@ def make_classifier(args, slides, train_slides, compute) -> mixmag.SlideClassifi
     return model
 
 
-def share_state(module, compute) -> None:
-    """All processes go on with the first one's."""
-    if compute.world > 1:
-        for tensor in module.state_dict().values():
-            distributed.broadcast(tensor, 0)
-
-
 def fit_whitening(model, dataset, compute, limit: int = 4000) -> None:
     """Mean of each held output's place and the covariance around it, over about `limit` regions, evenly spread over every slide of the train split."""
     share, count, total, square = (
@@ -1488,7 +673,7 @@ def encoded(model, dataset, slide_id: str, compute) -> tuple[np.ndarray, np.ndar
         return model.outputs(*data.as_batch(x, valid, compute.device)).float().cpu().numpy(), valid
 
 
-def hold_outputs(model, dataset, compute) -> None:
+def cache_encoder_outputs(model, dataset, compute) -> None:
     """From now on the data set gives the frozen encoder's outputs, made here once, in place of embeddings."""
     dataset.held = {
         i: encoded(model, dataset, i, compute)
@@ -1567,7 +752,7 @@ def finetune_epoch(
     batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
     mine, steps = [b[compute.rank :: compute.world] for b in batches], args.epochs * len(batches)
     for i, batch in enumerate(
-        data.ahead(
+        data.prefetch(
             lambda indices: data.pinned(dataset.__getitems__(indices), compute.device),
             mine,
             args.workers,
@@ -1666,14 +851,14 @@ def finetune(args) -> dict:
     """Train on the train split, keep the epoch that ranks the tune split best, score the test split once (paper 4.3). Returns
     result.json."""
     args.init = args.init or str(newest_pretraining())
-    take_over(args)
-    fill_in(args, "finetune")
+    adopt_encoder_settings(args)
+    apply_preset(args, "finetune")
     compute = machine(args)
     path = ensure_data(args.data, compute)
     cases = data.read_task(path, args.task)
     by_id = {s.slide_id: s for s in data.read_slides(path, {i for c in cases for i in c.slide_ids})}
     slides = list(by_id.values())
-    refuse_seen(args.init, path, cases)
+    check_no_leakage(args.init, path, cases)
     model = make_classifier(
         args, slides, [by_id[i] for c in cases if c.split == "train" for i in c.slide_ids], compute
     )
@@ -1715,7 +900,7 @@ def finetune(args) -> dict:
         return run.result()
     best = finetune_loop(args, run, model, sets, compute)
     finish_finetuning(run, model, sets, best, args)
-    meet(compute)
+    barrier(compute)
     return run.result()
 
 
@@ -1736,7 +921,7 @@ def finetune_loop(args, run: Run, model, sets: dict, compute) -> dict:
     done, starts = best.pop("done"), best.pop("starts", 0)
     if not done:
         if model.encoder is not None and max(args.frozen_epochs, args.starts) > 1:
-            hold_outputs(model, sets["train"], compute)
+            cache_encoder_outputs(model, sets["train"], compute)
             if (
                 not starts
             ):  # an encoder that learns from the start makes large what matters by itself
@@ -1754,7 +939,7 @@ def finetune_loop(args, run: Run, model, sets: dict, compute) -> dict:
                 if not frozen:
                     sets[split].held.clear()
                 elif args.frozen_epochs > 1 and not sets[split].held:
-                    hold_outputs(model, sets[split], compute)
+                    cache_encoder_outputs(model, sets[split], compute)
         loss, norm = finetune_epoch(model, optimizer, sets["train"], compute, args, epoch, bar)
         rule, tune = keep_best(best, epoch, model, sets["tune"], compute, args)
         run.note(
@@ -1795,7 +980,7 @@ def best_start(
     before the first. `done` starts were made before; optimizer is that of the epochs to come."""
     if model.encoder is not None:
         model.encoder.requires_grad_(False)
-        hold_outputs(model, sets["tune"], compute)
+        cache_encoder_outputs(model, sets["tune"], compute)
     steps = args.epochs * math.ceil(len(sets["train"]) / args.batch_size)
     bar = progress(total=args.starts * steps, initial=done * steps, desc=f"starts {args.task}")
     for start in range(done, args.starts):
@@ -1980,7 +1165,464 @@ def finetune_command(args) -> int:
     return 0
 
 
-# ------------------------------------------------------------------------------------------------------ predict, embed
+# ======================================================================================== stop here
+# Above stands what the paper needs. Below stands what a lab needs around it: run folders, several
+# processes, exports, predictions, heatmaps, the tables and the command line.
+
+
+# ---------------------------------------------------------------------------- run folder, processes
+
+
+def log(*words) -> None:
+    """To stderr, from the first of several processes only."""
+    if process()[0] == 0:
+        print(*words, file=sys.stderr, flush=True)
+
+
+def machine(args, width: int | None = None) -> SimpleNamespace:
+    """Where, in which precision and as which of how many processes to compute: .device, .autocast(), .scaler (which does nothing
+    unless in fp16), .rank and .world. Processes are those that torchrun started; they meet here. width: the model's, if not the preset's."""
+    device, (rank, world), width = (
+        data.find_device(args.device),
+        process(),
+        width or getattr(mixmag.Config, args.preset)(1).width,
+    )
+    if device.index is not None:
+        torch.cuda.set_device(device)  # lest every process opens the first GPU as well
+    if world > 1 and not distributed.is_initialized():
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30)
+        )
+    dtype = amp_dtype(getattr(args, "amp", "auto"), device, width)
+    return SimpleNamespace(
+        device=device,
+        dtype=dtype,
+        rank=rank,
+        world=world,
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        autocast=lambda: torch.autocast(device.type, dtype) if dtype else nullcontext(),
+    )
+
+
+def process() -> tuple[int, int]:
+    """Which of how many processes this is, as torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def barrier(compute) -> None:
+    """All processes wait for each other here."""
+    if compute.world > 1:
+        distributed.barrier()
+
+
+def sum_over_processes(values: torch.Tensor, compute) -> torch.Tensor:
+    if compute.world > 1:
+        distributed.all_reduce(values)
+    return values
+
+
+def stopping(compute) -> bool:
+    """Whether any process was told to stop; asked by all of them at the same place, so that they stop together."""
+    return bool(sum_over_processes(torch.tensor(len(data.STOP_SIGNALS)), compute))
+
+
+def sum_gradients(model, compute) -> None:
+    """Each process has its share of the gradient of the global batch's mean; together they have all of it."""
+    if compute.world > 1:
+        learning = [p for p in model.parameters() if p.requires_grad]
+        flat = sum_over_processes(
+            torch.cat(
+                [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learning]
+            ),
+            compute,
+        )
+        for p, gradient in zip(learning, flat.split([p.numel() for p in learning])):
+            p.grad = gradient.view_as(p)
+
+
+def share_state(module, compute) -> None:
+    """All processes go on with the first one's."""
+    if compute.world > 1:
+        for tensor in module.state_dict().values():
+            distributed.broadcast(tensor, 0)
+
+
+RUN_FILES = (
+    "config.json",
+    "metrics.jsonl",
+    "last.pt",
+    "prev.pt",
+    "SUMMARY.md",
+    "curve.png",
+    "model.safetensors",
+    "predictions.csv",
+    "encoder/config.json",
+    "encoder/slides.csv",
+    "encoder/model.safetensors",
+)
+
+
+class OtherSettings(MixmagError):
+    """What stands in --out was made with other settings. A table, or a loop over slides, goes no further."""
+
+
+class Run:
+    """A run folder. Two starts with the same settings are one run; with other settings the second is refused. Of several processes
+    the first one writes, the others only read."""
+
+    def __init__(self, folder, config: dict, resume: str, compute):
+        self.folder, self.compute, self.writes = Path(folder), compute, compute.rank == 0
+        self.metrics = self.folder / "metrics.jsonl"
+        if self.writes:
+            self.claim(config, resume)
+        barrier(compute)
+
+    def claim(self, config: dict, resume: str) -> None:
+        """Write config.json, after all of an earlier run is removed where `resume` is off. Raises OtherSettings for a run of other settings."""
+        stored = self.folder / "config.json"
+        if not stored.exists():
+            if strange := [
+                name for name in ("last.pt", "prev.pt") if (self.folder / name).exists()
+            ]:
+                raise MixmagError(
+                    f"{self.folder} holds {strange[0]} but no config.json, so nobody knows of what; name another --out"
+                )
+        elif resume == "auto":
+            found = data.read_json(stored)
+            differing = sorted(
+                k for k in found.keys() | config.keys() if found.get(k) != config.get(k)
+            )
+            if differing:
+                raise OtherSettings(
+                    f"{self.folder} holds a run with other settings: "
+                    + ", ".join(
+                        f"{k} {found.get(k)!r} there, {config.get(k)!r} now" for k in differing
+                    )
+                    + "; give another --out, or --resume off to begin anew"
+                )
+        else:
+            for name in (
+                "result.json",
+                data.SUMS,
+                "predict.csv",
+                "predict-failed.csv",
+                *reversed(RUN_FILES),
+            ):
+                (self.folder / name).unlink(
+                    missing_ok=True
+                )  # config.json last: until then this is the run that it was
+            shutil.rmtree(self.folder / "heatmap", ignore_errors=True)
+        data.sweep(self.folder, self.folder / "encoder")
+        if not self.result():  # a finished one may be read-only
+            write_json(stored, config)
+
+    def result(self) -> dict | None:
+        done = self.folder / "result.json"
+        return data.read_json(done) if done.exists() else None
+
+    def save(self, done: int, model, optimizer, **more) -> None:
+        """Write last.pt; the one before stays as prev.pt. Plain types and tensors only."""
+        if not self.writes:
+            return
+        state = {
+            **more,
+            "done": done,
+            "lines": len(self.metrics.read_text("utf-8").splitlines()),
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": self.compute.scaler.state_dict(),
+        }
+        last = self.folder / "last.pt"
+        with whole_file(last) as temporary:
+            with open(
+                temporary, "wb"
+            ) as f:  # by its name torch would put that into the file, and equal runs would differ
+                torch.save(state, f)
+            if last.exists():
+                os.replace(
+                    last, self.folder / "prev.pt"
+                )  # killed here, the run goes on from prev.pt
+
+    def load(self, model, optimizer) -> dict:
+        """Go on from the newest whole checkpoint, if any; nothing is unpickled, and the metrics are cut back to where it was written. Returns what
+        `save` was given, {"done": 0} without one."""
+        state = {"done": 0, "lines": 0}
+        for path in (self.folder / "last.pt", self.folder / "prev.pt"):
+            if path.exists() and "model" not in state:
+                try:
+                    found = torch.load(path, map_location="cpu", weights_only=True)
+                    state = {**found, "done": found["done"], "lines": found["lines"]}
+                    log(f"going on from {path}, {state['done']} done")
+                except Exception as error:  # whatever a damaged file makes torch raise: say so, take the one before
+                    log(
+                        f"{path}: not a whole checkpoint, trying the one before ({(str(error) or type(error).__name__).splitlines()[0]})"
+                    )
+        lines = state.pop("lines")
+        if self.writes:
+            noted = (
+                self.metrics.read_text("utf-8").splitlines(keepends=True)
+                if self.metrics.exists()
+                else []
+            )
+            write_text(self.metrics, "".join(noted[:lines]))
+        if "model" in state:
+            model.load_state_dict(state.pop("model"))
+            optimizer.load_state_dict(state.pop("optimizer"))
+            self.compute.scaler.load_state_dict(state.pop("scaler"))
+        return state
+
+    def note(self, **values) -> None:
+        """One line of metrics, rounded so that it reads well; times are left out, so equal runs have equal files."""
+        if not self.writes:
+            return
+        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+        with open(self.metrics, "a", encoding="utf-8") as f:
+            f.write(json.dumps(rounded, allow_nan=False) + "\n")
+
+
+def settings(args, slides, *files) -> dict:
+    """What decides a run's outcome: the arguments, and by their checksums the slides and any other files that it reads."""
+    digest = hashlib.sha256("".join(s.meta["sha256"] for s in slides).encode("utf-8"))
+    for path in files:
+        digest.update(Path(path).read_bytes())
+    chosen = {
+        k: v
+        for k, v in vars(args).items()
+        if k
+        not in (
+            "out",
+            "device",
+            "workers",
+            "resume",
+            "save_every",
+            "dry_run",
+            "in_memory",
+            "compile",
+        )
+    }
+    chosen.update(
+        {k: str(Path(chosen[k])) for k in ("data", "init") if chosen.get(k)}
+    )  # the same folder is the same however it is spelt
+    return {
+        **chosen,
+        "tile_encoder": slides[0].meta["encoder"],
+        "inputs_sha256": digest.hexdigest(),
+    }
+
+
+def ensure_data(path, compute=None) -> Path:
+    """The DATA folder; the default one is made on the spot, by the first process."""
+    path = Path(path)
+    if (
+        str(path) == DEFAULT_DATA
+        and not data.synthetic_facts(path).get("complete")
+        and process()[0] == 0
+    ):
+        log(
+            f"{path} is not there: making the quick synthetic cohort first (data.py synth --out {path})"
+        )
+        data.synth_cohort(path)
+    if compute is not None:
+        barrier(compute)
+    if not (path / "slides").is_dir():
+        raise MixmagError(f"{path}: no slides folder; make one with data.py tile or data.py synth")
+    return path
+
+
+def apply_preset(args, kind: str) -> None:
+    """Give the flags that were left out the preset's values. steps and epochs, and lr and blr, stand for each other."""
+    values = dict(PRESETS[args.preset][kind])
+    if getattr(args, "init", None) == "none":
+        values.update(PRESETS[args.preset]["abmil"])
+    length = getattr(args, "steps", None) or args.epochs
+    given = {"steps": length, "epochs": length, "blr": args.lr}
+    for name, value in values.items():
+        if getattr(args, name) is None and given.get(name) is None:
+            setattr(args, name, value)
+
+
+def parameters(model) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+
+
+# ------------------------------------------------------------------------- measuring, export, curve
+
+
+def level_table(model, dataset, mean, compute, batch_size: int = 64) -> dict:
+    """predictor -> (K,) mean of 1 - cosine per magnification on the same removed tokens of every window of `dataset`: the model,
+    and what needs no network. A parent of 5x and children of 20x do not exist: nan there."""
+    geometry, sums = model.encoder.geometry, {}
+    model.eval()
+    for start in progress(range(0, len(dataset), batch_size), desc="held-out", leave=False):
+        batch = data.to_device(
+            dataset.__getitems__(range(start, min(start + batch_size, len(dataset)))),
+            compute.device,
+        )
+        x, removed, valid = batch["x"], batch["removed"], batch["valid"]
+        with torch.no_grad(), compute.autocast():
+            kept, cls, tokens = model.encode_kept(x, removed, valid)
+            predictions = {"model": model.decoder(cls, tokens, kept, removed, valid).float()}
+        predictions.update(
+            mixmag.trivial_predictions(geometry, x, removed, mean.to(compute.device), valid)
+        )
+        target = mixmag.take(x, removed).float()
+        for name, pred in predictions.items():
+            total, count = mixmag.level_losses(geometry, pred, target, removed, valid)
+            sums[name] = sums.get(name, 0) + torch.stack([total, count]).double().cpu()
+    model.train()
+    losses = {name: (total / count).tolist() for name, (total, count) in sums.items()}
+    losses["parent"][0] = losses["children"][-1] = math.nan
+    return losses
+
+
+def markdown(titles: list, rows: list) -> str:
+    return "\n".join(
+        [
+            f"| {' | '.join(titles)} |",
+            "|---" * len(titles) + "|",
+            *(f"| {' | '.join(cells)} |" for cells in rows),
+        ]
+    )
+
+
+def format_levels(losses: dict, magnifications, least: dict | None) -> str:
+    """A Markdown table of `level_table`, the model last but for the least loss that a synthetic cohort allows."""
+    names = {
+        "mean": "mean embedding",
+        "shift": "mean + the region's common shift",
+        "parent": "visible parent",
+        "children": "visible children",
+        "neighbours": "visible neighbours",
+        "model": "**mixing encoder**",
+    }
+    rows = [(title, losses[name]) for name, title in names.items()]
+    if least:
+        rows.append(("least possible (synthetic)", [least[str(m)] for m in magnifications]))
+    return markdown(
+        ["predictor of the removed tokens", *(f"{m}x" for m in magnifications), "all"],
+        [
+            [
+                title,
+                *(
+                    "-" if math.isnan(v) else f"{v:.3f}"
+                    for v in (*values, sum(values) / len(values))
+                ),
+            ]
+            for title, values in rows
+        ],
+    )
+
+
+def export_encoder(run: Run, encoder, slide, preset: str, seen: list) -> None:
+    """RUN/encoder: weights and config, which mixmag.load_encoder reads, and which slides it saw. The config comes last: its presence says that it
+    is whole."""
+    folder = run.folder / "encoder"
+    with whole_file(folder / "model.safetensors") as temporary:
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in encoder.state_dict().items()},
+            temporary,
+        )
+    write_csv(folder / "slides.csv", ("slide_id", "role"), seen)
+    write_json(
+        folder / "config.json",
+        {
+            "model": encoder.config.to_dict(),
+            "tile_encoder": slide.meta["encoder"],
+            "preset": preset,
+            "licence": "the terms of the tile encoder's outputs pass on to these weights (Virchow2: CC-BY-NC-ND 4.0)",
+        },
+    )
+
+
+def finish_pretraining(run: Run, model, path, held_ids, directions, args, facts: dict) -> None:
+    """Measure on the held-out slides beside what needs no network, draw the curve, write result.json."""
+    config, cohort, losses = model.config, data.synthetic_facts(path), None
+    least, data_words = cohort.get("least_mem_loss"), "synthetic cohort" if cohort else str(path)
+    if held_ids:
+        held = data.RegionDataset(
+            data.read_slides(path, held_ids),
+            config.geometry(),
+            args.seed,
+            args.mask,
+            stride=config.region,
+            min_cover=args.min_cover,
+            turn=False,
+        )
+        if len(held):
+            losses = level_table(model, held, directions, run.compute)
+    text = (
+        format_levels(losses, config.magnifications, least)
+        if losses
+        else "no held-out window: the loss was not measured on unseen slides"
+    )
+    write_text(
+        run.folder / "SUMMARY.md",
+        f"# {run.folder.name}: loss (1 - cosine) on held-out slides, {data_words}\n\n{text}\n",
+    )
+    draw_pretraining(run, losses, config.magnifications, least, data_words)
+    plain = (
+        {name: [None if math.isnan(v) else v for v in values] for name, values in losses.items()}
+        if losses
+        else None
+    )
+    data.seal(
+        run.folder, RUN_FILES, "result.json", {"kind": "pretrain", **facts, "held_out": plain}
+    )
+    print(text)
+
+
+def plot(width=6.4, height=3.6, **grid):
+    """A figure and its axis, or its grid of them; matplotlib is imported where something is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained", **grid)
+    for axis in np.ravel(axes):
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save_figure(figure, path) -> None:
+    from matplotlib import pyplot
+
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+    pyplot.close(figure)
+
+
+def draw_pretraining(run: Run, losses, magnifications, least, data_words: str) -> None:
+    """RUN/curve.png: the loss of each magnification over the steps, and where the trivial predictors and the noise lie."""
+    lines = [json.loads(line) for line in run.metrics.read_text("utf-8").splitlines()]
+    figure, axis = plot()
+    for m in magnifications:
+        pairs = [(line["step"], line[f"{m}x"]) for line in lines if line[f"{m}x"] is not None]
+        axis.plot(*zip(*pairs), lw=1, label=f"{m}x, training batches")
+    if losses:
+        for name, style, title in (
+            ("mean", ":", "mean embedding"),
+            ("shift", "-.", "mean + common shift"),
+            ("neighbours", "--", "visible neighbours"),
+            ("model", "-", "mixing encoder"),
+        ):
+            axis.axhline(
+                np.mean(losses[name]), color="black", ls=style, lw=1, label=f"{title}, held out"
+            )
+    if least:
+        axis.axhline(
+            np.mean(list(least.values())), color="grey", lw=3, alpha=0.4, label="least possible"
+        )
+    axis.set(
+        xlabel="optimizer step",
+        ylabel="1 - cosine at removed tokens",
+        title=f"{run.folder.name}, {data_words}",
+    )
+    axis.legend(fontsize=7, frameon=False, ncols=2)
+    save_figure(figure, run.folder / "curve.png")
+
+
+# ----------------------------------------------------------------------------------- predict, embed
 
 
 def read_classifier(folder) -> tuple[mixmag.SlideClassifier, dict]:
@@ -2012,7 +1654,7 @@ def open_run(args, ids, failed: list | None = None) -> tuple:
     folder = args.data or config["data"]
     compute = machine(SimpleNamespace(device=args.device, amp=config["amp"]), model.config.width)
     slides = {s.slide_id: s for s in data.read_slides(folder, ids, failed)}
-    refuse_strange(args.run, config["tile_encoder"], model.config, next(iter(slides.values())))
+    check_same_encoder(args.run, config["tile_encoder"], model.config, next(iter(slides.values())))
     cases = [data.Case(i, 0, "", [i]) for i in slides]
     dataset = data.CaseDataset(
         slides, cases, model.config.geometry(), model.index, config["min_cover"]
@@ -2048,7 +1690,7 @@ def predict_command(args) -> int:
     return report_failed(listed, failed)
 
 
-def places(meta: dict, geometry, tokens: str, index, corners: np.ndarray) -> tuple:
+def output_boxes(meta: dict, geometry, tokens: str, index, corners: np.ndarray) -> tuple:
     """Where the outputs of windows lie, corners (W, 2) in cells -> level (n,), side (n,) in level-0 px, place (W, n, 2) col, row on the lattice of
     that side, and box (W, n, 4) left, top, right, bottom in level-0 px, int64: each edge is computed from the lattice's origin and rounded
     once, so that neighbours share it. n counts the tokens in `index`; `cls` has one output per region, of level 0 and R cells' side."""
@@ -2166,11 +1808,11 @@ def embed_slide(encoder, slide, targets, args, made_by: dict, compute) -> list[i
     """Write one slide's outputs, 64 regions at a time; how many rows each file holds. `cls`: one file, a row per region; `patch`: one file per
     magnification, a row per valid tile."""
     geometry = encoder.geometry
-    rows, corners = data.covering(slide.cells, geometry.region, args.min_cover)
+    rows, corners = data.covering_windows(slide.cells, geometry.region, args.min_cover)
     entries = geometry.cell_order().numpy()
     keep = data.tokens_of(slide, rows, entries)[1]
     keep = keep if args.tokens == "patch" else keep.any(axis=1, keepdims=True)
-    level, side, _, box = places(slide.meta, geometry, args.tokens, slice(None), corners)
+    level, side, _, box = output_boxes(slide.meta, geometry, args.tokens, slice(None), corners)
     width = encoder.config.width * (encoder.config.cls_tokens if args.tokens == "cls" else 1)
     data.require_room(
         Path(args.out), 4 * width * int(keep.sum())
@@ -2238,7 +1880,7 @@ def embed_command(args) -> int:
             log(f"{slide.slide_id}: FAILED: {error}")
             continue
         totals, there_are = np.add(totals, counts), there_are + len(slide.cells)
-        used += (data.covering(slide.cells, R, args.min_cover)[0] >= 0).sum()
+        used += (data.covering_windows(slide.cells, R, args.min_cover)[0] >= 0).sum()
         empty += [slide.slide_id] * (not sum(counts))
     units = (
         ["regions"] if args.tokens == "cls" else [f"at {m}x" for m in encoder.config.magnifications]
@@ -2253,12 +1895,12 @@ def embed_command(args) -> int:
             else ""
         )
         + (f"; {len(failed)} failed, see {args.out}/failed.csv" if failed else "")
-        + data.left_out(used, there_are)
+        + data.describe_uncovered(used, there_are)
     )
     return report_failed(Path(args.out) / "failed.csv", failed)
 
 
-# ------------------------------------------------------------------------------------------------------------- heatmaps
+# ------------------------------------------------------------------------------------------ heatmap
 
 
 def attention_table(model, dataset, compute) -> tuple[SimpleNamespace, float]:
@@ -2273,7 +1915,7 @@ def attention_table(model, dataset, compute) -> tuple[SimpleNamespace, float]:
     with torch.no_grad(), compute.autocast():
         logit, attention = model(batch["x"], batch["regions"], batch["valid"])
     rows, corners = dataset.rows[case.case_id], dataset.corners[case.case_id]
-    level, side, place, box = places(
+    level, side, place, box = output_boxes(
         slide.meta, geometry, model.tokens, model.index.cpu().numpy(), corners
     )
     keep = np.ones((len(rows), 1), bool) if cls else data.tokens_of(slide, rows, dataset.entries)[1]
@@ -2505,12 +2147,12 @@ def draw_maps(
         draw_regions(out / "regions.png", table, labels if tokens else [], slide, reader, side)
 
 
-def refuse_other_image(reader, slide, table) -> None:
+def check_same_image(reader, slide, table) -> None:
     """Raises MixmagError for an image that cannot be this slide's; a log line for another file that may be."""
     meta, size, (mpp, *_, words) = (
         slide.meta,
         reader.slide.dimensions,
-        data.said_mpp(reader.slide.properties),
+        data.stated_mpp(reader.slide.properties),
     )
     made_by, said = (
         meta.get("settings", {}),
@@ -2552,7 +2194,7 @@ def heatmap_command(args) -> int:
     meta, reader = slide.meta, data.Reader(args.image) if args.image else None
     table, score = attention_table(model, dataset, compute)
     if reader:
-        refuse_other_image(reader, slide, table)
+        check_same_image(reader, slide, table)
         meta["width"], meta["height"] = reader.slide.dimensions  # import may not have known them
     whole, said = (0, 0, meta["width"], meta["height"]), reader.slide.properties if reader else {}
     x, y, width, height = (
@@ -2622,7 +2264,7 @@ def heatmap_command(args) -> int:
     return 0
 
 
-# ----------------------------------------------------------------------------------------------------------- the tables
+# ------------------------------------------------------------------------------------- tables, demo
 
 TASK_TITLES = {
     "breast_cdh1": "Breast CDH1",
@@ -3120,7 +2762,35 @@ def draw_demo(out: Path) -> None:
     save_figure(figure, out / "demo.png")
 
 
-# --------------------------------------------------------------------------------------------------------------- doctor
+# ------------------------------------------------------------------------------------------- doctor
+
+
+def packages() -> list[str]:
+    """A line for each package that the project needs, a WARNING for one that is not there."""
+    import importlib.metadata
+
+    lines = []
+    for package in (
+        "torch",
+        "numpy",
+        "openslide-python",
+        "openslide-bin",
+        "scikit-learn",
+        "scipy",
+        "safetensors",
+        "h5py",
+        "tifffile",
+        "simplejpeg",
+        "matplotlib",
+        "tqdm",
+    ):
+        try:
+            lines.append(f"{package:18s} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(
+                f"WARNING            {package} is not installed: pip install -r requirements.txt"
+            )
+    return lines
 
 
 def doctor_command(args) -> int:
@@ -3164,6 +2834,339 @@ def doctor_command(args) -> int:
     return 0
 
 
+# --------------------------------------------------------------------------------- the command line
+
+
+def parse(argv=None) -> argparse.Namespace:
+    def within(kind, low, high):
+        def number(text):
+            if not low <= kind(text) <= high:  # NaN is not
+                raise argparse.ArgumentTypeError(f"{text} is not within {low:g} to {high:g}")
+            return kind(text)
+
+        return number
+
+    natural, positive, share, rate = (
+        within(int, 0, 2**32 - 1),
+        within(int, 1, 2**32 - 1),
+        within(float, 0, 1),
+        within(float, 1e-30, 1e3),
+    )
+
+    def magnification(text):  # STAMP's may be 8.75
+        return text if text == "all" else float(text) if float(text) % 1 else positive(text)
+
+    class Help(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):
+            return action.help if action.default is None else super()._get_help_string(action)
+
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, summary, example):
+        p = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example: {example}",
+            formatter_class=Help,
+        )
+        p.add_argument("--seed", type=natural, default=0, help="everything random follows from it")
+        p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
+        return p
+
+    def training(p, steps, taken_over=""):
+        p.add_argument(
+            "--data",
+            default=DEFAULT_DATA,
+            help="DATA folder; the default is made first if it is not there",
+        )
+        p.add_argument(
+            "--out", help="run folder (default: a name made of the settings, under runs/)"
+        )
+        p.add_argument(
+            "--preset",
+            choices=PRESETS,
+            default="small",
+            help="small: 1 M parameters, for two CPU cores; "
+            f"paper: its sizes, as assumed in README{taken_over}",
+        )
+        p.add_argument(
+            "--region",
+            type=positive,
+            default=3,
+            help=f"cells per region side (assumed: 3){taken_over}",
+        )
+        p.add_argument(
+            "--batch-size", type=positive, help="global batch size (default: the preset's)"
+        )
+        p.add_argument(
+            "--epochs", type=positive, help="passes over the data (default: the preset's)"
+        )
+        if steps:
+            p.add_argument(
+                "--steps",
+                type=positive,
+                help="optimizer steps, instead of epochs (default: the preset's)",
+            )
+        p.add_argument("--lr", type=rate, help="peak learning rate (default: the preset's)")
+        if steps:
+            p.add_argument(
+                "--blr",
+                type=rate,
+                help="base rate, instead of lr: lr = blr * batch / 256 (default: the preset's)",
+            )
+        p.add_argument(
+            "--warmup",
+            type=share,
+            default=0.05,
+            help="share of the steps in which the rate rises (assumed)",
+        )
+        p.add_argument(
+            "--weight-decay",
+            type=within(float, 0, 1e3),
+            help="on matrices only (default: the preset's)",
+        )
+        p.add_argument("--clip", type=rate, default=1.0, help="largest gradient norm (assumed)")
+        p.add_argument(
+            "--amp",
+            choices=("auto", "off", "fp16", "bf16"),
+            default="auto",
+            help="auto: bf16 where the device computes it, else fp16 on a GPU",
+        )
+        p.add_argument(
+            "--workers", type=natural, default=1, help="threads that load the next batches"
+        )
+        p.add_argument(
+            "--resume",
+            choices=("auto", "off"),
+            default="auto",
+            help="auto: go on where a run of the same settings stopped",
+        )
+
+    p = command(
+        "pretrain",
+        "masked embedding modelling, without labels",
+        "python train.py pretrain --mask 0.5 --source 7",
+    )
+    training(p, steps=True)
+    p.add_argument(
+        "--mask", type=share, default=0.5, help="removal ratio (paper: 0.25, 0.50, 0.75)"
+    )
+    p.add_argument(
+        "--source",
+        type=positive,
+        metavar="S",
+        help="add the contrastive term on two views of an S x S source window (paper: 3, 7, 11)",
+    )
+    p.add_argument(
+        "--micro-batch",
+        type=positive,
+        default=64,
+        help="regions per forward pass; gradients accumulate to the batch",
+    )
+    p.add_argument(
+        "--min-cover", type=share, default=1.0, help="share of its cells that a window must hold"
+    )
+    p.add_argument(
+        "--holdout",
+        type=within(float, 0, 0.9),
+        default=0.05,
+        help="share of cases kept out, to measure the loss on",
+    )
+    p.add_argument("--save-every", type=positive, default=100, help="steps between checkpoints")
+    p.add_argument(
+        "--in-memory",
+        action="store_true",
+        help="hold all embeddings in the device's memory and gather there",
+    )
+    p.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile the model; the first step then takes minutes",
+    )
+
+    p = command(
+        "finetune",
+        "train slide-level prediction of a biomarker and score its test set once",
+        "python train.py finetune --task skin_braf --init runs/mem-0.50 --tokens cls",
+    )
+    training(p, steps=False, taken_over=" (default: the encoder's)")
+    p.set_defaults(preset=None, region=None)
+    p.add_argument("--task", required=True, help="name of a table in DATA/tasks")
+    p.add_argument(
+        "--init",
+        metavar="RUN|random|none",
+        help="pretraining run, random weights, or none: AB-MIL on the tile embeddings "
+        "(default: the newest pretraining run)",
+    )
+    p.add_argument(
+        "--tokens",
+        choices=("patch", "cls"),
+        default="patch",
+        help="contextualized (table 1) or compressed (table 2) outputs",
+    )
+    p.add_argument(
+        "--magnification",
+        type=magnification,
+        default="all",
+        help="all, or the only one whose embeddings are read",
+    )
+    p.add_argument(
+        "--hidden", type=positive, help="width of the AB-MIL attention (default: the preset's)"
+    )
+    p.add_argument(
+        "--dropout",
+        type=within(float, 0, 0.99),
+        default=0.2,
+        help="on what is pooled and on the pooled vector (assumed)",
+    )
+    p.add_argument("--smoothing", type=share, default=0.1, help="label smoothing (assumed)")
+    p.add_argument(
+        "--layer-decay",
+        type=share,
+        default=0.75,
+        help="each layer's rate against the one above (paper 4.3)",
+    )
+    p.add_argument(
+        "--frozen-epochs",
+        type=natural,
+        default=1,
+        help="epochs before the encoder learns (paper 4.3: 1); with more than one its outputs are held in memory meanwhile",
+    )
+    p.add_argument(
+        "--starts",
+        type=positive,
+        default=1,
+        help="random starts of the aggregator, each tried for all epochs on the frozen encoder's "
+        "outputs; the tune split chooses with which to go on",
+    )
+    p.add_argument(
+        "--encoder-rate",
+        type=share,
+        help="the encoder's rate against the aggregator's (assumed) (default: the preset's)",
+    )
+    p.add_argument(
+        "--case-score",
+        choices=("auto", "max", "mean"),
+        default="auto",
+        help="a case's score from its slides'; auto: whichever ranks the tune split better, max on a tie",
+    )
+    p.add_argument(
+        "--min-cover", type=share, default=0.5, help="share of its cells that a region must hold"
+    )
+    p.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="plan only: cases, tokens, bytes per epoch and the memory that the largest batch will take",
+    )
+
+    p = command(
+        "predict",
+        "score slides with a fine-tuned run",
+        "python train.py predict --run runs/skin_braf-mem-0.50-patch-all --data data/mine",
+    )
+    p.add_argument("--run", required=True, help="fine-tuning run")
+    p.add_argument("--data", required=True, help="DATA folder")
+    p.add_argument("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
+    p.add_argument("--out", help="CSV to write (default: RUN/predict.csv)")
+
+    p = command(
+        "embed",
+        "write contextualized or compressed outputs as HDF5 that MIL tools read",
+        "python train.py embed --init runs/mem-0.50 --tokens cls --out embeddings",
+    )
+    p.add_argument(
+        "--init",
+        required=True,
+        metavar="RUN",
+        help="pretraining run, or an exported encoder folder",
+    )
+    p.add_argument(
+        "--tokens",
+        choices=("patch", "cls"),
+        default="cls",
+        help="contextualized: one row per tile; compressed: one row per region",
+    )
+    p.add_argument("--data", default=DEFAULT_DATA, help="DATA folder")
+    p.add_argument("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
+    p.add_argument("--out", required=True, help="folder to write")
+    p.add_argument(
+        "--layout",
+        choices=("trident", "clam"),
+        default="trident",
+        help="folders as TRIDENT names them, or CLAM's h5_files/ and pt_files/",
+    )
+    p.add_argument(
+        "--min-cover", type=share, default=0.5, help="share of its cells that a region must hold"
+    )
+
+    p = command(
+        "heatmap",
+        "where a fine-tuned run looks on a slide: a picture per magnification, CSV, GeoJSON for QuPath",
+        "python train.py heatmap --run runs/skin_braf-mem-0.50-patch-all --slide S1 --image slides/S1.svs",
+    )
+    p.add_argument("--run", required=True, help="fine-tuning run")
+    p.add_argument("--slide", required=True, metavar="ID", help="slide id")
+    p.add_argument("--data", help="DATA folder (default: the run's)")
+    p.add_argument(
+        "--image",
+        metavar="SLIDE",
+        help="the slide itself, to draw on and to cut the top regions from (default: a grey ground)",
+    )
+    p.add_argument("--out", help="folder to write (default: RUN/heatmap/ID)")
+
+    p = command(
+        "table",
+        "run rows x tasks x seeds of the paper's tables 1 and 2, skipping what is done",
+        "python train.py table --rows abmil-20 mem-0.50-patch --tasks skin_braf",
+    )
+    p.add_argument(
+        "--data",
+        default=DEFAULT_DATA,
+        help="DATA folder; the default is made first if it is not there",
+    )
+    p.add_argument("--out", default="runs/table", help="folder of the runs and of SUMMARY.md")
+    p.add_argument(
+        "--rows",
+        nargs="+",
+        help="such as abmil-20, random-all-patch, mem-0.50-cls, cmem-7-patch (default: all 24)",
+    )
+    p.add_argument("--tasks", nargs="+", help="tables in DATA/tasks (default: all)")
+    p.add_argument("--seeds", type=positive, default=1, help="number of seeds, from --seed on")
+    p.add_argument("--preset", choices=PRESETS, default="small", help="for every run")
+    p.add_argument("--steps", type=positive, help="pretraining steps (default: the preset's)")
+    p.add_argument("--epochs", type=positive, help="fine-tuning epochs (default: the preset's)")
+    p.add_argument(
+        "--frozen-epochs",
+        type=natural,
+        default=1,
+        help="as in finetune; as many as --epochs is quickest",
+    )
+    p.add_argument("--starts", type=positive, default=1, help="as in finetune")
+
+    p = command(
+        "demo",
+        "a synthetic cohort, MEM pretraining, fine-tuning, a small table and a figure, in minutes on two cores",
+        "python train.py demo",
+    )
+    p.add_argument(
+        "--data",
+        default=DEFAULT_DATA,
+        help="DATA folder; the default is made first if it is not there",
+    )
+    p.add_argument("--out", default="runs/demo", help="folder of the runs, SUMMARY.md and demo.png")
+
+    command(
+        "doctor",
+        "versions, device, threads, bf16, disk: what this machine offers and what will go wrong",
+        "python train.py doctor",
+    )
+    return parser.parse_args(argv)
+
+
 COMMANDS = {
     "pretrain": pretrain_command,
     "finetune": finetune_command,
@@ -3175,5 +3178,11 @@ COMMANDS = {
     "doctor": doctor_command,
 }
 
+
+def main() -> int:
+    args = parse()
+    return data.run_command(COMMANDS[args.command], args)
+
+
 if __name__ == "__main__":
-    sys.exit(data.run_command(COMMANDS[ARGS.command], ARGS))
+    sys.exit(main())

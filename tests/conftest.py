@@ -52,8 +52,9 @@ def command(script, args, cwd, out, environment, limits):
         )
         resource.setrlimit(getattr(resource, name), (value, value))
     sys.argv = [script, *args]
-    import data
     import torch
+
+    import data
     import train
 
     if "WORLD_SIZE" in environment:

@@ -19,7 +19,7 @@ import textwrap
 import time
 import types
 from collections import Counter
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,9 @@ from conftest import ROOT, Command, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_data import make_slide, pink, slide_of_three, task, write_tiff
+from test_data import make_slide, task
+from test_import import slide_of_three
+from test_tiler import pink, write_tiff
 
 import data
 import mixmag
@@ -237,7 +239,7 @@ def test_no_loop_is_deaf(cohort, tmp_path, monkeypatch):
         "tile": lambda: data.tile_slide(
             reader, plan, data.texture, 46, types.SimpleNamespace(**TILE)
         ),
-        "hold": lambda: train.hold_outputs(model, bags, machine),
+        "hold": lambda: train.cache_encoder_outputs(model, bags, machine),
         "whitening": lambda: train.fit_whitening(
             model, types.SimpleNamespace(rows=bags.rows, held=bags.rows), machine
         ),
@@ -516,7 +518,7 @@ def test_zone_and_locale_change_nothing(tmp_path):
             | environment
             | {"PYTHONPATH": str(ROOT)}
         )
-        began = datetime.now(timezone.utc).replace(microsecond=0)
+        began = datetime.now(UTC).replace(microsecond=0)
         done = subprocess.run(
             [
                 sys.executable,
@@ -545,7 +547,7 @@ def test_zone_and_locale_change_nothing(tmp_path):
         slide = data.read_slide(tmp_path / name / "slides" / "S.safetensors")
         assert slide.meta["created"].endswith("+00:00") and began <= datetime.fromisoformat(
             slide.meta["created"]
-        ) <= datetime.now(timezone.utc)
+        ) <= datetime.now(UTC)
         found.append(
             (
                 {k: v for k, v in slide.meta.items() if k not in ("created", "sha256")},
@@ -624,7 +626,7 @@ def test_gradients_that_are_not_finite(cohort, tmp_path, monkeypatch, amp, messa
 
     def spoiled(model, optimizer, *rest):
         calls.append(1)
-        if len(calls) == 2 or amp == "fp16" and len(calls) > 6:
+        if len(calls) == 2 or (amp == "fp16" and len(calls) > 6):
             next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = math.inf
         return backward(model, optimizer, *rest)
 
@@ -646,10 +648,8 @@ def test_gradients_that_are_not_finite(cohort, tmp_path, monkeypatch, amp, messa
     with pytest.raises(MixmagError, match=message):
         train.finetune(train.parse(flags))
     saved = torch.load(tmp_path / "r" / "last.pt", weights_only=True) if amp == "fp16" else None
-    assert (
-        saved is None
-        and not (tmp_path / "r" / "last.pt").exists()
-        or all(v.isfinite().all() for v in saved["model"].values())
+    assert (saved is None and not (tmp_path / "r" / "last.pt").exists()) or all(
+        v.isfinite().all() for v in saved["model"].values()
     )
     if amp == "fp16":
         noted = [
@@ -1194,6 +1194,6 @@ def test_every_python_block_of_the_readme_runs(monkeypatch, capsys):
     (block,) = re.findall(r"    # my_encoder\.py.*?\n(?=\S)", README, re.DOTALL)
     exec(textwrap.dedent(block), module := {})
     for name in ("uni2", "optimus"):
-        assert f"my_encoder:{name}" in block and data.encode(
+        assert f"my_encoder:{name}" in block and data.encode_tiles(
             module[name]().eval(), np.zeros((2, 224, 224, 3), np.uint8), 2, "cpu"
         ).shape == (2, 3)
