@@ -201,7 +201,7 @@ def read_slides(data, ids=None, failed: list | None = None) -> list[Slide]:
     cannot be read is refused, too, or, where `failed` is given, left out and listed there as (slide_id, stage, reason)."""
     folder = Path(data) / "slides"
     paths = (
-        visible(folder, "*.safetensors")
+        visible_files(folder, "*.safetensors")
         if ids is None
         else [folder / f"{i}.safetensors" for i in sorted(set(ids))]
     )
@@ -323,13 +323,15 @@ def describe_uncovered(used: int, there_are: int) -> str:
 def gather(slide: Slide, rows: np.ndarray, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """rows (W, R*R) of `windows`, entries (n,) or (W, n): which of a window's R*R*T cell-major entries -> x (W, n, D) float16 and
     valid (W, n) bool. One gather from the memory map; nothing else is read."""
-    token, valid = tokens_of(slide, rows, entries)
+    token, valid = token_index(slide, rows, entries)
     x = slide.features.reshape(-1, slide.dim)[token]
     x[~valid] = 0
     return x, valid
 
 
-def tokens_of(slide: Slide, rows: np.ndarray, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def token_index(
+    slide: Slide, rows: np.ndarray, entries: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The row of the slide's (C*T, D) embeddings that `gather` takes for each token (W, n), and whether it is valid."""
     token, inside = token_rows(rows, entries, slide.valid.shape[1])
     return token, inside & slide.valid.reshape(-1)[token]
@@ -592,7 +594,7 @@ class CaseDataset:
         for case in cases:
             for slide_id in case.slide_ids:
                 rows, corners = covering_windows(slides[slide_id].cells, geometry.region, min_cover)
-                there = tokens_of(slides[slide_id], rows, self.entries)[1].any(axis=1)
+                there = token_index(slides[slide_id], rows, self.entries)[1].any(axis=1)
                 used, there_are = (
                     used + (rows[there] >= 0).sum(),
                     there_are + len(slides[slide_id].cells),
@@ -688,7 +690,7 @@ class Case:
 
 
 def task_names(data) -> list[str]:
-    return [p.stem for p in visible(Path(data) / "tasks", "*.csv")]
+    return [p.stem for p in visible_files(Path(data) / "tasks", "*.csv")]
 
 
 def task_findings(path) -> tuple[list[Case], list[str]]:
@@ -760,7 +762,9 @@ def pretraining_ids(data) -> list[str]:
     if listed.exists():
         return list(dict.fromkeys(row["slide_id"] for row in read_csv(listed, ("slide_id",))))
     held = evaluation_slides(data)
-    return [p.stem for p in visible(Path(data) / "slides", "*.safetensors") if p.stem not in held]
+    return [
+        p.stem for p in visible_files(Path(data) / "slides", "*.safetensors") if p.stem not in held
+    ]
 
 
 # ======================================================================================== stop here
@@ -2553,7 +2557,7 @@ def import_worker(job: dict) -> tuple[str, str]:
 def import_folder(place: str, tool: str, encoder: str | None) -> dict[str, Path]:
     """slide id -> file. TRIDENT's features_<encoder> is found inside the folder above it. Raises MixmagError where two have one id."""
     inside = sorted(Path(place).glob(f"features_{encoder or '*'}")) if tool == "trident" else []
-    paths = visible(
+    paths = visible_files(
         inside[0] if len(inside) == 1 else Path(place), "*.h5" if tool == "trident" else "**/*.h5"
     )
     if not paths:
@@ -3067,7 +3071,7 @@ def slide_findings(path) -> tuple[Slide | None, list[str]]:
 def verify(data) -> list[str]:
     """Every finding in DATA, one line each: files, values, tables, leakage; of a run, or a folder of runs, what differs from its SHA256SUMS."""
     data, slides = Path(data), {}
-    paths, sealed = visible(data / "slides", "*.safetensors"), sorted(data.rglob(SUMS))
+    paths, sealed = visible_files(data / "slides", "*.safetensors"), sorted(data.rglob(SUMS))
     findings = [finding for sums in sealed for finding in seal_findings(sums)]
     if not paths and not (sealed and not (data / "slides").exists()):
         findings.append(f"{data}: no slide files in slides/, and no {SUMS} of a finished run")
@@ -3153,6 +3157,14 @@ class MixmagError(Exception):
     """An input that is refused: the command prints this one line and ends with exit code 1."""
 
 
+class SlideReadError(MixmagError):
+    """A slide, or some of its pixels, cannot be read."""
+
+
+class OtherSettings(MixmagError):
+    """What stands in the output folder was made with other settings."""
+
+
 class Stopped(Exception):
     """A signal asked for the end and everything worth keeping is saved."""
 
@@ -3232,11 +3244,21 @@ def progress(items=None, **settings):
     return bar if items is None else until_stopped(bar)
 
 
+def stop_if_asked() -> None:
+    """Raises Stopped when a signal was received."""
+    if STOP_SIGNALS:
+        raise Stopped
+
+
 def until_stopped(items):
     for item in items:
-        if STOP_SIGNALS:
-            raise Stopped
+        stop_if_asked()
         yield item
+
+
+def process_rank() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def prefetch(function, items, threads: int):
@@ -3296,7 +3318,7 @@ def sweep(*folders) -> None:
                 rest.unlink()
 
 
-def visible(folder: Path, pattern: str) -> list[Path]:
+def visible_files(folder: Path, pattern: str) -> list[Path]:
     """What a folder holds, sorted, but for hidden files such as macOS leaves beside others."""
     return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 

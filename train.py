@@ -39,7 +39,9 @@ import data
 import mixmag
 from data import (
     MixmagError,
+    OtherSettings,
     Stopped,
+    process_rank,
     progress,
     report_failed,
     whole_file,
@@ -273,7 +275,7 @@ def pretrain(args) -> dict:
     compute = machine(args)
     path = ensure_data(args.data, compute)
     ids, held_ids = pretraining_split(path, args.holdout)
-    if not ids and data.visible(path / "slides", "*.safetensors"):
+    if not ids and data.visible_files(path / "slides", "*.safetensors"):
         raise MixmagError(
             f"{path}: every slide is of a tune or test case, or held out (--holdout {args.holdout:g}): none is left to train on"
         )
@@ -1147,7 +1149,7 @@ def finetuning_plan(model, sets: dict, args) -> str:
 
 def finetune_command(args) -> int:
     result = finetune(args)
-    if process()[0] or args.dry_run:
+    if process_rank()[0] or args.dry_run:
         return 0
     if result["auroc"] is None:
         print(f"{result['task']}: {result['reason']}")
@@ -1175,7 +1177,7 @@ def finetune_command(args) -> int:
 
 def log(*words) -> None:
     """To stderr, from the first of several processes only."""
-    if process()[0] == 0:
+    if process_rank()[0] == 0:
         print(*words, file=sys.stderr, flush=True)
 
 
@@ -1184,7 +1186,7 @@ def machine(args, width: int | None = None) -> SimpleNamespace:
     unless in fp16), .rank and .world. Processes are those that torchrun started; they meet here. width: the model's, if not the preset's."""
     device, (rank, world), width = (
         data.find_device(args.device),
-        process(),
+        process_rank(),
         width or getattr(mixmag.Config, args.preset)(1).width,
     )
     if device.index is not None:
@@ -1202,11 +1204,6 @@ def machine(args, width: int | None = None) -> SimpleNamespace:
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         autocast=lambda: torch.autocast(device.type, dtype) if dtype else nullcontext(),
     )
-
-
-def process() -> tuple[int, int]:
-    """Which of how many processes this is, as torchrun says."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def barrier(compute) -> None:
@@ -1260,10 +1257,6 @@ RUN_FILES = (
     "encoder/slides.csv",
     "encoder/model.safetensors",
 )
-
-
-class OtherSettings(MixmagError):
-    """What stands in --out was made with other settings. A table, or a loop over slides, goes no further."""
 
 
 class Run:
@@ -1416,7 +1409,7 @@ def ensure_data(path, compute=None) -> Path:
     if (
         str(path) == DEFAULT_DATA
         and not data.synthetic_facts(path).get("complete")
-        and process()[0] == 0
+        and process_rank()[0] == 0
     ):
         log(
             f"{path} is not there: making the quick synthetic cohort first (data.py synth --out {path})"
@@ -1810,7 +1803,7 @@ def embed_slide(encoder, slide, targets, args, made_by: dict, compute) -> list[i
     geometry = encoder.geometry
     rows, corners = data.covering_windows(slide.cells, geometry.region, args.min_cover)
     entries = geometry.cell_order().numpy()
-    keep = data.tokens_of(slide, rows, entries)[1]
+    keep = data.token_index(slide, rows, entries)[1]
     keep = keep if args.tokens == "patch" else keep.any(axis=1, keepdims=True)
     level, side, _, box = output_boxes(slide.meta, geometry, args.tokens, slice(None), corners)
     width = encoder.config.width * (encoder.config.cls_tokens if args.tokens == "cls" else 1)
@@ -1918,7 +1911,9 @@ def attention_table(model, dataset, compute) -> tuple[SimpleNamespace, float]:
     level, side, place, box = output_boxes(
         slide.meta, geometry, model.tokens, model.index.cpu().numpy(), corners
     )
-    keep = np.ones((len(rows), 1), bool) if cls else data.tokens_of(slide, rows, dataset.entries)[1]
+    keep = (
+        np.ones((len(rows), 1), bool) if cls else data.token_index(slide, rows, dataset.entries)[1]
+    )
     window, token = keep.nonzero()  # window by window, as the model pools them
     weight, rank, level = attention.double().cpu().numpy(), np.empty(len(window)), level[token]
     if not np.isfinite(weight).all():
@@ -2573,14 +2568,14 @@ def tables(args, rows, tasks) -> tuple[str, int]:
             MixmagError
         ) as error:  # the other cells do not suffer for this one, which the table shows as n/a
             if (
-                isinstance(error, OtherSettings) or process()[1] > 1
+                isinstance(error, OtherSettings) or process_rank()[1] > 1
             ):  # of several processes some may have gone on
                 raise
             log(f"{task} {row}: {error}")
             result, refused = {}, error
         low, high = result.get("interval") or (None, None)
         results.append({**result, "row": row, "task": task, "seed": seed, "low": low, "high": high})
-        if result and process()[0] == 0:
+        if result and process_rank()[0] == 0:
             for case in data.read_csv(
                 out / f"seed-{seed}" / f"{task}-{row}" / "predictions.csv",
                 ("case_id", "label", "score", "split"),
@@ -2590,7 +2585,7 @@ def tables(args, rows, tasks) -> tuple[str, int]:
                         f"{row} {seed}"
                     ] = f"{float(case['score']):.9g}"
     missing = sum("kind" not in r for r in results)
-    if process()[0]:
+    if process_rank()[0]:
         return "", 0  # the first one says it
     if not scores:
         raise MixmagError(
@@ -2693,7 +2688,7 @@ def table_command(args) -> int:
             f"{unknown[0]}: no such row or task; rows are {', '.join(PAPER)}; tasks are {', '.join(data.task_names(path))}"
         )
     text, missing = tables(args, rows, tasks)
-    if process()[0] == 0:
+    if process_rank()[0] == 0:
         write_text(Path(args.out) / "SUMMARY.md", "# The paper's tables, run here\n\n" + text)
         print(text)
     return 3 if missing else 0
@@ -2727,7 +2722,7 @@ def demo_command(args) -> int:
     )
     data.read_task(ensure_data(args.data, machine(args)), DEMO_TASK)
     text, _ = tables(args, DEMO_ROWS, [DEMO_TASK])
-    if process()[0]:
+    if process_rank()[0]:
         return 0
     pretraining = (out / f"seed-{args.seed}" / "mem-0.50" / "SUMMARY.md").read_text("utf-8")
     write_text(out / "SUMMARY.md", f"# Demo\n\n{text}\n{pretraining.replace('# ', '## ', 1)}")

@@ -405,7 +405,7 @@ def test_gather_equals_the_loop(tmp_path):
     g = Geometry(2)
     rows, corners = data.windows(slide.cells, 2, 1, 0.5)
     x, ok = data.gather(slide, rows, g.cell_order().numpy())
-    assert np.array_equal(ok, data.tokens_of(slide, rows, g.cell_order().numpy())[1])
+    assert np.array_equal(ok, data.token_index(slide, rows, g.cell_order().numpy())[1])
     at = {tuple(c): i for i, c in enumerate(slide.cells.tolist())}
     in_cell = {tuple(t): i for i, t in enumerate(Geometry(1).token_table().tolist())}
     for w, (col, row) in enumerate(corners.tolist()):
