@@ -1,17 +1,19 @@
-"""mixmag training: masked pretraining of the mixing encoder, fine-tuning to AUROC, and the tables.
+"""mixmag training: pretraining of the mixing encoder, fine-tuning to AUROC, and the tables.
 
-    python train.py demo                             the whole story on a synthetic cohort, in minutes
-    python train.py pretrain --mask 0.5              masked embedding modelling (MEM); with --source 7 contrastive too (CMEM)
-    python train.py finetune --task skin_braf        gated attention MIL on the encoder's outputs
-    python train.py table                            every row of the paper's tables 1 and 2
+    python train.py demo                      the whole story on a synthetic cohort, in minutes
+    python train.py pretrain --mask 0.5       masked embedding modelling (MEM); --source 7: CMEM
+    python train.py finetune --task skin_braf gated attention MIL on the encoder's outputs
+    python train.py table                     every row of the paper's tables 1 and 2
 
-Shape letters as in mixmag.py. Results go to stdout, everything else to stderr. A run folder holds config.json, metrics.jsonl,
-last.pt and prev.pt (checkpoints), what came out, and result.json once it is finished.
+Shape letters as in mixmag.py. Results go to stdout, everything else to stderr. A run folder holds
+config.json, metrics.jsonl, last.pt and prev.pt (checkpoints), its results, and result.json at last.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -22,122 +24,93 @@ import shutil
 import sys
 import time
 import uuid
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from scipy import stats
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score
 from torch import distributed
 
 import data
 import mixmag
-from data import (
-    MixmagError,
-    OtherSettings,
-    Stopped,
-    process_rank,
-    progress,
-    report_failed,
-    whole_file,
-    write_csv,
-    write_json,
-    write_text,
-)
+from data import OUTCOME, MixmagError, OtherSettings, Stopped, progress, whole_file
 
-# -------------------------------------------------------- schedule, parameter groups, AMP, one step
-
-DEFAULT_DATA = "data/synthetic"
-PRESETS = {  # what a flag that is not given means; `paper` numbers are the assumed ones of README
-    "small": {
-        "pretrain": {"batch_size": 16, "blr": 0.032, "weight_decay": 0.05, "steps": 3000},
-        "finetune": {
-            "batch_size": 16,
-            "lr": 1e-2,
-            "encoder_rate": 0.3,
-            "weight_decay": 1.0,
-            "hidden": 64,
-            "epochs": 20,
-        },
-        "abmil": {"epochs": 60},
-    },
-    "paper": {
-        "pretrain": {"batch_size": 4096, "blr": 1.5e-4, "weight_decay": 0.05, "epochs": 100},
-        "finetune": {
-            "batch_size": 32,
-            "lr": 1e-3,
-            "encoder_rate": 0.1,
-            "weight_decay": 0.05,
-            "hidden": 256,
-            "epochs": 20,
-        },
-        "abmil": {},
-    },  # what differs without an encoder: few tokens learn late, in cheap epochs
-}
+# ------------------------------------------------------ schedule, parameter groups, AMP, one step
 
 
 def lr_at(step: int, total: int, warmup: int) -> float:
-    """The factor on the peak rate at a step: 1. a linear rise whose first step is not zero, 2. a cosine to zero. A pure function
-    of the step, so there is no scheduler to save. Source: paper 4.2, SGDR."""
+    """The factor on the peak rate: 1. a linear rise, not from zero, 2. a cosine to zero.
+
+    A function of the step alone, so there is no scheduler to save. Source: paper 4.2, SGDR.
+    """
     if step < warmup:
         return (step + 1) / warmup  # 1
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))  # 2
 
 
 def layer_of(name: str, depth: int) -> int:
-    """0 for what stands before the blocks, i + 1 for block i, depth + 1 for what follows. ValueError for an unknown name."""
-    for pattern, layer in (
-        (r"encoder\.(cls|pos)$|encoder\.input\.", 0),
-        (r"encoder\.blocks\.(\d+)\.", None),
-        (r"encoder\.norm\.|(decoder|projector|pool|head)\.", depth + 1),
-    ):
-        if found := re.match(pattern, name):
-            return int(found[1]) + 1 if layer is None else layer
-    raise ValueError(f"parameter {name!r} belongs to no layer: say in layer_of where it stands")
+    """A parameter's layer: 0 before the blocks, i + 1 in block i, depth + 1 after the blocks.
+
+    Raises ValueError for a name that it does not know.
+    """
+    if re.match(r"encoder\.(cls|pos)$|encoder\.input\.", name):
+        return 0
+    if block := re.match(r"encoder\.blocks\.(\d+)\.", name):
+        return int(block[1]) + 1
+    if re.match(r"encoder\.norm\.|(decoder|projector|pool|head)\.", name):
+        return depth + 1
+    raise ValueError(f"parameter {name!r} belongs to no layer; say in layer_of where it stands")
 
 
 def parameter_groups(
-    model: torch.nn.Module, weight_decay: float, layer_decay: float = 1.0, encoder_rate: float = 1.0
+    model, weight_decay: float, layer_decay: float = 1.0, encoder_rate: float = 1.0
 ) -> list[dict]:
-    """AdamW groups with `lr_scale` = layer_decay ** (layers above), times encoder_rate inside the encoder. No decay on norms and biases
-    (paper 4.2), nor on class and mask tokens and positions (assumed, as MAE). Every parameter is in exactly one group. Source: paper 4.3,
-    BEiT, MAE."""
-    groups, depth = {}, model.config.depth
+    """AdamW groups. `lr_scale` is layer_decay ** (layers above), times encoder_rate in the encoder.
+
+    Norms and biases do not decay (paper 4.2), nor do class and mask tokens and positions (assumed:
+    as MAE). Every parameter is in exactly one group. Source: paper 4.3, BEiT, MAE.
+    """
+    groups: dict[tuple, dict] = {}
+    depth = model.config.depth
     for name, parameter in model.named_parameters():
+        scale = layer_decay ** (depth + 1 - layer_of(name, depth))
+        if name.startswith("encoder."):
+            scale *= encoder_rate
         decays = parameter.ndim > 1 and not name.endswith((".cls", ".pos"))
-        scale = layer_decay ** (depth + 1 - layer_of(name, depth)) * (
-            encoder_rate if name.startswith("encoder.") else 1.0
-        )
-        group = groups.setdefault(
-            (scale, decays),
-            {"params": [], "lr_scale": scale, "weight_decay": weight_decay * decays},
-        )
-        group["params"].append(parameter)
+        decay = weight_decay if decays else 0.0
+        group = {"params": [], "lr_scale": scale, "weight_decay": decay}
+        groups.setdefault((scale, decays), group)["params"].append(parameter)
     return list(groups.values())
 
 
 def amp_dtype(mode: str, device: torch.device, width: int) -> torch.dtype | None:
-    """The precision of autocast, None for full. auto: bf16 on a GPU that has it, fp16 on an older one (the paper's V100); on a CPU
-    bf16 where the processor has the instructions and the model is wide enough to gain by it (at small widths it loses)."""
+    """The precision of autocast, None for fp32.
+
+    auto: on a GPU bf16, or fp16 where it lacks bf16 (the paper's V100); on a CPU bf16 where it has
+    the instructions and the model is wide enough to gain by them.
+    """
     if mode != "auto":
         return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[mode]
     if device.type == "cuda":
-        return (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float16
-        )
-    return torch.bfloat16 if width >= 512 and torch.cpu._is_avx512_bf16_supported() else None
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    gains = width >= 512 and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if gains else None
 
 
 def optimizer_step(model, optimizer, scaler, rate: float, clip: float) -> torch.Tensor:
-    """Unscale, clip, step at `rate` times each group's lr_scale, update the scale, clear. Returns the gradient's norm, left on its
-    device so that nothing waits for it; under fp16 a step with an infinite one is skipped and the scale halved."""
+    """Unscale, clip, step at `rate` times each group's lr_scale, update the scale, clear.
+
+    Returns the gradient's norm, left on its device so that nothing waits for it. Under fp16 a step
+    with an infinite norm is skipped and the scale is halved.
+    """
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
     scaler.unscale_(optimizer)
@@ -148,1023 +121,707 @@ def optimizer_step(model, optimizer, scaler, rate: float, clip: float) -> torch.
     return norm
 
 
-def scaling(compute, optimizer, steps: int) -> dict:
-    """For the metrics: fp16's scale, and how many of all steps it skipped; nothing in another precision."""
-    if not compute.scaler.is_enabled():
-        return {}
-    taken = max((int(s["step"]) for s in optimizer.state.values()), default=0)
-    return {"scale": compute.scaler.get_scale(), "skipped": steps - taken}
+def setting(default, help: str, small=None, paper=None, **flag):
+    """A field of a config and its command-line flag. small, paper: what None means in a preset."""
+    return field(default=default, metadata={"help": help, "small": small, "paper": paper, **flag})
 
 
-def usable_scale(compute) -> bool:
-    """Whether fp16's scaler may go on skipping steps: below 1 it is not the scale that makes gradients overflow."""
-    return compute.scaler.is_enabled() and compute.scaler.get_scale() >= 1
+NATURAL = data.number_in(int, 0, 2**32 - 1)
+POSITIVE = data.number_in(int, 1, 2**32 - 1)
+SHARE = data.number_in(float, 0, 1)
+BELOW_ONE = data.number_in(float, 0, 0.99)
+RATE = data.number_in(float, 1e-30, 1e3)
+DEFAULT_DATA = "data/synthetic"
+PRESETS = ("small", "paper")  # small: about a million parameters; paper: the sizes as assumed
 
 
-# -------------------------------------------------------------------------------------- pretraining
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """Settings of every training. All numbers that the paper does not give are assumed."""
+
+    data: str = setting(DEFAULT_DATA, "DATA folder; the default one is made where it is missing")
+    out: str | None = setting(None, "run folder (default: a name made of the settings, in runs/)")
+    seed: int = setting(0, "everything random follows from it", type=NATURAL)
+    device: str = setting("auto", "auto, cpu or cuda[:i]")
+    warmup: float = setting(0.05, "share of the steps in which the rate rises", type=SHARE)
+    clip: float = setting(1.0, "largest norm of the gradient", type=RATE)
+    amp: str = setting("auto", "precision", choices=("auto", "off", "fp16", "bf16"))
+    workers: int = setting(1, "threads that load the next batches", type=NATURAL)
+    resume: str = setting("auto", "auto: go on; off: begin the run anew", choices=("auto", "off"))
 
 
-def model_config(args, slides) -> mixmag.Config:
-    return getattr(mixmag.Config, args.preset)(
-        slides[0].dim, region=args.region, magnifications=tuple(slides[0].meta["magnifications"])
-    )
+# ---------------------------------------------------------------------------------- pretraining
 
 
-def schedule(args, windows: int) -> tuple[int, int, float]:
-    """Steps in all, steps of warm-up, peak rate."""
-    total = args.steps or math.ceil(args.epochs * windows / args.batch_size)
-    peak = args.blr * args.batch_size / 256 if args.lr is None else args.lr  # linear scaling rule
-    if args.lr is None and peak > HIGHEST_RATE:
-        raise MixmagError(
-            f"--batch-size {args.batch_size}: linear scaling makes a peak rate of {peak:.2g} of a base rate of {args.blr:g}, at which "
-            "nothing is learned; give --lr, a smaller --blr, or --preset paper"
-        )
-    return total, round(args.warmup * total), peak
+@dataclass(kw_only=True)
+class PretrainConfig(TrainingConfig):
+    """Settings of masked embedding modelling; each is a flag of `train.py pretrain`."""
+
+    preset: str = setting("small", "sizes of model and training", choices=PRESETS)
+    region: int = setting(3, "cells per side of a region (assumed: 3)", type=POSITIVE)
+    mask: float = setting(0.5, "removal ratio (paper: 0.25, 0.50, 0.75)", type=SHARE)
+    source: int | None = setting(None, "CMEM: side of the source window, 3, 7, 11", type=POSITIVE)
+    batch_size: int | None = setting(None, "global batch size", 16, 4096, type=POSITIVE)
+    micro_batch: int = setting(64, "regions of one pass; gradients add up", type=POSITIVE)
+    steps: int | None = setting(None, "optimizer steps", 3000, type=POSITIVE)
+    epochs: int | None = setting(None, "passes over all windows", None, 100, type=POSITIVE)
+    lr: float | None = setting(None, "peak rate, instead of the base rate", type=RATE)
+    blr: float | None = setting(None, "base rate: lr = blr * batch / 256", 0.032, 1.5e-4, type=RATE)
+    weight_decay: float | None = setting(None, "on matrices", 0.05, 0.05, type=RATE)
+    min_cover: float = setting(1.0, "share of its cells that a window must hold", type=SHARE)
+    holdout: float = setting(0.05, "share of cases to measure the loss on", type=BELOW_ONE)
+    save_every: int = setting(100, "steps between checkpoints", type=POSITIVE)
+    compile: bool = setting(False, "torch.compile the model; the first step then takes minutes")
 
 
+HIGHEST_RATE = 0.02  # assumed: ten times the rate of the small preset
 LOG_EVERY = 10  # steps
-LOAD = 256  # regions that are loaded at once, so that a large batch need not fit into memory
-HIGHEST_RATE = 0.02  # assumed: ten times what the small preset learns at
 
 
-def in_parts(batch: dict, micro: int) -> list[tuple]:
-    """(x, removed, valid) of at most `micro` regions each; with two views the regions are on axis 1."""
-    axis = batch["x"].ndim - 3
-    return list(
-        zip(
-            *(
-                itertools.repeat(None) if batch[k] is None else batch[k].split(micro, axis)
-                for k in ("x", "removed", "valid")
-            )
-        )
-    )
+def pretrain(config: PretrainConfig) -> dict:
+    """MEM or CMEM on every slide that is in no tune or test split. Returns result.json.
 
-
-def pretrain_step(model, loads, share: int, micro: int, compute) -> dict:
-    """Forward and backward over this process's share of the global batch, which comes in `loads`, at most `micro` regions at a time; gradients add
-    up to those of the whole batch's mean. Returns sums to log, left on the device: loss, per level and for CMEM its two terms.
-
-    The negatives of NT-Xent are the whole global batch. Where that does not go through in one pass, all projections are made first,
-    without a graph, and each part then goes back with its slice of the loss's gradient by them (GradCache, Gao et al. 2021)."""
-    parts = (part for batch in loads for part in in_parts(batch, micro))
-    contrastive, pulls, logged = None, itertools.repeat(None), {}
-    if isinstance(model, mixmag.ContrastiveEmbeddingModel):
-        parts = list(parts)
-        if len(parts) > 1 or compute.world > 1:
-            contrastive, pulls = projection_gradients(model, parts, compute)
-    for part, pull in zip(parts, pulls):
-        weight = part[0].shape[-3] / (share * compute.world)
-        with compute.autocast():
-            out = model(*part)
-        if pull is not None:  # the same gradient as that of .contrastive over the whole batch
-            out.contrastive = contrastive
-            out.loss = out.mem + model.config.contrastive_weight * contrastive
-            scaled = (
-                out.mem * weight + model.config.contrastive_weight * (out.z.float() * pull).sum()
-            )
-        else:
-            scaled = out.loss * weight
-        compute.scaler.scale(scaled).backward()
-        terms = {
-            name: term.detach() * weight
-            for name in ("loss", "mem", "contrastive")
-            if (term := getattr(out, name)) is not None
-        }
-        terms["levels"] = torch.stack(
-            [(out.per_level * out.per_level_count).nan_to_num(), out.per_level_count]
-        )
-        logged = {name: logged.get(name, 0) + value for name, value in terms.items()}
-    return logged
-
-
-def projection_gradients(model, parts: list, compute) -> tuple[torch.Tensor, tuple]:
-    """NT-Xent of the global batch, and its gradient by the projections of each of this process's parts (2, micro, P)."""
-    with torch.no_grad(), compute.autocast():
-        mine = torch.cat([model.project(*part) for part in parts], dim=1).float()  # (2, B, P)
-    everyone = mine.new_zeros(2, compute.world, *mine.shape[1:])
-    everyone[:, compute.rank] = mine
-    z = sum_over_processes(everyone, compute).flatten(1, 2).requires_grad_()  # (2, world * B, P)
-    loss = mixmag.nt_xent(*z, model.config.temperature)
-    (gradient,) = torch.autograd.grad(loss, z)
-    own = gradient.unflatten(1, (compute.world, -1))[:, compute.rank]  # (2, B, P)
-    return loss.detach(), own.split([part[0].shape[1] for part in parts], dim=1)
-
-
-def pretraining_split(path: Path, holdout: float) -> tuple[list, list]:
-    """Slide ids to train on and to measure on. Whole cases are held out, chosen by a hash of their name: the choice moves with
-    nothing else."""
-    case_of = {
-        s: c.case_id
-        for task in data.task_names(path)
-        for c in data.read_task(path, task)
-        for s in c.slide_ids
-    }
-    ids = data.pretraining_ids(path)
-    cases = sorted(
-        {case_of.get(i, i) for i in ids}, key=lambda c: hashlib.sha256(c.encode("utf-8")).digest()
-    )
-    held = set(cases[: round(holdout * len(cases))])
-    return [i for i in ids if case_of.get(i, i) not in held], [
-        i for i in ids if case_of.get(i, i) in held
-    ]
-
-
-def pretrain(args) -> dict:
-    """MEM or CMEM (paper 3.1) on every slide that is in no tune or test split. Returns result.json."""
-    apply_preset(args, "pretrain")
-    compute = machine(args)
-    path = ensure_data(args.data, compute)
-    ids, held_ids = pretraining_split(path, args.holdout)
-    if not ids and data.visible_files(path / "slides", "*.safetensors"):
+    Raises MixmagError for settings or data that cannot be used. Source: paper section 3.1.
+    """
+    config = apply_preset(config)
+    machine = start_machine(config.device, config.amp, preset_width(config.preset))
+    folder = ensure_data(config.data, machine)
+    train_ids, held_out_ids = pretraining_split(folder, config.holdout)
+    if not train_ids:
         raise MixmagError(
-            f"{path}: every slide is of a tune or test case, or held out (--holdout {args.holdout:g}): none is left to train on"
+            f"{folder}: no slide is left to train on; all are in a tune or test split or held out "
+            f"(--holdout {config.holdout:g})"
         )
-    slides = data.read_slides(path, ids)
-    config = model_config(args, slides)
-    geometry = config.geometry()
-    try:
-        mixmag.removal_count(geometry.num_tokens, args.mask)
-    except ValueError as error:
-        raise MixmagError(f"--mask: {error}") from None
-    if args.source is not None and args.source < args.region:
-        raise MixmagError(
-            f"--source {args.source} is smaller than the region of {args.region} cells"
-        )
-    views = 1 if args.source is None else 2
-    if args.batch_size % compute.world:
-        raise MixmagError(
-            f"--batch-size {args.batch_size} is the global one and does not divide into {compute.world} processes"
-        )
-    dataset = data.RegionDataset(
-        slides, geometry, args.seed, args.mask, views, args.source or 0, min_cover=args.min_cover
-    )
-    if not len(dataset):
-        raise MixmagError(
-            f"no window of {args.region} x {args.region} cells is {args.min_cover:.0%} covered in any of {len(slides)} slides "
-            f"(the largest has {max(len(s.cells) for s in slides)} cells); try --min-cover 0.5 or --region {max(1, args.region - 1)}"
-        )
-    plan = schedule(args, len(dataset))
-    run = Run(
-        args.out or Path("runs") / default_run(args),
-        {"kind": "pretrain", **settings(args, slides), "model": config.to_dict()},
-        args.resume,
-        compute,
-    )
+    slides = data.read_slides(folder, train_ids)
+    model_config = make_model_config(config, slides[0])
+    dataset = pretraining_windows(config, slides, model_config.geometry(), machine)
+    total, peak = pretraining_length(config, len(dataset))
+    name = run_name(config)
+    facts = {"kind": "pretrain", **run_settings(config, slides), "model": model_config.to_dict()}
+    run = Run(config.out or Path("runs") / name, facts, config.resume, machine)
     if run.result():
-        log(f"{run.folder}: done before")
+        log(f"{run.folder}: this run is finished")
         return run.result()
-    torch.manual_seed(args.seed)
-    model = (mixmag.MaskedEmbeddingModel if views == 1 else mixmag.ContrastiveEmbeddingModel)(
-        config
-    )
+    torch.manual_seed(config.seed)
+    if config.source is None:
+        model = mixmag.MaskedEmbeddingModel(model_config)
+    else:
+        model = mixmag.ContrastiveEmbeddingModel(model_config)
     mean, std, directions = data.feature_statistics(slides)
     model.encoder.standardize.fit(mean, std)
-    facts = pretrain_loop(args, run, model.to(compute.device), dataset, compute, *plan)
+    model.to(machine.device)
+    seconds = pretrain_loop(config, run, model, dataset, total, peak)
     if run.writes:
-        export_encoder(
-            run,
-            model.encoder,
-            slides[0],
-            args.preset,
-            [(i, "train") for i in ids] + [(i, "held-out") for i in held_ids],
-        )
-        finish_pretraining(run, model, path, held_ids, directions, args, facts)
-    barrier(compute)
+        export_encoder(run, model.encoder, slides[0], config.preset, train_ids, held_out_ids)
+        finish_pretraining(config, run, model, directions, held_out_ids, total, seconds)
+    machine.barrier()
     return run.result()
 
 
-def pretrain_loop(
-    args, run: Run, model, dataset, compute, total: int, warmup: int, peak: float
-) -> dict:
-    """All optimizer steps, from the last checkpoint on. Returns how many there were and how long they took."""
-    config = model.config
+def pretraining_split(folder: Path, holdout: float) -> tuple[list, list]:
+    """Slide ids to train on, and to measure the loss on.
+
+    Whole cases are held out. A hash of the case's name chooses them, so that the choice depends on
+    nothing else.
+    """
+    case_of = {}
+    for task in data.task_names(folder):
+        for case in data.read_task(folder, task):
+            case_of.update(dict.fromkeys(case.slide_ids, case.case_id))
+    ids = data.pretraining_ids(folder)
+    cases = {case_of.get(i, i) for i in ids}
+    ordered = sorted(cases, key=lambda case: hashlib.sha256(case.encode("utf-8")).digest())
+    held_out = set(ordered[: round(holdout * len(cases))])
+    train_ids = [i for i in ids if case_of.get(i, i) not in held_out]
+    held_out_ids = [i for i in ids if case_of.get(i, i) in held_out]
+    return train_ids, held_out_ids
+
+
+def pretraining_windows(config, slides, geometry, machine) -> data.RegionDataset:
+    """The windows to train on. Raises MixmagError for settings that do not fit them."""
+    try:
+        mixmag.removal_count(geometry.num_tokens, config.mask)
+    except ValueError as error:
+        raise MixmagError(f"--mask: {error}") from None
+    if config.source is not None and config.source < config.region:
+        raise MixmagError(f"--source {config.source} is smaller than --region {config.region}")
+    if config.batch_size % machine.world:
+        raise MixmagError(
+            f"--batch-size {config.batch_size} does not divide into {machine.world} processes"
+        )
+    dataset = data.RegionDataset(
+        slides,
+        geometry,
+        config.seed,
+        config.mask,
+        views=1 if config.source is None else 2,
+        source=config.source or 0,
+        min_cover=config.min_cover,
+    )
+    if len(dataset) == 0:
+        raise MixmagError(
+            f"none of {len(slides)} slides has a window of {config.region} x {config.region} cells "
+            f"that is {config.min_cover:.0%} covered; try --min-cover 0.5 or a smaller --region"
+        )
+    return dataset
+
+
+def pretraining_length(config: PretrainConfig, windows: int) -> tuple[int, float]:
+    """How many steps there are, and the peak rate."""
+    total = config.steps or math.ceil(config.epochs * windows / config.batch_size)
+    if config.lr is not None:
+        return total, config.lr
+    peak = config.blr * config.batch_size / 256  # linear scaling rule, paper 4.2
+    if peak > HIGHEST_RATE:
+        raise MixmagError(
+            f"--batch-size {config.batch_size} and the base rate {config.blr:g} make a peak rate "
+            f"of {peak:.2g}, too high to learn; give --lr, a smaller --blr or --preset paper"
+        )
+    return total, peak
+
+
+def pretrain_loop(config, run: Run, model, dataset, total: int, peak: float) -> float:
+    """All optimizer steps, from the last checkpoint on. Returns the seconds they took."""
+    machine = run.machine
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, args.weight_decay), lr=peak, betas=(0.9, 0.95), fused=True
-    )  # assumed
-    share = args.batch_size // compute.world  # of each process
-    load = (
-        share if args.source else min(share, max(1, LOAD // args.micro_batch) * args.micro_batch)
-    )  # NT-Xent wants all of it at once
-    if args.in_memory:
-        dataset.hold(compute.device)
-    if args.compile:
-        model.compile(dynamic=False)  # all parts are of one shape but for a last smaller one
+        parameter_groups(model, config.weight_decay), lr=peak, betas=(0.9, 0.95), fused=True
+    )  # assumed: as MAE
+    step_of = cmem_step if config.source else mem_step
+    if config.compile:
+        model.compile(dynamic=False)
     log(
-        f"{run.folder}: {parameters(model)}, {len(dataset.slides)} slides with {len(dataset)} windows, batch {args.batch_size} in parts of "
-        f"{min(args.micro_batch, share)}, {total} steps, peak rate {peak:.2e}, {compute.world} x {compute.device.type}, {compute.dtype or 'fp32'}"
+        f"{run.folder}: {parameter_count(model)}, {len(dataset.slides)} slides with {len(dataset)} "
+        f"windows, batch {config.batch_size}, {total} steps, peak rate {peak:.2e}, {machine}"
     )
     start = run.load(model, optimizer)["done"]
-    firsts = range(
-        start * args.batch_size + compute.rank * share, total * args.batch_size, args.batch_size
-    )
-    batches = [
-        [range(i, min(i + load, first + share)) for i in range(first, first + share, load)]
-        for first in firsts
-    ]
-    loads = dataset.batches(list(itertools.chain(*batches)), args.workers, compute.device)
-    began, recent = time.time(), []
+    parts = micro_batches(config, start, total, machine)
+    loads = data.prefetch(loader(dataset, machine), itertools.chain(*parts), config.workers)
+    began = time.time()
+    recent = []
     bar = progress(total=total, initial=start, desc="pretrain")
-    for step, batch in enumerate(batches, start=start):
-        rate = peak * lr_at(step, total, warmup)
-        logged = pretrain_step(
-            model, itertools.islice(loads, len(batch)), share, args.micro_batch, compute
-        )
-        sum_gradients(model, compute)
-        recent.append(
-            (
-                step,
-                batch,
-                logged["loss"],
-                optimizer_step(model, optimizer, compute.scaler, rate, args.clip),
-            )
-        )
-        last, stop = step + 1 == total, stopping(compute)
-        saves = (step + 1) % args.save_every == 0 or last or stop
-        if saves or (step + 1) % LOG_EVERY == 0:  # only here does anything wait for the device
-            norm = check_finite(run, recent, dataset)
+    for step, ranges in enumerate(parts, start=start):
+        batch = itertools.islice(loads, len(ranges))
+        sums = step_of(model, batch, config.batch_size, machine)
+        sum_gradients(model, machine)
+        rate = peak * lr_at(step, total, round(config.warmup * total))
+        norm = optimizer_step(model, optimizer, machine.scaler, rate, config.clip)
+        recent.append((step, ranges, sums["loss"], norm))
+        done = step + 1
+        stop = machine.stop_asked()
+        saves = done % config.save_every == 0 or done == total or stop
+        if saves or done % LOG_EVERY == 0:  # only here does anything wait for the device
+            check_finite(run, recent, dataset)
             recent.clear()
-            if (step + 1) % LOG_EVERY == 0 or last:
-                note_pretraining(
-                    run,
-                    step + 1,
-                    logged,
-                    rate,
-                    norm,
-                    config,
-                    bar,
-                    scaling(compute, optimizer, step + 1),
-                )
+        if done % LOG_EVERY == 0 or done == total:
+            note_pretraining(run, done, sums, rate, norm, model.config.magnifications, bar)
         bar.update()
         if saves:
-            run.save(step + 1, model, optimizer)
+            run.save(done, model, optimizer)
         if stop:
             raise Stopped
     bar.close()
     seconds = time.time() - began
-    tokens = (total - start) * args.batch_size * dataset.views * config.geometry().num_tokens
+    tokens = (total - start) * config.batch_size * dataset.views * dataset.geometry.num_tokens
     log(f"{tokens / max(seconds, 1e-9):,.0f} tokens per second over {seconds:.0f} s")
-    return {"steps": total, "seconds": round(seconds, 1)}
+    return seconds
 
 
-def check_finite(run: Run, recent: list, dataset) -> float | None:
-    """recent: (step, indices of its loads, loss, norm of the gradient) of the steps since the last call. The last norm, None where fp16's scaler
-    skipped that step. Raises MixmagError for a loss, or without a scaler a gradient, that is not finite."""
-    losses, norms = (torch.stack([r[i].float() for r in recent]).tolist() for i in (2, 3))
-    for (step, loads, *_), loss, norm in zip(recent, losses, norms):
-        if not math.isfinite(loss) or not (math.isfinite(norm) or usable_scale(run.compute)):
-            seen, bad = set(), set()
-            for indices in loads:
-                batch = dataset.fetch(dataset.__getitems__(indices), run.compute.device)
-                seen.update(batch["slide"].flatten().tolist())
-                bad.update(batch["slide"][~batch["x"].isfinite().flatten(-2).all(-1)].tolist())
-            names = ", ".join(sorted(dataset.slides[i].slide_id for i in bad or seen)[:5])
-            raise MixmagError(
-                f"{run.folder}: at step {step} the loss is {loss:.4g} and its gradient's norm {norm:.4g}; "
-                + (
-                    f"the embeddings of {names} are not finite (see data.py verify)"
-                    if bad
-                    else f"all embeddings are finite (slides {names}, ...): try a smaller --lr"
-                )
-                + "; the last good checkpoint stays"
+def micro_batches(config, start: int, total: int, machine) -> list[list[range]]:
+    """For each step, the samples of this process in parts of at most `micro_batch`."""
+    share = config.batch_size // machine.world
+    steps = []
+    for step in range(start, total):
+        first = step * config.batch_size + machine.rank * share
+        end = first + share
+        begins = range(first, end, config.micro_batch)
+        steps.append([range(i, min(i + config.micro_batch, end)) for i in begins])
+    return steps
+
+
+def loader(dataset, machine):
+    """A function that loads the samples of some indices; with a GPU into pinned memory."""
+    return lambda indices: data.pinned(dataset.batch(indices), machine.device)
+
+
+def mem_step(model, parts: Iterable[dict], regions: int, machine) -> dict:
+    """Forward and backward over this process's parts of a global batch of `regions` regions.
+
+    Gradients add up to those of the mean over the batch. Returns sums to log, on the device.
+    """
+    sums: dict = {}
+    for part in parts:
+        part = data.to_device(part, machine.device)
+        weight = len(part["slide"].flatten()) / part["slide"].ndim / regions
+        with machine.autocast():
+            out = model(part["x"], part["removed"], part["valid"])
+        machine.scaler.scale(out.loss * weight).backward()
+        add_to_sums(sums, out, weight)
+    return sums
+
+
+def cmem_step(model, parts: Iterable[dict], regions: int, machine) -> dict:
+    """As mem_step, with NT-Xent over the whole global batch, also when it comes in parts.
+
+    All projections are made first, without a graph. Each part then goes backward with its slice of
+    the gradient of NT-Xent by the projections. Source: GradCache, Gao et al. 2021.
+    """
+    parts = [data.to_device(part, machine.device) for part in parts]
+    if len(parts) == 1 and machine.world == 1:
+        return mem_step(model, parts, regions, machine)
+    contrastive, gradients = projection_gradients(model, parts, machine)
+    factor = model.config.contrastive_weight
+    sums: dict = {}
+    for part, gradient in zip(parts, gradients, strict=True):
+        weight = part["x"].shape[1] / regions
+        with machine.autocast():
+            out = model(part["x"], part["removed"], part["valid"])
+        pull = (out.projection.float() * gradient).sum()
+        machine.scaler.scale(out.mem * weight + factor * pull).backward()
+        out.contrastive = contrastive
+        out.loss = out.mem + factor * contrastive
+        add_to_sums(sums, out, weight)
+    return sums
+
+
+def projection_gradients(model, parts: list[dict], machine) -> tuple[torch.Tensor, list]:
+    """NT-Xent of the global batch, and for each part its gradient by the projections (2, b, P)."""
+    projections = []
+    for part in parts:
+        valid = None if part["valid"] is None else part["valid"].flatten(0, 1)
+        with torch.no_grad(), machine.autocast():
+            _, cls, _ = model.encode_kept(
+                part["x"].flatten(0, 1), part["removed"].flatten(0, 1), valid
             )
-    return norms[-1] if math.isfinite(norms[-1]) else None
+            projections.append(model.project(cls).float())
+    own = torch.cat(projections, dim=1)  # (2, B / world, P)
+    of_all = own.new_zeros(machine.world, *own.shape)
+    of_all[machine.rank] = own
+    z = machine.sum(of_all).transpose(0, 1).flatten(1, 2)  # (2, B, P)
+    z.requires_grad_()
+    loss = mixmag.nt_xent(z[0], z[1], model.config.temperature)
+    (gradient,) = torch.autograd.grad(loss, z)
+    gradient = gradient.chunk(machine.world, dim=1)[machine.rank]  # (2, B / world, P)
+    return loss.detach(), list(gradient.split([part["x"].shape[1] for part in parts], dim=1))
 
 
-def note_pretraining(
-    run: Run, step: int, logged: dict, rate: float, norm, config, bar, scaled: dict
-) -> None:
-    """One line of metrics: what this step's sums say over all processes."""
-    logged = {
-        name: sum_over_processes(value.double().cpu(), run.compute)
-        for name, value in logged.items()
-    }
-    sums, counts = logged.pop("levels")
-    logged = {name: value.item() for name, value in logged.items()}
-    run.note(
-        step=step,
-        **logged,
-        rate=rate,
-        norm=norm,
-        **scaled,
-        **{
-            f"{m}x": v if math.isfinite(v) else None
-            for m, v in zip(config.magnifications, (sums / counts).tolist())
-        },
+def add_to_sums(sums: dict, out: mixmag.Outputs, weight: float) -> None:
+    """Add a part's share to what a step logs: the loss, CMEM's two terms, the loss by level."""
+    terms = {"loss": out.loss, "mem": out.mem, "contrastive": out.contrastive}
+    added = {name: term.detach() * weight for name, term in terms.items() if term is not None}
+    of_level = (out.per_level * out.per_level_count).nan_to_num()
+    added["levels"] = torch.stack([of_level, out.per_level_count])  # (2, K)
+    for name, value in added.items():
+        sums[name] = sums.get(name, 0) + value
+
+
+# ---------------------------------------------------------------------------------- fine-tuning
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig(TrainingConfig):
+    """Settings of supervised aggregation; each is a flag of `train.py finetune`."""
+
+    task: str = setting(dataclasses.MISSING, "name of a table in DATA/tasks")
+    init: str | None = setting(None, "RUN, random or none (default: the newest pretraining run)")
+    tokens: str = setting("patch", "table 1 or table 2", choices=("patch", "cls"))
+    magnification: str | float = setting(
+        "all", "all, or the only one that is read", type=data.magnification_or_all
     )
-    bar.set_postfix(loss=f"{logged['loss']:.3f}")
-
-
-def default_run(args) -> str:
-    name = f"mem-{args.mask:.2f}" if args.source is None else f"cmem-{args.source}-{args.mask:.2f}"
-    return (
-        name
-        + (f"-r{args.region}" if args.region != 3 else "")
-        + (f"-s{args.seed}" if args.seed else "")
+    preset: str | None = setting(None, "sizes (default: the encoder's)", choices=PRESETS)
+    region: int | None = setting(None, "cells per side (default: the encoder's)", type=POSITIVE)
+    batch_size: int | None = setting(None, "global batch size", 16, 32, type=POSITIVE)
+    epochs: int | None = setting(None, "passes over the train split", 20, 20, type=POSITIVE)
+    frozen_epochs: int = setting(1, "epochs before the encoder learns (paper: 1)", type=NATURAL)
+    lr: float | None = setting(None, "the aggregator's peak rate", 1e-2, 1e-3, type=RATE)
+    encoder_rate: float | None = setting(None, "encoder's rate / lr", 0.3, 0.1, type=SHARE)
+    layer_decay: float = setting(0.75, "each layer's rate to the next (paper 4.3)", type=SHARE)
+    weight_decay: float | None = setting(None, "on matrices", 1.0, 0.05, type=RATE)
+    hidden: int | None = setting(None, "width of AB-MIL's attention", 64, 256, type=POSITIVE)
+    dropout: float = setting(0.2, "before and after pooling", type=BELOW_ONE)
+    smoothing: float = setting(0.1, "label smoothing", type=SHARE)
+    case_score: str = setting(
+        "auto", "a case's score from its slides'", choices=("auto", "max", "mean")
     )
+    min_cover: float = setting(0.5, "share of its cells that a region must hold", type=SHARE)
+    dry_run: bool = setting(False, "only count cases, regions and tokens")
 
 
-def pretrain_command(args) -> int:
-    pretrain(args)
-    return 0
+ABMIL_EPOCHS = {"small": 60, "paper": 20}  # without an encoder few tokens learn late, but cheaply
+CASE_SCORES = {"max": np.max, "mean": np.mean}  # Eq. 9 needs the label, so it cannot be used here
 
 
-# -------------------------------------------------------------------------------------- fine-tuning
+def finetune(config: FinetuneConfig) -> dict:
+    """Train on the train split, keep the best epoch by the tune split, score the test split once.
 
-
-def auroc(labels, scores) -> float:
-    """Area under the ROC curve by scikit-learn. Raises MixmagError where only one class is present."""
-    if len(set(labels)) < 2:
-        raise MixmagError(
-            f"AUROC needs both classes, found {len(labels)} cases all labelled {set(labels)}"
-        )
-    return float(roc_auc_score(labels, scores))
-
-
-def bootstrap_aurocs(labels, scores, seed: int, resamples: int = 1000) -> np.ndarray | None:
-    """(resamples,) AUROCs of cases drawn with replacement within each class; None with fewer than two cases of a class."""
-    labels, scores = np.asarray(labels), np.asarray(scores)
-    positive, negative = scores[labels == 1], scores[labels == 0]
-    if min(len(positive), len(negative)) < 2:
-        return None
-
-    def area(p, n, axis):  # the Mann-Whitney form of the AUROC, over many resamples at once
-        return stats.mannwhitneyu(p, n, axis=axis, method="asymptotic").statistic / (
-            p.shape[axis] * n.shape[axis]
-        )
-
-    return stats.bootstrap(
-        (positive, negative),
-        area,
-        n_resamples=resamples,
-        batch=100,
-        vectorized=True,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).bootstrap_distribution
-
-
-def interval(samples) -> list | None:
-    return None if samples is None else [float(v) for v in np.percentile(samples, [2.5, 97.5])]
-
-
-def newest_pretraining() -> Path:
-    done = [
-        p.parent
-        for p in Path("runs").glob("*/result.json")
-        if data.read_json(p).get("kind") == "pretrain"
-    ]
-    if not done:
-        raise MixmagError(
-            "no finished pretraining run under runs/: make one with `python train.py pretrain --mask 0.5`, or say --init random "
-            "or --init none"
-        )
-    return max(done, key=lambda p: (p / "result.json").stat().st_mtime)
-
-
-def encoder_folder(run) -> Path:
-    """The exported encoder of a run, or the folder itself where it is one."""
-    for folder in (Path(run) / "encoder", Path(run)):
-        if (folder / "model.safetensors").exists() and (folder / "config.json").exists():
-            if "kind" in data.read_json(folder / "config.json"):
-                raise MixmagError(
-                    f"{folder} is a fine-tuning run; --init wants a pretraining run, or its encoder folder"
-                )
-            return folder
-    raise MixmagError(
-        f"{run}: no exported encoder (encoder/model.safetensors and encoder/config.json); the run may not be finished"
-    )
-
-
-def read_encoder(run, slides) -> mixmag.MixingEncoder:
-    """The pretrained encoder, refused where it was trained on another tile encoder's embeddings than the slides hold."""
-    folder = encoder_folder(run)
-    try:
-        encoder = mixmag.load_encoder(folder)
-        trained_on = data.read_json(folder / "config.json")["tile_encoder"]
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise MixmagError(f"{folder}: {' '.join(str(error).split())}") from None
-    check_same_encoder(folder, trained_on, encoder.config, slides[0])
-    return encoder
-
-
-def check_same_encoder(run, tile_encoder: str, config: mixmag.Config, slide) -> None:
-    """A model says nothing of other embeddings than those it was trained on."""
-    wanted, found = (
-        (tile_encoder, config.dim, config.magnifications),
-        (slide.meta["encoder"], slide.dim, tuple(slide.meta["magnifications"])),
-    )
-    if wanted != found:
-        raise MixmagError(f"{run} was trained on {wanted}, the slides hold {found}")
-
-
-def is_run(init: str) -> bool:
-    """Whether --init names an encoder on disk."""
-    return init not in ("none", "random")
-
-
-def adopt_encoder_settings(args) -> None:
-    """What the encoder of --init decides where its flag was left out: the preset, and the region's size, which cannot be another."""
-    known = data.read_json(encoder_folder(args.init) / "config.json") if is_run(args.init) else {}
-    region = known.get("model", {}).get("region", args.region or 3)
-    if args.region not in (None, region):
-        raise MixmagError(
-            f"--region {args.region}: the encoder of {args.init} reads regions of {region} x {region} cells"
-        )
-    args.preset, args.region = args.preset or known.get("preset", "small"), region
-
-
-def check_no_leakage(run, path, cases) -> None:
-    """An encoder that in pretraining saw a tune or test case of this task, be it by a slide of another task, gives scores that mean nothing."""
-    if not is_run(run):
-        return
-    listed = encoder_folder(run) / "slides.csv"
-    if not listed.exists():
-        log(
-            f"WARNING: {listed} is not there, so whether this encoder saw the tune or test slides cannot be told"
-        )
-        return
-    seen = {
-        row["slide_id"]
-        for row in data.read_csv(listed, ("slide_id", "role"))
-        if row["role"] == "train"
-    }
-    held = {c.case_id for c in cases if c.split != "train"}
-    known = [
-        c
-        for task in data.task_names(path)
-        for c in data.task_findings(Path(path) / "tasks" / f"{task}.csv")[0]
-        if c.case_id in held
-    ]
-    leaked = sorted({s for c in known for s in c.slide_ids} & seen)
-    if leaked:
-        raise MixmagError(
-            f"{run} was pretrained on {len(leaked)} slides of tune or test cases of this task, such as {leaked[0]!r}; "
-            "pretrain without them"
-        )
-
-
-def make_classifier(args, slides, train_slides, compute) -> mixmag.SlideClassifier:
-    """Encoder from `args.init` (a run, random or none) under a fresh AB-MIL. Constants of the inputs come from the training slides, of those
-    tokens that are read and without an encoder for each magnification by itself, unless the encoder brings its own."""
-    torch.manual_seed(args.seed)
-    if not is_run(args.init):
-        config = model_config(args, slides)
-        encoder = mixmag.MixingEncoder(config) if args.init == "random" else None
-    else:
-        encoder = read_encoder(args.init, slides)
-        config = encoder.config
-    try:
-        model = mixmag.SlideClassifier(
-            config, encoder, args.tokens, args.magnification, args.hidden, args.dropout
-        )
-    except ValueError as error:
-        raise MixmagError(
-            f"--tokens {args.tokens} --magnification {args.magnification} --init {args.init}: {error}"
-        ) from None
-    if not is_run(args.init):
-        levels, which = (
-            config.geometry().level()[model.index].unique(return_inverse=True)
-        )  # (K,), (n,) in 0..K-1
-        if encoder:
-            encoder.standardize.fit(*data.feature_statistics(train_slides, levels.tolist())[:2])
-        else:
-            mean, std, _ = map(
-                torch.stack,
-                zip(*(data.feature_statistics(train_slides, [k]) for k in levels.tolist())),
-            )  # (K, D)
-            model.standardize.fit(mean[which], std[which])  # (n, D)
-    model.to(compute.device)
-    share_state(model, compute)
-    return model
-
-
-def fit_whitening(model, dataset, compute, limit: int = 4000) -> None:
-    """Mean of each held output's place and the covariance around it, over about `limit` regions, evenly spread over every slide of the train split."""
-    share, count, total, square = (
-        max(1, -(-sum(map(len, dataset.rows.values())) // limit)),
-        0.0,
-        0.0,
-        0.0,
-    )
-    for h, valid in progress(dataset.held.values(), desc="whitening", leave=False):
-        h, valid = (
-            torch.from_numpy(h[::share]).to(compute.device).double(),
-            valid[::share],
-        )  # (W, n or 1, d)
-        there = torch.from_numpy(
-            valid if model.tokens == "patch" else np.ones(h.shape[:2], bool)
-        ).to(compute.device)[..., None]
-        h = h.where(there, 0)
-        count, total, square = (
-            count + there.sum(0),
-            total + h.sum(0),
-            square + torch.einsum("wnd,wne->de", h, h),
-        )
-    mean = total / count.clamp(min=1)  # (n, d)
-    model.whiten.fit(
-        mean.float(),
-        ((square - torch.einsum("nd,ne->de", mean * count, mean)) / count.sum()).float(),
-    )
-    share_state(model.whiten, compute)
-
-
-def encoded(model, dataset, slide_id: str, compute) -> tuple[np.ndarray, np.ndarray]:
-    """A slide of data.CaseDataset through the encoder as it is -> (W, n or 1, d) float32 and valid (W, n)."""
-    x, valid = data.gather(dataset.slides[slide_id], dataset.rows[slide_id], dataset.entries)
-    with torch.no_grad(), compute.autocast():
-        return model.outputs(*data.as_batch(x, valid, compute.device)).float().cpu().numpy(), valid
-
-
-def cache_encoder_outputs(model, dataset, compute) -> None:
-    """From now on the data set gives the frozen encoder's outputs, made here once, in place of embeddings."""
-    dataset.held = {
-        i: encoded(model, dataset, i, compute)
-        for i in progress(dataset.rows, desc="outputs", leave=False)
-    }
-
-
-def slide_logits(model, batch: dict) -> torch.Tensor:
-    """(S,) of a batch of data.CaseDataset, which may bring a frozen encoder's outputs in place of embeddings."""
-    return (model.aggregate if batch["held"] else model)(
-        batch["x"], batch["regions"], batch["valid"]
-    )[0]
-
-
-def score_cases(model, dataset, compute, batch_size: int) -> list[np.ndarray]:
-    """The probability of each slide, case by case; no label is looked at. Processes share the cases."""
-    model.eval()
-    scores = {}
-    for start in range(0, len(dataset), batch_size * compute.world):
-        mine = range(start, min(start + batch_size * compute.world, len(dataset)))[
-            compute.rank :: compute.world
-        ]
-        if mine:
-            batch = data.to_device(dataset.__getitems__(mine), compute.device)
-            with torch.no_grad(), compute.autocast():
-                logit = slide_logits(model, batch)
-            probability, case = (
-                torch.sigmoid(logit.cpu().double()).numpy(),
-                batch["case"].cpu().numpy(),
-            )  # fp32 would tie them at 1
-            scores.update({i: probability[case == c] for c, i in enumerate(mine)})
-        if stopping(compute):
-            raise Stopped
-    if compute.world > 1:
-        parts = [None] * compute.world
-        distributed.all_gather_object(parts, scores)
-        scores = {i: s for part in parts for i, s in part.items()}
-    model.train()
-    return [scores[i] for i in range(len(dataset))]
-
-
-CASE_SCORES = {
-    "max": np.max,
-    "mean": np.mean,
-}  # Eq. 9 needs the label, so it cannot choose a slide at test time
-
-
-def best_case_score(labels, slide_scores, wanted: str) -> tuple[str, float]:
-    """The label-free rule that makes a case's score of its slides' and its AUROC; auto takes the better one, max on a tie."""
-    rules = CASE_SCORES if wanted == "auto" else {wanted: CASE_SCORES[wanted]}
-    found = {name: auroc(labels, [rule(s) for s in slide_scores]) for name, rule in rules.items()}
-    return max(found.items(), key=lambda item: item[1])
-
-
-def finite_scores(model, dataset, compute, batch_size: int) -> list[np.ndarray]:
-    """score_cases, all of them finite. Raises MixmagError naming the first case that is not."""
-    scores = score_cases(model, dataset, compute, batch_size)
-    for case, s in zip(dataset.cases, scores):
-        if not np.isfinite(s).all():
-            raise MixmagError(
-                f"case {case.case_id} with slides {', '.join(case.slide_ids)} scores {s.tolist()}; data.py verify says which "
-                "features are not finite"
-            )
-    return scores
-
-
-def finetune_epoch(
-    model, optimizer, dataset, compute, args, epoch: int, bar
-) -> tuple[float, float]:
-    """One pass over the training cases in an order that follows from the seed and the epoch; processes share the cases of a batch.
-    Returns the mean loss and the norm of the last gradient."""
-    order, total = (
-        np.random.default_rng([args.seed, 4, epoch]).permutation(len(dataset)),
-        torch.zeros(()),
-    )
-    batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
-    mine, steps = [b[compute.rank :: compute.world] for b in batches], args.epochs * len(batches)
-    for i, batch in enumerate(
-        data.prefetch(
-            lambda indices: data.pinned(dataset.__getitems__(indices), compute.device),
-            mine,
-            args.workers,
-        )
-    ):
-        step = epoch * len(batches) + i
-        torch.manual_seed(
-            (1_000_003 * args.seed + step) * compute.world + compute.rank
-        )  # for dropout: so a resumed run has the same
-        if batch:
-            loss = finetune_step(
-                model,
-                data.to_device(batch, compute.device),
-                args.smoothing,
-                compute,
-                len(batches[i]),
-                step,
-            )
-        else:  # no case is left for this process, whose scaler is to know its device all the same
-            loss = compute.scaler.scale(torch.zeros((), device=compute.device)).cpu()
-        sum_gradients(model, compute)
-        norm = optimizer_step(
-            model,
-            optimizer,
-            compute.scaler,
-            args.lr * lr_at(step, steps, round(args.warmup * steps)),
-            args.clip,
-        ).item()
-        if not math.isfinite(norm) and not usable_scale(compute):
-            raise MixmagError(
-                f"the gradient's norm is {norm} at step {step}, slides {', '.join(batch.get('slide_ids', [])[:5])}, ...; "
-                "a smaller --lr, or --amp off, may help"
-            )
-        total += loss * len(batches[i])
-        bar.update()
-        if stopping(compute):
-            raise Stopped
-    return sum_over_processes(total, compute).item() / len(dataset), norm
-
-
-def slide_losses(model, batch: dict, smoothing: float, compute) -> torch.Tensor:
-    """(S,) of the slides of a batch, each against its case's label."""
-    with compute.autocast():
-        logit = slide_logits(model, batch)
-    target = batch["label"] * (1 - smoothing) + smoothing / 2  # (cases,)
-    return F.binary_cross_entropy_with_logits(logit, target[batch["case"]], reduction="none")
-
-
-def chosen_slides(batch: dict, chosen: torch.Tensor) -> dict:
-    """The batch with the slides of `chosen` (S,) alone."""
-    rows = torch.repeat_interleave(chosen, batch["regions"])  # (W,)
-    return {
-        **batch,
-        "x": batch["x"][rows],
-        "valid": None if batch["valid"] is None else batch["valid"][rows],
-        "regions": batch["regions"][chosen],
-        "case": batch["case"][chosen],
-        "slide_ids": [i for i, c in zip(batch["slide_ids"], chosen.tolist()) if c],
-    }
-
-
-def least_slides(model, batch: dict, smoothing: float, compute) -> dict:
-    """The batch without the slides that lose in Eq. 9, found without a graph, so that none is ever kept for them; and without dropout, so
-    that a case's slide is not chosen by chance and cases of one slide draw what they would draw alone."""
-    several = torch.bincount(batch["case"])[batch["case"]] > 1  # (S,)
-    part = chosen_slides(batch, several)
-    model.eval()
-    with torch.no_grad():
-        loss = slide_losses(model, part, smoothing, compute)
-    model.train()
-    won = ~several
-    won[several] = ~(
-        loss > mixmag.min_slide_loss(loss, part["case"])[part["case"]]
-    )  # a loss that is not finite wins too
-    return chosen_slides(batch, won)
-
-
-def finetune_step(
-    model, batch: dict, smoothing: float, compute, cases: int, step: int
-) -> torch.Tensor:
-    """Forward and backward over this process's share of a batch of `cases` cases; returns its part of the mean loss, on the CPU."""
-    if len(batch["case"]) > len(batch["label"]):  # some case has several slides
-        batch = least_slides(model, batch, smoothing, compute)
-    loss = slide_losses(model, batch, smoothing, compute)  # (S,)
-    loss = mixmag.min_slide_loss(loss, batch["case"]).sum() / cases  # Eq. 9
-    compute.scaler.scale(loss).backward()
-    if not math.isfinite(loss.item()):
-        raise MixmagError(
-            f"the loss is {loss.item()} at step {step}, slides {', '.join(batch['slide_ids'][:5])}, ...; data.py verify, or a "
-            "smaller --lr, may help"
-        )
-    return loss.detach().cpu()
-
-
-def finetune(args) -> dict:
-    """Train on the train split, keep the epoch that ranks the tune split best, score the test split once (paper 4.3). Returns
-    result.json."""
-    args.init = args.init or str(newest_pretraining())
-    adopt_encoder_settings(args)
-    apply_preset(args, "finetune")
-    compute = machine(args)
-    path = ensure_data(args.data, compute)
-    cases = data.read_task(path, args.task)
-    by_id = {s.slide_id: s for s in data.read_slides(path, {i for c in cases for i in c.slide_ids})}
-    slides = list(by_id.values())
-    check_no_leakage(args.init, path, cases)
-    model = make_classifier(
-        args, slides, [by_id[i] for c in cases if c.split == "train" for i in c.slide_ids], compute
-    )
-    sets = {
-        split: data.CaseDataset(
-            by_id,
-            [c for c in cases if c.split == split],
-            model.config.geometry(),
-            model.index.cpu(),
-            args.min_cover,
-        )
-        for split in data.SPLITS
-    }
-    for split in ("train", "tune"):
-        if len(set(labels := sets[split].labels)) < 2:
-            raise MixmagError(
-                f"task {args.task}: the {split} split has {len(labels)} usable cases with labels {sorted(set(labels))}; both classes "
-                "are needed"
-            )
-    if args.dry_run:
-        print(finetuning_plan(model, sets, args) if compute.rank == 0 else "", end="")
+    Returns result.json, or {} for a dry run. Raises MixmagError for an encoder that saw tune or
+    test cases, and for data that does not fit it. Source: paper section 4.3.
+    """
+    config = apply_preset(adopt_encoder_settings(config))
+    machine = start_machine(config.device, config.amp, preset_width(config.preset))
+    folder = ensure_data(config.data, machine)
+    cases = data.read_task(folder, config.task)
+    slide_ids = [i for case in cases for i in case.slide_ids]
+    slides = {slide.slide_id: slide for slide in data.read_slides(folder, slide_ids)}
+    if is_run(config.init):
+        check_no_leakage(config.init, folder, cases)
+    model = make_classifier(config, slides, cases, machine)
+    sets = split_cases(config, model, slides, cases)
+    if config.dry_run:
+        log(finetuning_plan(model, sets))
         return {}
-    name = (
-        f"abmil-{args.magnification}"
-        if args.init == "none"
-        else f"{Path(args.init).name}-{args.tokens}-{args.magnification}"
-    )
-    files = [path / "tasks" / f"{args.task}.csv"] + (
-        [encoder_folder(args.init) / "model.safetensors"] if is_run(args.init) else []
-    )
-    run = Run(
-        args.out or Path("runs") / f"{args.task}-{name}{f'-s{args.seed}' if args.seed else ''}",
-        {"kind": "finetune", **settings(args, slides, *files), "model": model.config.to_dict()},
-        args.resume,
-        compute,
-    )
+    files = [folder / "tasks" / f"{config.task}.csv"]
+    if is_run(config.init):
+        files.append(encoder_folder(config.init) / "model.safetensors")
+    facts = {"kind": "finetune", **run_settings(config, list(slides.values()), *files)}
+    facts["model"] = model.config.to_dict()
+    run = Run(config.out or Path("runs") / run_name(config), facts, config.resume, machine)
     if run.result():
-        log(f"{run.folder}: done before")
+        log(f"{run.folder}: this run is finished")
         return run.result()
-    best = finetune_loop(args, run, model, sets, compute)
-    finish_finetuning(run, model, sets, best, args)
-    barrier(compute)
+    best = finetune_loop(config, run, model, sets)
+    finish_finetuning(config, run, model, sets, best)
+    machine.barrier()
     return run.result()
 
 
-def finetune_loop(args, run: Run, model, sets: dict, compute) -> dict:
-    """All epochs, from the last checkpoint on. Returns what `keep_best` knows of the best one."""
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, args.weight_decay, args.layer_decay, args.encoder_rate),
-        lr=args.lr,
-        fused=True,
-    )
-    per_epoch = math.ceil(len(sets["train"]) / args.batch_size)
-    log(
-        f"{run.folder}: {parameters(model)}, cases "
-        + ", ".join(f"{k} {len(v)} ({sum(v.labels)} positive{v.left_out})" for k, v in sets.items())
-        + f", {args.epochs} epochs of {per_epoch} steps, {compute.world} x {compute.device.type}, {compute.dtype or 'fp32'}"
-    )
-    best = {"best_auroc": -1.0, **run.load(model, optimizer)}
-    done, starts = best.pop("done"), best.pop("starts", 0)
-    if not done:
-        if model.encoder is not None and max(args.frozen_epochs, args.starts) > 1:
-            cache_encoder_outputs(model, sets["train"], compute)
-            if (
-                not starts
-            ):  # an encoder that learns from the start makes large what matters by itself
-                fit_whitening(model, sets["train"], compute)
-        if args.starts > 1:
-            best_start(args, run, model, optimizer, sets, compute, best, starts)
-    bar = progress(
-        total=args.epochs * per_epoch, initial=done * per_epoch, desc=f"finetune {args.task}"
-    )
-    for epoch in range(done, args.epochs):
+def adopt_encoder_settings(config: FinetuneConfig) -> FinetuneConfig:
+    """The config with an encoder, and with the preset and region of that encoder."""
+    init = config.init or str(newest_pretraining())
+    known: dict = {}
+    if is_run(init):
+        known = data.read_json(encoder_folder(init) / "config.json")
+    region = known.get("model", {}).get("region", config.region or 3)
+    if config.region not in (None, region):
+        raise MixmagError(
+            f"--region {config.region}: the encoder of {init} reads {region} x {region} cells"
+        )
+    preset = config.preset or known.get("preset", "small")
+    return dataclasses.replace(config, init=init, preset=preset, region=region)
+
+
+def is_run(init: str) -> bool:
+    return init not in ("none", "random")
+
+
+def check_no_leakage(init: str, folder: Path, cases: list) -> None:
+    """Refuse an encoder that was pretrained on any slide of this task's tune and test cases.
+
+    The slide may belong to such a case by another task's table.
+    """
+    listed = encoder_folder(init) / "slides.csv"
+    if not listed.exists():
+        log(f"WARNING: {listed} is missing; nobody can tell which slides this encoder saw")
+        return
+    rows = data.read_csv(listed, ("slide_id", "role"))
+    seen = {row["slide_id"] for row in rows if row["role"] == "train"}
+    evaluated = {case.case_id for case in cases if case.split != "train"}
+    leaked = set()
+    for task in data.task_names(folder):
+        known, _ = data.task_findings(folder / "tasks" / f"{task}.csv")
+        for case in known:
+            if case.case_id in evaluated:
+                leaked |= seen.intersection(case.slide_ids)
+    if leaked:
+        raise MixmagError(
+            f"{init} was pretrained on {len(leaked)} slides of this task's tune or test cases, "
+            f"such as {min(leaked)!r}; pretrain without them"
+        )
+
+
+def make_classifier(config, slides: dict, cases: list, machine) -> mixmag.SlideClassifier:
+    """The encoder of `config.init` under a new AB-MIL.
+
+    Where the encoder brings no constants to standardise its inputs, those of the training slides
+    serve: over the tokens that are read, and without an encoder for each magnification by itself.
+    """
+    torch.manual_seed(config.seed)
+    any_slide = next(iter(slides.values()))
+    encoder = None
+    if is_run(config.init):
+        encoder = read_encoder(config.init, any_slide)
+        model_config = encoder.config
+    else:
+        model_config = make_model_config(config, any_slide)
+        if config.init == "random":
+            encoder = mixmag.MixingEncoder(model_config)
+    try:
+        model = mixmag.SlideClassifier(
+            model_config,
+            encoder,
+            config.tokens,
+            config.magnification,
+            config.hidden,
+            config.dropout,
+            outputs=OUTCOME.outputs,
+        )
+    except ValueError as error:
+        raise MixmagError(f"--tokens or --magnification: {error}") from None
+    if not is_run(config.init):
+        train = [slides[i] for case in cases if case.split == "train" for i in case.slide_ids]
+        fit_standardization(model, train)
+    model.to(machine.device)
+    if machine.world > 1:  # sums over the data may differ in rounding
+        for tensor in model.state_dict().values():
+            distributed.broadcast(tensor, 0)
+    return model
+
+
+def fit_standardization(model: mixmag.SlideClassifier, slides: list) -> None:
+    level = model.config.geometry().level()[model.index]  # (n,)
+    levels, which = level.unique(return_inverse=True)
+    if model.encoder is not None:
+        mean, std, _ = data.feature_statistics(slides, levels.tolist())
+        model.encoder.standardize.fit(mean, std)
+        return
+    of_levels = [data.feature_statistics(slides, [k])[:2] for k in levels.tolist()]
+    mean = torch.stack([mean for mean, _ in of_levels])  # (K, D)
+    std = torch.stack([std for _, std in of_levels])
+    model.standardize.fit(mean[which], std[which])  # (n, D)
+
+
+def split_cases(config, model, slides: dict, cases: list) -> dict[str, data.CaseDataset]:
+    """The cases of each split. Raises MixmagError where train or tune lacks a class."""
+    sets = {}
+    for split in data.SPLITS:
+        of_split = [case for case in cases if case.split == split]
+        sets[split] = data.CaseDataset(
+            slides, of_split, model.config.geometry(), model.index.cpu(), config.min_cover
+        )
+        classes = sorted(set(sets[split].labels))
+        if split != "test" and len(classes) < 2:
+            raise MixmagError(
+                f"task {config.task}: the {split} split has {len(sets[split])} usable cases with "
+                f"labels {classes}; two classes or more are needed"
+            )
+    return sets
+
+
+def finetune_loop(config, run: Run, model, sets: dict) -> dict:
+    """All epochs, from the last checkpoint on. Returns the best epoch by the tune split.
+
+    The encoder is frozen for `frozen_epochs` (paper 4.3: one). With more than one its outputs are
+    computed once and kept in memory.
+    """
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay, config.encoder_rate)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    steps = math.ceil(len(sets["train"]) / config.batch_size)
+    log(f"{run.folder}: {parameter_count(model)}, {config.epochs} epochs of {steps} steps")
+    for split, dataset in sets.items():
+        log(f"  {split}: {len(dataset)} cases, {len(dataset.rows)} slides{dataset.uncovered}")
+    best = {"tune_auroc": -1.0, **run.load(model, optimizer)}
+    start = best.pop("done")
+    bar = progress(total=config.epochs * steps, initial=start * steps, desc="finetune")
+    for epoch in range(start, config.epochs):
         if model.encoder is not None:
-            frozen = epoch < args.frozen_epochs  # for one epoch, paper 4.3
+            frozen = epoch < config.frozen_epochs
             model.encoder.requires_grad_(not frozen)
             for split in ("train", "tune"):
-                if not frozen:
-                    sets[split].held.clear()
-                elif args.frozen_epochs > 1 and not sets[split].held:
-                    cache_encoder_outputs(model, sets[split], compute)
-        loss, norm = finetune_epoch(model, optimizer, sets["train"], compute, args, epoch, bar)
-        rule, tune = keep_best(best, epoch, model, sets["tune"], compute, args)
-        run.note(
-            epoch=epoch,
-            loss=loss,
-            norm=norm if math.isfinite(norm) else None,
-            tune_auroc=tune,
-            case_score=rule,
-            **scaling(compute, optimizer, (epoch + 1) * per_epoch),
-        )
+                update_cache(model, sets[split], frozen and config.frozen_epochs > 1, run.machine)
+        loss, norm = finetune_epoch(config, model, optimizer, sets["train"], epoch, run, bar)
+        scores = score_cases(model, sets["tune"], run.machine, config.batch_size)
+        rule, tune = best_case_score(sets["tune"].labels, scores, config.case_score)
+        if tune >= best["tune_auroc"]:  # of equals the later one has learned longer
+            state = {name: value.cpu().clone() for name, value in model.state_dict().items()}
+            best = {"model_state": state, "tune_auroc": tune, "epoch": epoch, "case_score": rule}
+        run.note(epoch=epoch, loss=loss, norm=norm, tune_auroc=tune, case_score=rule)
         bar.set_postfix(loss=f"{loss:.3f}", tune=f"{tune:.3f}")
         run.save(epoch + 1, model, optimizer, **best)
     bar.close()
     return best
 
 
-def keep_best(best: dict, epoch: int, model, tune_set, compute, args) -> tuple[str, float]:
-    """How well the model ranks the tune split, and by which rule. Where that is no worse than before, it becomes the best: of equals the later, which
-    has learned longer."""
-    rule, tune = best_case_score(
-        tune_set.labels, finite_scores(model, tune_set, compute, args.batch_size), args.case_score
-    )
-    if tune >= best["best_auroc"]:
-        best.update(
-            best={k: v.cpu().clone() for k, v in model.state_dict().items()},
-            best_auroc=tune,
-            best_epoch=epoch,
-            case_score=rule,
-        )
-    return rule, tune
+def finetune_epoch(config, model, optimizer, dataset, epoch: int, run, bar) -> tuple[float, float]:
+    """One pass over the training cases. Returns the mean loss and the last gradient's norm.
+
+    The order of the cases follows from seed and epoch. Processes share the cases of a batch.
+    """
+    machine = run.machine
+    order = np.random.default_rng([config.seed, 4, epoch]).permutation(len(dataset))
+    batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
+    own = [batch[machine.rank :: machine.world] for batch in batches]
+    steps = config.epochs * len(batches)
+    total = torch.zeros(())
+    loads = data.prefetch(loader(dataset, machine), own, config.workers)
+    for i, batch in enumerate(loads):
+        step = epoch * len(batches) + i
+        # dropout follows from the step, so a resumed run draws the same
+        torch.manual_seed((1_000_003 * config.seed + step) * machine.world + machine.rank)
+        loss = finetune_step(model, batch, config.smoothing, len(batches[i]), machine)
+        sum_gradients(model, machine)
+        rate = config.lr * lr_at(step, steps, round(config.warmup * steps))
+        norm = optimizer_step(model, optimizer, machine.scaler, rate, config.clip).item()
+        if not math.isfinite(loss) or not (math.isfinite(norm) or machine.may_skip()):
+            names = ", ".join(batch.get("slide_ids", [])[:5])
+            raise MixmagError(
+                f"{run.folder}: at step {step} the loss is {loss} and the gradient's norm {norm}, "
+                f"with slides {names}; try data.py verify, a smaller --lr or --amp off"
+            )
+        total += loss * len(batches[i])
+        bar.update()
+        if machine.stop_asked():
+            raise Stopped
+    return machine.sum(total).item() / len(dataset), norm
 
 
-def best_start(
-    args, run: Run, model, optimizer, sets: dict, compute, best: dict, done: int
-) -> None:
-    """Give the aggregator the weights that rank the tune split best, of several random starts that learn on the frozen encoder's outputs. Attention
-    that has to find what is rare among thousands of tokens finds it from some starts and not from others. best: as in `keep_best`; its epoch is -1,
-    before the first. `done` starts were made before; optimizer is that of the epochs to come."""
-    if model.encoder is not None:
-        model.encoder.requires_grad_(False)
-        cache_encoder_outputs(model, sets["tune"], compute)
-    steps = args.epochs * math.ceil(len(sets["train"]) / args.batch_size)
-    bar = progress(total=args.starts * steps, initial=done * steps, desc=f"starts {args.task}")
-    for start in range(done, args.starts):
-        if start:
-            torch.manual_seed(1_000_003 * args.seed + start)
-            model.reset_aggregator()
-            share_state(model, compute)
-        learner, reached = (
-            torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, fused=True),
-            -1.0,
-        )
-        for epoch in range(args.epochs):
-            finetune_epoch(model, learner, sets["train"], compute, args, epoch, bar)
-            reached = max(reached, keep_best(best, -1, model, sets["tune"], compute, args)[1])
-        run.note(start=start, tune_auroc=reached)
-        run.save(0, model, optimizer, starts=start + 1, **best)
-    bar.close()
-    model.load_state_dict(best["best"])
+def finetune_step(model, batch: dict, smoothing: float, cases: int, machine) -> float:
+    """Forward and backward over this process's cases of a batch of `cases`; its share of the loss.
+
+    A process without a case left takes the step too, for its scaler and optimizer go on.
+    """
+    if not batch:
+        machine.scaler.scale(torch.zeros((), device=machine.device))
+        return 0.0
+    batch = data.to_device(batch, machine.device)
+    with machine.autocast():
+        logit = slide_logits(model, batch)  # (S,)
+    label = batch["label"][batch["case"]]  # (S,)
+    loss = OUTCOME.loss(logit, label, smoothing)
+    loss = mixmag.min_slide_loss(loss, batch["case"]).sum() / cases  # Eq. 9
+    machine.scaler.scale(loss).backward()
+    return loss.item()
 
 
-def finish_finetuning(run: Run, model, sets, best: dict, args) -> None:
-    """Save the best epoch's classifier, score tune and test with it, write predictions.csv and result.json."""
-    model.load_state_dict(best["best"])
-    sets["tune"].held.clear()  # as in a run that goes on here, lest rounding differ
-    rule = CASE_SCORES[best["case_score"]]
-    scores = {
-        split: [
-            float(rule(s)) for s in finite_scores(model, sets[split], run.compute, args.batch_size)
-        ]
-        for split in ("tune", "test")
-    }
+def slide_logits(model, batch: dict) -> torch.Tensor:
+    """(S,) logits of a batch that holds embeddings, or the cached outputs of a frozen encoder."""
+    classify = model.aggregate if batch["cached"] else model
+    logit, _ = classify(batch["x"], batch["regions"], batch["valid"])
+    return logit
+
+
+def update_cache(model, dataset, cached: bool, machine) -> None:
+    """Make the encoder's outputs of all slides once, or forget them."""
+    if not cached:
+        dataset.cached.clear()
+        return
+    for slide_id, rows in progress(dataset.rows.items(), desc="encoder outputs", leave=False):
+        if slide_id in dataset.cached:
+            continue
+        x, valid = data.gather(dataset.slides[slide_id], rows, dataset.entries)
+        with torch.no_grad(), machine.autocast():
+            h = model.encode_chunks(*data.as_batch(x, valid, machine.device))
+        dataset.cached[slide_id] = (h.float().cpu().numpy(), valid)
+
+
+def score_cases(model, dataset, machine, batch_size: int) -> list[np.ndarray]:
+    """The score of each slide, case by case. No label is looked at. Processes share the cases.
+
+    Raises MixmagError for a score that is not finite.
+    """
+    model.eval()
+    scores = {}
+    indices = range(len(dataset))[machine.rank :: machine.world]
+    for start in range(0, len(dataset), batch_size * machine.world):
+        first = start // machine.world
+        own = indices[first : first + batch_size]
+        if own:
+            batch = data.to_device(dataset.batch(own), machine.device)
+            with torch.no_grad(), machine.autocast():
+                score = OUTCOME.score(slide_logits(model, batch)).cpu().numpy()  # (S,)
+            case = batch["case"].cpu().numpy()
+            for position, index in enumerate(own):
+                scores[index] = score[case == position]
+        if machine.stop_asked():
+            raise Stopped
+    model.train()
+    for part in machine.gather(scores):
+        scores.update(part)
+    return [scores[i] for i in range(len(dataset))]
+
+
+def best_case_score(labels, slide_scores: list, wanted: str) -> tuple[str, float]:
+    """The rule that makes a case's score of its slides' scores, and its AUROC; max on a tie."""
+    names = list(CASE_SCORES) if wanted == "auto" else [wanted]
+    found = {}
+    for name in names:
+        found[name] = OUTCOME.metric(labels, case_scores(slide_scores, name))
+    best = max(found, key=found.__getitem__)
+    return best, found[best]
+
+
+def case_scores(slide_scores: list, rule: str) -> list[float]:
+    return [float(CASE_SCORES[rule](scores)) for scores in slide_scores]
+
+
+def finish_finetuning(config, run: Run, model, sets: dict, best: dict) -> None:
+    """Score tune and test with the best epoch; write weights, predictions.csv and result.json."""
+    model.load_state_dict(best["model_state"])
+    sets["tune"].cached.clear()
+    rows = []
+    scores = {}
+    for split in ("tune", "test"):
+        slide_scores = score_cases(model, sets[split], run.machine, config.batch_size)
+        scores[split] = case_scores(slide_scores, best["case_score"])
+        for case, score in zip(sets[split].cases, scores[split], strict=True):
+            rows.append((case.case_id, case.label, score, split))
     if not run.writes:
         return
-    dropped = sorted(i for s in sets.values() for i in s.dropped)
-    if dropped:
-        log(f"{len(dropped)} slides without a token to read were left out, such as {dropped[0]}")
     with whole_file(run.folder / "model.safetensors") as temporary:
-        save_file({k: v.contiguous() for k, v in best["best"].items()}, temporary)
-    write_csv(
-        run.folder / "predictions.csv",
-        ("case_id", "label", "score", "split"),
-        (
-            (c.case_id, c.label, score, split)
-            for split in scores
-            for c, score in zip(sets[split].cases, scores[split])
-        ),
-    )
-    result = {
-        "kind": "finetune",
-        "task": args.task,
-        "init": args.init,
-        "tokens": args.tokens,
-        "magnification": args.magnification,
-        "seed": args.seed,
-        "cases": {split: [len(v), sum(v.labels)] for split, v in sets.items()},
-        "slides_left_out": dropped,
-        "best_epoch": best["best_epoch"],
-        "tune_auroc": best["best_auroc"],
-        "case_score": best["case_score"],
-        "auroc": None,
-        "interval": None,
-        "average_precision": None,
+        save_file(best["model_state"], temporary)
+    header = ("case_id", "label", "score", "split")
+    data.write_csv(run.folder / "predictions.csv", header, rows)
+    dropped = sorted(i for dataset in sets.values() for i in dataset.dropped)
+    if dropped:
+        log(f"{len(dropped)} slides have no token to read and are left out, such as {dropped[0]}")
+    result = {"kind": "finetune"}
+    for name in ("task", "init", "tokens", "magnification", "seed"):
+        result[name] = getattr(config, name)
+    result["cases"] = {split: len(dataset) for split, dataset in sets.items()}
+    result["slides_left_out"] = dropped
+    result["best_epoch"] = best["epoch"]
+    result["tune_auroc"] = best["tune_auroc"]
+    result["case_score"] = best["case_score"]
+    result.update(test_results(sets["test"].labels, scores["test"], config.seed))
+    data.write_json(run.folder / "result.json", result)
+
+
+def test_results(labels: list, scores: list, seed: int) -> dict:
+    """AUROC with its 95 % interval over cases, average precision; None without two classes."""
+    if len(set(labels)) < 2:
+        reason = f"the test split has {len(labels)} usable cases of one class: no AUROC"
+        return {"auroc": None, "interval": None, "average_precision": None, "reason": reason}
+    return {
+        "auroc": OUTCOME.metric(labels, scores),
+        "interval": interval(bootstrap_aurocs(labels, scores, seed)),
+        "average_precision": float(average_precision_score(labels, scores)),
     }
-    labels = sets["test"].labels
-    if len(set(labels)) == 2:
-        result.update(
-            auroc=auroc(labels, scores["test"]),
-            interval=interval(bootstrap_aurocs(labels, scores["test"], args.seed)),
-            average_precision=float(average_precision_score(labels, scores["test"])),
-        )
-    else:
-        result["reason"] = (
-            f"the test split has {len(labels)} usable cases with labels {sorted(set(labels))}: no AUROC"
-        )
-    data.seal(run.folder, RUN_FILES, "result.json", result)
 
 
-def finetuning_memory(model, windows: int, learns: bool) -> int:
-    """Bytes that a batch of `windows` regions takes in fp32 on top of what the process holds already, in floats (4 bytes) but for the first:
-    1. embeddings: float16, twice while they are put together      2. weights: 5 copies when learning (gradients, two moments, the best epoch's)
-    3. the encoder on a chunk of regions: 3 inputs per token and, in each block that is kept for the way back, 9 widths and 4 SwiGLU widths; twice
-       where chunks are computed again, because the C library keeps what one has freed while the next is made
-    4. the aggregator, per pooled output: 8 widths (4 without an encoder) and 5 of its hidden layer; while 3 runs again, it is not there."""
-    n, D, encoder = len(model.index), model.config.dim, model.encoder
-    fixed = 2 * 2 * windows * n * D + (5 if learns else 1) * 4 * sum(
-        p.numel() for p in model.parameters()
-    )  # 1, 2
-    pool = (
-        4
-        * windows
-        * (1 if model.tokens == "cls" else n)
-        * ((8 if encoder else 4) * model.head.in_features + 5 * model.pool.w.in_features)
-    )  # 4
-    if encoder is None:
-        return fixed + pool
-    block = 9 * encoder.config.width + 4 * encoder.blocks[0].mlp.w1.out_features
-    chunk = (
-        4
-        * min(windows, model.chunk)
-        * (n + encoder.config.cls_tokens)
-        * (3 * D + block * (len(encoder.blocks) if learns else 1))
-    )  # 3
-    return fixed + (max(2 * chunk, pool) if learns and windows > model.chunk else chunk + pool)
+def bootstrap_aurocs(labels, scores, seed: int, resamples: int = 1000) -> np.ndarray | None:
+    """(resamples,) AUROCs of cases drawn with replacement within each class.
+
+    None with fewer than two cases of a class.
+    """
+    positive = np.array([score for score, label in zip(scores, labels, strict=True) if label])
+    negative = np.array([score for score, label in zip(scores, labels, strict=True) if not label])
+    P = len(positive)
+    N = len(negative)
+    if min(P, N) < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    drawn = [rng.choice(positive, (resamples, P)), rng.choice(negative, (resamples, N))]
+    ranks = stats.rankdata(np.concatenate(drawn, axis=1), axis=1)[:, :P]  # of the positives
+    return (ranks.sum(axis=1) - P * (P + 1) / 2) / (P * N)  # Mann-Whitney U / (P N)
 
 
-def peak_memory() -> int:
-    """The most bytes that this process held so far. On Linux not by getrusage, whose figure starts with the parent's."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+def interval(samples: np.ndarray | None) -> list[float] | None:
+    return None if samples is None else np.percentile(samples, [2.5, 97.5]).tolist()
 
 
-def finetuning_plan(model, sets: dict, args) -> str:
-    """What the task asks for, before any training: cases, slides, regions, tokens, bytes read, and the memory of the largest batch."""
-    n, D = len(model.index), model.config.dim
-    lines, needs, read, largest = (
-        [f"{'':8s}{'cases':>8s}{'slides':>8s}{'regions':>9s}{'tokens':>13s}{'GB':>9s}"],
-        [],
-        {},
-        (0, "none"),
-    )
+def finetuning_plan(model, sets: dict) -> str:
+    """What the task asks for: cases, slides, regions and tokens of each split."""
+    lines = [f"{'':8s}{'cases':>8s}{'slides':>8s}{'regions':>9s}{'tokens':>13s}"]
+    largest = (0, "none")
     for split, dataset in sets.items():
-        regions = sorted(
-            (sum(len(dataset.rows[i]) for i in c.slide_ids), c.case_id) for c in dataset.cases
-        )
-        total = sum(w for w, _ in regions)
-        read[split] = total * n * D * 2 / 1e9
-        lines.append(
-            f"{split:8s}{len(regions):8d}{len(dataset.rows):8d}{total:9d}{total * n:13,d}{read[split]:9.3f}"
-        )
-        needs.append(
-            finetuning_memory(
-                model, sum(w for w, _ in regions[-args.batch_size :]), split == "train"
-            )
-        )
-        largest = max([largest, *regions])
-    held = peak_memory()
-    if (
-        model.encoder is not None and max(args.frozen_epochs, args.starts) > 1
-    ):  # frozen outputs: a region's are as large as their mean
-        held += (
-            4
-            * model.whiten.mean.numel()
-            * sum(len(rows) for split in ("train", "tune") for rows in sets[split].rows.values())
-        )
-    lines.append(
-        f"largest case: {largest[1]}, {largest[0]} regions, {largest[0] * n:,d} tokens; alone in a batch it takes "
-        f"{finetuning_memory(model, largest[0], True) / 1e9:.2f} GB"
-    )
-    lines.append(
-        f"an epoch reads the train and the tune split, {read['train'] + read['tune']:.3f} GB; the test split is read once, at the end"
-    )
-    lines.append(
-        f"memory: about {(held + max(needs)) / 1e9:.2f} GB in fp32 when the {args.batch_size} largest cases of a split meet in a batch, "
-        f"{held / 1e9:.2f} of them held already"
-    )
-    return "\n".join(lines) + "\n"
-
-
-def finetune_command(args) -> int:
-    result = finetune(args)
-    if process_rank()[0] or args.dry_run:
-        return 0
-    if result["auroc"] is None:
-        print(f"{result['task']}: {result['reason']}")
-    else:
-        over = (
-            "too few for an interval"
-            if result["interval"] is None
-            else "95% over cases: {:.3f} to {:.3f}".format(*result["interval"])
-        )
-        print(
-            f"{result['task']}: test AUROC {result['auroc']:.3f} ({over}), average precision "
-            f"{result['average_precision']:.3f}, {result['cases']['test'][0]} cases; tune AUROC {result['tune_auroc']:.3f} at epoch "
-            f"{result['best_epoch'] + 1}"
-        )
-    return 0
+        regions = {}
+        for case in dataset.cases:
+            regions[case.case_id] = sum(len(dataset.rows[i]) for i in case.slide_ids)
+            largest = max(largest, (regions[case.case_id], case.case_id))
+        total = sum(regions.values())
+        tokens = total * len(model.index)
+        lines.append(f"{split:8s}{len(regions):8d}{len(dataset.rows):8d}{total:9d}{tokens:13,d}")
+    tokens = largest[0] * len(model.index)
+    lines.append(f"largest case: {largest[1]}, {largest[0]} regions, {tokens:,d} tokens")
+    return "\n".join(lines)
 
 
 # ======================================================================================== stop here
@@ -1177,141 +834,145 @@ def finetune_command(args) -> int:
 
 def log(*words) -> None:
     """To stderr, from the first of several processes only."""
-    if process_rank()[0] == 0:
+    if data.process_rank()[0] == 0:
         print(*words, file=sys.stderr, flush=True)
 
 
-def machine(args, width: int | None = None) -> SimpleNamespace:
-    """Where, in which precision and as which of how many processes to compute: .device, .autocast(), .scaler (which does nothing
-    unless in fp16), .rank and .world. Processes are those that torchrun started; they meet here. width: the model's, if not the preset's."""
-    device, (rank, world), width = (
-        data.find_device(args.device),
-        process_rank(),
-        width or getattr(mixmag.Config, args.preset)(1).width,
-    )
-    if device.index is not None:
-        torch.cuda.set_device(device)  # lest every process opens the first GPU as well
+@dataclass
+class Machine:
+    """Where and in which precision this process computes, and which of how many it is."""
+
+    device: torch.device
+    dtype: torch.dtype | None  # of autocast; None: fp32
+    rank: int
+    world: int
+    scaler: torch.amp.GradScaler  # does nothing unless in fp16
+
+    def __str__(self) -> str:
+        return f"{self.world} x {self.device.type}, {self.dtype or 'fp32'}"
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            distributed.barrier()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over processes, in place."""
+        if self.world > 1:
+            distributed.all_reduce(values)
+        return values
+
+    def gather(self, value) -> list:
+        """What each process has, in the order of their ranks."""
+        parts = [value] * self.world
+        if self.world > 1:
+            distributed.all_gather_object(parts, value)
+        return parts
+
+    def stop_asked(self) -> bool:
+        """Whether any process received a signal; all ask at one place and stop together."""
+        return bool(self.sum(torch.tensor(len(data.STOP_SIGNALS))))
+
+    def may_skip(self) -> bool:
+        """Whether the scaler may go on skipping steps. Below a scale of 1 it is not to blame."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+
+
+def start_machine(device: str = "auto", amp: str = "auto", width: int = 96) -> Machine:
+    """Join the processes that torchrun started, if any. `width` is the model's."""
+    rank, world = data.process_rank()
+    found = data.find_device(device)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)  # otherwise each process also opens the first GPU
     if world > 1 and not distributed.is_initialized():
-        distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30)
-        )
-    dtype = amp_dtype(getattr(args, "amp", "auto"), device, width)
-    return SimpleNamespace(
-        device=device,
-        dtype=dtype,
-        rank=rank,
-        world=world,
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        autocast=lambda: torch.autocast(device.type, dtype) if dtype else nullcontext(),
-    )
+        backend = "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(minutes=30))
+    dtype = amp_dtype(amp, found, width)
+    scaler = torch.amp.GradScaler(found.type, enabled=dtype == torch.float16)
+    return Machine(found, dtype, rank, world, scaler)
 
 
-def barrier(compute) -> None:
-    """All processes wait for each other here."""
-    if compute.world > 1:
-        distributed.barrier()
+def sum_gradients(model, machine: Machine) -> None:
+    """Add up the processes' shares of the gradient of the global batch's mean."""
+    if machine.world == 1:
+        return
+    learning = [p for p in model.parameters() if p.requires_grad]
+    for p in learning:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    flat = torch.cat([p.grad.flatten() for p in learning])
+    sums = machine.sum(flat).split([p.numel() for p in learning])
+    for p, gradient in zip(learning, sums, strict=True):
+        p.grad = gradient.view_as(p)
 
 
-def sum_over_processes(values: torch.Tensor, compute) -> torch.Tensor:
-    if compute.world > 1:
-        distributed.all_reduce(values)
-    return values
-
-
-def stopping(compute) -> bool:
-    """Whether any process was told to stop; asked by all of them at the same place, so that they stop together."""
-    return bool(sum_over_processes(torch.tensor(len(data.STOP_SIGNALS)), compute))
-
-
-def sum_gradients(model, compute) -> None:
-    """Each process has its share of the gradient of the global batch's mean; together they have all of it."""
-    if compute.world > 1:
-        learning = [p for p in model.parameters() if p.requires_grad]
-        flat = sum_over_processes(
-            torch.cat(
-                [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learning]
-            ),
-            compute,
-        )
-        for p, gradient in zip(learning, flat.split([p.numel() for p in learning])):
-            p.grad = gradient.view_as(p)
-
-
-def share_state(module, compute) -> None:
-    """All processes go on with the first one's."""
-    if compute.world > 1:
-        for tensor in module.state_dict().values():
-            distributed.broadcast(tensor, 0)
-
-
-RUN_FILES = (
-    "config.json",
-    "metrics.jsonl",
-    "last.pt",
-    "prev.pt",
-    "SUMMARY.md",
-    "curve.png",
-    "model.safetensors",
-    "predictions.csv",
-    "encoder/config.json",
-    "encoder/slides.csv",
-    "encoder/model.safetensors",
-)
+RUN_FILES = """result.json predict.csv predict-failed.csv encoder/config.json encoder/slides.csv
+encoder/model.safetensors predictions.csv model.safetensors curve.png SUMMARY.md prev.pt last.pt
+metrics.jsonl config.json""".split()
 
 
 class Run:
-    """A run folder. Two starts with the same settings are one run; with other settings the second is refused. Of several processes
-    the first one writes, the others only read."""
+    """A run folder. Two starts with the same settings are one run; other settings are refused.
 
-    def __init__(self, folder, config: dict, resume: str, compute):
-        self.folder, self.compute, self.writes = Path(folder), compute, compute.rank == 0
+    The first of several processes writes, the others only read.
+    """
+
+    def __init__(self, folder, settings: dict, resume: str, machine: Machine):
+        self.folder = Path(folder)
+        self.machine = machine
+        self.writes = machine.rank == 0
         self.metrics = self.folder / "metrics.jsonl"
         if self.writes:
-            self.claim(config, resume)
-        barrier(compute)
+            self.claim(settings, resume)
+        machine.barrier()
 
-    def claim(self, config: dict, resume: str) -> None:
-        """Write config.json, after all of an earlier run is removed where `resume` is off. Raises OtherSettings for a run of other settings."""
+    def claim(self, settings: dict, resume: str) -> None:
+        """Write config.json. Raises OtherSettings for a run of other settings."""
         stored = self.folder / "config.json"
-        if not stored.exists():
-            if strange := [
-                name for name in ("last.pt", "prev.pt") if (self.folder / name).exists()
-            ]:
-                raise MixmagError(
-                    f"{self.folder} holds {strange[0]} but no config.json, so nobody knows of what; name another --out"
-                )
-        elif resume == "auto":
-            found = data.read_json(stored)
-            differing = sorted(
-                k for k in found.keys() | config.keys() if found.get(k) != config.get(k)
+        if not stored.exists() and (self.folder / "last.pt").exists():
+            raise MixmagError(
+                f"{self.folder} holds last.pt without config.json; name another --out"
             )
+        if stored.exists() and resume == "auto":
+            found = data.read_json(stored)
+            keys = sorted(found.keys() | settings.keys())
+            differing = [key for key in keys if found.get(key) != settings.get(key)]
             if differing:
+                listed = [f"{k} {found.get(k)!r} there, {settings.get(k)!r} now" for k in differing]
                 raise OtherSettings(
-                    f"{self.folder} holds a run with other settings: "
-                    + ", ".join(
-                        f"{k} {found.get(k)!r} there, {config.get(k)!r} now" for k in differing
-                    )
-                    + "; give another --out, or --resume off to begin anew"
+                    f"{self.folder} holds a run with other settings: {', '.join(listed)}; "
+                    "give another --out, or --resume off to begin anew"
                 )
-        else:
-            for name in (
-                "result.json",
-                data.SUMS,
-                "predict.csv",
-                "predict-failed.csv",
-                *reversed(RUN_FILES),
-            ):
-                (self.folder / name).unlink(
-                    missing_ok=True
-                )  # config.json last: until then this is the run that it was
+        if resume == "off":
+            for name in RUN_FILES:  # config.json last: until then this is the run that it was
+                (self.folder / name).unlink(missing_ok=True)
             shutil.rmtree(self.folder / "heatmap", ignore_errors=True)
-        data.sweep(self.folder, self.folder / "encoder")
-        if not self.result():  # a finished one may be read-only
-            write_json(stored, config)
+        if not stored.exists():
+            data.write_json(stored, settings)
 
-    def result(self) -> dict | None:
-        done = self.folder / "result.json"
-        return data.read_json(done) if done.exists() else None
+    def result(self) -> dict:
+        """result.json, or {} while the run is not finished."""
+        path = self.folder / "result.json"
+        return data.read_json(path) if path.exists() else {}
+
+    def note(self, **values) -> None:
+        """One line of metrics. It holds no times, so equal runs have equal files."""
+        if not self.writes:
+            return
+        line = {}
+        for name, value in values.items():
+            if isinstance(value, float):
+                value = round(value, 6) if math.isfinite(value) else None
+            line[name] = value
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def metric_lines(self) -> list[str]:
+        if not self.metrics.exists():
+            return []
+        return self.metrics.read_text("utf-8").splitlines(keepends=True)
 
     def save(self, done: int, model, optimizer, **more) -> None:
         """Write last.pt; the one before stays as prev.pt. Plain types and tensors only."""
@@ -1320,252 +981,329 @@ class Run:
         state = {
             **more,
             "done": done,
-            "lines": len(self.metrics.read_text("utf-8").splitlines()),
+            "lines": len(self.metric_lines()),
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "scaler": self.compute.scaler.state_dict(),
+            "scaler": self.machine.scaler.state_dict(),
         }
         last = self.folder / "last.pt"
         with whole_file(last) as temporary:
-            with open(
-                temporary, "wb"
-            ) as f:  # by its name torch would put that into the file, and equal runs would differ
-                torch.save(state, f)
+            with open(temporary, "wb") as file:  # given a name, torch would store that name
+                torch.save(state, file)
             if last.exists():
-                os.replace(
-                    last, self.folder / "prev.pt"
-                )  # killed here, the run goes on from prev.pt
+                os.replace(last, self.folder / "prev.pt")  # killed here, a run resumes from prev.pt
 
     def load(self, model, optimizer) -> dict:
-        """Go on from the newest whole checkpoint, if any; nothing is unpickled, and the metrics are cut back to where it was written. Returns what
-        `save` was given, {"done": 0} without one."""
-        state = {"done": 0, "lines": 0}
-        for path in (self.folder / "last.pt", self.folder / "prev.pt"):
-            if path.exists() and "model" not in state:
-                try:
-                    found = torch.load(path, map_location="cpu", weights_only=True)
-                    state = {**found, "done": found["done"], "lines": found["lines"]}
-                    log(f"going on from {path}, {state['done']} done")
-                except Exception as error:  # whatever a damaged file makes torch raise: say so, take the one before
-                    log(
-                        f"{path}: not a whole checkpoint, trying the one before ({(str(error) or type(error).__name__).splitlines()[0]})"
-                    )
+        """Go on from the newest whole checkpoint. Returns what `save` was given.
+
+        The metrics are cut back to where the checkpoint was written. Raises MixmagError where all
+        checkpoints are damaged.
+        """
+        state = self.read_checkpoint()
         lines = state.pop("lines")
         if self.writes:
-            noted = (
-                self.metrics.read_text("utf-8").splitlines(keepends=True)
-                if self.metrics.exists()
-                else []
-            )
-            write_text(self.metrics, "".join(noted[:lines]))
-        if "model" in state:
+            data.write_text(self.metrics, "".join(self.metric_lines()[:lines]))
+        if state["done"]:
             model.load_state_dict(state.pop("model"))
             optimizer.load_state_dict(state.pop("optimizer"))
-            self.compute.scaler.load_state_dict(state.pop("scaler"))
+            self.machine.scaler.load_state_dict(state.pop("scaler"))
         return state
 
-    def note(self, **values) -> None:
-        """One line of metrics, rounded so that it reads well; times are left out, so equal runs have equal files."""
-        if not self.writes:
-            return
-        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
-        with open(self.metrics, "a", encoding="utf-8") as f:
-            f.write(json.dumps(rounded, allow_nan=False) + "\n")
+    def read_checkpoint(self) -> dict:
+        damaged = []
+        for path in (self.folder / "last.pt", self.folder / "prev.pt"):
+            if not path.exists():
+                continue
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                log(f"going on from {path}, {state['done']} done")
+                return state
+            except Exception as error:  # torch raises many types for a damaged file
+                log(f"{path} is damaged ({type(error).__name__})")
+                damaged.append(path.name)
+        if damaged:
+            raise MixmagError(
+                f"{self.folder}: {' and '.join(damaged)} cannot be read, so the run cannot go on; "
+                "--resume off begins it anew"
+            )
+        return {"done": 0, "lines": 0}
 
 
-def settings(args, slides, *files) -> dict:
-    """What decides a run's outcome: the arguments, and by their checksums the slides and any other files that it reads."""
-    digest = hashlib.sha256("".join(s.meta["sha256"] for s in slides).encode("utf-8"))
+def run_settings(config: TrainingConfig, slides: list, *files) -> dict:
+    """What decides a run's outcome: the config, and the content of the files that it reads."""
+    settings = dataclasses.asdict(config)
+    for name in ("out", "device", "workers", "resume", "save_every", "dry_run", "compile"):
+        settings.pop(name, None)
+    for name in ("data", "init"):
+        if name in settings:
+            settings[name] = str(Path(settings[name]))  # one spelling for one folder
+    digest = hashlib.sha256()
+    for slide in slides:
+        digest.update(slide.meta["sha256"].encode("utf-8"))
     for path in files:
         digest.update(Path(path).read_bytes())
-    chosen = {
-        k: v
-        for k, v in vars(args).items()
-        if k
-        not in (
-            "out",
-            "device",
-            "workers",
-            "resume",
-            "save_every",
-            "dry_run",
-            "in_memory",
-            "compile",
-        )
-    }
-    chosen.update(
-        {k: str(Path(chosen[k])) for k in ("data", "init") if chosen.get(k)}
-    )  # the same folder is the same however it is spelt
-    return {
-        **chosen,
-        "tile_encoder": slides[0].meta["encoder"],
-        "inputs_sha256": digest.hexdigest(),
-    }
+    settings["tile_encoder"] = slides[0].meta["encoder"]
+    settings["inputs_sha256"] = digest.hexdigest()
+    return settings
 
 
-def ensure_data(path, compute=None) -> Path:
-    """The DATA folder; the default one is made on the spot, by the first process."""
-    path = Path(path)
-    if (
-        str(path) == DEFAULT_DATA
-        and not data.synthetic_facts(path).get("complete")
-        and process_rank()[0] == 0
-    ):
-        log(
-            f"{path} is not there: making the quick synthetic cohort first (data.py synth --out {path})"
-        )
-        data.synth_cohort(path)
-    if compute is not None:
-        barrier(compute)
-    if not (path / "slides").is_dir():
-        raise MixmagError(f"{path}: no slides folder; make one with data.py tile or data.py synth")
-    return path
+def run_name(config) -> str:
+    """The name of a run folder, made of the settings that a user varies most."""
+    if isinstance(config, PretrainConfig):
+        name = f"mem-{config.mask:.2f}"
+        if config.source is not None:
+            name = f"cmem-{config.source}-{config.mask:.2f}"
+        if config.region != 3:
+            name += f"-r{config.region}"
+    elif config.init == "none":
+        name = f"{config.task}-abmil-{config.magnification}"
+    else:
+        encoder = Path(config.init).name
+        name = f"{config.task}-{encoder}-{config.tokens}-{config.magnification}"
+    if config.seed:
+        name += f"-s{config.seed}"
+    return name
 
 
-def apply_preset(args, kind: str) -> None:
-    """Give the flags that were left out the preset's values. steps and epochs, and lr and blr, stand for each other."""
-    values = dict(PRESETS[args.preset][kind])
-    if getattr(args, "init", None) == "none":
-        values.update(PRESETS[args.preset]["abmil"])
-    length = getattr(args, "steps", None) or args.epochs
-    given = {"steps": length, "epochs": length, "blr": args.lr}
-    for name, value in values.items():
-        if getattr(args, name) is None and given.get(name) is None:
-            setattr(args, name, value)
+def apply_preset(config):
+    """The config with the preset's numbers in place of None."""
+    numbers = {}
+    for setting in dataclasses.fields(config):
+        number = setting.metadata.get(config.preset)
+        if number is not None and getattr(config, setting.name) is None:
+            numbers[setting.name] = number
+    if isinstance(config, PretrainConfig):
+        if (config.steps and config.epochs) or (config.lr and config.blr):
+            raise MixmagError("give --steps or --epochs, and --lr or --blr, not both")
+        if config.epochs:
+            numbers.pop("steps", None)
+    elif config.init == "none" and config.epochs is None:
+        numbers["epochs"] = ABMIL_EPOCHS[config.preset]
+    return dataclasses.replace(config, **numbers)
 
 
-def parameters(model) -> str:
+def preset_width(preset: str) -> int:
+    return getattr(mixmag.Config, preset)(1).width
+
+
+def make_model_config(config: TrainingConfig, slide) -> mixmag.Config:
+    of_preset = getattr(mixmag.Config, str(config.preset))
+    magnifications = tuple(slide.meta["magnifications"])
+    return of_preset(slide.dim, region=config.region, magnifications=magnifications)
+
+
+def parameter_count(model) -> str:
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+
+
+def ensure_data(path, machine: Machine | None = None) -> Path:
+    """The DATA folder. The first process makes the default one where it is missing."""
+    folder = Path(path)
+    complete = data.synthetic_facts(folder).get("complete")
+    if str(folder) == DEFAULT_DATA and not complete and data.process_rank()[0] == 0:
+        log(
+            f"{folder} is missing: making the quick synthetic cohort (data.py synth --out {folder})"
+        )
+        data.synth_cohort(folder)
+    if machine is not None:
+        machine.barrier()
+    if not (folder / "slides").is_dir():
+        raise MixmagError(f"{folder} has no slides folder; make one with data.py tile or import")
+    return folder
+
+
+def newest_pretraining() -> Path:
+    """The newest finished pretraining run under runs/."""
+    results = Path("runs").glob("*/result.json")
+    finished = [path for path in results if data.read_json(path).get("kind") == "pretrain"]
+    if not finished:
+        raise MixmagError(
+            "no finished pretraining run under runs/; make one with `python train.py pretrain "
+            "--mask 0.5`, or give --init random or --init none"
+        )
+    return max(finished, key=lambda path: path.stat().st_mtime).parent
 
 
 # ------------------------------------------------------------------------- measuring, export, curve
 
 
-def level_table(model, dataset, mean, compute, batch_size: int = 64) -> dict:
-    """predictor -> (K,) mean of 1 - cosine per magnification on the same removed tokens of every window of `dataset`: the model,
-    and what needs no network. A parent of 5x and children of 20x do not exist: nan there."""
-    geometry, sums = model.encoder.geometry, {}
+def check_finite(run: Run, recent: list, dataset) -> None:
+    """Raises MixmagError where a recent step's loss, or its gradient without fp16, is not finite.
+
+    recent: (step, ranges of samples, loss, norm of the gradient).
+    """
+    numbers = torch.stack([torch.stack([loss, norm]).float() for _, _, loss, norm in recent])
+    for (step, ranges, _, _), (loss, norm) in zip(recent, numbers.tolist(), strict=True):
+        if math.isfinite(loss) and (math.isfinite(norm) or run.machine.may_skip()):
+            continue
+        slides = torch.cat([dataset.batch(indices)["slide"].flatten() for indices in ranges])
+        names = [dataset.slides[i].slide_id for i in slides.unique().tolist()]
+        raise MixmagError(
+            f"{run.folder}: at step {step} the loss is {loss:.4g} and the gradient's norm "
+            f"{norm:.4g}, with slides {', '.join(names[:5])}; data.py verify finds embeddings that "
+            "are not finite, else try a smaller --lr; the last checkpoint stays"
+        )
+
+
+def note_pretraining(run: Run, step, sums: dict, rate, norm, magnifications, bar) -> None:
+    """One line of metrics: the sums of a step over all processes."""
+    total = {}
+    for name, value in sums.items():
+        total[name] = run.machine.sum(value.double().cpu())
+    of_level, count = total.pop("levels")
+    values = {name: value.item() for name, value in total.items()}
+    for magnification, loss in zip(magnifications, (of_level / count).tolist(), strict=True):
+        values[f"{magnification}x"] = loss
+    run.note(step=step, **values, rate=rate, norm=norm.item())
+    bar.set_postfix(loss=f"{values['loss']:.3f}")
+
+
+def held_out_losses(model, dataset, mean, machine, batch_size: int = 64) -> dict:
+    """predictor -> (K,) mean of 1 - cosine on the removed tokens of every window of `dataset`.
+
+    The model stands beside the predictions that need no network. There is no parent at the lowest
+    magnification and there are no children at the highest: NaN.
+    """
+    geometry = model.encoder.geometry
+    sums: dict = {}
     model.eval()
     for start in progress(range(0, len(dataset), batch_size), desc="held-out", leave=False):
-        batch = data.to_device(
-            dataset.__getitems__(range(start, min(start + batch_size, len(dataset)))),
-            compute.device,
-        )
-        x, removed, valid = batch["x"], batch["removed"], batch["valid"]
-        with torch.no_grad(), compute.autocast():
-            kept, cls, tokens = model.encode_kept(x, removed, valid)
-            predictions = {"model": model.decoder(cls, tokens, kept, removed, valid).float()}
-        predictions.update(
-            mixmag.trivial_predictions(geometry, x, removed, mean.to(compute.device), valid)
-        )
-        target = mixmag.take(x, removed).float()
+        indices = range(start, min(start + batch_size, len(dataset)))
+        batch = data.to_device(dataset.batch(indices), machine.device)
+        x = batch["x"]
+        removed = batch["removed"]
+        valid = batch["valid"]
+        with torch.no_grad(), machine.autocast():
+            out = mixmag.MaskedEmbeddingModel.forward(model, x, removed, valid)
+        predictions = mixmag.trivial_predictions(geometry, x, removed, mean, valid)
+        predictions["model"] = out.pred
+        target = mixmag.take(x, removed)
         for name, pred in predictions.items():
-            total, count = mixmag.level_losses(geometry, pred, target, removed, valid)
-            sums[name] = sums.get(name, 0) + torch.stack([total, count]).double().cpu()
+            losses = mixmag.level_losses(geometry, pred, target, removed, valid)
+            sums[name] = sums.get(name, 0) + torch.stack(losses).double().cpu()
     model.train()
     losses = {name: (total / count).tolist() for name, (total, count) in sums.items()}
-    losses["parent"][0] = losses["children"][-1] = math.nan
+    losses["parent"][0] = math.nan
+    losses["children"][-1] = math.nan
     return losses
 
 
 def markdown(titles: list, rows: list) -> str:
-    return "\n".join(
-        [
-            f"| {' | '.join(titles)} |",
-            "|---" * len(titles) + "|",
-            *(f"| {' | '.join(cells)} |" for cells in rows),
-        ]
-    )
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def format_levels(losses: dict, magnifications, least: dict | None) -> str:
-    """A Markdown table of `level_table`, the model last but for the least loss that a synthetic cohort allows."""
-    names = {
-        "mean": "mean embedding",
-        "shift": "mean + the region's common shift",
-        "parent": "visible parent",
-        "children": "visible children",
-        "neighbours": "visible neighbours",
-        "model": "**mixing encoder**",
-    }
-    rows = [(title, losses[name]) for name, title in names.items()]
+PREDICTORS = {
+    "mean": "mean embedding",
+    "shift": "mean + the region's common shift",
+    "parent": "visible parent",
+    "children": "visible children",
+    "neighbours": "visible neighbours",
+    "model": "**mixing encoder**",
+}
+
+
+def format_losses(losses: dict, magnifications, least: dict | None) -> str:
+    """A Markdown table of `held_out_losses`, with the least loss of a synthetic cohort."""
+    named = [(title, losses[name]) for name, title in PREDICTORS.items()]
     if least:
-        rows.append(("least possible (synthetic)", [least[str(m)] for m in magnifications]))
-    return markdown(
-        ["predictor of the removed tokens", *(f"{m}x" for m in magnifications), "all"],
-        [
-            [
-                title,
-                *(
-                    "-" if math.isnan(v) else f"{v:.3f}"
-                    for v in (*values, sum(values) / len(values))
-                ),
-            ]
-            for title, values in rows
-        ],
-    )
+        named.append(("least possible (synthetic)", [least[str(m)] for m in magnifications]))
+    rows = []
+    for title, values in named:
+        cells = [f"{v:.3f}" for v in (*values, sum(values) / len(values))]
+        rows.append([title, *cells])
+    titles = ["predictor of the removed tokens", *(f"{m}x" for m in magnifications), "all"]
+    return markdown(titles, rows).replace("nan", "-")
 
 
-def export_encoder(run: Run, encoder, slide, preset: str, seen: list) -> None:
-    """RUN/encoder: weights and config, which mixmag.load_encoder reads, and which slides it saw. The config comes last: its presence says that it
-    is whole."""
+def export_encoder(run: Run, encoder, slide, preset: str, train_ids, held_out_ids) -> None:
+    """RUN/encoder: weights, config, the slides it saw. config.json comes last: then it is whole."""
     folder = run.folder / "encoder"
+    state = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}
     with whole_file(folder / "model.safetensors") as temporary:
-        save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in encoder.state_dict().items()},
-            temporary,
-        )
-    write_csv(folder / "slides.csv", ("slide_id", "role"), seen)
-    write_json(
-        folder / "config.json",
-        {
-            "model": encoder.config.to_dict(),
-            "tile_encoder": slide.meta["encoder"],
-            "preset": preset,
-            "licence": "the terms of the tile encoder's outputs pass on to these weights (Virchow2: CC-BY-NC-ND 4.0)",
-        },
-    )
+        save_file(state, temporary)
+    roles = [(i, "train") for i in train_ids] + [(i, "held-out") for i in held_out_ids]
+    data.write_csv(folder / "slides.csv", ("slide_id", "role"), roles)
+    facts = {
+        "model": encoder.config.to_dict(),
+        "tile_encoder": slide.meta["encoder"],
+        "preset": preset,
+        "licence": "the terms of the tile encoder's outputs hold for these weights too "
+        "(Virchow2: CC-BY-NC-ND 4.0)",
+    }
+    data.write_json(folder / "config.json", facts)
 
 
-def finish_pretraining(run: Run, model, path, held_ids, directions, args, facts: dict) -> None:
-    """Measure on the held-out slides beside what needs no network, draw the curve, write result.json."""
-    config, cohort, losses = model.config, data.synthetic_facts(path), None
-    least, data_words = cohort.get("least_mem_loss"), "synthetic cohort" if cohort else str(path)
-    if held_ids:
-        held = data.RegionDataset(
-            data.read_slides(path, held_ids),
-            config.geometry(),
-            args.seed,
-            args.mask,
+def encoder_folder(run) -> Path:
+    """The exported encoder of a run, or the folder itself where it is one."""
+    for folder in (Path(run) / "encoder", Path(run)):
+        if (folder / "model.safetensors").exists() and (folder / "config.json").exists():
+            if "kind" in data.read_json(folder / "config.json"):
+                raise MixmagError(f"{folder} is a fine-tuning run; give a pretraining run")
+            return folder
+    raise MixmagError(f"{run}: no exported encoder; the run may not be finished")
+
+
+def read_encoder(run, slide) -> mixmag.MixingEncoder:
+    """The pretrained encoder of a run. Raises MixmagError where it does not fit the slide."""
+    folder = encoder_folder(run)
+    try:
+        encoder = mixmag.load_encoder(folder)
+        tile_encoder = data.read_json(folder / "config.json")["tile_encoder"]
+    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise MixmagError(f"{folder}: {' '.join(str(error).split())}") from None
+    check_same_encoder(folder, tile_encoder, encoder.config, slide)
+    return encoder
+
+
+def check_same_encoder(run, tile_encoder: str, config: mixmag.Config, slide) -> None:
+    """Refuse a model that was trained on other embeddings than the slide's."""
+    trained_on = (tile_encoder, config.dim, config.magnifications)
+    found = (slide.meta["encoder"], slide.dim, tuple(slide.meta["magnifications"]))
+    if trained_on != found:
+        raise MixmagError(f"{run} was trained on {trained_on}, the slides hold {found}")
+
+
+def finish_pretraining(
+    config, run: Run, model, directions, held_out_ids: list, steps: int, seconds: float
+) -> None:
+    """Measure the loss on held-out slides, draw the curve, write SUMMARY.md and result.json."""
+    folder = Path(config.data)
+    cohort = data.synthetic_facts(folder)
+    least = cohort.get("least_mem_loss")
+    title = "synthetic cohort" if cohort else str(folder)
+    magnifications = model.config.magnifications
+    losses: dict = {}
+    if held_out_ids:
+        held_out = data.RegionDataset(
+            data.read_slides(folder, held_out_ids),
+            model.config.geometry(),
+            config.seed,
+            config.mask,
             stride=config.region,
-            min_cover=args.min_cover,
+            min_cover=config.min_cover,
             turn=False,
         )
-        if len(held):
-            losses = level_table(model, held, directions, run.compute)
-    text = (
-        format_levels(losses, config.magnifications, least)
-        if losses
-        else "no held-out window: the loss was not measured on unseen slides"
-    )
-    write_text(
-        run.folder / "SUMMARY.md",
-        f"# {run.folder.name}: loss (1 - cosine) on held-out slides, {data_words}\n\n{text}\n",
-    )
-    draw_pretraining(run, losses, config.magnifications, least, data_words)
-    plain = (
-        {name: [None if math.isnan(v) else v for v in values] for name, values in losses.items()}
-        if losses
-        else None
-    )
-    data.seal(
-        run.folder, RUN_FILES, "result.json", {"kind": "pretrain", **facts, "held_out": plain}
-    )
+        if len(held_out):
+            losses = held_out_losses(
+                model, held_out, directions.to(run.machine.device), run.machine
+            )
+    text = "no held-out window: the loss was not measured on unseen slides"
+    if losses:
+        text = format_losses(losses, magnifications, least)
+    heading = f"# {run.folder.name}: loss (1 - cosine) on held-out slides, {title}"
+    data.write_text(run.folder / "SUMMARY.md", f"{heading}\n\n{text}\n")
+    draw_curve(run, losses, magnifications, least, title)
+    plain = {}
+    for name, values in losses.items():
+        plain[name] = [None if math.isnan(v) else v for v in values]
+    result = {"kind": "pretrain", "steps": steps, "seconds": round(seconds, 1)}
+    data.write_json(run.folder / "result.json", {**result, "held_out": plain or None})
     print(text)
 
 
-def plot(width=6.4, height=3.6, **grid):
-    """A figure and its axis, or its grid of them; matplotlib is imported where something is drawn."""
+def plot(width: float = 6.4, height: float = 3.6, **grid):
+    """A figure and its axis, or its grid of axes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -1585,32 +1323,24 @@ def save_figure(figure, path) -> None:
     pyplot.close(figure)
 
 
-def draw_pretraining(run: Run, losses, magnifications, least, data_words: str) -> None:
-    """RUN/curve.png: the loss of each magnification over the steps, and where the trivial predictors and the noise lie."""
-    lines = [json.loads(line) for line in run.metrics.read_text("utf-8").splitlines()]
+def draw_curve(run: Run, losses: dict, magnifications, least: dict | None, title: str) -> None:
+    """RUN/curve.png: the loss of each magnification, and the predictors that need no network."""
+    lines = [json.loads(line) for line in run.metric_lines()]
     figure, axis = plot()
     for m in magnifications:
-        pairs = [(line["step"], line[f"{m}x"]) for line in lines if line[f"{m}x"] is not None]
-        axis.plot(*zip(*pairs), lw=1, label=f"{m}x, training batches")
+        known = [line for line in lines if line[f"{m}x"] is not None]
+        steps = [line["step"] for line in known]
+        axis.plot(steps, [line[f"{m}x"] for line in known], lw=1, label=f"{m}x, training batches")
+    styles = {"mean": ":", "shift": "-.", "neighbours": "--", "model": "-"}
     if losses:
-        for name, style, title in (
-            ("mean", ":", "mean embedding"),
-            ("shift", "-.", "mean + common shift"),
-            ("neighbours", "--", "visible neighbours"),
-            ("model", "-", "mixing encoder"),
-        ):
-            axis.axhline(
-                np.mean(losses[name]), color="black", ls=style, lw=1, label=f"{title}, held out"
-            )
+        for name, style in styles.items():
+            label = f"{PREDICTORS[name].strip('*')}, held out"
+            axis.axhline(np.mean(losses[name]), color="black", ls=style, lw=1, label=label)
     if least:
-        axis.axhline(
-            np.mean(list(least.values())), color="grey", lw=3, alpha=0.4, label="least possible"
-        )
-    axis.set(
-        xlabel="optimizer step",
-        ylabel="1 - cosine at removed tokens",
-        title=f"{run.folder.name}, {data_words}",
-    )
+        bound = np.mean(list(least.values()))
+        axis.axhline(bound, color="grey", lw=3, alpha=0.4, label="least possible")
+    axis.set(xlabel="optimizer step", ylabel="1 - cosine at removed tokens")
+    axis.set_title(f"{run.folder.name}, {title}")
     axis.legend(fontsize=7, frameon=False, ncols=2)
     save_figure(figure, run.folder / "curve.png")
 
@@ -2829,354 +2559,142 @@ def doctor_command(args) -> int:
     return 0
 
 
-# --------------------------------------------------------------------------------- the command line
+# ---------------------------------------------------------------------------------- the command line
+
+
+def pretrain_command(**options) -> int:
+    pretrain(PretrainConfig(**options))
+    return 0
+
+
+def finetune_command(**options) -> int:
+    result = finetune(FinetuneConfig(**options))
+    if not result or data.process_rank()[0]:
+        return 0
+    if result["auroc"] is None:
+        print(f"{result['task']}: {result['reason']}")
+        return 0
+    over = "too few cases for an interval"
+    if result["interval"]:
+        over = "95 % over cases: {:.3f} to {:.3f}".format(*result["interval"])
+    print(
+        f"{result['task']}: test AUROC {result['auroc']:.3f} ({over}), average precision "
+        f"{result['average_precision']:.3f}, {result['cases']['test']} cases; "
+        f"tune AUROC {result['tune_auroc']:.3f} after epoch {result['best_epoch'] + 1}"
+    )
+    return 0
+
+
+def add_config_flags(parser, config_class) -> None:
+    """A flag for each field of a config that `add_command` has not added."""
+    for setting in dataclasses.fields(config_class):
+        if setting.name in ("seed", "device"):
+            continue
+        flag = dict(setting.metadata)
+        numbers = {preset: flag.pop(preset) for preset in PRESETS}
+        for preset, number in numbers.items():
+            if number is not None:
+                flag["help"] += f" ({preset}: {number:g})"
+        if setting.default is dataclasses.MISSING:
+            flag["required"] = True
+        elif setting.default is False:
+            flag["action"] = "store_true"
+        else:
+            flag["default"] = setting.default
+        parser.add_argument("--" + setting.name.replace("_", "-"), **flag)
+
+
+def add_command(commands, name: str, function, summary: str, example: str):
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"example: python train.py {name} {example}",
+        formatter_class=data.HelpFormatter,
+    )
+    parser.set_defaults(function=function)
+    parser.add_argument("--seed", type=NATURAL, default=0, help="everything random follows from it")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
+    return parser
 
 
 def parse(argv=None) -> argparse.Namespace:
-    def within(kind, low, high):
-        def number(text):
-            if not low <= kind(text) <= high:  # NaN is not
-                raise argparse.ArgumentTypeError(f"{text} is not within {low:g} to {high:g}")
-            return kind(text)
-
-        return number
-
-    natural, positive, share, rate = (
-        within(int, 0, 2**32 - 1),
-        within(int, 1, 2**32 - 1),
-        within(float, 0, 1),
-        within(float, 1e-30, 1e3),
-    )
-
-    def magnification(text):  # STAMP's may be 8.75
-        return text if text == "all" else float(text) if float(text) % 1 else positive(text)
-
-    class Help(argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action):
-            return action.help if action.default is None else super()._get_help_string(action)
-
     parser = argparse.ArgumentParser(
         prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name, summary, example):
-        p = commands.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            epilog=f"example: {example}",
-            formatter_class=Help,
-        )
-        p.add_argument("--seed", type=natural, default=0, help="everything random follows from it")
-        p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
-        return p
+    summary = "masked embedding modelling, without labels"
+    p = add_command(commands, "pretrain", pretrain_command, summary, "--mask 0.5 --source 7")
+    add_config_flags(p, PretrainConfig)
 
-    def training(p, steps, taken_over=""):
-        p.add_argument(
-            "--data",
-            default=DEFAULT_DATA,
-            help="DATA folder; the default is made first if it is not there",
-        )
-        p.add_argument(
-            "--out", help="run folder (default: a name made of the settings, under runs/)"
-        )
-        p.add_argument(
-            "--preset",
-            choices=PRESETS,
-            default="small",
-            help="small: 1 M parameters, for two CPU cores; "
-            f"paper: its sizes, as assumed in README{taken_over}",
-        )
-        p.add_argument(
-            "--region",
-            type=positive,
-            default=3,
-            help=f"cells per region side (assumed: 3){taken_over}",
-        )
-        p.add_argument(
-            "--batch-size", type=positive, help="global batch size (default: the preset's)"
-        )
-        p.add_argument(
-            "--epochs", type=positive, help="passes over the data (default: the preset's)"
-        )
-        if steps:
-            p.add_argument(
-                "--steps",
-                type=positive,
-                help="optimizer steps, instead of epochs (default: the preset's)",
-            )
-        p.add_argument("--lr", type=rate, help="peak learning rate (default: the preset's)")
-        if steps:
-            p.add_argument(
-                "--blr",
-                type=rate,
-                help="base rate, instead of lr: lr = blr * batch / 256 (default: the preset's)",
-            )
-        p.add_argument(
-            "--warmup",
-            type=share,
-            default=0.05,
-            help="share of the steps in which the rate rises (assumed)",
-        )
-        p.add_argument(
-            "--weight-decay",
-            type=within(float, 0, 1e3),
-            help="on matrices only (default: the preset's)",
-        )
-        p.add_argument("--clip", type=rate, default=1.0, help="largest gradient norm (assumed)")
-        p.add_argument(
-            "--amp",
-            choices=("auto", "off", "fp16", "bf16"),
-            default="auto",
-            help="auto: bf16 where the device computes it, else fp16 on a GPU",
-        )
-        p.add_argument(
-            "--workers", type=natural, default=1, help="threads that load the next batches"
-        )
-        p.add_argument(
-            "--resume",
-            choices=("auto", "off"),
-            default="auto",
-            help="auto: go on where a run of the same settings stopped",
-        )
+    summary = "train the prediction of a biomarker and score its test split once"
+    example = "--task skin_braf --init runs/mem-0.50 --tokens cls"
+    p = add_command(commands, "finetune", finetune_command, summary, example)
+    add_config_flags(p, FinetuneConfig)
 
-    p = command(
-        "pretrain",
-        "masked embedding modelling, without labels",
-        "python train.py pretrain --mask 0.5 --source 7",
-    )
-    training(p, steps=True)
-    p.add_argument(
-        "--mask", type=share, default=0.5, help="removal ratio (paper: 0.25, 0.50, 0.75)"
-    )
-    p.add_argument(
-        "--source",
-        type=positive,
-        metavar="S",
-        help="add the contrastive term on two views of an S x S source window (paper: 3, 7, 11)",
-    )
-    p.add_argument(
-        "--micro-batch",
-        type=positive,
-        default=64,
-        help="regions per forward pass; gradients accumulate to the batch",
-    )
-    p.add_argument(
-        "--min-cover", type=share, default=1.0, help="share of its cells that a window must hold"
-    )
-    p.add_argument(
-        "--holdout",
-        type=within(float, 0, 0.9),
-        default=0.05,
-        help="share of cases kept out, to measure the loss on",
-    )
-    p.add_argument("--save-every", type=positive, default=100, help="steps between checkpoints")
-    p.add_argument(
-        "--in-memory",
-        action="store_true",
-        help="hold all embeddings in the device's memory and gather there",
-    )
-    p.add_argument(
-        "--compile",
-        action="store_true",
-        help="torch.compile the model; the first step then takes minutes",
-    )
-
-    p = command(
-        "finetune",
-        "train slide-level prediction of a biomarker and score its test set once",
-        "python train.py finetune --task skin_braf --init runs/mem-0.50 --tokens cls",
-    )
-    training(p, steps=False, taken_over=" (default: the encoder's)")
-    p.set_defaults(preset=None, region=None)
-    p.add_argument("--task", required=True, help="name of a table in DATA/tasks")
-    p.add_argument(
-        "--init",
-        metavar="RUN|random|none",
-        help="pretraining run, random weights, or none: AB-MIL on the tile embeddings "
-        "(default: the newest pretraining run)",
-    )
-    p.add_argument(
-        "--tokens",
-        choices=("patch", "cls"),
-        default="patch",
-        help="contextualized (table 1) or compressed (table 2) outputs",
-    )
-    p.add_argument(
-        "--magnification",
-        type=magnification,
-        default="all",
-        help="all, or the only one whose embeddings are read",
-    )
-    p.add_argument(
-        "--hidden", type=positive, help="width of the AB-MIL attention (default: the preset's)"
-    )
-    p.add_argument(
-        "--dropout",
-        type=within(float, 0, 0.99),
-        default=0.2,
-        help="on what is pooled and on the pooled vector (assumed)",
-    )
-    p.add_argument("--smoothing", type=share, default=0.1, help="label smoothing (assumed)")
-    p.add_argument(
-        "--layer-decay",
-        type=share,
-        default=0.75,
-        help="each layer's rate against the one above (paper 4.3)",
-    )
-    p.add_argument(
-        "--frozen-epochs",
-        type=natural,
-        default=1,
-        help="epochs before the encoder learns (paper 4.3: 1); with more than one its outputs are held in memory meanwhile",
-    )
-    p.add_argument(
-        "--starts",
-        type=positive,
-        default=1,
-        help="random starts of the aggregator, each tried for all epochs on the frozen encoder's "
-        "outputs; the tune split chooses with which to go on",
-    )
-    p.add_argument(
-        "--encoder-rate",
-        type=share,
-        help="the encoder's rate against the aggregator's (assumed) (default: the preset's)",
-    )
-    p.add_argument(
-        "--case-score",
-        choices=("auto", "max", "mean"),
-        default="auto",
-        help="a case's score from its slides'; auto: whichever ranks the tune split better, max on a tie",
-    )
-    p.add_argument(
-        "--min-cover", type=share, default=0.5, help="share of its cells that a region must hold"
-    )
-    p.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="plan only: cases, tokens, bytes per epoch and the memory that the largest batch will take",
-    )
-
-    p = command(
-        "predict",
-        "score slides with a fine-tuned run",
-        "python train.py predict --run runs/skin_braf-mem-0.50-patch-all --data data/mine",
-    )
+    summary = "score slides with a fine-tuned run"
+    example = "--run runs/skin_braf-mem-0.50-patch-all --data data/mine"
+    p = add_command(commands, "predict", predict, summary, example)
     p.add_argument("--run", required=True, help="fine-tuning run")
-    p.add_argument("--data", required=True, help="DATA folder")
+    p.add_argument("--data", dest="folder", metavar="DATA", required=True, help="DATA folder")
     p.add_argument("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
     p.add_argument("--out", help="CSV to write (default: RUN/predict.csv)")
 
-    p = command(
-        "embed",
-        "write contextualized or compressed outputs as HDF5 that MIL tools read",
-        "python train.py embed --init runs/mem-0.50 --tokens cls --out embeddings",
-    )
-    p.add_argument(
-        "--init",
-        required=True,
-        metavar="RUN",
-        help="pretraining run, or an exported encoder folder",
-    )
-    p.add_argument(
-        "--tokens",
-        choices=("patch", "cls"),
-        default="cls",
-        help="contextualized: one row per tile; compressed: one row per region",
-    )
-    p.add_argument("--data", default=DEFAULT_DATA, help="DATA folder")
-    p.add_argument("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
+    summary = "write contextualized or compressed outputs as HDF5 files that MIL tools read"
+    example = "--init runs/mem-0.50 --tokens cls --out embeddings"
+    p = add_command(commands, "embed", embed, summary, example)
+    p.add_argument("--init", required=True, metavar="RUN", help="pretraining run or encoder folder")
     p.add_argument("--out", required=True, help="folder to write")
     p.add_argument(
-        "--layout",
-        choices=("trident", "clam"),
-        default="trident",
-        help="folders as TRIDENT names them, or CLAM's h5_files/ and pt_files/",
+        "--data", dest="folder", metavar="DATA", default=DEFAULT_DATA, help="DATA folder"
     )
     p.add_argument(
-        "--min-cover", type=share, default=0.5, help="share of its cells that a region must hold"
+        "--tokens", choices=("patch", "cls"), default="cls", help="a row per tile, or per region"
     )
+    p.add_argument("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
+    p.add_argument("--min-cover", type=SHARE, default=0.5, help="share of cells in a region")
 
-    p = command(
-        "heatmap",
-        "where a fine-tuned run looks on a slide: a picture per magnification, CSV, GeoJSON for QuPath",
-        "python train.py heatmap --run runs/skin_braf-mem-0.50-patch-all --slide S1 --image slides/S1.svs",
-    )
+    summary = "where a fine-tuned run looks on a slide: pictures, CSV, GeoJSON for QuPath"
+    example = "--run runs/skin_braf-mem-0.50-patch-all --slide S1 --image slides/S1.svs"
+    p = add_command(commands, "heatmap", heatmap, summary, example)
     p.add_argument("--run", required=True, help="fine-tuning run")
     p.add_argument("--slide", required=True, metavar="ID", help="slide id")
-    p.add_argument("--data", help="DATA folder (default: the run's)")
-    p.add_argument(
-        "--image",
-        metavar="SLIDE",
-        help="the slide itself, to draw on and to cut the top regions from (default: a grey ground)",
-    )
+    p.add_argument("--data", dest="folder", metavar="DATA", help="DATA folder (default: the run's)")
+    p.add_argument("--image", metavar="SLIDE", help="the slide itself, to draw on (default: grey)")
     p.add_argument("--out", help="folder to write (default: RUN/heatmap/ID)")
 
-    p = command(
-        "table",
-        "run rows x tasks x seeds of the paper's tables 1 and 2, skipping what is done",
-        "python train.py table --rows abmil-20 mem-0.50-patch --tasks skin_braf",
-    )
+    summary = "run rows x tasks x seeds of the paper's tables 1 and 2, skipping what is done"
+    example = "--rows abmil-20 mem-0.50-patch --tasks skin_braf"
+    p = add_command(commands, "table", table, summary, example)
     p.add_argument(
-        "--data",
-        default=DEFAULT_DATA,
-        help="DATA folder; the default is made first if it is not there",
+        "--data", dest="folder", metavar="DATA", default=DEFAULT_DATA, help="DATA folder"
     )
     p.add_argument("--out", default="runs/table", help="folder of the runs and of SUMMARY.md")
-    p.add_argument(
-        "--rows",
-        nargs="+",
-        help="such as abmil-20, random-all-patch, mem-0.50-cls, cmem-7-patch (default: all 24)",
-    )
+    p.add_argument("--rows", nargs="+", help="such as abmil-20, cmem-7-patch (default: all 24)")
     p.add_argument("--tasks", nargs="+", help="tables in DATA/tasks (default: all)")
-    p.add_argument("--seeds", type=positive, default=1, help="number of seeds, from --seed on")
-    p.add_argument("--preset", choices=PRESETS, default="small", help="for every run")
-    p.add_argument("--steps", type=positive, help="pretraining steps (default: the preset's)")
-    p.add_argument("--epochs", type=positive, help="fine-tuning epochs (default: the preset's)")
-    p.add_argument(
-        "--frozen-epochs",
-        type=natural,
-        default=1,
-        help="as in finetune; as many as --epochs is quickest",
-    )
-    p.add_argument("--starts", type=positive, default=1, help="as in finetune")
+    p.add_argument("--seeds", type=POSITIVE, default=1, help="number of seeds, from --seed on")
+    p.add_argument("--preset", choices=PRESETS, default="small", help="sizes of every run")
+    p.add_argument("--steps", type=POSITIVE, help="pretraining steps (default: the preset's)")
+    p.add_argument("--epochs", type=POSITIVE, help="fine-tuning epochs (default: the preset's)")
+    p.add_argument("--frozen-epochs", type=NATURAL, default=1, help="as in finetune")
 
-    p = command(
-        "demo",
-        "a synthetic cohort, MEM pretraining, fine-tuning, a small table and a figure, in minutes on two cores",
-        "python train.py demo",
-    )
+    summary = "a synthetic cohort, MEM pretraining, fine-tuning, a small table, in minutes"
+    p = add_command(commands, "demo", demo, summary, "")
     p.add_argument(
-        "--data",
-        default=DEFAULT_DATA,
-        help="DATA folder; the default is made first if it is not there",
+        "--data", dest="folder", metavar="DATA", default=DEFAULT_DATA, help="DATA folder"
     )
     p.add_argument("--out", default="runs/demo", help="folder of the runs, SUMMARY.md and demo.png")
 
-    command(
-        "doctor",
-        "versions, device, threads, bf16, disk: what this machine offers and what will go wrong",
-        "python train.py doctor",
-    )
+    add_command(commands, "doctor", doctor, "what this machine offers, and what will go wrong", "")
     return parser.parse_args(argv)
 
 
-COMMANDS = {
-    "pretrain": pretrain_command,
-    "finetune": finetune_command,
-    "predict": predict_command,
-    "embed": embed_command,
-    "heatmap": heatmap_command,
-    "table": table_command,
-    "demo": demo_command,
-    "doctor": doctor_command,
-}
-
-
-def main() -> int:
-    args = parse()
-    return data.run_command(COMMANDS[args.command], args)
+def main(argv=None) -> int:
+    options = vars(parse(argv))
+    options.pop("command")
+    function = options.pop("function")
+    return data.run_command(function, **options)
 
 
 if __name__ == "__main__":
