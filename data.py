@@ -34,6 +34,7 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolEx
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openslide
@@ -45,7 +46,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from scipy import ndimage
-from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from mixmag import Geometry, removal_count
@@ -91,14 +91,14 @@ def checksum(features, cells, valid, metadata: dict) -> str:
     """sha256 over the tensors' bytes and all metadata except `sha256` itself."""
     digest = hashlib.sha256()
     for array in (features, cells, valid):
-        digest.update(np.ascontiguousarray(array).reshape(-1))
+        digest.update(np.ascontiguousarray(array).reshape(-1).data)
     others = {name: value for name, value in metadata.items() if name != "sha256"}
     digest.update(json.dumps(others, sort_keys=True, separators=(",", ":")).encode("utf-8"))
     return digest.hexdigest()
 
 
-def check_layout(layout: dict, magnifications) -> None:
-    """layout: name -> (dtype, shape) of each tensor. Raises ValueError unless it is a slide's."""
+def check_layout(layout: dict, magnifications) -> int:
+    """layout: name -> (dtype, shape) of each tensor. Returns D; raises ValueError for others."""
     T = Geometry(1, magnifications).tokens_per_cell
     _, shape = layout.get("features", ("", []))
     expected = {
@@ -111,6 +111,7 @@ def check_layout(layout: dict, magnifications) -> None:
             f"magnifications {magnifications} need cells I32 [C, 2], features F16 [C, {T}, D] "
             f"and valid BOOL [C, {T}]; found {layout}"
         )
+    return shape[2]
 
 
 def write_slide(path, features, cells, valid, meta: dict) -> None:
@@ -149,12 +150,11 @@ def read_slide(path) -> Slide:
             for name in file.keys():  # noqa: SIM118
                 tensor = file.get_slice(name)
                 layout[name] = (tensor.get_dtype(), tensor.get_shape())
-            check_layout(layout, meta["magnifications"])
+            dim = check_layout(layout, meta["magnifications"])
             cells = file.get_tensor("cells")
             valid = file.get_tensor("valid")
     except (OSError, safetensors.SafetensorError, ValueError, TypeError) as error:
         raise MixmagError(f"{path}: cannot be read as a slide file ({error})") from None
-    dim = layout["features"][1][2]
     return Slide(path, meta, cells, valid, dim, (status.st_ino, status.st_mtime_ns))
 
 
@@ -184,7 +184,7 @@ def read_slides(data, ids=None, failed: list | None = None) -> list[Slide]:
             if failed is None:
                 raise
             failed.append((path.stem, "read", str(error)))
-    if not slides:
+    if failed and not slides:
         raise MixmagError(f"no slide can be read; the last error is: {failed[-1][2]}")
     for slide in slides:
         if slide.slide_id != slide.path.stem:
@@ -316,7 +316,7 @@ def token_index(slide: Slide, rows, entries) -> tuple[np.ndarray, np.ndarray]:
 
 
 def gather(slide: Slide, rows, entries) -> tuple[np.ndarray, np.ndarray]:
-    """rows and entries as in `token_index` -> x (W, n, D) float16, 0 where not valid, valid (W, n)."""
+    """As `token_index`, with x (W, n, D) float16 for the index; x is 0 where a token is invalid."""
     index, valid = token_index(slide, rows, entries)
     x = slide.features.reshape(-1, slide.dim)[index]
     x[~valid] = 0
@@ -391,7 +391,7 @@ class RegionDataset(torch.utils.data.Dataset):
         return len(self.rows)
 
     def draw(self, indices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of B samples: windows (views, B), their turns (views, B), removed tokens (views, B, M)."""
+        """Of B samples: windows (views, B), turns of them (views, B), removed (views, B, M)."""
         N = self.geometry.num_tokens
         window = np.empty((self.views, len(indices)), np.int64)
         turn = np.empty_like(window)
@@ -483,7 +483,7 @@ class CaseDataset(torch.utils.data.Dataset):
         cells_used = 0
         cells_total = 0
         for case in cases:
-            usable = []
+            usable: list[str] = []
             for slide_id in case.slide_ids:
                 used = self.find_windows(slide_id, geometry.region, min_cover)
                 cells_used += used
@@ -619,6 +619,8 @@ class Outcome:
                 f"{self.metric_name} needs both classes; found {len(labels)} cases, "
                 f"all labelled {set(labels)}"
             )
+        from sklearn.metrics import roc_auc_score  # its import takes a second
+
         return float(roc_auc_score(labels, scores))
 
 
@@ -2789,8 +2791,8 @@ def synth_patterns(rng, cells, task: str, positive: bool) -> list:
 
 def smooth_fields(coarse: np.ndarray, height: int, width: int) -> torch.Tensor:
     """(count, h, w) -> (count, height, width)."""
-    coarse = torch.from_numpy(coarse)[None]
-    return F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)[0]
+    x = torch.from_numpy(coarse)[None]
+    return F.interpolate(x, size=(height, width), mode="bicubic", align_corners=True)[0]
 
 
 def synth_slide(world: dict, rng, task: str, positive: bool, regions: int) -> tuple:
@@ -2845,7 +2847,7 @@ def plan_split(rng, task: str, split: str, scale: str) -> list[tuple]:
 
 def synth_plan(scale: str, seed: int) -> dict:
     """task -> [(case_id, slide_id, label, split, whether this slide shows the label)]."""
-    plan = {}
+    plan: dict[str, list[tuple]] = {}
     for number, task in enumerate(COHORT):
         rng = np.random.default_rng([seed, 1, number])
         plan[task] = []
@@ -2959,7 +2961,7 @@ def synth_images(out, count: int, seed: int) -> None:
     """Write `count` pyramidal TIFFs (tiled, deflate, box-averaged levels, 0.5 um/px)."""
     import tifffile
 
-    settings = {
+    settings: dict[str, Any] = {
         "tile": (256, 256),
         "photometric": "rgb",
         "compression": "zlib",
@@ -3024,7 +3026,7 @@ def slide_findings(path) -> tuple[Slide | None, list[str]]:
 def cases_findings(path: Path, cases: list, slides: dict, present: set) -> list[str]:
     """What is wrong between a task table and the slides, `present` the ids that have a file."""
     findings = []
-    splits_of = defaultdict(dict)  # hash of the features -> split -> slide id
+    splits_of: dict[bytes, dict] = defaultdict(dict)  # hash of the features -> split -> slide id
     for case in cases:
         for slide_id in case.slide_ids:
             if slide_id not in present:
@@ -3075,9 +3077,9 @@ def verify(data) -> list[str]:
     signatures = Counter(embedding_signature(slide) for slide in slides.values())
     for slide in slides.values():
         usual, count = signatures.most_common(1)[0]
-        if embedding_signature(slide) != usual:
-            found = embedding_signature(slide)
-            findings.append(f"{slide.path}: {found}; expected {usual} as in {count} others")
+        signature = embedding_signature(slide)
+        if signature != usual:
+            findings.append(f"{slide.path}: {signature}; expected {usual} as in {count} others")
     all_cases = []
     for task in task_names(data):
         path = data / "tasks" / f"{task}.csv"
@@ -3169,7 +3171,7 @@ def run_command(function, *args, **kwargs) -> int:
 
 
 def find_device(name: str) -> torch.device:
-    """Raises MixmagError for a device that is not there. `auto` is this process's GPU, or the CPU."""
+    """`auto` is this process's GPU or the CPU. Raises MixmagError for a device that is missing."""
     wanted = name
     if name == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
