@@ -558,7 +558,7 @@ def feature_statistics(slides, magnifications=None, limit: int = 20000) -> tuple
     magnifications: the indices of those that count, 0 the lowest. Raises MixmagError for values
     that are not finite.
     """
-    cell_table = Geometry(1, slides[0].meta["magnifications"]).cell_table()
+    cell_table = Geometry(1, slides[0].meta["magnifications"]).token_table()
     magnification_of = cell_table[:, 0].numpy()  # (T,)
     counted = np.ones(len(magnification_of), bool)
     if magnifications is not None:
@@ -3327,6 +3327,21 @@ def report_failed(path, failed: list) -> int:
 
 
 # --------------------------------------------------------------------------------- the command line
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def number_in(kind, low, high):
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not within {low:g} to {high:g}")
+        return value
+
+    return number
 
 
 def parse(argv=None) -> argparse.Namespace:

@@ -406,6 +406,14 @@ def add_to_sums(sums: dict, out: mixmag.Outputs, weight: float) -> None:
 # ---------------------------------------------------------------------------------- fine-tuning
 
 
+def magnification(text: str) -> str | float:
+    """all, or a number that is whole where it can be; STAMP's may be 8.75."""
+    if text == "all":
+        return text
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
 @dataclass(kw_only=True)
 class FinetuneConfig(TrainingConfig):
     """Settings of supervised aggregation; each is a flag of `train.py finetune`."""
@@ -413,9 +421,7 @@ class FinetuneConfig(TrainingConfig):
     task: str = setting(dataclasses.MISSING, "name of a table in DATA/tasks")
     init: str | None = setting(None, "RUN, random or none (default: the newest pretraining run)")
     tokens: str = setting("patch", "table 1 or table 2", choices=("patch", "cls"))
-    magnification: str | float = setting(
-        "all", "all, or the only one that is read", type=data.magnification_or_all
-    )
+    magnification: str | float = setting("all", "all, or the only one read", type=magnification)
     preset: str | None = setting(None, "sizes (default: the encoder's)", choices=PRESETS)
     region: int | None = setting(None, "cells per side (default: the encoder's)", type=POSITIVE)
     batch_size: int | None = setting(None, "global batch size", 16, 32, type=POSITIVE)
