@@ -200,11 +200,8 @@ def pretrain(config: PretrainConfig) -> dict:
     model_config = make_model_config(config, slides[0])
     dataset = pretraining_windows(config, slides, model_config.geometry(), machine)
     total, peak = pretraining_length(config, len(dataset))
-    name = run_name(config)
-    facts = {"kind": "pretrain", **run_settings(config, slides), "model": model_config.to_dict()}
-    run = Run(config.out or Path("runs") / name, facts, config.resume, machine)
+    run = Run(config, run_settings("pretrain", config, model_config, slides), machine)
     if run.result():
-        log(f"{run.folder}: this run is finished")
         return run.result()
     torch.manual_seed(config.seed)
     if config.source is None:
@@ -287,34 +284,35 @@ def pretraining_length(config: PretrainConfig, windows: int) -> tuple[int, float
 def pretrain_loop(config, run: Run, model, dataset, total: int, peak: float) -> float:
     """All optimizer steps, from the last checkpoint on. Returns the seconds they took."""
     machine = run.machine
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay), lr=peak, betas=(0.9, 0.95), fused=True
-    )  # assumed: as MAE
-    step_of = cmem_step if config.source else mem_step
+    groups = parameter_groups(model, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)  # assumed: MAE
+    train_step = cmem_step if config.source else mem_step
     if config.compile:
         model.compile(dynamic=False)
-    log(
-        f"{run.folder}: {parameter_count(model)}, {len(dataset.slides)} slides with {len(dataset)} "
-        f"windows, batch {config.batch_size}, {total} steps, peak rate {peak:.2e}, {machine}"
-    )
+    log(f"{run.folder}: {parameter_count(model)}, {machine}, {len(dataset.slides)} slides")
+    log(f"{len(dataset)} windows, {total} steps of {config.batch_size}, peak rate {peak:.2e}")
     start = run.load(model, optimizer)["done"]
-    parts = micro_batches(config, start, total, machine)
-    loads = data.prefetch(loader(dataset, machine), itertools.chain(*parts), config.workers)
+    share = config.batch_size // machine.world
+    loads = data.prefetch(
+        lambda indices: data.pinned(dataset.batch(indices), machine.device),
+        micro_batches(config, start, total, share, machine.rank),
+        config.workers,
+    )
     began = time.time()
     recent = []
     bar = progress(total=total, initial=start, desc="pretrain")
-    for step, ranges in enumerate(parts, start=start):
-        batch = itertools.islice(loads, len(ranges))
-        sums = step_of(model, batch, config.batch_size, machine)
+    for step in range(start, total):
+        parts = itertools.islice(loads, math.ceil(share / config.micro_batch))
+        sums = train_step(model, parts, config.batch_size, machine)
         sum_gradients(model, machine)
         rate = peak * lr_at(step, total, round(config.warmup * total))
         norm = optimizer_step(model, optimizer, machine.scaler, rate, config.clip)
-        recent.append((step, ranges, sums["loss"], norm))
+        recent.append(torch.stack([sums["loss"], norm]))
         done = step + 1
         stop = machine.stop_asked()
         saves = done % config.save_every == 0 or done == total or stop
         if saves or done % LOG_EVERY == 0:  # only here does anything wait for the device
-            check_finite(run, recent, dataset)
+            check_finite(run, recent, done, config.batch_size, dataset)
             recent.clear()
         if done % LOG_EVERY == 0 or done == total:
             note_pretraining(run, done, sums, rate, norm, model.config.magnifications, bar)
@@ -330,21 +328,12 @@ def pretrain_loop(config, run: Run, model, dataset, total: int, peak: float) -> 
     return seconds
 
 
-def micro_batches(config, start: int, total: int, machine) -> list[list[range]]:
-    """For each step, the samples of this process in parts of at most `micro_batch`."""
-    share = config.batch_size // machine.world
-    steps = []
+def micro_batches(config, start: int, total: int, share: int, rank: int):
+    """The samples of this process, step by step, in parts of at most `micro_batch`."""
     for step in range(start, total):
-        first = step * config.batch_size + machine.rank * share
-        end = first + share
-        begins = range(first, end, config.micro_batch)
-        steps.append([range(i, min(i + config.micro_batch, end)) for i in begins])
-    return steps
-
-
-def loader(dataset, machine):
-    """A function that loads the samples of some indices; with a GPU into pinned memory."""
-    return lambda indices: data.pinned(dataset.batch(indices), machine.device)
+        first = step * config.batch_size + rank * share
+        for i in range(0, share, config.micro_batch):
+            yield range(first + i, first + min(i + config.micro_batch, share))
 
 
 def mem_step(model, parts: Iterable[dict], regions: int, machine) -> dict:
@@ -355,7 +344,7 @@ def mem_step(model, parts: Iterable[dict], regions: int, machine) -> dict:
     sums: dict = {}
     for part in parts:
         part = data.to_device(part, machine.device)
-        weight = len(part["slide"].flatten()) / part["slide"].ndim / regions
+        weight = part["slide"].shape[-1] / regions
         with machine.autocast():
             out = model(part["x"], part["removed"], part["valid"])
         machine.scaler.scale(out.loss * weight).backward()
@@ -421,6 +410,14 @@ def add_to_sums(sums: dict, out: mixmag.Outputs, weight: float) -> None:
 # ---------------------------------------------------------------------------------- fine-tuning
 
 
+def magnification(text: str) -> str | float:
+    """all, or a number that is whole where it can be; STAMP's may be 8.75."""
+    if text == "all":
+        return text
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
 @dataclass(kw_only=True)
 class FinetuneConfig(TrainingConfig):
     """Settings of supervised aggregation; each is a flag of `train.py finetune`."""
@@ -428,9 +425,7 @@ class FinetuneConfig(TrainingConfig):
     task: str = setting(dataclasses.MISSING, "name of a table in DATA/tasks")
     init: str | None = setting(None, "RUN, random or none (default: the newest pretraining run)")
     tokens: str = setting("patch", "table 1 or table 2", choices=("patch", "cls"))
-    magnification: str | float = setting(
-        "all", "all, or the only one that is read", type=data.magnification_or_all
-    )
+    magnification: str | float = setting("all", "all, or the only one read", type=magnification)
     preset: str | None = setting(None, "sizes (default: the encoder's)", choices=PRESETS)
     region: int | None = setting(None, "cells per side (default: the encoder's)", type=POSITIVE)
     batch_size: int | None = setting(None, "global batch size", 16, 32, type=POSITIVE)
@@ -476,11 +471,9 @@ def finetune(config: FinetuneConfig) -> dict:
     files = [folder / "tasks" / f"{config.task}.csv"]
     if is_run(config.init):
         files.append(encoder_folder(config.init) / "model.safetensors")
-    facts = {"kind": "finetune", **run_settings(config, list(slides.values()), *files)}
-    facts["model"] = model.config.to_dict()
-    run = Run(config.out or Path("runs") / run_name(config), facts, config.resume, machine)
+    settings = run_settings("finetune", config, model.config, list(slides.values()), files)
+    run = Run(config, settings, machine)
     if run.result():
-        log(f"{run.folder}: this run is finished")
         return run.result()
     best = finetune_loop(config, run, model, sets)
     finish_finetuning(config, run, model, sets, best)
@@ -510,7 +503,7 @@ def is_run(init: str) -> bool:
 def check_no_leakage(init: str, folder: Path, cases: list) -> None:
     """Refuse an encoder that was pretrained on any slide of this task's tune and test cases.
 
-    The slide may belong to such a case by another task's table.
+    Another task's table may name further slides of such a case.
     """
     listed = encoder_folder(init) / "slides.csv"
     if not listed.exists():
@@ -521,8 +514,7 @@ def check_no_leakage(init: str, folder: Path, cases: list) -> None:
     evaluated = {case.case_id for case in cases if case.split != "train"}
     leaked = set()
     for task in data.task_names(folder):
-        known, _ = data.task_findings(folder / "tasks" / f"{task}.csv")
-        for case in known:
+        for case in data.read_task(folder, task):
             if case.case_id in evaluated:
                 leaked |= seen.intersection(case.slide_ids)
     if leaked:
@@ -611,7 +603,9 @@ def finetune_loop(config, run: Run, model, sets: dict) -> dict:
     steps = math.ceil(len(sets["train"]) / config.batch_size)
     log(f"{run.folder}: {parameter_count(model)}, {config.epochs} epochs of {steps} steps")
     for split, dataset in sets.items():
-        log(f"  {split}: {len(dataset)} cases, {len(dataset.rows)} slides{dataset.uncovered}")
+        log(f"{split}: {len(dataset)} cases, {len(dataset.rows)} slides{dataset.uncovered}")
+        if dataset.dropped:
+            log(f"{len(dataset.dropped)} slides without a token to read: {dataset.dropped[:5]}")
     best = {"tune_auroc": -1.0, **run.load(model, optimizer)}
     start = best.pop("done")
     bar = progress(total=config.epochs * steps, initial=start * steps, desc="finetune")
@@ -645,7 +639,9 @@ def finetune_epoch(config, model, optimizer, dataset, epoch: int, run, bar) -> t
     own = [batch[machine.rank :: machine.world] for batch in batches]
     steps = config.epochs * len(batches)
     total = torch.zeros(())
-    loads = data.prefetch(loader(dataset, machine), own, config.workers)
+    loads = data.prefetch(
+        lambda indices: data.pinned(dataset.batch(indices), machine.device), own, config.workers
+    )
     for i, batch in enumerate(loads):
         step = epoch * len(batches) + i
         # dropout follows from the step, so a resumed run draws the same
@@ -751,38 +747,34 @@ def finish_finetuning(config, run: Run, model, sets: dict, best: dict) -> None:
     model.load_state_dict(best["model_state"])
     sets["tune"].cached.clear()
     rows = []
-    scores = {}
     for split in ("tune", "test"):
         slide_scores = score_cases(model, sets[split], run.machine, config.batch_size)
-        scores[split] = case_scores(slide_scores, best["case_score"])
-        for case, score in zip(sets[split].cases, scores[split], strict=True):
+        scores = case_scores(slide_scores, best["case_score"])
+        for case, score in zip(sets[split].cases, scores, strict=True):
             rows.append((case.case_id, case.label, score, split))
     if not run.writes:
         return
     with whole_file(run.folder / "model.safetensors") as temporary:
         save_file(best["model_state"], temporary)
-    header = ("case_id", "label", "score", "split")
-    data.write_csv(run.folder / "predictions.csv", header, rows)
-    dropped = sorted(i for dataset in sets.values() for i in dataset.dropped)
-    if dropped:
-        log(f"{len(dropped)} slides have no token to read and are left out, such as {dropped[0]}")
-    result = {"kind": "finetune"}
-    for name in ("task", "init", "tokens", "magnification", "seed"):
-        result[name] = getattr(config, name)
-    result["cases"] = {split: len(dataset) for split, dataset in sets.items()}
-    result["slides_left_out"] = dropped
-    result["best_epoch"] = best["epoch"]
-    result["tune_auroc"] = best["tune_auroc"]
-    result["case_score"] = best["case_score"]
-    result.update(test_results(sets["test"].labels, scores["test"], config.seed))
+    data.write_csv(run.folder / "predictions.csv", ("case_id", "label", "score", "split"), rows)
+    result = {name: getattr(config, name) for name in ("task", "init", "tokens", "magnification")}
+    result |= {
+        "kind": "finetune",
+        "seed": config.seed,
+        "cases": {split: len(dataset) for split, dataset in sets.items()},
+        "slides_left_out": sorted(i for dataset in sets.values() for i in dataset.dropped),
+        "best_epoch": best["epoch"],
+        "tune_auroc": best["tune_auroc"],
+        "case_score": best["case_score"],
+        **test_results(sets["test"].labels, scores, config.seed),
+    }
     data.write_json(run.folder / "result.json", result)
 
 
 def test_results(labels: list, scores: list, seed: int) -> dict:
-    """AUROC with its 95 % interval over cases, average precision; None without two classes."""
+    """AUROC with its 95 % interval over cases, and average precision; None with one class."""
     if len(set(labels)) < 2:
-        reason = f"the test split has {len(labels)} usable cases of one class: no AUROC"
-        return {"auroc": None, "interval": None, "average_precision": None, "reason": reason}
+        return {"auroc": None, "interval": None, "average_precision": None}
     return {
         "auroc": OUTCOME.metric(labels, scores),
         "interval": interval(bootstrap_aurocs(labels, scores, seed)),
@@ -816,13 +808,13 @@ def finetuning_plan(model, sets: dict) -> str:
     lines = [f"{'':8s}{'cases':>8s}{'slides':>8s}{'regions':>9s}{'tokens':>13s}"]
     largest = (0, "none")
     for split, dataset in sets.items():
-        regions = {}
+        total = 0
         for case in dataset.cases:
-            regions[case.case_id] = sum(len(dataset.rows[i]) for i in case.slide_ids)
-            largest = max(largest, (regions[case.case_id], case.case_id))
-        total = sum(regions.values())
+            regions = sum(len(dataset.rows[i]) for i in case.slide_ids)
+            largest = max(largest, (regions, case.case_id))
+            total += regions
         tokens = total * len(model.index)
-        lines.append(f"{split:8s}{len(regions):8d}{len(dataset.rows):8d}{total:9d}{tokens:13,d}")
+        lines.append(f"{split:8s}{len(dataset):8d}{len(dataset.rows):8d}{total:9d}{tokens:13,d}")
     tokens = largest[0] * len(model.index)
     lines.append(f"largest case: {largest[1]}, {largest[0]} regions, {tokens:,d} tokens")
     return "\n".join(lines)
@@ -923,14 +915,16 @@ class Run:
     The first of several processes writes, the others only read.
     """
 
-    def __init__(self, folder, settings: dict, resume: str, machine: Machine):
-        self.folder = Path(folder)
+    def __init__(self, config: TrainingConfig, settings: dict, machine: Machine):
+        self.folder = Path(config.out or Path("runs") / run_name(config))
         self.machine = machine
         self.writes = machine.rank == 0
         self.metrics = self.folder / "metrics.jsonl"
         if self.writes:
-            self.claim(settings, resume)
+            self.claim(settings, config.resume)
         machine.barrier()
+        if self.result():
+            log(f"{self.folder}: this run is finished")
 
     def claim(self, settings: dict, resume: str) -> None:
         """Write config.json. Raises OtherSettings for a run of other settings."""
@@ -1033,14 +1027,13 @@ class Run:
         return {"done": 0, "lines": 0}
 
 
-def run_settings(config: TrainingConfig, slides: list, *files) -> dict:
-    """What decides a run's outcome: the config, and the content of the files that it reads."""
-    settings = dataclasses.asdict(config)
+def run_settings(kind: str, config, model_config, slides: list, files=()) -> dict:
+    """What decides a run's outcome: the settings, and the content of the files that it reads."""
+    settings = {"kind": kind, **dataclasses.asdict(config), "model": model_config.to_dict()}
     for name in ("out", "device", "workers", "resume", "save_every", "dry_run", "compile"):
         settings.pop(name, None)
-    for name in ("data", "init"):
-        if name in settings:
-            settings[name] = str(Path(settings[name]))  # one spelling for one folder
+    for name in {"data", "init"} & settings.keys():
+        settings[name] = str(Path(settings[name]))  # one spelling for one folder
     digest = hashlib.sha256()
     for slide in slides:
         digest.update(slide.meta["sha256"].encode("utf-8"))
@@ -1131,21 +1124,21 @@ def newest_pretraining() -> Path:
 # ------------------------------------------------------------------------- measuring, export, curve
 
 
-def check_finite(run: Run, recent: list, dataset) -> None:
-    """Raises MixmagError where a recent step's loss, or its gradient without fp16, is not finite.
+def check_finite(run: Run, recent: list, done: int, batch_size: int, dataset) -> None:
+    """Raises MixmagError where the loss or the gradient of a recent step is not finite.
 
-    recent: (step, ranges of samples, loss, norm of the gradient).
+    recent: the loss and the norm of the gradient of the last steps, the last one being `done`.
     """
-    numbers = torch.stack([torch.stack([loss, norm]).float() for _, _, loss, norm in recent])
-    for (step, ranges, _, _), (loss, norm) in zip(recent, numbers.tolist(), strict=True):
+    for step, numbers in enumerate(torch.stack(recent).tolist(), start=done - len(recent)):
+        loss, norm = numbers
         if math.isfinite(loss) and (math.isfinite(norm) or run.machine.may_skip()):
             continue
-        slides = torch.cat([dataset.batch(indices)["slide"].flatten() for indices in ranges])
-        names = [dataset.slides[i].slide_id for i in slides.unique().tolist()]
+        slides = dataset.batch(range(step * batch_size, (step + 1) * batch_size))["slide"]
+        names = [dataset.slides[i].slide_id for i in slides.unique().tolist()[:5]]
         raise MixmagError(
             f"{run.folder}: at step {step} the loss is {loss:.4g} and the gradient's norm "
-            f"{norm:.4g}, with slides {', '.join(names[:5])}; data.py verify finds embeddings that "
-            "are not finite, else try a smaller --lr; the last checkpoint stays"
+            f"{norm:.4g}, with slides {', '.join(names)}; data.py verify finds embeddings that are "
+            "not finite, else try a smaller --lr; the last checkpoint stays"
         )
 
 
@@ -2288,7 +2281,7 @@ def finetune_command(**options) -> int:
     if not result or data.process_rank()[0]:
         return 0
     if result["auroc"] is None:
-        print(f"{result['task']}: {result['reason']}")
+        print(f"{result['task']}: no AUROC, for the test split lacks a class")
         return 0
     over = "too few cases for an interval"
     if result["interval"]:
