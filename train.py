@@ -2081,7 +2081,7 @@ def train_cell(seed: int, row: str, task: str, out: Path, pretraining, finetunin
         finetuning.tokens = tokens[0]
     if method in ("abmil", "random"):
         finetuning.init = {"abmil": "none", "random": "random"}[method]
-        finetuning.magnification = data.magnification_or_all(setting)
+        finetuning.magnification = magnification(setting)
         return finetune(finetuning)
     finetuning.init = str(folder / f"{method}-{setting}")
     pretraining = dataclasses.replace(pretraining, seed=seed, out=finetuning.init)
