@@ -3541,8 +3541,8 @@ COMMANDS = {
 }
 
 
-def main() -> int:
-    args = parse()
+def main(argv=None) -> int:
+    args = parse(argv)
     return run_command(COMMANDS[args.command], args)
 
 

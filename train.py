@@ -15,16 +15,20 @@ import argparse
 import csv
 import dataclasses
 import hashlib
+import importlib.metadata
 import io
 import itertools
 import json
 import math
 import os
+import platform
 import re
 import shutil
+import subprocess
 import sys
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -1467,12 +1471,13 @@ def embed(
         except MixmagError as error:
             failed.append((slide.slide_id, "embed", str(error)))
             log(f"{slide.slide_id}: FAILED: {error}")
+    empty = ""
     if dataset.dropped:
-        log(f"no tissue, so their files hold no rows: {', '.join(dataset.dropped)}")
+        empty = f"; no tissue, so no rows, in {', '.join(dataset.dropped[:5])}"
     rows = {"patch": "tiles", "cls": "regions"}[tokens]
     print(
         f"{len(counts)} slides, {tokens} outputs of {sum(counts)} {rows} in {out}, "
-        f"{len(failed)} failed{dataset.uncovered}"
+        f"{len(failed)} failed{empty}{dataset.uncovered}"
     )
     return data.report_failed(Path(out) / "failed.csv", failed)
 
@@ -1786,7 +1791,7 @@ TASK_TITLES = {
     "lung_egfr": "Lung EGFR",
     "skin_braf": "Skin BRAF",
 }
-PAPER = {  # AUROC x 100 as printed in tables 1 (Patch, and AB-MIL) and 2 (CLS): seven tasks in TASK_TITLES' order, and the average
+PAPER = {  # AUROC x 100 as printed: the tasks in the order of TASK_TITLES, then their average
     "abmil-5": (94.7, 82.8, 96.6, 81.9, 79.5, 79.2, 86.5, 85.9),
     "abmil-10": (95.7, 84.4, 97.3, 81.6, 82.5, 80.0, 63.4, 83.6),
     "abmil-20": (93.1, 83.0, 97.8, 83.6, 82.3, 79.2, 85.5, 86.3),
@@ -1812,536 +1817,248 @@ PAPER = {  # AUROC x 100 as printed in tables 1 (Patch, and AB-MIL) and 2 (CLS):
     "cmem-7-cls": (95.0, 83.4, 98.3, 85.4, 76.5, 80.1, 83.2, 86.0),
     "cmem-11-cls": (91.8, 83.7, 97.2, 85.7, 74.7, 80.4, 89.5, 86.1),
 }
-
-
-def train_row(row: str, task: str, seed: int, args) -> dict:
-    """One cell of a table: the two commands that make it, run here, each skipped where it is done. Returns finetune's result."""
-
-    def flag(name):  # where the table was given one
-        return (
-            []
-            if getattr(args, name) is None
-            else [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-        )
-
-    method, setting, *tokens = row.split("-")
-    base = [
-        "--data",
-        args.data,
-        "--seed",
-        str(seed),
-        "--device",
-        args.device,
-        "--preset",
-        args.preset,
-    ]
-    seed_folder, init, magnification = Path(args.out) / f"seed-{seed}", method, "all"
-    if method in ("mem", "cmem"):
-        init = str(seed_folder / f"{method}-{setting}")
-        mask = ["--mask", setting] if method == "mem" else ["--mask", "0.5", "--source", setting]
-        pretrain(parse(["pretrain", *base, *mask, "--out", init, *flag("steps")]))
-    else:
-        init, magnification = ("none" if method == "abmil" else "random"), setting
-    return finetune(
-        parse(
-            [
-                "finetune",
-                *base,
-                "--task",
-                task,
-                "--init",
-                init,
-                "--magnification",
-                magnification,
-                "--tokens",
-                *(tokens or ["patch"]),
-                "--out",
-                str(seed_folder / f"{task}-{row}"),
-                *flag("epochs"),
-                *flag("frozen_epochs"),
-                *flag("starts"),
-            ]
-        )
-    )
-
-
-def full_title(row: str) -> str:
-    return row_title(row) + {"cls": ", CLS", "patch": ", Patch"}.get(row.split("-")[-1], "")
+ROW_WORDS = {"abmil": "AB-MIL", "random": "Random", "mem": "MEM", "cmem": "CMEM", "cls": "CLS"}
+ROW_WORDS |= {"5": "5x", "10": "10x", "20": "20x", "3": "3x3", "7": "7x7", "11": "11x11"}
+RESULTS = "auroc low high average_precision tune_auroc best_epoch case_score".split()
 
 
 def row_title(row: str) -> str:
-    method, setting, *_ = row.split("-")
-    x = "" if setting == "all" else "x"
-    return {
-        "abmil": f"AB-MIL {setting}{x}",
-        "random": f"Random {setting}{x}",
-        "mem": f"MEM {setting}",
-        "cmem": f"CMEM {setting}x{setting}",
-    }[method]
+    """For example AB-MIL 20x, MEM 0.50 patch, CMEM 7x7 CLS."""
+    return " ".join(ROW_WORDS.get(word, word) for word in row.split("-"))
 
 
-def read_results(folder) -> SimpleNamespace:
-    """What `table` wrote: .rows, .tasks, .seeds, .runs {(row, task): results.csv's lines, by seed}, .labels {task: (cases,)}, .scores {(row, task):
-    (seeds, cases)} of the test cases, nan where a run left one out, .machine. Everything that the tables say follows from these."""
-    folder = Path(folder)
-    lines = [
-        {
-            **line,
-            "auroc": float(line["auroc"]) if line["auroc"] else None,
-            "seed": int(line["seed"]),
-        }
-        for line in data.read_csv(folder / "results.csv", RESULTS)
-    ]
-    rows, tasks, seeds = (
-        list(dict.fromkeys(line[k] for line in lines)) for k in ("row", "task", "seed")
-    )
-    runs = {
-        (row, task): [line for line in lines if (line["row"], line["task"]) == (row, task)]
-        for row in rows
-        for task in tasks
-    }
-    columns = [f"{row} {seed}" for row in rows for seed in seeds]
-    cases = data.read_csv(folder / "scores.csv", ("task", "label", *columns))
-    labels = {
-        task: np.array([int(c["label"]) for c in cases if c["task"] == task]) for task in tasks
-    }
-    scores = {
-        (row, task): np.array(
-            [
-                [float(c[f"{row} {seed}"] or "nan") for c in cases if c["task"] == task]
-                for seed in seeds
-            ]
-        )
-        for row in rows
-        for task in tasks
-    }
-    machine = data.read_json(folder / "machine.json")
-    return SimpleNamespace(
-        rows=rows,
-        tasks=tasks,
-        seeds=seeds,
-        runs=runs,
-        labels=labels,
-        scores=scores,
-        machine=machine,
-    )
+def table(folder, out, rows, tasks, seeds, preset, steps, epochs, frozen_epochs, device, seed):
+    """Tables 1 and 2 of the paper: run what is missing of rows x tasks x seeds, and sum it up.
+
+    Returns the exit code: 3 where a cell was refused, which the tables show as n/a. Raises
+    OtherSettings, and writes no table, where `out` holds runs with other settings.
+    """
+    began = time.time()
+    ensure_data(folder, start_machine(device))
+    names = data.task_names(folder)
+    rows = rows or list(PAPER)
+    tasks = tasks or sorted(names, key=[*TASK_TITLES, *names].index)
+    for name in (*rows, *tasks):
+        if name not in (*PAPER, *names):
+            known = ", ".join((*PAPER, *names))
+            raise MixmagError(f"{name}: no such row or task; there are {known}")
+    settings = {"data": str(folder), "preset": preset, "steps": steps, "epochs": epochs}
+    settings["frozen_epochs"] = frozen_epochs
+    pretraining = PretrainConfig(data=folder, device=device, preset=preset, steps=steps)
+    finetuning = FinetuneConfig(data=folder, device=device, preset=preset, epochs=epochs, task="")
+    finetuning.frozen_epochs = frozen_epochs
+    cells = {}
+    for cell in itertools.product(range(seed, seed + seeds), rows, tasks):
+        cells[cell] = {}
+        try:
+            cells[cell] = train_cell(*cell, Path(out), pretraining, finetuning)
+        except MixmagError as error:
+            if isinstance(error, OtherSettings) or data.process_rank()[1] > 1:
+                raise  # of several processes some may have gone on
+            log(f"{cell}: {error}")
+    if data.process_rank()[0] == 0:
+        write_results(Path(out), cells)
+        write_machine(Path(out) / "machine.json", settings, began)
+        text = format_results(read_results(out))
+        data.write_text(Path(out) / "SUMMARY.md", text)
+        print(text)
+    return 0 if all(cells.values()) else 3
 
 
-def resampled(labels, scores, number: int) -> tuple:
-    """labels (cases,), scores (seeds, cases) of a row on a task -> the mean AUROC over seeds, (resamples,) times with the cases drawn again,
-    and which cases have a score. Seeded by the task's number, so that all rows and seeds share the resamples and differences are paired.
-    None for no AUROC."""
-    known = ~np.isnan(scores).any(axis=0)
-    samples = [bootstrap_aurocs(labels[known], s[known], number) for s in scores]
-    return (None if any(s is None for s in samples) else np.mean(samples, axis=0)), known.tolist()
+def train_cell(seed: int, row: str, task: str, out: Path, pretraining, finetuning) -> dict:
+    """Pretrain where the row needs it, then fine-tune. Returns result.json of the fine-tuning."""
+    method, setting, *tokens = row.split("-")
+    folder = out / f"seed-{seed}"
+    finetuning = dataclasses.replace(finetuning, seed=seed, task=task)
+    finetuning.out = str(folder / f"{task}-{row}")
+    if tokens:
+        finetuning.tokens = tokens[0]
+    if method in ("abmil", "random"):
+        finetuning.init = {"abmil": "none", "random": "random"}[method]
+        finetuning.magnification = data.magnification_or_all(setting)
+        return finetune(finetuning)
+    finetuning.init = str(folder / f"{method}-{setting}")
+    pretraining = dataclasses.replace(pretraining, seed=seed, out=finetuning.init)
+    if method == "mem":
+        pretraining.mask = float(setting)
+    else:
+        pretraining.source = int(setting)
+    pretrain(pretraining)
+    return finetune(finetuning)
 
 
-def format_table(rows, tasks, runs: dict, draws: dict) -> str:
-    """A Markdown table of mean AUROC x 100 over seeds; runs as in `read_results`, draws[row, task] of `resampled`."""
-    titles = [
-        "",
-        *(TASK_TITLES.get(t, t) for t in tasks),
-        "average, 95 % over cases",
-        "spread over seeds",
-        "average precision",
-        "tasks",
-        "paper, these tasks",
-    ]
+def write_results(out: Path, cells: dict) -> None:
+    """results.csv, and scores.csv of the test cases. cells: (seed, row, task) -> result or {}."""
     lines = []
-    title = (
-        row_title if len({row.endswith("-cls") for row in rows}) == 1 else full_title
-    )  # say the outputs where they differ
+    scores: dict = {}  # (task, case, label) -> column -> score
+    for (seed, row, task), result in cells.items():
+        low, high = result.get("interval") or ("", "")
+        values = {**result, "low": low, "high": high}
+        lines.append([row, task, seed, *(values.get(name) for name in RESULTS)])
+        if not result:
+            continue
+        path = out / f"seed-{seed}" / f"{task}-{row}" / "predictions.csv"
+        for case in data.read_csv(path, ("case_id", "label", "score", "split")):
+            if case["split"] == "test":
+                of_case = scores.setdefault((task, case["case_id"], case["label"]), {})
+                of_case[f"{row} {seed}"] = f"{float(case['score']):.9g}"
+    if not scores:
+        raise MixmagError(f"{out}: no cell of the table has a score of a test case")
+    data.write_csv(out / "results.csv", ("row", "task", "seed", *RESULTS), lines)
+    columns = list(dict.fromkeys(f"{row} {seed}" for seed, row, _ in cells))
+    cases = [[*case, *(of_case.get(name) for name in columns)] for case, of_case in scores.items()]
+    data.write_csv(out / "scores.csv", ("task", "case_id", "label", *columns), cases)
+
+
+def write_machine(path: Path, settings: dict, began: float) -> None:
+    """machine.json: the settings of a table, and where its numbers come from."""
+    facts = {**settings, "processor": platform.processor(), "threads": torch.get_num_threads()}
+    facts["torch"] = torch.__version__
+    cohort = data.synthetic_facts(settings["data"])
+    if cohort:
+        facts["data"] = f"synthetic cohort, seed {cohort['seed']}"
+    if shutil.which("git"):
+        asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        facts["commit"] = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    if Path("/proc/cpuinfo").exists():
+        models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        facts["processor"] = ", ".join(sorted(set(models)))
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    facts["seconds"] = round(time.time() - began)
+    if path.exists():
+        facts["seconds"] += data.read_json(path)["seconds"]  # of starts before this one
+    data.write_json(path, facts)
+
+
+@dataclass
+class Results:
+    """What `table` wrote. NaN stands for a score or an AUROC that is missing."""
+
+    rows: list[str]
+    tasks: list[str]
+    seeds: list[str]
+    aurocs: dict  # (row, task) -> (seeds,)
+    labels: dict  # task -> (cases,), of the test cases
+    scores: dict  # (row, task) -> (cases, seeds)
+    machine: dict
+
+
+def read_results(folder) -> Results:
+    folder = Path(folder)
+    lines = data.read_csv(folder / "results.csv", ("row", "task", "seed", "auroc"))
+    rows = list(dict.fromkeys(line["row"] for line in lines))
+    tasks = list(dict.fromkeys(line["task"] for line in lines))
+    seeds = list(dict.fromkeys(line["seed"] for line in lines))
+    aurocs = defaultdict(list)
+    for line in lines:
+        aurocs[line["row"], line["task"]].append(float(line["auroc"] or "nan"))
+    labels = defaultdict(list)
+    scores = defaultdict(list)
+    columns = [f"{row} {seed}" for row in rows for seed in seeds]
+    for case in data.read_csv(folder / "scores.csv", ("task", "label", *columns)):
+        labels[case["task"]].append(int(case["label"]))
+        for row in rows:
+            of_seeds = [float(case[f"{row} {seed}"] or "nan") for seed in seeds]
+            scores[row, case["task"]].append(of_seeds)
+    machine = data.read_json(folder / "machine.json")
+    return Results(rows, tasks, seeds, aurocs, labels, scores, machine)
+
+
+def resampled_average(results: Results, row: str) -> np.ndarray | None:
+    """(resamples,) averages over tasks and seeds, with the test cases drawn again; or None.
+
+    All rows share the draws, so the difference of two rows is paired.
+    """
+    samples = []
+    for number, task in enumerate(results.tasks):
+        labels = np.array(results.labels[task])
+        for scores in np.array(results.scores[row, task]).T:  # (cases,)
+            known = ~np.isnan(scores)
+            samples.append(bootstrap_aurocs(labels[known], scores[known], number))
+    if any(sample is None for sample in samples):
+        return None
+    return np.mean(samples, axis=0)
+
+
+def percent(value: float) -> str:
+    return "n/a" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def format_table(results: Results, rows: list[str]) -> str:
+    """Markdown of AUROC x 100, mean over seeds. An average is over all tasks, or n/a."""
+    tasks = [TASK_TITLES.get(task, task) for task in results.tasks]
+    titles = ["", *tasks, "average, 95 % over cases", "spread over seeds", "paper, these tasks"]
+    lines = []
     for row in rows:
-        found = {t: [r["auroc"] for r in runs[row, t]] for t in tasks}
-        known = {t: v for t, v in found.items() if None not in v}
-        values, drawn = (
-            100 * np.array(list(known.values())),
-            [draws[row, t][0] for t in known],
-        )  # (tasks, seeds)
-        average = f"**{values.mean():.1f}**" if known else "n/a"
-        if known and all(d is not None for d in drawn):
-            average += " ({:.1f} to {:.1f})".format(
-                *(100 * v for v in interval(np.mean(drawn, axis=0)))
-            )
-        spread = f"{values.mean(axis=0).std(ddof=1):.1f}" if known and values.shape[1] > 1 else "-"
-        precision = [100 * float(r["average_precision"]) for t in known for r in runs[row, t]]
-        printed = [PAPER[row][list(TASK_TITLES).index(t)] for t in tasks if t in TASK_TITLES]
-        lines.append(
-            [
-                title(row),
-                *(f"{100 * np.mean(known[t]):.1f}" if t in known else "n/a" for t in tasks),
-                average,
-                spread,
-                f"{np.mean(precision):.1f}" if precision else "n/a",
-                f"{len(known)} of {len(tasks)}",
-                f"{np.mean(printed):.1f}" if len(printed) == len(tasks) else "-",
-            ]
-        )
+        aurocs = np.array([results.aurocs[row, task] for task in results.tasks])  # (tasks, seeds)
+        average = f"**{percent(aurocs.mean())}**"
+        bounds = interval(resampled_average(results, row))
+        if bounds:
+            average += f" ({percent(bounds[0])} to {percent(bounds[1])})"
+        spread = "-"
+        if len(results.seeds) > 1:
+            spread = percent(aurocs.mean(axis=0).std(ddof=1))
+        printed = dict(zip(TASK_TITLES, PAPER[row][:-1], strict=True))
+        paper = np.mean([printed.get(task, math.nan) for task in results.tasks]) / 100
+        of_tasks = [percent(value) for value in aurocs.mean(axis=1)]
+        lines.append([row_title(row), *of_tasks, average, spread, percent(paper)])
     return markdown(titles, lines)
 
 
-PAIRS = (
-    ("mem-0.50-patch", "abmil-20"),
-    ("mem-0.50-patch", "random-all-patch"),
-    ("mem-0.50-cls", "abmil-20"),
-    ("mem-0.50-cls", "random-all-cls"),
-    ("mem-0.50-patch", "mem-0.50-cls"),
-    ("cmem-7-patch", "mem-0.50-patch"),
-    ("random-all-patch", "abmil-20"),
-    ("abmil-all", "abmil-20"),
-)
-
-
-def two_sided(differences: np.ndarray) -> float:
-    """The chance, by bootstrap, of a difference this far from nothing."""
-    return min(
-        1.0,
-        2 * (1 + min((differences <= 0).sum(), (differences >= 0).sum())) / (1 + len(differences)),
-    )
-
-
-def holm(p: dict) -> dict:
-    """The p-values of a family, corrected for its size (Holm 1979)."""
-    corrected, limit = {}, 0.0
-    for place, i in enumerate(sorted(p, key=p.get)):
-        limit = corrected[i] = max(limit, min(1.0, p[i] * (len(p) - place)))
-    return corrected
-
-
-def mean_auroc(runs: list) -> float:
-    """Over the seeds."""
-    return np.mean([r["auroc"] for r in runs])
-
-
-def format_pairs(rows, tasks, runs: dict, draws: dict) -> str:
-    """A Markdown table of differences in AUROC x 100 between rows on the same test cases, by paired bootstrap over cases; p-values of a pair are
-    corrected over its tasks by Holm's method. A star says that the two can be told apart."""
-    titles = [
-        "difference",
-        *(TASK_TITLES.get(t, t) for t in tasks),
-        "mean, 95 % over cases",
-        "told apart",
-    ]
-    lines = []
-    for one, other in PAIRS:
-        pairs = (
-            {t: (draws[one, t], draws[other, t]) for t in tasks}
-            if {one, other} <= set(rows)
-            else {}
-        )
-        drawn = {
-            t: 100 * (a - b)
-            for t, ((a, cases), (b, same)) in pairs.items()
-            if a is not None and b is not None and cases == same
-        }
-        if drawn:
-            p = holm({t: two_sided(d) for t, d in drawn.items()})
-            found = {
-                t: 100 * (mean_auroc(runs[one, t]) - mean_auroc(runs[other, t])) for t in drawn
-            }
-            cells = [
-                f"{found[t]:+.1f}" + ("*" if p[t] < 0.05 else "") if t in p else "n/a"
-                for t in tasks
-            ]
-            mean = np.mean(list(drawn.values()), axis=0)
-            low, high = interval(mean)
-            average = f"{np.mean(list(found.values())):+.1f} ({low:+.1f} to {high:+.1f})"
-            told = f"on {sum(v < 0.05 for v in p.values())} of {len(p)} tasks; the mean: "
-            told += "yes" if two_sided(mean) < 0.05 else "not distinguishable"
-            lines.append([f"{full_title(one)} - {full_title(other)}", *cells, average, told])
-    return markdown(titles, lines) if lines else ""
-
-
-RESULTS = (
-    "row",
-    "task",
-    "seed",
-    "auroc",
-    "low",
-    "high",
-    "average_precision",
-    "tune_auroc",
-    "best_epoch",
-    "case_score",
-)
-
-
-def tables(args, rows, tasks) -> tuple[str, int]:
-    """Run what is missing, write OUT/results.csv, scores.csv and machine.json -> what they say as Markdown, and how many cells there is nothing of.
-    Raises MixmagError, and writes nothing, where runs of other settings are in the way, or no cell could be had."""
-    path, out, began = Path(args.data), Path(args.out), time.time()
-    results, scores, rows, tasks, refused = (
-        [],
-        {},
-        list(dict.fromkeys(rows)),
-        list(dict.fromkeys(tasks)),
-        None,
-    )
-    for seed, row, task in itertools.product(range(args.seed, args.seed + args.seeds), rows, tasks):
-        try:
-            result = train_row(row, task, seed, args)
-        except (
-            MixmagError
-        ) as error:  # the other cells do not suffer for this one, which the table shows as n/a
-            if (
-                isinstance(error, OtherSettings) or process_rank()[1] > 1
-            ):  # of several processes some may have gone on
-                raise
-            log(f"{task} {row}: {error}")
-            result, refused = {}, error
-        low, high = result.get("interval") or (None, None)
-        results.append({**result, "row": row, "task": task, "seed": seed, "low": low, "high": high})
-        if result and process_rank()[0] == 0:
-            for case in data.read_csv(
-                out / f"seed-{seed}" / f"{task}-{row}" / "predictions.csv",
-                ("case_id", "label", "score", "split"),
-            ):
-                if case["split"] == "test":
-                    scores.setdefault((task, case["case_id"], case["label"]), {})[
-                        f"{row} {seed}"
-                    ] = f"{float(case['score']):.9g}"
-    missing = sum("kind" not in r for r in results)
-    if process_rank()[0]:
-        return "", 0  # the first one says it
-    if not scores:
-        raise MixmagError(
-            f"no cell of the table could be had; the last one: {refused or 'its test split has no case'}"
-        )
-    write_csv(out / "results.csv", RESULTS, [[r.get(k) for k in RESULTS] for r in results])
-    columns = list(dict.fromkeys(f"{r['row']} {r['seed']}" for r in results))
-    write_csv(
-        out / "scores.csv",
-        ("task", "case_id", "label", *columns),
-        [(*case, *(found.get(c) for c in columns)) for case, found in scores.items()],
-    )
-    earlier = (
-        data.read_json(out / "machine.json")["seconds"] if (out / "machine.json").exists() else 0
-    )  # of starts before this one
-    write_json(
-        out / "machine.json",
-        {**machine_facts(args, path), "seconds": round(time.time() - began + earlier)},
-    )
-    return format_results(out), missing
-
-
-def machine_facts(args, path) -> dict:
-    """Where a table's figures come from."""
-    import platform
-    import subprocess
-
-    asked = ["git", "rev-parse", "--short", "HEAD"]
-    commit = (
-        subprocess.run(
-            asked, cwd=Path(__file__).parent, capture_output=True, text=True
-        ).stdout.strip()
-        if shutil.which("git")
-        else ""
-    )
-    cpu = (
-        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        if Path("/proc/cpuinfo").exists()
-        else None
-    )
-    facts = data.synthetic_facts(path)
-    return {
-        "data": f"synthetic cohort, seed {facts['seed']}" if facts else str(path),
-        "preset": args.preset,
-        "steps": args.steps,
-        "epochs": args.epochs,
-        "frozen_epochs": args.frozen_epochs,
-        "starts": args.starts,
-        "commit": commit or None,
-        "processor": cpu[1] if cpu else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-    }
-
-
-def format_results(folder) -> str:
-    """Both tables and their paired comparisons as Markdown, from the files that `tables` wrote."""
-    found = read_results(folder)
-    draws = {
-        (row, task): resampled(found.labels[task], found.scores[row, task], i)
-        for row in found.rows
-        for i, task in enumerate(found.tasks)
-    }
-    count, m = len(found.seeds), found.machine
+def format_results(results: Results) -> str:
+    """Tables 1 and 2 as Markdown."""
+    table_1 = [row for row in results.rows if not row.endswith("-cls")]
+    table_2 = [row for row in results.rows if row.endswith("-cls")]
     text = (
-        f"AUROC x 100 on the test cases, {m['data']}, {m['preset']} preset, mean over {count} seed{'s' * (count > 1)}. "
-        "The last column is the paper's, on its own (private) data."
+        f"# The paper's tables, run here\n\nAUROC x 100 on the test cases, "
+        f"{results.machine['data']}, {results.machine['preset']} preset, seeds "
+        f"{', '.join(results.seeds)}. The last column is the paper's, on its own private data.\n"
     )
-    for title, wanted in (
-        (
-            "Table 1: contextualized outputs (Patch)",
-            [r for r in found.rows if not r.endswith("-cls")],
-        ),
-        ("Table 2: compressed outputs (CLS)", [r for r in found.rows if r.endswith("-cls")]),
-    ):
-        if wanted:
-            text += f"\n\n## {title}\n\n" + format_table(wanted, found.tasks, found.runs, draws)
-    if pairs := format_pairs(found.rows, found.tasks, found.runs, draws):
-        text += (
-            "\n\n## Differences on the same test cases\n\nPaired bootstrap over cases; * told apart at 0.05 after Holm's correction over "
-            f"the tasks.\n\n{pairs}"
-        )
-    return text + "\n"
+    if table_1:
+        text += f"\n## Table 1: contextualized outputs\n\n{format_table(results, table_1)}\n"
+    if table_2:
+        text += f"\n## Table 2: compressed outputs\n\n{format_table(results, table_2)}\n"
+    return text
 
 
-def table_command(args) -> int:
-    path = ensure_data(args.data, machine(args))
-    here = {"all", *map(str, data.read_slides(path)[0].meta["magnifications"])}
-    rows = args.rows or [
-        r for r in PAPER if not r.startswith(("abmil", "random")) or r.split("-")[1] in here
-    ]
-    tasks = args.tasks or sorted(
-        data.task_names(path), key=lambda t: [*TASK_TITLES, t].index(t)
-    )  # the paper's in its order, then others
-    if unknown := [r for r in rows if r not in PAPER] or [
-        t for t in tasks if t not in data.task_names(path)
-    ]:
-        raise MixmagError(
-            f"{unknown[0]}: no such row or task; rows are {', '.join(PAPER)}; tasks are {', '.join(data.task_names(path))}"
-        )
-    text, missing = tables(args, rows, tasks)
-    if process_rank()[0] == 0:
-        write_text(Path(args.out) / "SUMMARY.md", "# The paper's tables, run here\n\n" + text)
-        print(text)
-    return 3 if missing else 0
+DEMO_ROWS = ("abmil-20", "abmil-all", "random-all-patch", "mem-0.50-patch", "mem-0.50-cls")
+DEMO_TASK = "gastric_her2"  # learned in 1400 steps, which the others are not
 
 
-DEMO_ROWS, DEMO_TASK = (
-    ("abmil-20", "abmil-all", "random-all-patch", "mem-0.50-patch", "mem-0.50-cls"),
-    "gastric_her2",
-)  # learned in 1400 steps
-
-
-def demo_command(args) -> int:
-    """The story in small: a cohort, one pretraining run, five rows of the tables on one task, a table and a figure."""
-    began, out = time.time(), Path(args.out)
-    args = parse(
-        [
-            "table",
-            "--data",
-            args.data,
-            "--out",
-            args.out,
-            "--seed",
-            str(args.seed),
-            "--device",
-            args.device,
-            "--steps",
-            "1400",
-            "--epochs",
-            "14",
-        ]
-    )
-    data.read_task(ensure_data(args.data, machine(args)), DEMO_TASK)
-    text, _ = tables(args, DEMO_ROWS, [DEMO_TASK])
-    if process_rank()[0]:
-        return 0
-    pretraining = (out / f"seed-{args.seed}" / "mem-0.50" / "SUMMARY.md").read_text("utf-8")
-    write_text(out / "SUMMARY.md", f"# Demo\n\n{text}\n{pretraining.replace('# ', '## ', 1)}")
-    draw_demo(out)
-    print(text)
-    print(
-        f"{pretraining}\nin {time.time() - began:.0f} s; see {out}/SUMMARY.md, {out}/demo.png and {out}/seed-{args.seed}/mem-0.50/curve.png"
-    )
-    return 0
-
-
-def draw_demo(out: Path) -> None:
-    """demo.png: test AUROC and its interval over cases, method by method."""
-    (figure, axis), runs = plot(6.8, 2.6), read_results(out).runs
-    known = [
-        line for row in DEMO_ROWS for line in runs[row, DEMO_TASK] if line["low"]
-    ]  # few test cases have no interval
-    value, low, high = (
-        np.array([[float(line[k]) for k in ("auroc", "low", "high")] for line in known])
-        .reshape(-1, 3)
-        .T
-    )
-    axis.errorbar(value, range(len(value)), xerr=[value - low, high - value], fmt="o", capsize=3)
-    axis.set(
-        yticks=range(len(known)),
-        yticklabels=[full_title(line["row"]) for line in known],
-        xlabel="test AUROC, 95 % interval over cases",
-        title=f"{TASK_TITLES[DEMO_TASK]}, synthetic cohort, one seed",
-    )
-    axis.axvline(0.5, color="grey", lw=1, ls=":")
-    axis.invert_yaxis()
-    save_figure(figure, out / "demo.png")
+def demo(folder, out, seed: int, device: str) -> int:
+    """The story in small: a synthetic cohort, one pretraining, five rows of the tables, one task."""
+    began = time.time()
+    code = table(folder, out, DEMO_ROWS, [DEMO_TASK], 1, "small", 1400, 14, 1, device, seed)
+    if data.process_rank()[0] == 0:
+        print(f"in {time.time() - began:.0f} s; the tables: {out}/SUMMARY.md")
+        print(f"the loss of pretraining: {out}/seed-{seed}/mem-0.50/curve.png")
+    return code
 
 
 # ------------------------------------------------------------------------------------------- doctor
 
+PACKAGES = """torch numpy scipy scikit-learn safetensors h5py openslide-python openslide-bin tifffile
+simplejpeg matplotlib tqdm""".split()
 
-def packages() -> list[str]:
-    """A line for each package that the project needs, a WARNING for one that is not there."""
-    import importlib.metadata
 
-    lines = []
-    for package in (
-        "torch",
-        "numpy",
-        "openslide-python",
-        "openslide-bin",
-        "scikit-learn",
-        "scipy",
-        "safetensors",
-        "h5py",
-        "tifffile",
-        "simplejpeg",
-        "matplotlib",
-        "tqdm",
-    ):
+def doctor() -> int:
+    """Versions, device, threads, precision, free disk. A WARNING says what to mend."""
+    print(f"{'python':18s} {sys.version.split()[0]}")
+    for package in PACKAGES:
         try:
-            lines.append(f"{package:18s} {importlib.metadata.version(package)}")
+            print(f"{package:18s} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
-            lines.append(
-                f"WARNING            {package} is not installed: pip install -r requirements.txt"
-            )
-    return lines
-
-
-def doctor_command(args) -> int:
-    """What there is, one line each; a line that starts with WARNING says what will go wrong and what mends it."""
-    print("\n".join(packages()))
-    library = data.openslide.__library_version__
-    print(f"{'python':18s} {sys.version.split()[0]}\n{'OpenSlide library':18s} {library}")
-    if tuple(map(int, library.split(".")[:3])) < (4, 0, 1):
-        print(
-            "WARNING            OpenSlide below 4.0.1 has known security faults: pip install -U openslide-bin"
-        )
-    native = torch.cpu._is_avx512_bf16_supported()
-    print(
-        f"{'processor':18s} {os.cpu_count()} cores, {torch.get_num_threads()} threads in use, bf16 instructions {'yes' if native else 'no'}"
-    )
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            print(
-                f"{f'GPU {i}':18s} {torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB"
-            )
-    else:
-        print(f"{'GPU':18s} none that torch sees: training runs on the processor")
+            print(f"WARNING: {package} is missing: pip install -r requirements.txt")
+    print(f"{'OpenSlide library':18s} {data.openslide_version()}")
     for preset in PRESETS:
-        dtype = amp_dtype(
-            "auto", data.find_device("auto"), getattr(mixmag.Config, preset)(64).width
-        )
-        print(f"{'precision, ' + preset:18s} {dtype or 'fp32'}")
-    free = shutil.disk_usage(".").free / 2**30
-    print(
-        f"{'free disk':18s} {free:.1f} GiB"
-        if free >= 2
-        else f"WARNING            only {free:.1f} GiB of disk are free: checkpoints and slide files may not fit"
-    )
-    shared = Path("/dev/shm")
-    if shared.exists() and shutil.disk_usage(shared).total < 2**30:
-        print(
-            "WARNING            /dev/shm is below 1 GiB: several GPUs under torchrun may fail, for NCCL talks through it"
-        )
-    if not os.access(".", os.W_OK):
-        print("WARNING            this folder is not writable: give --out elsewhere")
+        machine = start_machine(width=preset_width(preset))
+        print(f"{'preset ' + preset:18s} {machine}, {torch.get_num_threads()} threads")
+    print(f"{'bf16 instructions':18s} {torch.cpu._is_avx512_bf16_supported()}")
+    free = data.free_bytes(Path.cwd()) / 2**30
+    print(f"{'free disk':18s} {free:.1f} GiB")
+    if free < 2:
+        print("WARNING: checkpoints and slide files may not fit on this disk")
     return 0
 
 
