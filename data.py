@@ -161,7 +161,8 @@ def read_slide(path) -> Slide:
 def parse_metadata(text: dict) -> dict:
     missing = [name for name in FIELDS if name not in text]
     if missing or text["format"] != FORMAT:
-        raise ValueError(f"expected format {FORMAT}; found metadata {text}, without {missing}")
+        found = text.get("format")
+        raise ValueError(f"expected format {FORMAT}, found {found}; missing fields: {missing}")
     meta = {}
     for name, value in text.items():
         meta[name] = value if name in TEXT_FIELDS else json.loads(value)

@@ -16,6 +16,7 @@ import csv
 import dataclasses
 import hashlib
 import importlib.metadata
+import io
 import itertools
 import json
 import math
@@ -34,6 +35,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+import h5py
 import numpy as np
 import torch
 from safetensors import SafetensorError
@@ -1346,643 +1348,435 @@ def draw_curve(run: Run, losses: dict, magnifications, least: dict | None, title
 
 
 def read_classifier(folder) -> tuple[mixmag.SlideClassifier, dict]:
-    """The fine-tuned model of a run and its config."""
-    folder = Path(folder)
-    if not (folder / "result.json").exists() or not (folder / "model.safetensors").exists():
-        raise MixmagError(
-            f"{folder}: not a finished fine-tuning run (result.json and model.safetensors are wanted)"
-        )
+    """The model of a finished fine-tuning run, and the run's config."""
+    config = data.read_json(Path(folder) / "config.json")
     try:
-        config = data.read_json(folder / "config.json")
-        model_settings = mixmag.Config.from_dict(config["model"])
-        encoder = None if config["init"] == "none" else mixmag.MixingEncoder(model_settings)
-        model = mixmag.SlideClassifier(
-            model_settings, encoder, config["tokens"], config["magnification"], config["hidden"]
-        )
-        model.load_state_dict(mixmag.read_safetensors(folder / "model.safetensors"), strict=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise MixmagError(
-            f"{folder}: not a whole fine-tuning run of this version ({' '.join(str(error).split())})"
-        ) from None
+        model_config = mixmag.Config.from_dict(config["model"])
+        encoder = None
+        if config["init"] != "none":
+            encoder = mixmag.MixingEncoder(model_config)
+        settings = {name: config[name] for name in ("tokens", "magnification", "hidden")}
+        model = mixmag.SlideClassifier(model_config, encoder, outputs=OUTCOME.outputs, **settings)
+        model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise MixmagError(f"{folder}: not a finished fine-tuning run ({reason})") from None
     return model.eval(), config
 
 
-def open_run(args, ids, failed: list | None = None) -> tuple:
-    """A fine-tuned run and the slides `ids` (None: all) of DATA (None: the run's), each a case of its own -> model, the run's config, data set,
-    machine. failed: as in data.read_slides."""
-    model, config = read_classifier(args.run)
-    folder = args.data or config["data"]
-    compute = machine(SimpleNamespace(device=args.device, amp=config["amp"]), model.config.width)
-    slides = {s.slide_id: s for s in data.read_slides(folder, ids, failed)}
-    check_same_encoder(args.run, config["tile_encoder"], model.config, next(iter(slides.values())))
-    cases = [data.Case(i, 0, "", [i]) for i in slides]
-    dataset = data.CaseDataset(
-        slides, cases, model.config.geometry(), model.index, config["min_cover"]
-    )
-    return model.to(compute.device), config, dataset, compute
+def one_case_per_slide(model, slides: list, min_cover: float) -> data.CaseDataset:
+    by_id = {slide.slide_id: slide for slide in slides}
+    cases = [data.Case(slide_id, 0, "", [slide_id]) for slide_id in by_id]
+    return data.CaseDataset(by_id, cases, model.config.geometry(), model.index, min_cover)
 
 
-def predict_command(args) -> int:
-    failed = []
-    model, config, dataset, compute = open_run(args, args.slides, failed)
-    scores = score_cases(
-        model, dataset, compute, 1
-    )  # one slide at a time: memory is that of the largest
-    out = Path(args.out or Path(args.run) / "predict.csv")
-    scored = [(case.case_id, float(s[0])) for case, s in zip(dataset.cases, scores)]
-    failed += [(i, "predict", "no cells, or no valid token") for i in dataset.dropped]
-    failed += [
-        (i, "predict", f"the score is {s}; data.py verify says which features are not finite")
-        for i, s in scored
-        if not math.isfinite(s)
-    ]
-    scored = [(i, s) for i, s in scored if math.isfinite(s)]
-    write_csv(out, ("slide_id", "score"), scored)
-    listed = out.with_name(f"{out.stem}-failed.csv")
-    print(
-        f"{len(scored)} slides scored in {out}{dataset.left_out}"
-        + (
-            f"; {len(failed)} could not be, see {listed}: {', '.join(i for i, *_ in failed[:5])}"
-            if failed
-            else ""
-        )
-    )
-    return report_failed(listed, failed)
+def open_run(run, folder, slide_ids, device: str, failed: list | None = None) -> tuple:
+    """A run's model and config, a data set of slides without labels, and the machine.
+
+    folder: DATA, or None for the run's. slide_ids: None for all. failed: as in data.read_slides.
+    """
+    model, config = read_classifier(run)
+    machine = start_machine(device, config["amp"], model.config.width)
+    slides = data.read_slides(folder or config["data"], slide_ids, failed)
+    check_same_encoder(run, config["tile_encoder"], model.config, slides[0])
+    dataset = one_case_per_slide(model, slides, config["min_cover"])
+    return model.to(machine.device), config, dataset, machine
 
 
-def output_boxes(meta: dict, geometry, tokens: str, index, corners: np.ndarray) -> tuple:
-    """Where the outputs of windows lie, corners (W, 2) in cells -> level (n,), side (n,) in level-0 px, place (W, n, 2) col, row on the lattice of
-    that side, and box (W, n, 4) left, top, right, bottom in level-0 px, int64: each edge is computed from the lattice's origin and rounded
-    once, so that neighbours share it. n counts the tokens in `index`; `cls` has one output per region, of level 0 and R cells' side."""
-    if tokens == "cls":
-        level, side, place = (
-            np.zeros(1, np.int64),
-            np.full(1, geometry.region * meta["cell_px"]),
-            corners[:, None] // geometry.region,
-        )
-    else:
-        level, row, col = geometry.token_table().numpy()[index].T
-        side, place = (
-            meta["cell_px"] / 2.0**level,
-            corners[:, None] * 2 ** level[:, None] + np.stack([col, row], axis=1),
-        )
-    edges = [np.round(np.array(meta["origin"]) + (place + i) * side[:, None]) for i in (0, 1)]
-    return level, side, place, np.concatenate(edges, axis=-1).astype(np.int64)
+def predict(run, folder, slides=None, out=None, device: str = "auto") -> int:
+    """Score slides, each by itself, and write a CSV of slide_id and score."""
+    failed: list = []
+    model, _, dataset, machine = open_run(run, folder, slides, device, failed)
+    for slide_id in dataset.dropped:
+        failed.append((slide_id, "predict", "no cells, or no valid token"))
+    rows = []
+    scores = score_cases(model, dataset, machine, 1)  # one by one: memory for the largest slide
+    for case, (score,) in zip(dataset.cases, scores, strict=True):
+        if math.isfinite(score):
+            rows.append((case.case_id, score))
+        else:
+            reason = f"its score is {score}; data.py verify finds features that are not finite"
+            failed.append((case.case_id, "predict", reason))
+    path = Path(out or Path(run) / "predict.csv")
+    data.write_csv(path, ("slide_id", "score"), rows)
+    print(f"{len(rows)} slides scored in {path}, {len(failed)} failed{dataset.uncovered}")
+    return data.report_failed(path.with_name(f"{path.stem}-failed.csv"), failed)
 
 
-def output_files(args, slide, region: int) -> list[tuple]:
-    """(magnification, tile side in px, path) of a slide's feature files, one per magnification (`cls`: one), in folders as TRIDENT or CLAM
-    name them."""
-    meta, name = slide.meta, f"mixmag_{args.tokens}"
-    sizes = [(m, meta["tile_px"]) for m in meta["magnifications"]]
-    if args.tokens == "cls":
-        sizes = [(meta["magnifications"][0], region * meta["tile_px"])]
-    inside = f"features_{name}" if args.layout == "trident" else f"{name}/h5_files"
-    return [
-        (m, px, Path(args.out) / f"{m}x_{px}px_0px_overlap" / inside / f"{slide.slide_id}.h5")
-        for m, px in sizes
-    ]
+@dataclass
+class OutputPlaces:
+    """Where the T outputs of a slide lie: its valid tokens, or its regions for `cls`."""
+
+    slide: data.Slide
+    labels: list[str]  # names of the magnifications; "regions" for `cls`
+    window: np.ndarray  # (T,)
+    region: np.ndarray  # (T, 2) the window's col, row on the lattice of regions
+    token: np.ndarray  # (T,) which of the window's outputs
+    k: np.ndarray  # (T,) index of the magnification
+    side: np.ndarray  # (T,) level-0 px, not rounded
+    place: np.ndarray  # (T, 2) col, row on the lattice of this side
+    box: np.ndarray  # (T, 4) left, top, right, bottom in level-0 px, rounded
 
 
-def pt_files(targets: list, args) -> list[Path]:
-    """What CLAM's main.py reads, in its layout."""
-    return (
-        [path.parents[1] / "pt_files" / f"{path.stem}.pt" for *_, path in targets]
-        if args.layout == "clam"
-        else []
-    )
+def output_places(model, dataset, slide_id: str) -> OutputPlaces:
+    """In the order in which a model pools the outputs: window by window."""
+    R = model.config.region
+    slide = dataset.slides[slide_id]
+    rows = dataset.rows.get(slide_id, np.zeros((0, R * R), np.int64))  # of slide.cells
+    corners = dataset.corners.get(slide_id, np.zeros((0, 2), np.int64))  # in cells
+    _, valid = data.token_index(slide, rows, dataset.entries)  # (W, n)
+    outputs = model.config.geometry().token_table()[model.index.cpu()].numpy()  # (n, 3)
+    labels = [f"{m}x" for m in slide.meta["magnifications"]]
+    cells = 1  # per side of an output at the lowest magnification
+    if model.tokens == "cls":
+        valid = np.ones((len(corners), 1), bool)
+        outputs = np.zeros((1, 3), np.int64)
+        labels = ["regions"]
+        cells = R
+    window, token = valid.nonzero()
+    k, row, col = outputs[token].T
+    side = cells * slide.meta["cell_px"] / 2.0**k
+    place = corners[window] // cells * 2 ** k[:, None] + np.stack([col, row], axis=1)
+    # each edge is computed from the lattice's origin and rounded once, so neighbours share it
+    start = slide.meta["origin"] + place * side[:, None]
+    end = slide.meta["origin"] + (place + 1) * side[:, None]
+    box = np.concatenate([start, end], axis=1).round().astype(np.int64)
+    return OutputPlaces(slide, labels, window, corners[window] // R, token, k, side, place, box)
 
 
-def rows_before(paths, made_by: dict) -> list[int] | None:
-    """How many rows each file holds, None if one is missing. Raises MixmagError where one was made by other means."""
-    import h5py  # wanted only where other tools' files are written
+def embed(
+    init, out, folder=DEFAULT_DATA, tokens="cls", slides=None, min_cover=0.5, device="auto"
+) -> int:
+    """Write an encoder's outputs as HDF5 files in TRIDENT's shape, for other tools to read.
 
-    counts = []
-    for path in paths:
-        if path.exists():
-            try:
-                with h5py.File(path) as f:
-                    found = {k: f["features"].attrs.get(k) for k in made_by}
-                    counts.append(len(f["features"]))
-            except (OSError, KeyError) as error:
-                raise MixmagError(
-                    f"{path}: is no file of embeddings ({error}); remove it, or give another --out"
-                ) from None
-            if found != made_by:
-                raise OtherSettings(
-                    f"{path} was made with {found}, now asked for {made_by}; give another --out"
-                )
-    return counts if len(counts) == len(paths) else None
-
-
-def open_output(
-    files: ExitStack,
-    target: tuple,
-    slide,
-    side: float,
-    coords: np.ndarray,
-    width: int,
-    made_by: dict,
-):
-    """A file in TRIDENT's shape: coords (N, 2) int64, level-0 top-left corners, with the attributes that readers look for, and, returned to be
-    filled, features (N, width) float32. In TRIDENT's layout the coordinates also stand in patches/, where torchmil looks for them."""
-    import h5py
-
-    (magnification, px, path), meta, power = target, slide.meta, 10 / slide.meta["mpp"]
-    off = (
-        px
-        / meta["tile_px"]
-        * abs(meta["tile_px"] * round(power) / meta["magnifications"][0] - meta["cell_px"])
-    )
-    power = (
-        round(power) if off < 1 else power
-    )  # so that the attributes agree, alike in all of a slide's files
-    attributes = {
-        "patch_size": px,
-        "patch_size_level0": round(side),
-        "level0_magnification": power,
-        "target_magnification": magnification,
-        "overlap": 0,
-        "name": slide.slide_id,
-        "level0_width": meta["width"],
-        "level0_height": meta["height"],
-    }
-    patches = path.parents[1] / "patches" / f"{slide.slide_id}_patches.h5"
-    if patches.exists():
-        with h5py.File(patches) as f:
-            if "coords" not in f or not np.array_equal(f["coords"][:], coords):
-                raise MixmagError(
-                    f"{patches} holds other coordinates (another tool's, or those of another --min-cover); give another --out"
-                )
-    for place in (path,) if path.parent.name == "h5_files" else (patches, path):
-        f = files.enter_context(h5py.File(files.enter_context(whole_file(place)), "w"))
-        f.create_dataset("coords", data=coords).attrs.update(
-            attributes, savetodir=str(place.parent)
-        )
-    features = f.create_dataset("features", (len(coords), width), np.float32)
-    features.attrs.update(name=slide.slide_id, savetodir=str(path.parent), **made_by)
-    return features
-
-
-def embed_slide(encoder, slide, targets, args, made_by: dict, compute) -> list[int]:
-    """Write one slide's outputs, 64 regions at a time; how many rows each file holds. `cls`: one file, a row per region; `patch`: one file per
-    magnification, a row per valid tile."""
-    geometry = encoder.geometry
-    rows, corners = data.covering_windows(slide.cells, geometry.region, args.min_cover)
-    entries = geometry.cell_order().numpy()
-    keep = data.token_index(slide, rows, entries)[1]
-    keep = keep if args.tokens == "patch" else keep.any(axis=1, keepdims=True)
-    level, side, _, box = output_boxes(slide.meta, geometry, args.tokens, slice(None), corners)
-    width = encoder.config.width * (encoder.config.cls_tokens if args.tokens == "cls" else 1)
-    data.require_room(
-        Path(args.out), 4 * width * int(keep.sum())
-    )  # HDF5 does not survive a disk that gets full
-    with ExitStack() as files:
-        columns, counts = [level == k for k in range(len(targets))], [0] * len(targets)
-        outputs = [
-            open_output(
-                files, target, slide, side[c][0], box[:, c][keep[:, c]][:, :2], width, made_by
-            )
-            for target, c in zip(targets, columns)
-        ]
-        for i in range(0, len(rows), 64):
-            x, valid = data.as_batch(*data.gather(slide, rows[i : i + 64], entries), compute.device)
-            with torch.inference_mode(), compute.autocast():
-                cls, contextual = encoder(x, valid=valid)
-            made = (
-                (cls.flatten(1)[:, None] if args.tokens == "cls" else contextual)
-                .float()
-                .cpu()
-                .numpy()
-            )  # (w, n or 1, d)
-            if not np.isfinite(made[keep[i : i + 64]]).all():
-                raise MixmagError(
-                    f"{slide.path}: its outputs are not finite; data.py verify says which features are not"
-                )
-            for k, c in enumerate(columns):
-                part = made[:, c][keep[i : i + 64, c]]
-                outputs[k][counts[k] : counts[k] + len(part)] = part
-                counts[k] += len(part)
-        for path, features in zip(pt_files(targets, args), outputs):
-            with (
-                whole_file(path) as temporary,
-                open(temporary, "wb") as f,
-            ):  # not by its name, which torch would write, too
-                torch.save(torch.from_numpy(features[:]), f)
-    return counts
-
-
-def embed_command(args) -> int:
-    """What an earlier start wrote with the same encoder from the same slides stays; files made by other means are refused."""
-    empty, failed, totals, used, there_are = [], [], 0, 0, 0
-    slides = data.read_slides(ensure_data(args.data), args.slides, failed)
-    encoder = read_encoder(args.init, slides)
+    What an earlier start wrote with the same encoder, of the same slide, stays.
+    """
+    failed: list = []
+    found = data.read_slides(ensure_data(folder), slides, failed)
+    encoder = read_encoder(init, found[0])
+    machine = start_machine(device, width=encoder.config.width)
+    model = mixmag.SlideClassifier(encoder.config, encoder, tokens).eval().to(machine.device)
+    dataset = one_case_per_slide(model, found, min_cover)
     made_by = {
-        "encoder": f"mixmag_{args.tokens}",
-        "mixmag_encoder_sha256": data.file_sha256(encoder_folder(args.init) / "model.safetensors"),
-        "mixmag_min_cover": args.min_cover,
+        "encoder": f"mixmag_{tokens}",
+        "mixmag_encoder_sha256": data.file_sha256(encoder_folder(init) / "model.safetensors"),
+        "mixmag_min_cover": min_cover,
     }
-    compute, R = machine(args, encoder.config.width), encoder.geometry.region
-    encoder.to(compute.device)
-    for slide in progress(slides, desc="embed"):
-        targets, by = (
-            output_files(args, slide, R),
-            {**made_by, "mixmag_slide_sha256": slide.meta["sha256"]},
-        )
+    counts = []
+    for slide in progress(found, desc="embed"):
         try:
-            counts = rows_before([path for *_, path in targets], by)
-            if counts is None or not all(map(Path.exists, pt_files(targets, args))):
-                counts = embed_slide(encoder, slide, targets, args, by, compute)
+            counts.append(embed_slide(model, dataset, slide, Path(out), made_by, machine))
         except OtherSettings:
             raise
-        except (MixmagError, OSError) as error:
+        except MixmagError as error:
             failed.append((slide.slide_id, "embed", str(error)))
             log(f"{slide.slide_id}: FAILED: {error}")
-            continue
-        totals, there_are = np.add(totals, counts), there_are + len(slide.cells)
-        used += (data.covering_windows(slide.cells, R, args.min_cover)[0] >= 0).sum()
-        empty += [slide.slide_id] * (not sum(counts))
-    units = (
-        ["regions"] if args.tokens == "cls" else [f"at {m}x" for m in encoder.config.magnifications]
-    )
-    shown = ", ".join(f"{n} {unit}" for n, unit in zip(np.atleast_1d(totals), units))
+    empty = ""
+    if dataset.dropped:
+        empty = f"; no tissue, so no rows, in {', '.join(dataset.dropped[:5])}"
+    rows = {"patch": "tiles", "cls": "regions"}[tokens]
     print(
-        f"{len(slides) - sum(stage == 'embed' for _, stage, _ in failed)} slides, {args.tokens} outputs in {args.out}: {shown}"
-        + (
-            f"; {len(empty)} slides have no tissue, so their files hold no rows: "
-            f"{', '.join(empty[:5])}"
-            if empty
-            else ""
-        )
-        + (f"; {len(failed)} failed, see {args.out}/failed.csv" if failed else "")
-        + data.describe_uncovered(used, there_are)
+        f"{len(counts)} slides, {tokens} outputs of {sum(counts)} {rows} in {out}, "
+        f"{len(failed)} failed{empty}{dataset.uncovered}"
     )
-    return report_failed(Path(args.out) / "failed.csv", failed)
+    return data.report_failed(Path(out) / "failed.csv", failed)
+
+
+def embed_slide(model, dataset, slide, out: Path, made_by: dict, machine) -> int:
+    """Write a file per magnification, or one for `cls`. Returns how many outputs there are."""
+    made_by = {**made_by, "mixmag_slide_sha256": slide.meta["sha256"]}
+    files = output_files(out, model, slide.meta)
+    places = output_places(model, dataset, slide.slide_id)
+    written = [is_written(path, made_by) for path, _ in files]
+    if all(written):
+        return len(places.k)
+    outputs = encode_slide(model, dataset, slide, machine)[places.window, places.token]  # (T, d)
+    if not np.isfinite(outputs).all():
+        raise MixmagError(f"{slide.path}: its outputs are not finite; see data.py verify")
+    for k, (path, attributes) in enumerate(files):
+        here = places.k == k
+        write_outputs(path, outputs[here], places.box[here, :2], {**attributes, **made_by})
+    return len(places.k)
+
+
+def encode_slide(model, dataset, slide, machine) -> np.ndarray:
+    """(W, n or 1, d) float32: the outputs of all windows."""
+    if slide.slide_id in dataset.dropped:
+        return np.zeros((0, 1, model.head.in_features), np.float32)
+    x, valid = data.gather(slide, dataset.rows[slide.slide_id], dataset.entries)
+    with torch.inference_mode(), machine.autocast():
+        h = model.encode_chunks(*data.as_batch(x, valid, machine.device))
+    return h.float().cpu().numpy()
+
+
+def output_files(out: Path, model, meta: dict) -> list[tuple[Path, dict]]:
+    """The files of a slide and the attributes of their data sets, both as TRIDENT has them."""
+    sizes = dict.fromkeys(meta["magnifications"], meta["tile_px"])
+    if model.tokens == "cls":
+        sizes = {meta["magnifications"][0]: model.config.region * meta["tile_px"]}
+    files = []
+    for magnification, px in sizes.items():
+        folder = out / f"{magnification}x_{px}px_0px_overlap" / f"features_mixmag_{model.tokens}"
+        attributes = {
+            "patch_size": px,
+            "patch_size_level0": round(px * 10 / (magnification * meta["mpp"])),
+            "level0_magnification": 10 / meta["mpp"],
+            "target_magnification": magnification,
+            "overlap": 0,
+            "name": meta["slide_id"],
+            "savetodir": str(folder),
+            "level0_width": meta["width"],
+            "level0_height": meta["height"],
+        }
+        files.append((folder / f"{meta['slide_id']}.h5", attributes))
+    return files
+
+
+def is_written(path: Path, made_by: dict) -> bool:
+    """Whether an earlier start wrote this file. OtherSettings where it was made otherwise."""
+    if not path.exists():
+        return False
+    try:
+        with h5py.File(path) as file:
+            found = {name: file["features"].attrs.get(name) for name in made_by}
+    except (OSError, KeyError) as error:
+        log(f"{path} is damaged and written anew ({error})")
+        return False
+    if found != made_by:
+        raise OtherSettings(f"{path} was made with {found}, not {made_by}; give another --out")
+    return True
+
+
+def write_outputs(path: Path, features, coords, attributes: dict) -> None:
+    """features (N, d) float32 and coords (N, 2) int64, the level-0 corners."""
+    content = io.BytesIO()  # HDF5 itself would end the process where the disk gets full
+    with h5py.File(content, "w") as file:
+        file.create_dataset("coords", data=coords).attrs.update(attributes)
+        file.create_dataset("features", data=features).attrs.update(attributes)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 # ------------------------------------------------------------------------------------------ heatmap
 
+REMARK = "attention says what the model weighed in its sum, not why: it is no evidence of causality"
+COLOURS = ("tab:cyan", "yellow", "black", "white")  # of the magnifications' tiles
 
-def attention_table(model, dataset, compute) -> tuple[SimpleNamespace, float]:
-    """The only slide of `dataset` through the model -> what it pooled, in its own order, and the slide's score. Arrays of length T: level, side,
-    place (T, 2), box (T, 4) as in `places`; window, region (T, 2) its place; weight, which sums to 1; rank, the share of the slide's weights of the
-    same level that are no larger (ties share their mean); and .cells, (T, R*R) rows of slide.cells that each one's region holds, or -1."""
-    (case,), geometry, cls = dataset.cases, model.config.geometry(), model.tokens == "cls"
-    slide, batch = (
-        dataset.slides[case.case_id],
-        data.to_device(dataset.__getitems__([0]), compute.device),
-    )
-    with torch.no_grad(), compute.autocast():
+
+@dataclass
+class AttentionTable(OutputPlaces):
+    """What a model pooled of a slide, in its order, and with what weight."""
+
+    weight: np.ndarray  # (T,) sums to 1
+    rank: np.ndarray  # (T,) share of the magnification's weights that are no larger
+
+    def outlines(self) -> np.ndarray:
+        """(T, 5, 2): a closed polygon around each box, level-0 px."""
+        return self.box[:, [0, 1, 2, 1, 2, 3, 0, 3, 0, 1]].reshape(-1, 5, 2)
+
+
+def attention_table(model, dataset, machine) -> tuple[AttentionTable, float]:
+    """The attention over the only slide of `dataset`, and the slide's score."""
+    batch = data.to_device(dataset.batch([0]), machine.device)
+    with torch.no_grad(), machine.autocast():
         logit, attention = model(batch["x"], batch["regions"], batch["valid"])
-    rows, corners = dataset.rows[case.case_id], dataset.corners[case.case_id]
-    level, side, place, box = output_boxes(
-        slide.meta, geometry, model.tokens, model.index.cpu().numpy(), corners
-    )
-    keep = (
-        np.ones((len(rows), 1), bool) if cls else data.token_index(slide, rows, dataset.entries)[1]
-    )
-    window, token = keep.nonzero()  # window by window, as the model pools them
-    weight, rank, level = attention.double().cpu().numpy(), np.empty(len(window)), level[token]
+    places = output_places(model, dataset, dataset.cases[0].case_id)
+    weight = attention.double().cpu().numpy()
     if not np.isfinite(weight).all():
+        raise MixmagError(f"{places.slide.path}: its attention is not finite; see data.py verify")
+    rank = np.empty(len(weight))
+    for k in np.unique(places.k):
+        here = places.k == k
+        rank[here] = stats.rankdata(weight[here]) / here.sum()  # equal weights share their mean
+    return AttentionTable(**vars(places), weight=weight, rank=rank), OUTCOME.score(logit).item()
+
+
+def write_attention(path, table: AttentionTable, magnifications: list) -> None:
+    """A CSV with a row per token. magnifications: the name of each."""
+    columns = {
+        "magnification": [magnifications[k] for k in table.k],
+        "col": table.place[:, 0],
+        "row": table.place[:, 1],
+        "x": table.box[:, 0],
+        "y": table.box[:, 1],
+        "side": table.side,
+        "region_col": table.region[:, 0],
+        "region_row": table.region[:, 1],
+        "attention": table.weight,
+        "rank": table.rank,
+    }
+    data.write_csv(path, columns, zip(*columns.values(), strict=True))
+
+
+def qupath_features(table: AttentionTable, k: int, run: str, offset) -> dict:
+    """GeoJSON that QuPath shows as detections: a rectangle per token, coloured by its rank.
+
+    offset (x, y) is subtracted, because QuPath counts pixels from the corner of a slide's bounds.
+    """
+    import matplotlib
+
+    label = table.labels[k]
+    outlines = table.outlines() - np.array(offset)
+    colours = (255 * matplotlib.colormaps["inferno"](table.rank)[:, :3]).round().astype(int)
+    features = []
+    for i in np.flatnonzero(table.k == k):
+        name = f"{label} {table.place[i, 0]}, {table.place[i, 1]}"
+        unique = f"mixmag:{run}:{table.slide.slide_id}:{name}"  # equal runs give equal ids
+        measurements = {"attention": table.weight[i].item(), "attention rank": table.rank[i].item()}
+        feature = {
+            "type": "Feature",
+            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, unique)),
+            "geometry": {"type": "Polygon", "coordinates": [outlines[i].tolist()]},
+            "properties": {
+                "objectType": "detection",
+                "name": name,
+                "color": colours[i].tolist(),
+                "classification": {"name": f"mixmag {label}", "color": [128, 128, 128]},
+                "measurements": measurements,
+            },
+        }
+        features.append(feature)
+    metadata = {"run": run, "bounds_subtracted": list(offset), "remark": REMARK}
+    return {"type": "FeatureCollection", "features": features, "metadata": metadata}
+
+
+def check_same_image(reader, table: AttentionTable) -> None:
+    """Refuse an image that is not the slide's. Files of some tools do not say the slide's size."""
+    meta = table.slide.meta
+    stated = (meta["width"], meta["height"])
+    last = table.box[:, :2].max(axis=0)
+    differs = meta.get("size_known", True) and reader.size != stated
+    if differs or (last >= reader.size).any():
         raise MixmagError(
-            f"{slide.path}: the attention is not finite; data.py verify says which features are not"
+            f"--image {reader.path} has {reader.size} pixels, but {meta['slide_id']} has {stated} "
+            f"and tiles up to {last.tolist()}: not the same slide, or imported with another --mpp"
         )
-    for k in np.unique(level):
-        rank[level == k] = stats.rankdata(weight[level == k]) / (level == k).sum()
-    return SimpleNamespace(
-        level=level,
-        side=side[token],
-        place=place[keep],
-        box=box[keep],
-        window=window,
-        region=corners[window] // geometry.region,
-        weight=weight,
-        rank=rank,
-        cells=rows[window],
-    ), float(torch.sigmoid(logit.double()))
 
 
-def slide_picture(reader, box, width: int) -> np.ndarray:
-    """(h, width, 3) uint8 of a box of a slide, in level-0 px, over white; read in bands, so that memory does not grow with the slide."""
-    left, top, right, bottom = box
-    height, level = (
-        max(1, round(width * (bottom - top) / (right - left))),
-        reader.level_for((right - left) / width),
+def slide_picture(reader) -> np.ndarray:
+    """(h, w) grey: the whole slide, in a size that makes its bounds 1600 pixels long."""
+    downsample = max(reader.bounds[2:]) / 1600
+    picture, unread = data.thumbnail(reader, data.TISSUE_UM / downsample)
+    picture[unread] = 128
+    if unread.any():
+        log(f"{reader.path}: {unread.mean():.1%} of it cannot be read and is drawn grey")
+    return picture.mean(axis=2)
+
+
+def draw_attention(path, table: AttentionTable, k: int, picture, size, bounds, title: str) -> None:
+    """A map of magnification k: the rank of each token, in its place on a slide of `size`.
+
+    picture: of the whole slide, or None. bounds: what is shown. Nothing is smoothed.
+    """
+    from matplotlib.collections import PolyCollection
+
+    um = table.slide.meta["mpp"]  # the axes are in um, for the scale bar
+    left, top, width, height = np.array(bounds) * um
+    inches = 7 / max(width, height)
+    figure, axis = plot(max(5, inches * width + 1.2), inches * height + 1)
+    if picture is not None:  # pale, so that the colours keep their meaning
+        extent = (0, size[0] * um, size[1] * um, 0)
+        axis.imshow(picture, cmap="gray", vmin=-255, vmax=255, extent=extent)
+    here = table.k == k
+    shapes = table.outlines()[here] * um
+    squares = PolyCollection(
+        shapes, array=table.rank[here], cmap="inferno", alpha=0.7, lw=0, antialiased=False
     )
-    step, bands = max(1, round(512 * reader.downsamples[level] * width / (right - left))), []
-    for start in range(0, height, step):
-        rows = min(step, height - start)
-        band = (
-            left,
-            top + (bottom - top) * start / height,
-            right,
-            top + (bottom - top) * (start + rows) / height,
-        )
-        try:
-            part, within = reader.read(level, band)
-            bands.append(
-                np.asarray(part.resize((width, rows), data.Image.Resampling.BOX, box=within))
-            )
-        except data.openslide.OpenSlideError as error:
-            log(
-                f"{reader.path}: rows {band[1]:.0f} to {band[3]:.0f} cannot be read and are drawn grey ({error})"
-            )
-            bands.append(np.full((rows, width, 3), 128, np.uint8))
-    return np.concatenate(bands)
-
-
-def lattice(
-    meta: dict, place: np.ndarray, side: float, value, empty: float
-) -> tuple[np.ndarray, tuple]:
-    """A picture of one pixel per place (n, 2) of a lattice, `empty` elsewhere, and its extent (left, right, bottom, top) in level-0 px."""
-    first = place.min(axis=0)
-    grid = np.full((place.max(axis=0) - first + 1)[::-1], empty)
-    grid[tuple((place - first).T[::-1])] = value
-    left, top = np.array(meta["origin"]) + first * side
-    return grid, (left, left + grid.shape[1] * side, top + grid.shape[0] * side, top)
-
-
-def draw_attention(path, table, level: int, slide, ground: tuple, view, title: str) -> None:
-    """One map: the rank of each token of a level (of each region, on its cells) over `ground`, a grey picture and its extent. No blur, and nothing
-    where the slide has no cell."""
-    here, meta, um = table.level == level, slide.meta, slide.meta["mpp"]  # axes in um
-    place, side, rank = table.place[here], table.side[here][0], table.rank[here]
-    if side > meta["cell_px"]:
-        inside = table.cells >= 0
-        place, side, rank = (
-            slide.cells[table.cells[inside]],
-            meta["cell_px"],
-            np.repeat(rank, inside.sum(axis=1)),
-        )
-    (left, top, right, bottom), size = np.array(view) * um, np.array(view[2:]) - view[:2]
-    inches = (
-        np.clip(4 * size.max() / side / 130, 6, 24) * size / size.max()
-    )  # about four pixels per token, within reason
-    figure, axis = plot(max(inches[0] + 1.2, 5), inches[1] + 1)
-    axis.imshow(
-        ground[0], cmap="gray", vmin=-255, vmax=255, extent=np.array(ground[1]) * um
-    )  # pale, so that the colours keep their meaning
-    grid, extent = lattice(meta, place, side, rank, np.nan)
-    shown = axis.imshow(
-        grid,
-        cmap="inferno",
-        vmin=0,
-        vmax=1,
-        alpha=0.7,
-        interpolation="nearest",
-        extent=np.array(extent) * um,
-    )
-    figure.colorbar(shown, shrink=0.8, label="rank percentile of attention")
-    axis.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[])
-    data.scale_bar(axis, right - left)
+    squares.set_clim(0, 1)
+    axis.add_collection(squares)
+    axis.set(xlim=(left, left + width), ylim=(top + height, top), aspect="equal")
+    axis.set(xticks=[], yticks=[])
+    figure.colorbar(squares, shrink=0.8, label="rank percentile of attention")
+    data.scale_bar(axis, width)
     axis.set_title(title, fontsize=8, parse_math=False)
     figure.supxlabel(REMARK, fontsize=7)
     save_figure(figure, path)
 
 
-def draw_regions(path, table, labels: list, slide, reader, side: float) -> None:
-    """The six regions of the highest summed attention, a column each: the region, and for each magnification its tile of most attention, marked
-    in the region. side: of a region, level-0 px."""
+def show_crop(axis, reader, box, title: str, colour: str) -> None:
+    """A box (left, top, right, bottom in level-0 px) of the slide, in a frame of that colour."""
+    left, top, right, bottom = np.clip(box, 0, reader.size * 2)
+    try:
+        level = reader.level_for((right - left) / 400)
+        picture, within = reader.read(level, (left, top, right, bottom))
+        axis.imshow(picture.crop(within), extent=(left, right, bottom, top))
+    except data.SlideReadError as error:
+        log(f"{reader.path}: {title} cannot be read ({error})")
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(title, fontsize=8)
+    axis.spines[:].set(visible=True, color=colour, linewidth=2)
+
+
+def draw_regions(path, table: AttentionTable, reader, side: float) -> None:
+    """The six regions of most attention, each of `side` level-0 px, in a column each.
+
+    Below a region stands its tile of most attention of each magnification, outlined in the region.
+    """
     total = np.bincount(table.window, table.weight)
     best = np.argsort(-total, kind="stable")[:6]
-    levels = np.unique(table.level) if labels else []
-    figure, axes = plot(
-        2.3 * len(best) + 0.3,
-        2.5 * (len(levels) + 1),
-        nrows=len(levels) + 1,
-        ncols=len(best),
-        squeeze=False,
-    )
-
-    def show(axis, box, title, colour):
-        box = np.clip(box, 0, [slide.meta["width"], slide.meta["height"]] * 2)
-        axis.imshow(slide_picture(reader, box, 400), extent=(box[0], box[2], box[3], box[1]))
-        axis.set(xticks=[], yticks=[])
-        axis.set_title(title, fontsize=8, parse_math=False)
-        axis.spines[:].set(visible=True, color=colour, linewidth=2)
-
-    for column, window in zip(axes.T, best):
-        here = np.flatnonzero(table.window == window)
-        start = np.array(slide.meta["origin"]) + table.region[here[0]] * side
-        show(
-            column[0],
-            np.round([*start, *(start + side)]),
-            f"region {table.region[here[0]].tolist()}: {total[window]:.2%} of attention",
-            "grey",
-        )
-        for axis, level, colour in zip(
-            column[1:], levels, itertools.cycle(("tab:cyan", "yellow", "black", "white"))
-        ):
-            tokens = here[table.level[here] == level]
+    shown = [] if table.labels == ["regions"] else np.unique(table.k).tolist()
+    count = 1 + len(shown)
+    grid = {"nrows": count, "ncols": len(best), "squeeze": False}
+    figure, axes = plot(2.3 * len(best) + 0.3, 2.5 * count, **grid)
+    for column, window in zip(axes.T, best, strict=True):
+        here = table.window == window
+        region = table.region[here][0]
+        start = table.slide.meta["origin"] + region * side
+        title = f"region {region.tolist()}: {total[window]:.2%} of attention"
+        show_crop(column[0], reader, [*start, *(start + side)], title, "grey")
+        for axis, k in zip(column[1:], shown, strict=True):
+            tokens = np.flatnonzero(here & (table.k == k))
             if not len(tokens):
                 axis.axis("off")
                 continue
             token = tokens[table.weight[tokens].argmax()]
-            left, top, right, bottom = table.box[token]
-            show(axis, table.box[token], f"{labels[level]}: {table.weight[token]:.3%}", colour)
-            column[0].plot(
-                [left, right, right, left, left],
-                [top, top, bottom, bottom, top],
-                color=colour,
-                lw=1.5,
-            )
+            title = f"{table.labels[k]}: {table.weight[token]:.3%}"
+            colour = COLOURS[k % len(COLOURS)]
+            show_crop(axis, reader, table.box[token], title, colour)
+            column[0].plot(*table.outlines()[token].T, color=colour, lw=1.5)
     save_figure(figure, path)
 
 
-def qupath_features(table, level: int, label: str, slide_id: str, run: str, offset) -> dict:
-    """GeoJSON that QuPath draws as detections: one closed rectangle per token, in pixels of the image less `offset`, because QuPath cuts a slide
-    to its openslide.bounds; weight and rank as measurements and the rank as colour. Ids follow from run, slide and place."""
-    import matplotlib
+def heatmap(run, slide, folder=None, image=None, out=None, device: str = "auto") -> int:
+    """Where a fine-tuned model looks on a slide: a CSV, GeoJSON for QuPath, and pictures.
 
-    colours = (255 * matplotlib.colormaps["inferno"](table.rank)[:, :3]).round().astype(int)
-    features = []
-    for i in np.flatnonzero(table.level == level):
-        (left, top, right, bottom), (col, row) = (
-            (table.box[i] - [*offset, *offset]).tolist(),
-            table.place[i].tolist(),
-        )
-        features.append(
-            {
-                "type": "Feature",
-                "id": str(
-                    uuid.uuid5(uuid.NAMESPACE_URL, f"mixmag:{run}:{slide_id}:{label}:{col}:{row}")
-                ),
-                "geometry": {
-                    "type": "Polygon",
-                    "coordinates": [
-                        [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
-                    ],
-                },
-                "properties": {
-                    "objectType": "detection",
-                    "name": f"{label} {col}, {row}",
-                    "color": colours[i].tolist(),
-                    "classification": {"name": f"mixmag {label}", "color": [128, 128, 128]},
-                    "measurements": {
-                        "attention": float(table.weight[i]),
-                        "attention rank": float(table.rank[i]),
-                        "region column": int(table.region[i, 0]),
-                        "region row": int(table.region[i, 1]),
-                    },
-                },
-            }
-        )
-    return {
-        "type": "FeatureCollection",
-        "features": features,
-        "metadata": {
-            "made_by": "mixmag heatmap",
-            "run": run,
-            "slide_id": slide_id,
-            "map": label,
-            "bounds_subtracted": list(offset),
-            "coordinates": "level-0 pixels less bounds_subtracted (openslide.bounds-x, -y)",
-            "remark": REMARK,
-        },
-    }
-
-
-REMARK = "attention says what the model weighed in its sum, not why: it is no evidence of causality"
-
-
-def draw_maps(
-    out: Path, table, slide, labels: list, reader, bounds: tuple, side: float, title: str
-) -> None:
-    """A picture per magnification, and of the top regions where the slide itself (`reader`) is at hand. bounds: what is drawn, side: of a
-    region, level-0 px. labels: the names of the levels, "regions" where regions were pooled."""
-    left, top, right, bottom = bounds
-    tokens = labels != ["regions"]
-    ground = lattice(slide.meta, slide.cells, slide.meta["cell_px"], 120, 255)
-    if reader:
-        ground = slide_picture(reader, bounds, 1600).mean(axis=2), (left, right, bottom, top)
-    for k in np.unique(table.level):
-        draw_attention(
-            out / f"attention-{labels[k]}.png",
-            table,
-            k,
-            slide,
-            ground,
-            bounds,
-            f"{slide.slide_id}\n{labels[k]}: rank percentile of attention within slide{' and magnification' * tokens}\n{title}",
-        )
-    if reader:
-        draw_regions(out / "regions.png", table, labels if tokens else [], slide, reader, side)
-
-
-def check_same_image(reader, slide, table) -> None:
-    """Raises MixmagError for an image that cannot be this slide's; a log line for another file that may be."""
-    meta, size, (mpp, *_, words) = (
-        slide.meta,
-        reader.slide.dimensions,
-        data.stated_mpp(reader.slide.properties),
-    )
-    made_by, said = (
-        meta.get("settings", {}),
-        f"--image {reader.path} has {size} pixels, {slide.slide_id} ",
-    )
-    if meta.get("size_known", True):
-        if size != (meta["width"], meta["height"]):
-            raise MixmagError(
-                f"{said}was tiled from {(meta['width'], meta['height'])}: not the same slide"
-            )
-    elif (table.box[:, :2] >= size).any():
-        raise MixmagError(
-            f"{said}has a tile at {table.box[:, :2].max(axis=0).tolist()}: not the same slide, or imported with another --mpp"
-        )
-    if (
-        made_by.get("tool") == "stamp" and mpp and abs(mpp - meta["mpp"]) > 0.02 * mpp
-    ):  # micrometres became pixels by it
-        raise MixmagError(
-            f"{said}was imported at {meta['mpp']:.4g} um/px, the image says {words}: import it with --mpp {mpp:.4g}"
-        )
-    if made_by.get("source_bytes", reader.path.stat().st_size) != reader.path.stat().st_size:
-        log(
-            f"WARNING: {reader.path} has the right size but is another file than {slide.slide_id} was tiled from: a copy, or another slide"
-        )
-
-
-def heatmap_command(args) -> int:
-    """CSV and GeoJSON come first: they need no pixel, so that an image that cannot be read costs nothing but the pictures."""
-    model, config, dataset, compute = open_run(args, [args.slide])
+    The tables come first, so an image that cannot be read costs only the pictures.
+    """
+    model, config, dataset, machine = open_run(run, folder, [slide], device)
     if dataset.dropped:
-        raise MixmagError(
-            f"{args.slide} has no cells (no tissue, or in no window as much as --min-tissue asks): there is nothing to draw"
-        )
-    slide, run, out = (
-        dataset.slides[args.slide],
-        Path(args.run).resolve().name,
-        Path(args.out or Path(args.run) / "heatmap" / args.slide),
-    )
-    meta, reader = slide.meta, data.Reader(args.image) if args.image else None
-    table, score = attention_table(model, dataset, compute)
+        raise MixmagError(f"{slide} has no cells with a valid token: there is nothing to draw")
+    table, score = attention_table(model, dataset, machine)
+    meta = table.slide.meta
+    magnifications = meta["magnifications"]
+    if model.tokens == "cls":
+        magnifications = [config["magnification"]]
+    reader = None
+    size = (meta["width"], meta["height"])
+    bounds = (0, 0, *size)
+    offset = [round(edge) for edge in meta["origin"]]  # the lattice begins where the bounds do
+    if image:
+        reader = data.Reader(image)
+        check_same_image(reader, table)
+        size = reader.size
+        bounds = reader.bounds
+        offset = list(bounds[:2])
+    path = Path(out or Path(run) / "heatmap" / slide)
+    name = Path(run).resolve().name
+    shown = np.unique(table.k)
+    write_attention(path / "attention.csv", table, magnifications)
+    for k in shown:
+        text = json.dumps(qupath_features(table, k, name, offset), allow_nan=False)
+        data.write_text(path / f"attention-{table.labels[k]}.geojson", text)
+    rule = data.read_json(Path(run) / "result.json")["case_score"]
+    print(f"{slide}: score {score:.4f}; a case's score is the {rule} over its slides")
+    print(f"{len(table.k)} weights in {path}/attention.csv, with .geojson and .png\n{REMARK}")
+    picture = None if reader is None else slide_picture(reader)
+    for k in shown:
+        label = table.labels[k]
+        title = f"{slide}\n{label}, run {name}, score {score:.3f}"
+        draw_attention(path / f"attention-{label}.png", table, k, picture, size, bounds, title)
     if reader:
-        check_same_image(reader, slide, table)
-        meta["width"], meta["height"] = reader.slide.dimensions  # import may not have known them
-    whole, said = (0, 0, meta["width"], meta["height"]), reader.slide.properties if reader else {}
-    x, y, width, height = (
-        int(said.get(f"openslide.bounds-{k}", v))
-        for k, v in zip(("x", "y", "width", "height"), whole)
-    )
-    names = [config["magnification"]] if config["tokens"] == "cls" else meta["magnifications"]
-    labels, levels = (
-        ["regions"] if config["tokens"] == "cls" else [f"{m}x" for m in names],
-        np.unique(table.level),
-    )
-    write_csv(
-        out / "attention.csv",
-        (
-            "magnification",
-            "col",
-            "row",
-            "x",
-            "y",
-            "side",
-            "region_col",
-            "region_row",
-            "attention",
-            "rank",
-        ),
-        (
-            (names[k], *place, *box[:2], side, *region, weight, rank)
-            for k, place, box, side, region, weight, rank in zip(
-                table.level,
-                table.place,
-                table.box,
-                table.side,
-                table.region,
-                table.weight,
-                table.rank,
-            )
-        ),
-    )
-    for k in levels:
-        features = qupath_features(
-            table,
-            k,
-            labels[k],
-            args.slide,
-            run,
-            (x, y) if reader else [round(v) for v in meta["origin"]],
-        )
-        write_text(out / f"attention-{labels[k]}.geojson", json.dumps(features, allow_nan=False))
-    rule = data.read_json(Path(args.run) / "result.json")["case_score"]
-    print(
-        f"{args.slide}: score {score:.4f}; a case's score is the {rule} over its slides\n"
-        f"{len(table.weight)} weights in {out}/attention.csv; .geojson and .png of "
-        + ", ".join(labels[k] for k in levels)
-        + ("" if reader else "; no --image, so no top regions")
-        + f"\n{REMARK}"
-    )
-    draw_maps(
-        out,
-        table,
-        slide,
-        labels,
-        reader,
-        (x, y, x + width, y + height),
-        model.config.region * meta["cell_px"],
-        f"run {run}, score {score:.3f}",
-    )
+        draw_regions(path / "regions.png", table, reader, model.config.region * meta["cell_px"])
     return 0
 
 
