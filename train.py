@@ -1801,7 +1801,7 @@ PAPER = {  # AUROC x 100 as printed: the tasks in the order of TASK_TITLES, then
 }
 ROW_WORDS = {"abmil": "AB-MIL", "random": "Random", "mem": "MEM", "cmem": "CMEM", "cls": "CLS"}
 ROW_WORDS |= {"5": "5x", "10": "10x", "20": "20x", "3": "3x3", "7": "7x7", "11": "11x11"}
-RESULTS = "auroc low high average_precision tune_auroc best_epoch case_score".split()
+RESULTS = ("auroc", "low", "high", "average_precision", "tune_auroc", "best_epoch", "case_score")
 
 
 def row_title(row: str) -> str:
@@ -1894,8 +1894,8 @@ def write_results(out: Path, cells: dict) -> None:
 
 def write_machine(path: Path, settings: dict, began: float) -> None:
     """machine.json: the settings of a table, and where its numbers come from."""
-    facts = {**settings, "processor": platform.processor(), "threads": torch.get_num_threads()}
-    facts["torch"] = torch.__version__
+    facts = {**settings, "processor": platform.processor(), "torch": torch.__version__}
+    facts["threads"] = torch.get_num_threads()
     cohort = data.synthetic_facts(settings["data"])
     if cohort:
         facts["data"] = f"synthetic cohort, seed {cohort['seed']}"
@@ -1957,13 +1957,14 @@ def resampled_average(results: Results, row: str) -> np.ndarray | None:
         labels = np.array(results.labels[task])
         for scores in np.array(results.scores[row, task]).T:  # (cases,)
             known = ~np.isnan(scores)
-            samples.append(bootstrap_aurocs(labels[known], scores[known], number))
-    if any(sample is None for sample in samples):
-        return None
+            drawn = bootstrap_aurocs(labels[known], scores[known], number)
+            if drawn is None:
+                return None
+            samples.append(drawn)
     return np.mean(samples, axis=0)
 
 
-def percent(value: float) -> str:
+def percent(value) -> str:
     return "n/a" if math.isnan(value) else f"{100 * value:.1f}"
 
 
@@ -1990,13 +1991,14 @@ def format_table(results: Results, rows: list[str]) -> str:
 
 def format_results(results: Results) -> str:
     """Tables 1 and 2 as Markdown."""
+    machine = results.machine
+    text = (
+        "# The paper's tables, run here\n\n"
+        f"AUROC x 100 on the test cases: {machine['data']}, preset {machine['preset']}, mean over "
+        f"seeds {', '.join(results.seeds)}. The last column is the paper's, on its private data.\n"
+    )
     table_1 = [row for row in results.rows if not row.endswith("-cls")]
     table_2 = [row for row in results.rows if row.endswith("-cls")]
-    text = (
-        f"# The paper's tables, run here\n\nAUROC x 100 on the test cases, "
-        f"{results.machine['data']}, {results.machine['preset']} preset, seeds "
-        f"{', '.join(results.seeds)}. The last column is the paper's, on its own private data.\n"
-    )
     if table_1:
         text += f"\n## Table 1: contextualized outputs\n\n{format_table(results, table_1)}\n"
     if table_2:
@@ -2020,14 +2022,12 @@ def demo(folder, out, seed: int, device: str) -> int:
 
 # ------------------------------------------------------------------------------------------- doctor
 
-PACKAGES = """torch numpy scipy scikit-learn safetensors h5py openslide-python openslide-bin tifffile
-simplejpeg matplotlib tqdm""".split()
-
 
 def doctor() -> int:
     """Versions, device, threads, precision, free disk. A WARNING says what to mend."""
     print(f"{'python':18s} {sys.version.split()[0]}")
-    for package in PACKAGES:
+    requirements = Path(__file__).with_name("requirements.txt").read_text("utf-8")
+    for package in re.findall(r"^[\w-]+", requirements, re.MULTILINE):
         try:
             print(f"{package:18s} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
