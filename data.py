@@ -987,12 +987,14 @@ def warn_unmatched_rows(manifest: dict, slide_ids: set) -> None:
         )
 
 
-def user_mpp(slide_id: str, args) -> tuple[float | None, str]:
+def user_mpp(slide_id: str, manifest: dict, mpp: float | None) -> tuple[float | None, str]:
     """What the user says of a slide, and where: its row of the manifest, by its id or its file's name, else --mpp."""
-    rows = sorted(name for name in args.manifest if slide_id in possible_slide_ids(name))
+    rows = sorted(name for name in manifest if slide_id in possible_slide_ids(name))
     if len(rows) > 1:
         raise MixmagError(f"--manifest has two rows for this slide, {' and '.join(rows)}; keep one")
-    return (args.manifest[rows[0]], f"--manifest row {rows[0]}") if rows else (args.mpp, "--mpp")
+    if rows:
+        return manifest[rows[0]], f"--manifest row {rows[0]}"
+    return mpp, "--mpp"
 
 
 # ------------------------------------------------------------------------- JPEG tiles read directly
@@ -1438,7 +1440,8 @@ def plan_slide(reader: Reader, args) -> TilePlan:
         args.region,
         10.0 / args.magnifications[-1],
     )  # 20x is 0.5 um/px, 5x is 2.0
-    mpp, source = slide_mpp(slide, *user_mpp(reader.path.stem, args), args.mpp_from_power)
+    given, giver = user_mpp(reader.path.stem, args.manifest, args.mpp)
+    mpp, source = slide_mpp(slide, given, giver, args.mpp_from_power)
     if mpp > MAX_STRETCH * finest:
         coarser = [str(m) for m in args.magnifications if mpp <= MAX_STRETCH * 10.0 / m]
         raise MixmagError(
@@ -2047,7 +2050,7 @@ def tile_one(path: Path, encoder, dim: int, args) -> tuple[str, int]:
     if already_done(
         out,
         {"encoder": args.encoder, "magnifications": args.magnifications, "settings": settings},
-        user_mpp(path.stem, args)[0],
+        user_mpp(path.stem, args.manifest, args.mpp)[0],
     ):
         return f"{path.stem}: done before", 0
     reader = Reader(path)
@@ -2638,7 +2641,7 @@ def import_command(args) -> int:
         read_manifest(args.manifest),
     )
     warn_unmatched_rows(args.manifest, set(slide_ids))
-    given = {i: user_mpp(i, args) for i in slide_ids}
+    given = {i: user_mpp(i, args.manifest, args.mpp) for i in slide_ids}
     sweep(out / "slides")
     with contextlib.ExitStack() as pools:
         for i in progress(slide_ids, desc="slides"):
