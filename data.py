@@ -148,7 +148,8 @@ def read_slide(path) -> Slide:
         status = path.stat()
         with safetensors.safe_open(path, "numpy") as file:
             meta = parse_metadata(file.metadata() or {})
-            for name in file.keys():  # noqa: SIM118
+            names = file.keys()
+            for name in names:
                 tensor = file.get_slice(name)
                 layout[name] = (tensor.get_dtype(), tensor.get_shape())
             dim = check_layout(layout, meta["magnifications"])
