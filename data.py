@@ -334,22 +334,17 @@ def as_batch(x: np.ndarray, valid: np.ndarray, device="cpu") -> tuple:
 
 
 def to_device(batch: dict, device) -> dict:
-    moved = dict(batch)
-    for key, value in batch.items():
-        if torch.is_tensor(value):
-            moved[key] = value.to(device, non_blocking=True)
-    return moved
+    tensors = {key: value for key, value in batch.items() if torch.is_tensor(value)}
+    moved = {key: value.to(device, non_blocking=True) for key, value in tensors.items()}
+    return {**batch, **moved}
 
 
 def pinned(batch: dict, device) -> dict:
     """Where the device is a GPU: the batch in memory that the GPU can copy from by itself."""
     if torch.device(device).type != "cuda":
         return batch
-    moved = dict(batch)
-    for key, value in batch.items():
-        if torch.is_tensor(value):
-            moved[key] = value.pin_memory()
-    return moved
+    tensors = {key: value for key, value in batch.items() if torch.is_tensor(value)}
+    return {**batch, **{key: value.pin_memory() for key, value in tensors.items()}}
 
 
 class RegionDataset(torch.utils.data.Dataset):
@@ -578,10 +573,11 @@ def feature_statistics(slides, magnifications=None, limit: int = 20000) -> tuple
             raise MixmagError(f"{slide.path}: NaN or infinite features; data.py verify says where")
         total += tokens.sum(axis=0)
         squares += (tokens**2).sum(axis=0)
-        length = np.linalg.norm(tokens, axis=1, keepdims=True).clip(min=1e-12)
-        k = np.broadcast_to(magnification_of, valid.shape)[valid]  # (n,)
-        count += np.bincount(k, minlength=len(count))
-        np.add.at(directions, k, tokens / length)
+        unit = tokens / np.linalg.norm(tokens, axis=1, keepdims=True).clip(min=1e-12)
+        magnification = np.broadcast_to(magnification_of, valid.shape)[valid]  # (n,)
+        for k in range(len(count)):
+            count[k] += (magnification == k).sum()
+            directions[k] += unit[magnification == k].sum(axis=0)
     tokens_total = max(count.sum(), 1)
     mean = total / tokens_total
     std = np.sqrt((squares / tokens_total - mean**2).clip(min=0))
@@ -702,10 +698,11 @@ def read_task(data, task) -> list[Case]:
 
 
 def evaluation_slides(data) -> set:
-    """`evaluation_slides_of` all tasks. Pretraining sees them only where pretrain.csv names them."""
-    return evaluation_slides_of(
-        [case for task in task_names(data) for case in read_task(data, task)]
-    )
+    """`evaluation_slides_of` all tasks; only pretrain.csv can give them to pretraining."""
+    cases = []
+    for task in task_names(data):
+        cases += read_task(data, task)
+    return evaluation_slides_of(cases)
 
 
 def evaluation_slides_of(cases: list) -> set:
