@@ -2016,7 +2016,6 @@ def tile_one(path: Path, encoder, dim: int, args) -> tuple[str, int]:
     size = plan.cells * Geometry(1, args.magnifications).tokens_per_cell * dim * 2
     report = plan_report(reader, plan, args.region) + f"; {size / 1e6:.2f} MB"
     if not args.dry_run:
-        require_room(out, size)
         draw_qc(out.parents[1] / "qc" / f"{path.stem}.png", reader, plan)
         features, cells, bad = tile_slide(reader, plan, encoder, dim, args)
         width, height = reader.slide.dimensions
@@ -2092,7 +2091,7 @@ def tile_command(args) -> int:
     ).shape[1]
     args.weights_sha256 = args.weights and file_sha256(args.weights)
     failed, needed = [], 0
-    sweep(listed.parent / "slides")
+
     for path in progress(paths, desc="slides"):
         try:
             report, size = tile_one(path, encoder, dim, args)
