@@ -12,7 +12,6 @@ config.json, metrics.jsonl, last.pt and prev.pt (checkpoints), its results, and 
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -30,7 +29,6 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
