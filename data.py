@@ -31,11 +31,12 @@ import textwrap
 import time
 from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import openslide
 import safetensors
@@ -147,7 +148,8 @@ def read_slide(path) -> Slide:
         status = path.stat()
         with safetensors.safe_open(path, "numpy") as file:
             meta = parse_metadata(file.metadata() or {})
-            for name in file.keys():  # noqa: SIM118
+            names = file.keys()
+            for name in names:
                 tensor = file.get_slice(name)
                 layout[name] = (tensor.get_dtype(), tensor.get_shape())
             dim = check_layout(layout, meta["magnifications"])
@@ -161,7 +163,8 @@ def read_slide(path) -> Slide:
 def parse_metadata(text: dict) -> dict:
     missing = [name for name in FIELDS if name not in text]
     if missing or text["format"] != FORMAT:
-        raise ValueError(f"expected format {FORMAT}; found metadata {text}, without {missing}")
+        found = text.get("format")
+        raise ValueError(f"expected format {FORMAT}, found {found}; missing fields: {missing}")
     meta = {}
     for name, value in text.items():
         meta[name] = value if name in TEXT_FIELDS else json.loads(value)
@@ -945,12 +948,14 @@ def warn_unmatched_rows(manifest: dict, slide_ids: set) -> None:
         )
 
 
-def user_mpp(slide_id: str, args) -> tuple[float | None, str]:
+def user_mpp(slide_id: str, manifest: dict, mpp: float | None) -> tuple[float | None, str]:
     """What the user says of a slide, and where: its row of the manifest, by its id or its file's name, else --mpp."""
-    rows = sorted(name for name in args.manifest if slide_id in possible_slide_ids(name))
+    rows = sorted(name for name in manifest if slide_id in possible_slide_ids(name))
     if len(rows) > 1:
         raise MixmagError(f"--manifest has two rows for this slide, {' and '.join(rows)}; keep one")
-    return (args.manifest[rows[0]], f"--manifest row {rows[0]}") if rows else (args.mpp, "--mpp")
+    if rows:
+        return manifest[rows[0]], f"--manifest row {rows[0]}"
+    return mpp, "--mpp"
 
 
 # ------------------------------------------------------------------------- JPEG tiles read directly
@@ -1396,7 +1401,8 @@ def plan_slide(reader: Reader, args) -> TilePlan:
         args.region,
         10.0 / args.magnifications[-1],
     )  # 20x is 0.5 um/px, 5x is 2.0
-    mpp, source = slide_mpp(slide, *user_mpp(reader.path.stem, args), args.mpp_from_power)
+    given, giver = user_mpp(reader.path.stem, args.manifest, args.mpp)
+    mpp, source = slide_mpp(slide, given, giver, args.mpp_from_power)
     if mpp > MAX_STRETCH * finest:
         coarser = [str(m) for m in args.magnifications if mpp <= MAX_STRETCH * 10.0 / m]
         raise MixmagError(
@@ -2005,7 +2011,7 @@ def tile_one(path: Path, encoder, dim: int, args) -> tuple[str, int]:
     if already_done(
         out,
         {"encoder": args.encoder, "magnifications": args.magnifications, "settings": settings},
-        user_mpp(path.stem, args)[0],
+        user_mpp(path.stem, args.manifest, args.mpp)[0],
     ):
         return f"{path.stem}: done before", 0
     reader = Reader(path)
@@ -2137,511 +2143,318 @@ def tile_command(args) -> int:
 # --------------------------------------------------------------------- import of other tools' files
 
 IMPORT_SECONDS = 60  # assumed: a slide that takes longer, and longer than 1 s per MiB, hangs
-SNAP = 0.1  # assumed: how far STAMP's tiles may be off their lattice, in tiles
-ENOUGH_TILES = 16  # assumed: among so many tiles of a slide two are neighbours
+STAMP_SNAP = 0.1  # assumed: how far STAMP's tiles may be off their lattice, in tiles
+MAX_RATIO = 1032  # gzip cannot shrink more, so an array is at most this many times its file
+
+
+def whole_if_possible(value: float) -> int | float:
+    """5 for 5.0, and 2.5 for 2.5."""
+    return int(value) if value == int(value) else value
 
 
 @dataclass
-class Tiles:
-    """What one file of another tool holds: one slide at one magnification. Its unit is level-0 pixels (TRIDENT) or micrometres (STAMP)."""
+class ImportJob:
+    """A slide to import, and what the user says of it."""
 
-    features: np.ndarray  # (n, D) float16
-    corners: np.ndarray  # (n, 2) float64: x, y of the top-left corners
+    slide_id: str
+    paths: list[Path]  # one file for each magnification, from low to high
+    out: Path
+    tool: str  # trident or stamp
+    encoder: str | None = None
+    class_token: bool | None = None
+    mpp: float | None = None
+    mpp_source: str = "--mpp"
+    region: int = 3
+
+
+@dataclass
+class FeatureFile:
+    """One slide at one magnification. Lengths are level-0 pixels (TRIDENT) or um (STAMP)."""
+
+    features: np.ndarray  # (n, D)
+    corners: np.ndarray  # (n, 2): x, y of the tiles' top-left corners
     side: float  # of a tile
     tile_px: int
     magnification: float
-    encoder: str
-    name: str | None  # of the slide, where the file says it
-    size: tuple  # (width, height) of the slide in level-0 px, None where not said
+    encoder: str | None
+    slide_size: tuple = (None, None)  # width, height
 
 
-def plain_value(item, name: str, kind=(int, float), needed: bool = False):
-    """An attribute of an HDF5 item: a number >= 0, or a text where kind is str; None where it is absent."""
-    value = None
-    if name in item.attrs:
-        value = item.attrs[name] if item.attrs.get_id(name).shape in ((), (1,)) else "an array"
-        value = value.item() if hasattr(value, "item") else value
-        value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-    value = None if value == "None" else value  # TRIDENT's way to write it
-    fits = isinstance(value, kind) and (
-        value.isprintable() if kind is str else 0 <= value < math.inf
-    )
-    if (needed and not value) or (value is not None and not fits):
-        raise MixmagError(
-            f"attribute {name} is {value!r}, expected {'a text' if kind is str else 'a number'}; "
-            f"found {', '.join(item.attrs) or 'none'}"
-        )
-    return value
+def read_array(file: h5py.File, name: str, columns: int | None = None) -> np.ndarray:
+    """Numbers (n, columns) that lie in this very file. Anything else is refused unread."""
+    array = file[name]
+    shape: tuple = getattr(array, "shape", ())  # a group has none
+    if len(shape) != 2 or columns not in (None, shape[1]) or array.dtype.kind not in "iuf":
+        raise MixmagError(f"{array} is no array of numbers (n, {columns or 'D'})")
+    size = math.prod(shape) * array.dtype.itemsize
+    elsewhere = array.file != file or array.is_virtual or array.external
+    if elsewhere or size > MAX_RATIO * os.path.getsize(file.filename):
+        raise MixmagError(f"{name} claims {size} bytes that its file does not hold")
+    return array[...]
 
 
-def plain_array(f, name: str, columns: int | None = None):
-    """The data set (n, columns) of an open HDF5 file, unread. Raises MixmagError unless it is plain numbers that lie in this very file,
-    whole and unfiltered: so what is read later is no larger than the file."""
-    import h5py  # wanted only where other tools' files are read
-
-    links, key = f.id.links, name.encode()
-    if (
-        not links.exists(key)
-        or links.get_info(key).type != h5py.h5l.TYPE_HARD
-        or not isinstance(f[name], h5py.Dataset)
-    ):
-        raise MixmagError(
-            f"holds no data set {name!r} of its own; found {', '.join(map(str, list(f)[:9])) or 'nothing'}"
-        )
-    d = f[name]
-    made, there, wanted = (
-        d.id.get_create_plist(),
-        d.id.get_storage_size(),
-        math.prod(d.shape or ()) * d.dtype.itemsize,
-    )
-    if (
-        d.dtype.kind not in ("iuf" if columns else "f")
-        or d.dtype.itemsize > 8
-        or d.ndim != 2
-        or d.shape[1] != (columns or d.shape[1] or 1)
-    ):
-        raise MixmagError(
-            f"{name} is {d.dtype} {d.shape}, expected {'numbers' if columns else 'floating-point numbers'} (n, {columns or 'D'})"
-        )
-    if made.get_nfilters():
-        raise MixmagError(
-            f"{name} is stored through filter {made.get_filter(0)[0]}, expected none; h5repack -f NONE rewrites the file"
-        )
-    if (
-        made.get_layout() == h5py.h5d.VIRTUAL
-        or made.get_external_count()
-        or wanted > min(there, os.path.getsize(f.filename))
-    ):
-        raise MixmagError(
-            f"{name} claims {wanted} bytes, {d.dtype} {d.shape}, of which {there} are stored here"
-        )
-    return d
-
-
-def embeddings(d, encoder: str | None, job: dict) -> dict:
-    """Tiles' features and encoder from a data set (n, D). Virchow2's 2560 numbers, class token and mean patch token, are cut to the class token."""
-    asked, cut = job["encoder"], job["class_token"]
-    if (not encoder and not asked) or (encoder and asked and encoder != asked):
-        raise MixmagError(
-            f"says its encoder is {encoder!r}, --encoder says {asked!r}"
-            if encoder
-            else "does not name its encoder: say it with --encoder"
-        )
-    if (d.shape[1] == 2560 and cut is None and encoder != "virchow2") or (
-        cut and d.shape[1] != 2560
-    ):
-        raise MixmagError(
-            f"holds {d.shape[1]} numbers a tile and says its encoder is {encoder!r}: "
-            + (
-                "--class-token cuts 2560"
-                if cut
-                else "--class-token keeps the first 1280 as for virchow2, --no-class-token all"
-            )
-        )
-    with np.errstate(over="ignore"):
-        half = (d[:, :1280] if d.shape[1] == 2560 and cut is not False else d[...]).astype(
-            np.float16
-        )
-    bad = ~np.isfinite(half).all(axis=1) | ~half.any(
-        axis=1
-    )  # HDF5 reads zeros where a row was never written, or its index is damaged
-    if bad.any():
-        raise MixmagError(
-            f"NaN, values beyond float16, or nothing but zeros in {bad.sum()} of {len(bad)} tiles, first in row {bad.argmax()}"
-        )
-    return {"features": half, "encoder": encoder or asked}
-
-
-def read_trident(f, job: dict) -> Tiles:
-    """features (n, D), coords (n, 2) in level-0 px with all attributes on it. Layout: trident/IO.py and wsi_objects/WSI.py of mahmoodlab/TRIDENT."""
-    d, coords = plain_array(f, "features"), plain_array(f, "coords", 2)
-    tile_px, side, magnification = (
-        plain_value(coords, k, needed=True)
-        for k in ("patch_size", "patch_size_level0", "target_magnification")
-    )
-    power, overlap, *size = (
-        plain_value(coords, k)
-        for k in ("level0_magnification", "overlap", "level0_width", "level0_height")
-    )
-    if overlap:
-        raise MixmagError(
-            f"overlap is {overlap:g}, expected 0: tiles that overlap are on no lattice"
-        )
-    if power and abs(tile_px * power / magnification - side) > 1:
-        raise MixmagError(
-            f"patch_size_level0 is {side:g}, but {tile_px:g} px at {magnification:g}x of {power:g}x are "
-            f"{tile_px * power / magnification:g}"
-        )
-    return Tiles(
-        **embeddings(d, plain_value(d, "encoder", str), job),
-        corners=coords[...].astype(np.float64),
-        side=math.floor(side),
-        tile_px=tile_px,
-        magnification=magnification,
-        name=plain_value(coords, "name", str),
-        size=tuple(size),
-    )
-
-
-def read_stamp(f, job: dict) -> Tiles:
-    """feats (n, D), coords (n, 2) in micrometres, attributes on the file. Layout: src/stamp/preprocessing/__init__.py of KatherLab/STAMP."""
-    unit, what = plain_value(f, "unit", str), plain_value(f, "feat_type", str)
-    if unit != "um" or what not in (None, "tile"):
-        raise MixmagError(
-            f"attribute unit is {unit!r}, feat_type {what!r}, expected 'um' and 'tile': a file of STAMP before 2.1, or not of tiles"
-        )
-    d, coords = plain_array(f, "feats"), plain_array(f, "coords", 2)
-    side, tile_px = (plain_value(f, k, needed=True) for k in ("tile_size_um", "tile_size_px"))
-    return Tiles(
-        **embeddings(d, plain_value(f, "extractor", str), job),
-        corners=coords[...].astype(np.float64),
-        side=side,
-        tile_px=tile_px,
-        magnification=round(10 * tile_px / side, 9),
-        name=None,
-        size=(None, None),
-    )
-
-
-def read_tiles(path: str, job: dict) -> Tiles:
-    import h5py
-
-    try:
-        with h5py.File(path, "r") as f:
-            tiles = {"trident": read_trident, "stamp": read_stamp}[job["tool"]](f, job)
-    except (
-        Exception
-    ) as error:  # damage shows as any of a dozen types, and may speak in control characters
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        raise MixmagError(
-            f"{path}: {''.join(c if c.isprintable() else '?' for c in said)}"
-        ) from None
-    if len(tiles.features) != len(tiles.corners) or not np.isfinite(tiles.corners).all():
-        raise MixmagError(
-            f"{path}: {len(tiles.features)} embeddings at {len(tiles.corners)} places, expected as many, and finite places"
-        )
-    tiles.magnification, tiles.tile_px = (
-        int(v) if v == int(v) else v for v in (tiles.magnification, tiles.tile_px)
-    )
-    return tiles
-
-
-def check_same_slide(levels: list) -> None:
-    """Raises MixmagError where a slide's files are not of one slide, one encoder and successive doublings."""
-    if any(b.magnification != 2 * a.magnification for a, b in zip(levels, levels[1:])):
-        raise MixmagError(
-            f"its files are at {', '.join(f'{t.magnification}x' for t in levels)}; expected doublings in the folders' order"
-        )
-    facts = "patch size", "encoder", "slide's name", "slide's size", "width of an embedding"
-    for what, *found in zip(
-        facts, *((t.tile_px, t.encoder, t.name, t.size, t.features.shape[1]) for t in levels)
-    ):
-        if any(value != found[0] for value in found):
-            raise MixmagError(f"its files do not agree on the {what}: {', '.join(map(str, found))}")
-    if all(levels[0].size) and any((t.corners >= t.size).any() for t in levels):
-        raise MixmagError(
-            f"it has tiles that begin beyond its {levels[0].size[0]} x {levels[0].size[1]} px"
-        )
-
-
-def trident_cell(levels: list) -> int:
-    """A cell's side in level-0 px. TRIDENT rounds a tile's side when it cuts and floors it in the attribute (447.9 px are cut as 448, and the
-    attribute says 447), so the side is the attribute or one more, whichever has the tiles on its lattice. Raises MixmagError where the
-    magnifications do not nest."""
-    shrink = [2 ** (len(levels) - 1 - k) for k in range(len(levels))]
-    nested = [
-        s
-        for s in (levels[-1].side, levels[-1].side + 1)
-        if all(0 <= s * b - t.side <= 1 for t, b in zip(levels, shrink))
-    ]
-    if not nested:
-        raise MixmagError(
-            f"its tiles are {', '.join(f'{t.side} px at {t.magnification}x' for t in levels)}; expected each half the one before"
-        )
-    return shrink[0] * min(
-        nested,
-        key=lambda s: sum(int((t.corners % (s * b) != 0).sum()) for t, b in zip(levels, shrink)),
-    )
-
-
-def lattice_positions(t: Tiles, side: float, snap: float, drift: float) -> tuple[np.ndarray, float]:
-    """(n, 2) col, row of the tiles on the lattice of `side`, and the largest distance from it. Raises MixmagError for tiles further off than
-    snap + drift * col or row, in sides, for two in one place, and for a spacing that is not the side."""
-    exact = t.corners / side
-    place = np.rint(exact)
-    wrong = ((np.abs(exact - place) > snap + drift * place) | (place < 0) | (place >= 2**31)).any(
-        axis=1
-    )
-    if wrong.any():
-        raise MixmagError(
-            f"{t.magnification}x: {wrong.sum()} of {len(wrong)} tiles are off the lattice of {side:g}, first "
-            f"{t.corners[wrong][0].tolist()}"
-        )
-    place = place.astype(np.int64)
-    step = int(np.gcd.reduce(place.reshape(-1))) if len(place) >= ENOUGH_TILES else 1
-    twice = len(place) - len(np.unique(place, axis=0))
-    if step > 1 or twice:
-        raise MixmagError(
-            f"{t.magnification}x: "
-            + (
-                f"{twice} of {len(place)} tiles stand where another one does"
-                if twice
-                else f"the {len(place)} tiles are {step} x {side:g} apart, so that is not their side"
-            )
-        )
-    return place, float(np.abs(t.corners - place * side).max(initial=0))
-
-
-def assemble_cells(levels: list, placed: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """features (C, T, D), cells (C, 2), valid (C, T) of the tiles at their places; a cell is there where any of its tiles is."""
-    keys = [((place[:, 1] >> k) << 32) + (place[:, 0] >> k) for k, place in enumerate(placed)]
-    cells = np.unique(np.concatenate(keys))
-    features = np.zeros(
-        (len(cells), sum(4**k for k in range(len(levels))), levels[0].features.shape[1]), np.float16
-    )
-    valid = np.zeros(features.shape[:2], bool)
-    for k, (t, key, place) in enumerate(zip(levels, keys, placed)):
-        at = (
-            np.searchsorted(cells, key),
-            magnification_entries(k).start + place[:, 1] % 2**k * 2**k + place[:, 0] % 2**k,
-        )
-        features[at], valid[at] = t.features, True
-    return features, np.stack([cells & 0xFFFFFFFF, cells >> 32], axis=1).astype(np.int32), valid
-
-
-def cell_geometry(levels: list, job: dict) -> tuple[float, float, str]:
-    """A cell's side in level-0 px, mpp, and who says so: TRIDENT's files know pixels and a nominal magnification, so that mpp follows from
-    the side, or is --mpp where that agrees; STAMP's know micrometres, which become pixels of --mpp, else of the finest magnification."""
-    cell_um, (given, giver) = 10 * levels[0].tile_px / levels[0].magnification, job["mpp"]
-    if given is not None and not 0.1 <= given <= 4:
-        raise MixmagError(f"{giver} says {given:g} um/px, expected 0.1 to 4")
-    if job["tool"] == "trident":
-        cell_px = float(trident_cell(levels))
-        mpp, source = cell_um / cell_px, "nominal, from the tiles' side"
-        if (
-            given and abs(given - mpp) > 0.2 * mpp
-        ):  # TRIDENT cuts 0.2 to 0.3 um/px as if they were 0.25
-            raise MixmagError(
-                f"{giver} says {given}, but tiles of {cell_px:g} px at {levels[0].magnification}x were cut as if it were {mpp:.4g}"
-            )
-    else:
-        mpp, source = (
-            given or 10 / levels[-1].magnification,
-            "none: pixels of the finest magnification",
-        )
-        cell_px = cell_um / mpp
-        for t in levels:
-            t.corners /= mpp
-    if not 0.1 <= mpp <= 4:
-        raise MixmagError(
-            f"mpp is {mpp:.4g} ({source}), expected 0.1 to 4 um/px; give the slide's own with --mpp"
-        )
-    return (
-        cell_px,
-        given or mpp,
-        f"{giver} (cut as if {mpp:.4g})"
-        if given and abs(given - mpp) > 0.02 * mpp
-        else giver
-        if given
-        else source,
-    )
-
-
-def import_slide(job: dict) -> str:
-    """One slide's files into its slide file; what was done."""
-    settings = {
-        "tool": job["tool"],
-        "class_token": job["class_token"],
-        "sources": [file_sha256(path) for path in job["paths"]],
-    }
-    if already_done(job["out"], {"encoder": job["encoder"], "settings": settings}, job["mpp"][0]):
-        return "done before"
-    levels = [read_tiles(path, job) for path in job["paths"]]
-    check_same_slide(levels)
-    cell_px, mpp, source = cell_geometry(levels, job)
-    snap, drift = (
-        (0, 0) if job["tool"] == "trident" else (SNAP, 1 / levels[0].tile_px)
-    )  # STAMP's tiles are up to 1 px too far apart
-    placed, far = zip(
-        *(lattice_positions(t, cell_px / 2**k, snap, drift) for k, t in enumerate(levels))
-    )
-    features, cells, valid = assemble_cells(levels, placed)
-    width, height = (
-        levels[0].size
-        if all(levels[0].size)
-        else np.ceil((cells.max(axis=0, initial=-1) + 1) * cell_px)
-    )
-    write_slide(
-        job["out"],
+def read_trident(file: h5py.File) -> FeatureFile:
+    """Layout: trident/IO.py of mahmoodlab/TRIDENT."""
+    features = read_array(file, "features")
+    corners = read_array(file, "coords", columns=2)
+    facts = file["coords"].attrs
+    return FeatureFile(
         features,
-        cells,
-        valid,
-        {
-            "slide_id": job["slide_id"],
-            "encoder": levels[0].encoder,
-            "magnifications": [t.magnification for t in levels],
-            "tile_px": levels[0].tile_px,
-            "mpp": mpp,
-            "mpp_source": source,
-            "cell_px": cell_px,
-            "origin": [0.0, 0.0],
-            "width": int(width),
-            "height": int(height),
-            "n_bad": 0,
-            "residual_um": max(far) * mpp,
-            "settings": settings,
-            "size_known": all(levels[0].size),
-        },
+        corners,
+        side=float(facts["patch_size_level0"]),
+        tile_px=int(facts["patch_size"]),
+        magnification=float(facts["target_magnification"]),
+        encoder=file["features"].attrs.get("encoder"),
+        slide_size=(facts.get("level0_width"), facts.get("level0_height")),
     )
+
+
+def read_stamp(file: h5py.File) -> FeatureFile:
+    """Layout: src/stamp/preprocessing/__init__.py of KatherLab/STAMP, from version 2.1 on."""
+    features = read_array(file, "feats")
+    corners = read_array(file, "coords", columns=2)
+    side = float(file.attrs["tile_size_um"])
+    tile_px = int(file.attrs["tile_size_px"])
+    magnification = round(10 * tile_px / side, 6)
+    encoder = file.attrs.get("extractor")
+    return FeatureFile(features, corners, side, tile_px, magnification, encoder)
+
+
+def read_feature_file(path: Path, tool: str) -> FeatureFile:
+    read = {"trident": read_trident, "stamp": read_stamp}[tool]
+    try:
+        with h5py.File(path) as file:
+            found = read(file)
+    except Exception as error:  # damage raises a dozen types, and names hold control characters
+        raise MixmagError(f"{path}: {re.sub('[^ -~]', '?', str(error))}") from None
+    with np.errstate(over="ignore"):
+        found.features = found.features.astype(np.float16)
+    good = np.isfinite(found.features).all(axis=1)
+    good &= found.features.any(axis=1)  # HDF5 reads zeros where a row was never written
+    if not good.all():
+        bad = len(good) - np.count_nonzero(good)
+        raise MixmagError(f"{path}: {bad} of {len(good)} tiles are NaN, beyond float16 or zero")
+    return found
+
+
+def check_same_slide(files: list[FeatureFile]) -> None:
+    """Raises MixmagError unless the files are of one slide, one encoder and a run of doublings."""
+    for low, high in itertools.pairwise(files):
+        if low.encoder != high.encoder:
+            raise MixmagError(f"its files are of two encoders: {low.encoder}, {high.encoder}")
+        if low.slide_size != high.slide_size:
+            raise MixmagError(f"its files are of two sizes: {low.slide_size}, {high.slide_size}")
+        if high.magnification != 2 * low.magnification or high.side != low.side / 2:
+            raise MixmagError(
+                f"{low.magnification:g}x has tiles of {low.side:g}, {high.magnification:g}x of "
+                f"{high.side:g}; expected doublings in the folders' order, and half the side"
+            )
+
+
+def embedding_width(width: int, encoder: str, class_token: bool | None) -> int:
+    """How many numbers to keep. Virchow2's 2560 are its class token, then the mean patch token."""
+    unclear = class_token is None and width == 2560 and encoder != "virchow2"
+    if unclear or (class_token and width != 2560):
+        raise MixmagError(
+            f"its embeddings hold {width} numbers of {encoder!r}: --class-token keeps the first "
+            "1280 of 2560, --no-class-token keeps all"
+        )
+    return 1280 if width == 2560 and class_token is not False else width
+
+
+def import_mpp(files: list[FeatureFile], job: ImportJob) -> tuple[float, str]:
+    """um per level-0 pixel, and who says so: the user, else the size of TRIDENT's tiles. STAMP
+    says nothing of pixels: the default is those of its finest magnification."""
+    nominal = 10 / files[-1].magnification
+    if job.tool == "trident":
+        nominal *= files[-1].tile_px / files[-1].side
+    mpp, source = (nominal, "nominal") if job.mpp is None else (job.mpp, job.mpp_source)
+    if not 0.1 <= mpp <= 4:
+        raise MixmagError(f"{source} mpp is {mpp:g} um/px, expected 0.1 to 4; give it with --mpp")
+    # TRIDENT cuts slides of 0.2 to 0.3 um/px as if they were 0.25.
+    if job.tool == "trident" and abs(mpp - nominal) > 0.2 * nominal:
+        raise MixmagError(f"{source} says {mpp:g}, its tiles were cut as if it were {nominal:.4g}")
+    return mpp, source
+
+
+def lattice_positions(file: FeatureFile, tool: str) -> np.ndarray:
+    """(n, 2) int64: col, row of the tiles on the lattice of their side."""
+    exact = file.corners / file.side
+    position = np.rint(exact)
+    tolerance = np.zeros_like(exact)
+    if tool == "stamp":  # its tiles are up to 1 px too far apart
+        tolerance = STAMP_SNAP + position / file.tile_px
+    fits = np.abs(exact - position) <= tolerance
+    fits &= (position >= 0) & (position < 2**31)
+    if not fits.all():
+        off = file.corners[~fits.all(axis=1)]
+        raise MixmagError(
+            f"{file.magnification:g}x: {len(off)} of {len(fits)} tiles are off the lattice of "
+            f"{file.side:g}, first {off[0].tolist()}; expected tiles without overlap"
+        )
+    return position.astype(np.int64)
+
+
+def assemble_cells(files: list, positions: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """features (C, T, D), cells (C, 2), valid (C, T). A cell exists where any of its tiles does."""
+    keys = [(position >> k) @ [1, 2**32] for k, position in enumerate(positions)]
+    cells = np.unique(np.concatenate(keys))
+    T = magnification_entries(len(files)).start
+    features = np.zeros((len(cells), T, files[0].features.shape[1]), np.float16)
+    valid = np.zeros((len(cells), T), bool)
+    for k, file in enumerate(files):
+        row = np.searchsorted(cells, keys[k])
+        col_inside, row_inside = (positions[k] % 2**k).T
+        entry = magnification_entries(k).start + row_inside * 2**k + col_inside
+        features[row, entry] = file.features
+        valid[row, entry] = True
+        doubles = len(row) - np.count_nonzero(valid[:, magnification_entries(k)])
+        if doubles:
+            raise MixmagError(f"{file.magnification:g}x: {doubles} tiles stand where another does")
+    return features, np.stack([cells % 2**32, cells >> 32], axis=1).astype(np.int32), valid
+
+
+def import_slide(job: ImportJob) -> str:
+    """Write one slide file. What was done."""
+    sources = [file_sha256(path) for path in job.paths]
+    settings = {"tool": job.tool, "class_token": job.class_token, "sources": sources}
+    if already_done(job.out, {"encoder": job.encoder, "settings": settings}, job.mpp):
+        return "done before"
+    files = [read_feature_file(path, job.tool) for path in job.paths]
+    check_same_slide(files)
+    first = files[0]
+    encoder = job.encoder if first.encoder is None else first.encoder
+    if encoder is None or job.encoder not in (None, encoder):
+        raise MixmagError(
+            f"its files say that the encoder is {first.encoder}, --encoder says {job.encoder}"
+        )
+    width = embedding_width(first.features.shape[1], encoder, job.class_token)
+    mpp, mpp_source = import_mpp(files, job)
+    cell_px = first.side / mpp if job.tool == "stamp" else first.side
+    positions = [lattice_positions(file, job.tool) for file in files]
+    residual = 0.0  # um; TRIDENT's tiles have none
+    for file, position in zip(files, positions, strict=True):
+        residual = np.abs(file.corners - position * file.side).max(initial=residual)
+    features, cells, valid = assemble_cells(files, positions)
+    size = first.slide_size
+    if None in size:
+        size = (cells.max(axis=0, initial=-1) + 1) * cell_px
+    meta = {
+        "slide_id": job.slide_id,
+        "encoder": encoder,
+        "magnifications": [whole_if_possible(file.magnification) for file in files],
+        "tile_px": first.tile_px,
+        "mpp": mpp,
+        "mpp_source": mpp_source,
+        "cell_px": cell_px,
+        "origin": [0.0, 0.0],
+        "width": math.ceil(size[0]),
+        "height": math.ceil(size[1]),
+        "n_bad": 0,
+        "residual_um": round(residual, 2),
+        "settings": settings,
+    }
+    write_slide(job.out, features[..., :width], cells, valid, meta)
     return "imported"
 
 
-def import_worker(job: dict) -> tuple[str, str]:
-    """What became of a slide, and why, in a process of its own: a file that brings the HDF5 library down, or hangs it, ends that process.
-    A later alarm ends a worker whose parent was killed."""
-    for s in SIGNALS:  # the parent hears them, and lets the slide be finished
-        signal.signal(s, signal.SIG_IGN)
+def import_facts(slide: Slide, region: int) -> dict:
+    """What import.csv says of a slide file: its tiles, and those that have no partner."""
+    facts = {"dim": slide.dim, "cells": len(slide.cells)}
+    for name in ("encoder", "magnifications", "mpp", "mpp_source", "residual_um"):
+        facts[name] = slide.meta[name]
+    magnifications = slide.meta["magnifications"]
+    entries = [magnification_entries(k) for k in range(len(magnifications))]
+    facts["tiles"] = [int(slide.valid[:, entry].sum()) for entry in entries]
+    children = slide.valid[:, 1:]  # (C, T - 1)
+    parent_of = Geometry(1, magnifications).relatives()["parent"].int().argmax(dim=1)  # (T,)
+    parents = slide.valid[:, parent_of[1:]]  # (C, T - 1)
+    facts["without_parent"] = int((children & ~parents).sum())
+    facts["missing_children"] = int((parents & ~children).sum())
+    facts["whole_windows"] = len(windows(slide.cells, region, region, 1.0)[0])
+    return facts
+
+
+def import_worker(job: ImportJob) -> dict:
+    """Import a slide in a process of its own. Its row of import.csv."""
+    for signum in SIGNALS:  # the parent receives them too, and lets the slide be finished
+        signal.signal(signum, signal.SIG_IGN)
+    size = sum(path.stat().st_size for path in job.paths)
+    signal.alarm(IMPORT_SECONDS + size // 2**20)  # ends this process if a file hangs it
     try:
-        signal.alarm(IMPORT_SECONDS + sum(os.path.getsize(path) for path in job["paths"]) // 2**20)
-        return import_slide(job), ""
-    except MixmagError as error:
-        return "failed", str(error)
-    except Exception as error:  # a full disk, no memory
-        return "failed", f"{type(error).__name__}: {error}"
+        status = import_slide(job)
+        return {"status": status, **import_facts(read_slide(job.out), job.region)}
     finally:
-        signal.alarm(3600)
+        signal.alarm(3600)  # ends this process if the parent was killed
 
 
-def import_folder(place: str, tool: str, encoder: str | None) -> dict[str, Path]:
-    """slide id -> file. TRIDENT's features_<encoder> is found inside the folder above it. Raises MixmagError where two have one id."""
-    inside = sorted(Path(place).glob(f"features_{encoder or '*'}")) if tool == "trident" else []
-    paths = visible_files(
-        inside[0] if len(inside) == 1 else Path(place), "*.h5" if tool == "trident" else "**/*.h5"
-    )
-    if not paths:
-        raise MixmagError(
-            f"{place}: no feature files (*.h5)"
-            + "".join(f"; there is {folder}" for folder in inside)
-        )
-    found = {}
-    for path in paths:
-        if not path.stem.isprintable():
-            raise MixmagError(f"{path.stem!r} in {place} is not a printable name; rename it")
-        if found.setdefault(path.stem.lower(), path) != path:
-            raise MixmagError(
-                f"two slides with one id: {found[path.stem.lower()]}, {path}; rename one"
-            )
-    return {path.stem: path for path in paths}
+def import_slides(jobs: list[ImportJob]):
+    """Yields each slide's row. A file that ends or hangs the HDF5 library costs its slide only."""
+    pool = None
+    with contextlib.ExitStack() as pools:
+        for job in progress(jobs, desc="slides"):
+            if pool is None:  # spawned, because a fork inherits torch's threads
+                pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+                pools.enter_context(pool)
+            row = {"slide_id": job.slide_id, "status": "failed", "reason": ""}
+            try:
+                row.update(pool.submit(import_worker, job).result())
+            except BrokenExecutor:
+                stop_if_asked()  # then a signal ended it
+                pool = None
+                row["reason"] = "its files bring the HDF5 library down, or hang it"
+            except MixmagError as error:
+                row["reason"] = str(error)
+            except Exception as error:  # no such file, a full disk, no memory
+                row["reason"] = f"{type(error).__name__}: {error}"
+            yield row
 
 
-IMPORT_COLUMNS = (
-    "slide_id",
-    "status",
-    "reason",
-    "encoder",
-    "dim",
-    "magnifications",
-    "mpp",
-    "mpp_source",
-    "residual_um",
-    "cells",
-    "tiles",
-    "of",
-    "without_parent",
-    "missing_children",
-    "whole_windows",
-)
+def find_feature_files(folder: Path, pattern: str) -> dict[str, Path]:
+    """slide id -> file."""
+    files: dict[str, Path] = {}
+    for path in visible_files(folder, pattern):
+        same = files.setdefault(path.stem, path)
+        if same != path:
+            raise MixmagError(f"two files of one slide: {same}, {path}; rename one")
+    if not files:
+        raise MixmagError(f"{folder}: no feature files (*.h5)")
+    return files
 
 
-def import_row(slide: Slide, region: int) -> tuple:
-    """What import.csv says of a slide file, from encoder on: the tiles that it holds at each magnification, and those that have no partner."""
-    meta, C, alone, missing = slide.meta, len(slide.cells), 0, 0
-    grids = [
-        slide.valid[:, magnification_entries(k)].reshape(C, 2**k, 2**k)
-        for k in range(len(meta["magnifications"]))
-    ]
-    for parent, child in zip(grids, grids[1:]):
-        parent = parent.repeat(2, axis=1).repeat(2, axis=2)
-        alone, missing = (
-            alone + int((child & ~parent).sum()),
-            missing + int((parent & ~child).sum()),
-        )
-    return (
-        meta["encoder"],
-        slide.dim,
-        "/".join(f"{m}x" for m in meta["magnifications"]),
-        round(meta["mpp"], 5),
-        meta["mpp_source"],
-        round(meta["residual_um"], 2),
-        C,
-        " ".join(str(g.sum()) for g in grids),
-        " ".join(str(g.size) for g in grids),
-        alone,
-        missing,
-        len(windows(slide.cells, region, region, 1.0)[0]),
-    )
+def import_jobs(args) -> list[ImportJob]:
+    tool = "trident" if args.trident else "stamp"
+    pattern = "*.h5" if args.trident else "**/*.h5"  # STAMP repeats the folders of the slides
+    folders = [Path(folder) for folder in getattr(args, tool)]
+    found = {folder: find_feature_files(folder, pattern) for folder in folders}
+    slide_ids = sorted(set().union(*found.values()))
+    manifest = read_manifest(args.manifest)
+    warn_unmatched_rows(manifest, set(slide_ids))
+    jobs = []
+    for i in slide_ids:
+        paths = [files.get(i, folder / f"{i}.h5") for folder, files in found.items()]
+        out = Path(args.out) / "slides" / f"{i}.safetensors"
+        job = ImportJob(i, paths, out, tool, args.encoder, args.class_token, region=args.region)
+        job.mpp, job.mpp_source = user_mpp(i, manifest, args.mpp)
+        jobs.append(job)
+    return jobs
 
 
 def import_command(args) -> int:
-    tool, places, out = (
-        "trident" if args.trident else "stamp",
-        args.trident or args.stamp,
-        Path(args.out),
-    )
-    folders = [import_folder(place, tool, args.encoder) for place in places]
-    rows, pool, slide_ids, args.manifest = (
-        [],
-        None,
-        sorted(set().union(*folders)),
-        read_manifest(args.manifest),
-    )
-    warn_unmatched_rows(args.manifest, set(slide_ids))
-    given = {i: user_mpp(i, args) for i in slide_ids}
-    sweep(out / "slides")
-    with contextlib.ExitStack() as pools:
-        for i in progress(slide_ids, desc="slides"):
-            job = {
-                "slide_id": i,
-                "paths": [str(files.get(i)) for files in folders],
-                "out": str(out / "slides" / f"{i}.safetensors"),
-                "tool": tool,
-                "mpp": given[i],
-                "encoder": args.encoder,
-                "class_token": args.class_token,
-            }
-            absent = [place for place, files in zip(places, folders) if i not in files]
-            pool = pool or pools.enter_context(
-                ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-            )  # a fork inherits torch's threads
-            try:
-                status, reason = (
-                    ("failed", f"no file in {', '.join(absent)}")
-                    if absent
-                    else pool.submit(import_worker, job).result()
-                )
-            except BrokenExecutor:
-                if STOP_SIGNALS:
-                    raise Stopped from None
-                status, reason, pool = (
-                    "failed",
-                    "its files bring the HDF5 library down, or hang it",
-                    None,
-                )
-            found = () if status == "failed" else import_row(read_slide(job["out"]), args.region)
-            rows.append((i, status, reason, *found))
-            said = ", ".join(
-                f"{name} {value}" for name, value in zip(IMPORT_COLUMNS[6:], found[3:])
-            )
-            print(
-                f"{i}: {status}, {said}" if found else f"{i}: FAILED: {reason}",
-                file=sys.stdout if found else sys.stderr,
-                flush=True,
-            )
-    failed = [(i, "import", reason) for i, status, reason, *_ in rows if status == "failed"]
-    write_csv(out / "import.csv", IMPORT_COLUMNS, rows)
-    print(
-        f"{len(rows) - len(failed)} slides imported, {len(failed)} failed; {out / 'import.csv'} says what did not match"
-    )
+    rows = []
+    failed = []
+    for row in import_slides(import_jobs(args)):
+        rows.append(row)
+        if row["status"] == "failed":
+            failed.append((row["slide_id"], "import", row["reason"]))
+            print(f"{row['slide_id']}: FAILED: {row['reason']}", file=sys.stderr)
+        else:
+            facts = [f"{name} {value}" for name, value in list(row.items())[3:]]
+            print(f"{row['slide_id']}: {row['status']}, {', '.join(facts)}", flush=True)
+    out = Path(args.out)
+    columns = max(rows, key=len)  # a failed slide's row is short
+    write_csv(out / "import.csv", columns, [[row.get(name) for name in columns] for row in rows])
+    print(f"{len(rows) - len(failed)} slides imported, {len(failed)} failed; see {out}/import.csv")
     return report_failed(out / "failed.csv", failed)
 
 
@@ -3330,207 +3143,120 @@ def report_failed(path, failed: list) -> int:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of each flag that has one."""
+
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        if action.default is None:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def number_in(kind, low, high):
+    """The type of a flag: a number of this kind from low to high."""
+
     def number(text):
         value = kind(text)
-        if not low <= value <= high:
+        if not low <= value <= high:  # NaN is not
             raise argparse.ArgumentTypeError(f"{text} is not within {low:g} to {high:g}")
         return value
 
     return number
 
 
-def parse(argv=None) -> argparse.Namespace:
+class Doublings(argparse.Action):
+    """Takes a run of doublings as magnifications."""
 
-    class Help(argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action):
-            return action.help if action.default is None else super()._get_help_string(action)
+    def __call__(self, parser, namespace, values, option_string=None):
+        magnifications = [whole_if_possible(value) for value in values]
+        try:
+            Geometry(1, magnifications)
+        except ValueError:
+            raise argparse.ArgumentError(self, f"{magnifications} is no run of doublings") from None
+        namespace.magnifications = magnifications
 
-    parser = argparse.ArgumentParser(
-        prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
 
-    def within(kind, low, high):
-        def number(text):
-            if not low <= kind(text) <= high:  # NaN is not
-                raise argparse.ArgumentTypeError(f"{text} is not within {low:g} to {high:g}")
-            return kind(text)
+NATURAL = number_in(int, 0, 2**32 - 1)
+POSITIVE = number_in(int, 1, 2**32 - 1)
 
-        return number
 
-    natural, positive = within(int, 0, 2**32 - 1), within(int, 1, 2**32 - 1)
+# The docstrings of these functions are the summaries that --help shows.
 
-    def command(name, summary, example):
-        return commands.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            epilog=f"example: {example}",
-            formatter_class=Help,
-        )
 
-    p = command(
-        "synth",
-        "make a synthetic cohort: embedding pyramids with seven planted biomarkers",
-        "python data.py synth --out data/synthetic --scale quick",
-    )
-    p.add_argument("--out", default="data/synthetic", help="folder to write")
-    p.add_argument(
-        "--scale",
-        choices=("quick", "full"),
-        default="quick",
-        help="full: the paper's case and slide counts; quick: a twentieth, with floors that keep every split rankable",
-    )
-    p.add_argument(
-        "--dim", type=positive, default=64, help="width of an embedding (Virchow2 has 1280)"
-    )
-    p.add_argument(
-        "--regions",
-        type=positive,
-        default=4,
-        help="3 x 3 regions of tissue per slide, on average; at least 2",
-    )
-    p.add_argument(
-        "--images",
-        type=natural,
-        default=0,
-        metavar="N",
-        help="write N H&E-like pyramidal TIFFs instead, for the tiler",
-    )
-    p.add_argument("--seed", type=natural, default=0, help="everything follows from it")
+def add_synth_flags(parser) -> None:
+    """make a synthetic cohort: embeddings with seven planted biomarkers"""
+    parser.epilog = "example: python data.py synth --out data/synthetic --scale quick"
+    add = parser.add_argument
+    add("--out", default="data/synthetic", help="folder to write")
+    scales = "full: the paper's numbers of cases and slides; quick: a twentieth, and at least some"
+    add("--scale", choices=("quick", "full"), default="quick", help=scales)
+    add("--dim", type=POSITIVE, default=64, help="width of an embedding (Virchow2 has 1280)")
+    add("--regions", type=POSITIVE, default=4, help="3 x 3 regions a slide on average, at least 2")
+    add("--images", type=NATURAL, default=0, help="write so many H&E-like slides for tile instead")
+    add("--seed", type=NATURAL, default=0, help="everything follows from it")
 
-    p = command(
-        "tile",
-        "turn whole-slide images into slide files: tissue, cells on one lattice in exact mpp, embeddings",
-        "python data.py tile --slides slides/ --out data/mine --encoder texture --mpp 0.5",
-    )
-    p.add_argument(
-        "--slides", nargs="+", required=True, metavar="DIR|FILE", help="slides, or folders of them"
-    )
-    p.add_argument(
-        "--out", required=True, help="DATA folder to write slides/<slide_id>.safetensors into"
-    )
-    p.add_argument(
-        "--encoder",
-        default="texture",
-        metavar="texture|virchow2|module:factory",
-        help="texture is a weight-free stand-in; factory() returns a callable (B, 224, 224, 3) uint8 -> (B, D)",
-    )
-    p.add_argument(
-        "--weights",
-        metavar="FILE",
-        help="virchow2's weights, .safetensors or .pt (default: from the Hugging Face hub)",
-    )
-    p.add_argument(
-        "--mpp",
-        type=float,
-        help="micrometres per level-0 pixel, for slides that do not say, or nothing plausible (default: their own)",
-    )
-    p.add_argument(
-        "--manifest",
-        metavar="CSV",
-        help="columns slide (file name or id) and mpp: as --mpp, for each slide; goes before it",
-    )
-    p.add_argument(
-        "--mpp-from-power",
-        action="store_true",
-        help="take 10 / objective power where a slide says no mpp at all",
-    )
-    p.add_argument(
-        "--region",
-        type=positive,
-        default=3,
-        help="cells per side of the windows that are accepted or not as a whole",
-    )
-    p.add_argument(
-        "--magnifications", type=positive, nargs="+", default=[5, 10, 20], help="a run of doublings"
-    )
-    p.add_argument(
-        "--min-tissue",
-        type=within(float, 0, 1),
-        default=0.25,
-        help="least share of tissue in a window (assumed)",
-    )
-    p.add_argument(
-        "--mask",
-        metavar="FILE|DIR",
-        help="your own tissue mask, PNG or GeoJSON; DIR holds <slide_id>.png or .geojson for each slide",
-    )
-    p.add_argument(
-        "--shard",
-        metavar="i/n",
-        help="do the i-th of n shares of the slides (default: all, or each process's share under torchrun)",
-    )
-    p.add_argument("--batch-size", type=positive, default=256, help="tiles per call of the encoder")
-    p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
-    p.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="plan only: mpp, windows, tokens and bytes of each slide",
-    )
 
-    p = command(
-        "import",
-        "join the embeddings that TRIDENT or STAMP made at each magnification into slide files",
-        "python data.py import --trident 5x/features_virchow2 10x/features_virchow2 20x/features_virchow2 --out data/mine",
-    )
-    source = p.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--trident",
-        nargs="+",
-        metavar="DIR",
-        help="one features_<encoder> folder per magnification, from low to high",
-    )
-    source.add_argument(
-        "--stamp",
-        nargs="+",
-        metavar="DIR",
-        help="one folder of STAMP's feature files per magnification, from low to high",
-    )
-    p.add_argument(
-        "--out", required=True, help="DATA folder to write slides/<slide_id>.safetensors into"
-    )
-    p.add_argument(
-        "--encoder",
-        metavar="NAME",
-        help="the encoder's name, for files that do not say (default: what they say)",
-    )
-    p.add_argument(
-        "--class-token",
-        action=argparse.BooleanOptionalAction,
-        help="keep the first 1280 of 2560 numbers, Virchow2's class token, "
-        "or all of them (default: cut where the file says virchow2)",
-    )
-    p.add_argument(
-        "--mpp",
-        type=float,
-        help="the true micrometres per level-0 pixel of these slides, checked against their files; "
-        "with STAMP's, which have no pixels, it places them on the slide",
-    )
-    p.add_argument(
-        "--manifest",
-        metavar="CSV",
-        help="columns slide (file name or id) and mpp: as --mpp, for each slide; goes before it",
-    )
-    p.add_argument(
-        "--region",
-        type=positive,
-        default=3,
-        help="cells per side of the windows that are counted in import.csv",
-    )
+def add_output_flags(parser) -> None:
+    add = parser.add_argument
+    add("--out", required=True, help="DATA folder; slides go to DATA/slides/<slide_id>.safetensors")
+    add("--manifest", help="CSV with columns slide (file name or id) and mpp; goes before --mpp")
+    add("--region", type=POSITIVE, default=3, help="cells per side of a window")
 
-    p = command(
-        "verify",
-        "check slide files and task tables; print every finding; exit 1 if there is any",
-        "python data.py verify data/mine",
+
+def add_tile_flags(parser) -> None:
+    """turn whole-slide images into slide files: tissue, cells on one lattice, embeddings"""
+    parser.epilog = "example: python data.py tile --slides slides/ --out data/mine --mpp 0.5"
+    add = parser.add_argument
+    add("--slides", nargs="+", required=True, metavar="DIR|FILE", help="slides, or their folders")
+    add_output_flags(parser)
+    encoder = "texture (a stand-in without weights), virchow2, or module:factory, where factory() "
+    encoder += "returns a callable (B, 224, 224, 3) uint8 -> (B, D)"
+    add("--encoder", default="texture", help=encoder)
+    add("--weights", help="virchow2's weights, .safetensors or .pt; else from the Hugging Face hub")
+    add("--mpp", type=float, help="um per level-0 pixel, for slides that do not say it")
+    power = "for slides that say no mpp at all: 10 / objective power"
+    add("--mpp-from-power", action="store_true", help=power)
+    run = "from low to high, each twice the one before, such as 2.5 5 10 20"
+    number = number_in(float, 0.01, 1000)
+    default = [5, 10, 20]
+    add("--magnifications", type=number, nargs="+", action=Doublings, default=default, help=run)
+    tissue = "least share of tissue in a window (assumed); biopsies and smears want less"
+    add("--min-tissue", type=number_in(float, 0, 1), default=0.25, help=tissue)
+    mask = "your own tissue mask: a PNG over the whole slide, or GeoJSON as QuPath and TRIDENT "
+    mask += "write it; DIR holds <slide_id>.png or .geojson of each slide"
+    add("--mask", metavar="FILE|DIR", help=mask)
+    add("--shard", metavar="i/n", help="do the i-th of n shares of the slides, from 0 on")
+    add("--batch-size", type=POSITIVE, default=256, help="tiles per call of the encoder")
+    add("--device", default="auto", help="auto, cpu or cuda[:i]")
+    add("--dry-run", action="store_true", help="only say mpp, windows, tokens, bytes of each slide")
+
+
+def add_import_flags(parser) -> None:
+    """join the embeddings that TRIDENT or STAMP made at each magnification into slide files"""
+    parser.description += """. Each magnification is twice the one before, with the same patch size
+        in pixels and no overlap. import.csv says which tiles have no parent or children."""
+    parser.epilog = "example: python data.py import --stamp 5x 10x 20x --mpp 0.25 --out data/mine"
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    trident = "TRIDENT's features_<encoder> folders, one per magnification, from low to high"
+    source.add_argument("--trident", nargs="+", metavar="DIR", help=trident)
+    stamp = "STAMP's folders of feature files, one per magnification, from low to high"
+    source.add_argument("--stamp", nargs="+", metavar="DIR", help=stamp)
+    add_output_flags(parser)
+    add("--encoder", help="the encoder's name, for files that do not say it")
+    token = "keep Virchow2's class token only, the first 1280 of 2560 numbers, or all of them "
+    token += "(default: the class token where the files say virchow2)"
+    add("--class-token", action=argparse.BooleanOptionalAction, help=token)
+    mpp = (
+        "um per level-0 pixel (default: as TRIDENT cut the tiles, which must agree within 20 %%); "
     )
-    p.add_argument("data", help="DATA folder, a finished run, or a folder of runs")
-    return parser.parse_args(argv)
+    mpp += "STAMP's files know no pixels, so give it to place their tiles on the slide"
+    add("--mpp", type=float, help=mpp)
+
+
+def add_verify_flags(parser) -> None:
+    """check slide files and task tables; print every finding; exit 1 if there is any"""
+    parser.epilog = "example: python data.py verify data/mine"
+    parser.add_argument("data", help="DATA folder")
 
 
 COMMANDS = {
@@ -3539,6 +3265,21 @@ COMMANDS = {
     "import": import_command,
     "verify": verify_command,
 }
+FLAGS = (add_synth_flags, add_tile_flags, add_import_flags, add_verify_flags)
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, add_flags in zip(COMMANDS, FLAGS, strict=True):
+        summary = add_flags.__doc__
+        command = commands.add_parser(
+            name, help=summary, description=summary, formatter_class=HelpFormatter
+        )
+        add_flags(command)
+    return parser.parse_args(argv)
 
 
 def main(argv=None) -> int:

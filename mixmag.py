@@ -22,6 +22,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Geometry:
-    """Where each token of a region lies: level by level from low to high, row by row inside.
+    """Where each token of a region lies: level by level from low to high, row by row in each level.
 
     region: cells per side (R). magnifications: successive doublings, such as (5, 10, 20) or (20,).
     Raises ValueError for anything else. Source: paper section 3.
@@ -42,8 +43,7 @@ class Geometry:
     def __init__(self, region: int = 3, magnifications: tuple = (5, 10, 20)):
         self.region = int(region)
         self.magnifications = tuple(magnifications)
-        pairs = zip(self.magnifications[:-1], self.magnifications[1:], strict=True)
-        doubling = all(high == 2 * low for low, high in pairs)
+        doubling = all(high == 2 * low for low, high in pairwise(self.magnifications))
         if region < 1 or not self.magnifications or self.magnifications[0] <= 0 or not doubling:
             raise ValueError(
                 "a region needs at least one cell per side and magnifications that double; "
@@ -64,7 +64,7 @@ class Geometry:
         return torch.cat(grids)
 
     def level(self, device=None) -> Tensor:
-        """(N,) long: the level of each token. It is copied to a device once, so no step waits."""
+        """(N,) long: the level of each token. It is copied to each device only once."""
         if device not in self._level_on:
             self._level_on[device] = self.token_table()[:, 0].to(device)
         return self._level_on[device]
@@ -93,7 +93,7 @@ class Geometry:
         return torch.stack(rows)
 
     def level_weights(self) -> Tensor:
-        """(N,), sums to 1: each magnification weighs 1/K, shared by its tokens. Source: 3.1.1."""
+        """(N,) with sum 1: the tokens of each magnification share 1/K. Source: section 3.1.1."""
         count = torch.bincount(self.level())  # (K,)
         return (1 / (self.levels * count))[self.level()]
 
@@ -106,7 +106,7 @@ class Geometry:
         return (self.level() == self.magnifications.index(magnification)).nonzero().flatten()
 
     def relatives(self) -> dict[str, Tensor]:
-        """name -> (N, N) bool: column j is the parent, a child, one of <= 8 neighbours of row i."""
+        """name -> (N, N) bool: True where token j is a parent, child or neighbour of token i."""
         level, row, col = self.token_table().unbind(1)
         is_child = level[:, None] + 1 == level[None]
         is_child &= row[:, None] == row[None] // 2
@@ -120,7 +120,7 @@ class Geometry:
 
 @dataclass
 class Config:
-    """Every number that shapes the model. Raises ValueError for numbers that cannot be meant."""
+    """Every number that shapes the model. Raises ValueError for sizes that cannot work."""
 
     dim: int  # D; 1280 for Virchow2's class token (paper 4.1)
     region: int = 3  # assumed
@@ -193,7 +193,7 @@ def without_autocast(function, *tensors: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k' / sqrt(d/h)) v. q, k, v (B, h, n, d/h), mask (B, 1, 1, n) bool or None.
 
-    On a CPU torch's fused kernel takes three to five times as long as the formula in bf16.
+    In bf16 on a CPU, torch's fused kernel is three to five times slower than the plain formula.
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -214,11 +214,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, first: int = 0) -> Tensor:
         """x (B, n, d), mask (B, 1, 1, n) -> (B, n - first, d): outputs from token `first` on."""
-        width = x.shape[-1]
-        q = F.linear(x[:, first:], self.qkv.weight[:width], self.qkv.bias[:width])
-        kv = F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:])
-        k, v = kv.chunk(2, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q = q[:, :, first:]
         out = attend(q, k, v, mask)  # (B, h, n - first, d/h)
         return self.proj(out.transpose(1, 2).flatten(2))  # (B, n - first, d)
 
@@ -266,7 +263,7 @@ def attention_mask(valid: Tensor | None, cls_tokens: int) -> Tensor | None:
 
 
 class Standardize(nn.Module):
-    """(x - mean) / std with constants of the training data; 0 and 1 until `fit` gives them.
+    """(x - mean) / std with constants of the training data; 0 and 1 until `fit` sets them.
 
     shape: (D,), or (n, D) where each place of the region has constants of its own.
     """
@@ -280,7 +277,7 @@ class Standardize(nn.Module):
         self.register_buffer("std", torch.ones(shape))
 
     def fit(self, mean: Tensor, std: Tensor) -> None:
-        """A dimension that hardly varies keeps the typical scale; it is not blown up."""
+        """A dimension that hardly varies gets the typical std, so that its noise stays small."""
         varying = torch.where(std > 0, std, math.nan)
         typical = varying.nanmedian(-1, keepdim=True).values.nan_to_num(1.0)
         self.mean.copy_(mean)
@@ -296,8 +293,8 @@ POSITION_SIZE = 0.5  # assumed: root mean square of an initial position
 def initial_positions(geometry: Geometry, width: int) -> Tensor:
     """(N, width): where the learned positions start.
 
-    Waves of the token's centre in the region, plus a random vector of its level. A tile, its parent
-    and its children start alike. From random positions MEM needs several times the steps.
+    Waves over the token's centre in the region, plus a random vector of its level. A tile, its
+    parent and its children start alike. From random positions, MEM needs several times the steps.
     """
     level, row, col = geometry.token_table().unbind(1)
     side = torch.tensor(geometry.sides)[level]
@@ -307,8 +304,8 @@ def initial_positions(geometry: Geometry, width: int) -> Tensor:
     frequency = math.pi * torch.logspace(0, math.log10(geometry.sides[-1]), count)
     phase = centre[..., None] * frequency  # (N, 2, count)
     waves = torch.cat([phase.sin(), phase.cos()], dim=1).flatten(1)[:, :width]
-    of_level = torch.randn(geometry.levels, width)[level]
-    return POSITION_SIZE * (math.sqrt(2) * waves + 0.5 * of_level)
+    level_vector = torch.randn(geometry.levels, width)[level]
+    return POSITION_SIZE * (math.sqrt(2) * waves + 0.5 * level_vector)
 
 
 class MixingEncoder(nn.Module):
@@ -330,8 +327,8 @@ class MixingEncoder(nn.Module):
     def forward(self, x, index=None, valid=None) -> tuple[Tensor, Tensor]:
         """x (B, n, D): any tokens of the region. index (B, n): which ones; None: all N in order.
 
-        valid (B, n) bool, None: all. Returns cls (B, 4, d), the compressed output, and tokens
-        (B, n, d), the contextualized one; outputs at invalid tokens have no meaning.
+        valid (B, n) bool; None: all. Returns cls (B, 4, d), the compressed output, and tokens
+        (B, n, d), the contextualized output. Outputs at invalid tokens have no meaning.
         Raises ValueError for shapes that do not fit.
         """
         B, n, D = x.shape
@@ -370,7 +367,7 @@ class Decoder(nn.Module):
     def forward(self, cls, tokens, kept, removed, valid=None) -> Tensor:
         """cls (B, 4, d), tokens (B, N - M, d) at kept (B, N - M), removed (B, M) -> (B, M, D).
 
-        valid (B, N) or None. Mask tokens follow the kept ones: a transformer knows no order.
+        valid (B, N) or None. Mask tokens stand behind the kept ones; positions tell their places.
         """
         M = removed.shape[1]
         cls, tokens = self.input(cls), self.input(tokens)
@@ -393,7 +390,7 @@ def removal_count(N: int, mask: float) -> int:
     """M = round(mask * N). Raises ValueError unless 0 < M < N."""
     M = round(mask * N)
     if not 0 < M < N:
-        raise ValueError(f"a removal ratio of {mask} removes {M} of {N} tokens; some must stay")
+        raise ValueError(f"removal ratio {mask} removes {M} of {N} tokens, expected 1 to {N - 1}")
     return M
 
 
@@ -404,7 +401,7 @@ def random_removal(B: int, N: int, mask: float, generator=None, device=None) -> 
 
 
 def complement(removed: Tensor, N: int) -> Tensor:
-    """removed (B, M) -> kept (B, N - M) in ascending order. Its size is known, so no GPU waits."""
+    """removed (B, M) -> kept (B, N - M), ascending. Unlike nonzero(), it makes no GPU wait."""
     B, M = removed.shape
     is_removed = torch.zeros(B, N, dtype=torch.uint8, device=removed.device).scatter(1, removed, 1)
     return is_removed.argsort(dim=1, stable=True)[:, : N - M]
@@ -416,12 +413,13 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def removal_weights(geometry: Geometry, removed: Tensor, valid: Tensor | None = None) -> Tensor:
-    """removed (B, M), valid (B, N) or None -> (B, M): w_i = 1 / (K m N_k), m = M / N.
+    """removed (B, M), valid (B, N) or None -> (B, M): w_i = 1 / (K m N_k) with m = M / N.
 
-    In expectation over masks each magnification weighs 1/K. Where tokens are invalid, K and N_k
-    count what the region really holds, and an invalid token weighs 0. Source: section 3.1.1.
+    In expectation over masks, each magnification weighs 1/K. Where tokens are invalid, K and N_k
+    count the valid ones, and an invalid token weighs 0. Source: paper section 3.1.1.
     """
-    (B, M), N = removed.shape, geometry.num_tokens
+    B, M = removed.shape
+    N = geometry.num_tokens
     level = geometry.level(removed.device)
     if valid is None:
         valid = torch.ones(B, N, dtype=torch.bool, device=removed.device)
@@ -434,7 +432,7 @@ def removal_weights(geometry: Geometry, removed: Tensor, valid: Tensor | None = 
 
 
 def mem_loss(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """pred, target (B, M, D), weight (B, M) -> scalar in fp32 or better. Source: section 3.1.1."""
+    """pred, target (B, M, D), weight (B, M) -> scalar in fp32 or better. Source: paper 3.1.1."""
     cosine = F.cosine_similarity(at_least_fp32(pred), at_least_fp32(target), dim=-1)  # Eq. 3
     return (weight * (1 - cosine)).sum(1).mean()  # Eq. 2, mean over regions
 
@@ -444,7 +442,7 @@ def level_losses(
 ) -> tuple[Tensor, Tensor]:
     """pred, target (B, M, D) at removed (B, M) -> (K,) sums of 1 - cosine, (K,) counts of tokens.
 
-    Only valid tokens count.
+    Invalid tokens do not count.
     """
     level = geometry.level(removed.device)[removed].flatten()  # (B M,)
     loss = 1 - F.cosine_similarity(pred.float(), target.float(), dim=-1)  # (B, M)
@@ -459,9 +457,10 @@ def trivial_predictions(
 ) -> dict[str, Tensor]:
     """Predictions of the removed tokens that need no network: name -> (B, M, D).
 
-    x (B, N, D), removed (B, M), mean (K, D): the mean direction of each magnification. `mean`
-    predicts that. `shift` adds the mean deviation of the region's visible tokens, such as its
-    stain. `parent`, `children` and `neighbours` are the mean of the visible ones, else `mean`.
+    x (B, N, D), removed (B, M). mean (K, D): the mean of the embeddings of each magnification, each
+    scaled to length 1. "mean" predicts that. "shift" adds the mean deviation of the region's
+    visible tokens, such as its stain. "parent", "children" and "neighbours" predict the mean of
+    the visible ones, or "mean" where none is visible.
     """
     level = geometry.level(x.device)
     visible = torch.ones(x.shape[:2], device=x.device).scatter(1, removed, 0.0)  # (B, N)
@@ -497,7 +496,7 @@ class Outputs:
 
 
 class MaskedEmbeddingModel(nn.Module):
-    """MEM: encode the kept tokens, predict the removed ones. Source: section 3.1.1, figure 2a."""
+    """MEM: encode the kept tokens, predict the removed ones. Source: paper 3.1.1, figure 2a."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -506,7 +505,7 @@ class MaskedEmbeddingModel(nn.Module):
         self.decoder = Decoder(config)
 
     def forward(self, x, mask=0.5, valid=None, generator=None) -> Outputs:
-        """x (B, N, D), valid (B, N) or None; mask: a removal ratio, or removed tokens (B, M)."""
+        """x (B, N, D), valid (B, N) or None; mask: the removal ratio, or the removed (B, M)."""
         geometry = self.encoder.geometry
         B, N, _ = x.shape
         if isinstance(mask, Tensor):
@@ -536,8 +535,7 @@ class MaskedEmbeddingModel(nn.Module):
 def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
     """NT-Xent over the pairs (a_i, b_i); a, b (B, P) -> scalar in fp32 or better.
 
-    Each of the 2B projections has to find its partner among the 2B - 1 others.
-    Source: paper section 3.1.2, SimCLR.
+    Each of the 2B projections has to find its partner among the others. Source: 3.1.2, SimCLR.
     """
     B = a.shape[0]
     z = F.normalize(at_least_fp32(torch.cat([a, b])), dim=-1)  # (2B, P)
@@ -548,10 +546,7 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
 
 
 class ContrastiveEmbeddingModel(MaskedEmbeddingModel):
-    """CMEM: MEM on two views of one place, with their class tokens aligned.
-
-    Source: paper section 3.1.2, figure 2b.
-    """
+    """CMEM: MEM on two nearby views, whose class tokens are aligned. Source: 3.1.2, figure 2b."""
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -563,7 +558,7 @@ class ContrastiveEmbeddingModel(MaskedEmbeddingModel):
         self.projector.apply(init_linear)
 
     def forward(self, x, mask=0.5, valid=None, generator=None) -> Outputs:
-        """As MEM, with a leading axis of the two views: x (2, B, N, D), valid (2, B, N)."""
+        """As MEM, with a leading axis of two views: x (2, B, N, D), mask and valid likewise."""
         if isinstance(mask, Tensor):
             mask = mask.flatten(0, 1)  # (2B, M)
         flat_valid = None if valid is None else valid.flatten(0, 1)  # (2B, N)
@@ -593,7 +588,7 @@ class GatedABMIL(nn.Module):
         self.w = nn.Linear(hidden, 1)
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """x (T, d): all bags, one after the other; lengths (bags,) long, each at least 1.
+        """x (T, d): all bags, one after the other; lengths (bags,) long, each at least 1, sum T.
 
         Returns pooled (bags, d) and attention (T,), which sums to 1 in each bag.
         Raises ValueError for an empty bag, or lengths that do not add up to T.
@@ -603,35 +598,38 @@ class GatedABMIL(nn.Module):
             raise ValueError(f"bags need one token or more, {T} in all; found {lengths.tolist()}")
         bag = torch.repeat_interleave(torch.arange(bags, device=x.device), lengths)  # (T,)
         gated = torch.tanh(self.V(x)) * torch.sigmoid(self.U(x))  # (T, hidden)
-        score = without_autocast(self.w, gated).squeeze(1)  # (T,); half precision makes ties
+        score = without_autocast(self.w, gated).squeeze(
+            1
+        )  # (T,) in fp32: half precision makes ties
         top = score.new_full((bags,), -math.inf).scatter_reduce(0, bag, score.detach(), "amax")
         weight = (score - top[bag]).exp()
         total = weight.new_zeros(bags).index_add(0, bag, weight)
         attention = weight / total[bag]  # Eq. 8  (T,)
-        pooled = F.embedding_bag(
+        pooled = F.embedding_bag(  # Eq. 7  (bags, d)
             torch.arange(T, device=x.device),
             x.to(attention),
             lengths.cumsum(0) - lengths,
             mode="sum",
             per_sample_weights=attention,
-        )  # Eq. 7  (bags, d)
+        )
         return pooled, attention
 
 
 def min_slide_loss(loss: Tensor, case: Tensor) -> Tensor:
-    """loss (S,), case (S,) long in 0..cases-1 -> (cases,): each case's least slide loss."""
+    """loss (S,), case (S,) long in 0..cases-1 -> (cases,): the least slide loss of each case."""
     cases = int(case.max()) + 1
     return loss.new_full((cases,), math.inf).scatter_reduce(0, case, loss, "amin")  # Eq. 9
 
 
 class SlideClassifier(nn.Module):
-    """Encoder (or none), pooling over all of a slide's outputs, one linear layer.
+    """Encoder (or none), pooling over all outputs of a slide, one linear layer. Source: paper 3.2.
 
-    tokens: "patch" pools the contextualized tokens (table 1), "cls" one vector of class tokens per
-    region (table 2). magnification: "all", or the only one that is read. encoder None: the tile
-    embeddings themselves are pooled. pool: any module (x (T, d), lengths) -> pooled (bags, d),
-    attention (T,); None: gated AB-MIL. outputs: numbers per slide.
-    Raises ValueError for "cls" without an encoder, and for a magnification the region lacks.
+    encoder: None pools the tile embeddings themselves. tokens: "patch" pools the contextualized
+    tokens (table 1), "cls" the class tokens of each region as one vector (table 2). magnification:
+    "all", or the only one to read. chunk: regions that the encoder reads at a time. pool: a module
+    (x (T, d), lengths (bags,)) -> pooled (bags, d), attention (T,); None: gated AB-MIL with
+    `hidden` units. outputs: numbers per slide. Raises ValueError for "cls" without an encoder, and
+    for an unknown magnification.
     """
 
     index: Tensor
@@ -654,7 +652,7 @@ class SlideClassifier(nn.Module):
         self.config = config
         self.encoder = encoder
         self.tokens = tokens
-        # regions of one pass, whose activations take about 2 GB
+        # by default, the activations of a chunk take about 2 GB
         self.chunk = chunk or max(1, 256 * 96 // config.width)
         index = config.geometry().select(magnification)
         self.register_buffer("index", index, persistent=False)  # (n,)
@@ -664,15 +662,17 @@ class SlideClassifier(nn.Module):
         else:
             width = config.width * (config.cls_tokens if tokens == "cls" else 1)
         self.dropout = nn.Dropout(dropout)
-        self.pool = pool or GatedABMIL(width, hidden).apply(init_linear)
+        if pool is None:
+            pool = GatedABMIL(width, hidden).apply(init_linear)
+        self.pool = pool
         self.head = nn.Linear(width, outputs)
         init_linear(self.head)
 
     def forward(self, x, regions, valid=None) -> tuple[Tensor, Tensor]:
-        """x (W, n, D): the regions of all slides, one after the other; regions (S,) long: how many
-        each slide has; valid (W, n) bool or None.
+        """x (W, n, D): slide after slide; regions (S,) long: how many regions each slide has.
 
-        Returns logit (S,), or (S, outputs), and the attention over all pooled tokens.
+        valid (W, n) bool or None. Returns logit (S,), or (S, outputs) for more than one output, and
+        the attention (T,) over all pooled tokens.
         """
         return self.aggregate(self.encode_chunks(x, valid), regions, valid)
 
@@ -682,8 +682,8 @@ class SlideClassifier(nn.Module):
         Raises ValueError for another n or D than this classifier reads.
         """
         W, n, D = x.shape
-        if (n, D) != (len(self.index), self.config.dim):
-            expected = (len(self.index), self.config.dim)
+        expected = (len(self.index), self.config.dim)
+        if (n, D) != expected:
             raise ValueError(f"expected regions of {expected}, found {(n, D)}")
         if self.encoder is None:
             return self.standardize(x)
@@ -691,22 +691,22 @@ class SlideClassifier(nn.Module):
         return cls.flatten(1)[:, None] if self.tokens == "cls" else tokens
 
     def encode_chunks(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """`encode`, some regions at a time. Where the encoder learns, backward computes a chunk
-        again, so memory holds a slide's outputs and the activations of one chunk."""
+        """As `encode`, some regions at a time. If the encoder learns, backward computes each chunk
+        again, so that memory holds the activations of one chunk only."""
         learns = self.encoder is not None and self.encoder.pos.requires_grad
         recompute = learns and torch.is_grad_enabled() and len(x) > self.chunk
-        outputs = []
+        encoded = []
         for i in range(0, len(x), self.chunk):
             part = x[i : i + self.chunk]
             part_valid = None if valid is None else valid[i : i + self.chunk]
             if recompute:
-                outputs.append(checkpoint(self.encode, part, part_valid, use_reentrant=False))
+                encoded.append(checkpoint(self.encode, part, part_valid, use_reentrant=False))
             else:
-                outputs.append(self.encode(part, part_valid))
-        return torch.cat(outputs)
+                encoded.append(self.encode(part, part_valid))
+        return torch.cat(encoded)
 
     def aggregate(self, h, regions, valid=None) -> tuple[Tensor, Tensor]:
-        """h (W, n or 1, d): the encoder's outputs; the rest as in `forward`."""
+        """h (W, n or 1, d): what `encode` returns. The rest is as in `forward`."""
         if valid is None:
             lengths = regions * h.shape[1]  # (S,)
             h = h.flatten(0, 1)  # (T, d)
@@ -727,7 +727,8 @@ class SlideClassifier(nn.Module):
 def load_encoder(path) -> MixingEncoder:
     """The encoder of an exported folder (config.json, model.safetensors), in eval mode.
 
-    Strict: a missing or damaged file, and a missing, unexpected or misshapen weight are errors.
+    Raises FileNotFoundError for a missing file, ValueError, KeyError or SafetensorError for a
+    damaged one, and RuntimeError for a weight that is missing, unexpected or of another shape.
     """
     from safetensors.torch import load_file
 

@@ -28,7 +28,7 @@ import sys
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -141,10 +141,13 @@ PRESETS = ("small", "paper")  # small: about a million parameters; paper: the si
 
 @dataclass(kw_only=True)
 class TrainingConfig:
-    """Settings of every training. All numbers that the paper does not give are assumed."""
+    """Settings of every training. Numbers that the paper does not give are assumed.
+
+    None stands for the preset's number, or for what the help names.
+    """
 
     data: str = setting(DEFAULT_DATA, "DATA folder; the default one is made where it is missing")
-    out: str | None = setting(None, "run folder (default: a name made of the settings, in runs/)")
+    out: str = setting(None, "run folder (default: a name made of the settings, in runs/)")
     seed: int = setting(0, "everything random follows from it", type=NATURAL)
     device: str = setting("auto", "auto, cpu or cuda[:i]")
     warmup: float = setting(0.05, "share of the steps in which the rate rises", type=SHARE)
@@ -164,14 +167,14 @@ class PretrainConfig(TrainingConfig):
     preset: str = setting("small", "sizes of model and training", choices=PRESETS)
     region: int = setting(3, "cells per side of a region (assumed: 3)", type=POSITIVE)
     mask: float = setting(0.5, "removal ratio (paper: 0.25, 0.50, 0.75)", type=SHARE)
-    source: int | None = setting(None, "CMEM: side of the source window, 3, 7, 11", type=POSITIVE)
-    batch_size: int | None = setting(None, "global batch size", 16, 4096, type=POSITIVE)
+    source: int = setting(None, "CMEM: side of the source window, 3, 7, 11", type=POSITIVE)
+    batch_size: int = setting(None, "global batch size", 16, 4096, type=POSITIVE)
     micro_batch: int = setting(64, "regions of one pass; gradients add up", type=POSITIVE)
-    steps: int | None = setting(None, "optimizer steps", 3000, type=POSITIVE)
-    epochs: int | None = setting(None, "passes over all windows", None, 100, type=POSITIVE)
-    lr: float | None = setting(None, "peak rate, instead of the base rate", type=RATE)
-    blr: float | None = setting(None, "base rate: lr = blr * batch / 256", 0.032, 1.5e-4, type=RATE)
-    weight_decay: float | None = setting(None, "on matrices", 0.05, 0.05, type=RATE)
+    steps: int = setting(None, "optimizer steps", 3000, type=POSITIVE)
+    epochs: int = setting(None, "passes over all windows", None, 100, type=POSITIVE)
+    lr: float = setting(None, "peak rate, instead of the base rate", type=RATE)
+    blr: float = setting(None, "base rate: lr = blr * batch / 256", 0.032, 1.5e-4, type=RATE)
+    weight_decay: float = setting(None, "on matrices", 0.05, 0.05, type=RATE)
     min_cover: float = setting(1.0, "share of its cells that a window must hold", type=SHARE)
     holdout: float = setting(0.05, "share of cases to measure the loss on", type=BELOW_ONE)
     save_every: int = setting(100, "steps between checkpoints", type=POSITIVE)
@@ -312,7 +315,7 @@ def pretrain_loop(config, run: Run, model, dataset, total: int, peak: float) -> 
         stop = machine.stop_asked()
         saves = done % config.save_every == 0 or done == total or stop
         if saves or done % LOG_EVERY == 0:  # only here does anything wait for the device
-            check_finite(run, recent, done, config.batch_size, dataset)
+            check_finite(run, recent, done)
             recent.clear()
         if done % LOG_EVERY == 0 or done == total:
             note_pretraining(run, done, sums, rate, norm, model.config.magnifications, bar)
@@ -423,19 +426,19 @@ class FinetuneConfig(TrainingConfig):
     """Settings of supervised aggregation; each is a flag of `train.py finetune`."""
 
     task: str = setting(dataclasses.MISSING, "name of a table in DATA/tasks")
-    init: str | None = setting(None, "RUN, random or none (default: the newest pretraining run)")
+    init: str = setting(None, "RUN, random or none (default: the newest pretraining run)")
     tokens: str = setting("patch", "table 1 or table 2", choices=("patch", "cls"))
     magnification: str | float = setting("all", "all, or the only one read", type=magnification)
-    preset: str | None = setting(None, "sizes (default: the encoder's)", choices=PRESETS)
-    region: int | None = setting(None, "cells per side (default: the encoder's)", type=POSITIVE)
-    batch_size: int | None = setting(None, "global batch size", 16, 32, type=POSITIVE)
-    epochs: int | None = setting(None, "passes over the train split", 20, 20, type=POSITIVE)
+    preset: str = setting(None, "sizes (default: the encoder's)", choices=PRESETS)
+    region: int = setting(None, "cells per side (default: the encoder's)", type=POSITIVE)
+    batch_size: int = setting(None, "global batch size", 16, 32, type=POSITIVE)
+    epochs: int = setting(None, "passes over the train split", 20, 20, type=POSITIVE)
     frozen_epochs: int = setting(1, "epochs before the encoder learns (paper: 1)", type=NATURAL)
-    lr: float | None = setting(None, "the aggregator's peak rate", 1e-2, 1e-3, type=RATE)
-    encoder_rate: float | None = setting(None, "encoder's rate / lr", 0.3, 0.1, type=SHARE)
+    lr: float = setting(None, "the aggregator's peak rate", 1e-2, 1e-3, type=RATE)
+    encoder_rate: float = setting(None, "encoder's rate / lr", 0.3, 0.1, type=SHARE)
     layer_decay: float = setting(0.75, "each layer's rate to the next (paper 4.3)", type=SHARE)
-    weight_decay: float | None = setting(None, "on matrices", 1.0, 0.05, type=RATE)
-    hidden: int | None = setting(None, "width of AB-MIL's attention", 64, 256, type=POSITIVE)
+    weight_decay: float = setting(None, "on matrices", 1.0, 0.05, type=RATE)
+    hidden: int = setting(None, "width of AB-MIL's attention", 64, 256, type=POSITIVE)
     dropout: float = setting(0.2, "before and after pooling", type=BELOW_ONE)
     smoothing: float = setting(0.1, "label smoothing", type=SHARE)
     case_score: str = setting(
@@ -446,7 +449,10 @@ class FinetuneConfig(TrainingConfig):
 
 
 ABMIL_EPOCHS = {"small": 60, "paper": 20}  # without an encoder few tokens learn late, but cheaply
-CASE_SCORES = {"max": np.max, "mean": np.mean}  # Eq. 9 needs the label, so it cannot be used here
+CASE_SCORES: dict[str, Callable] = {
+    "max": np.max,
+    "mean": np.mean,
+}  # Eq. 9 needs the label, so it cannot be used here
 
 
 def finetune(config: FinetuneConfig) -> dict:
@@ -466,7 +472,8 @@ def finetune(config: FinetuneConfig) -> dict:
     model = make_classifier(config, slides, cases, machine)
     sets = split_cases(config, model, slides, cases)
     if config.dry_run:
-        log(finetuning_plan(model, sets))
+        if machine.rank == 0:
+            print(finetuning_plan(model, sets))
         return {}
     files = [folder / "tasks" / f"{config.task}.csv"]
     if is_run(config.init):
@@ -617,7 +624,7 @@ def finetune_loop(config, run: Run, model, sets: dict) -> dict:
                 update_cache(model, sets[split], frozen and config.frozen_epochs > 1, run.machine)
         loss, norm = finetune_epoch(config, model, optimizer, sets["train"], epoch, run, bar)
         scores = score_cases(model, sets["tune"], run.machine, config.batch_size)
-        rule, tune = best_case_score(sets["tune"].labels, scores, config.case_score)
+        rule, tune = best_case_score(sets["tune"], scores, config.case_score)
         if tune >= best["tune_auroc"]:  # of equals the later one has learned longer
             state = {name: value.cpu().clone() for name, value in model.state_dict().items()}
             best = {"model_state": state, "tune_auroc": tune, "epoch": epoch, "case_score": rule}
@@ -703,10 +710,7 @@ def update_cache(model, dataset, cached: bool, machine) -> None:
 
 
 def score_cases(model, dataset, machine, batch_size: int) -> list[np.ndarray]:
-    """The score of each slide, case by case. No label is looked at. Processes share the cases.
-
-    Raises MixmagError for a score that is not finite.
-    """
+    """The score of each slide, case by case. No label is looked at. Processes share the cases."""
     model.eval()
     scores = {}
     indices = range(len(dataset))[machine.rank :: machine.world]
@@ -728,18 +732,24 @@ def score_cases(model, dataset, machine, batch_size: int) -> list[np.ndarray]:
     return [scores[i] for i in range(len(dataset))]
 
 
-def best_case_score(labels, slide_scores: list, wanted: str) -> tuple[str, float]:
+def best_case_score(dataset, slide_scores: list, wanted: str) -> tuple[str, float]:
     """The rule that makes a case's score of its slides' scores, and its AUROC; max on a tie."""
-    names = list(CASE_SCORES) if wanted == "auto" else [wanted]
     found = {}
-    for name in names:
-        found[name] = OUTCOME.metric(labels, case_scores(slide_scores, name))
+    for rule in CASE_SCORES:
+        if wanted in ("auto", rule):
+            found[rule] = OUTCOME.metric(dataset.labels, case_scores(dataset, slide_scores, rule))
     best = max(found, key=found.__getitem__)
     return best, found[best]
 
 
-def case_scores(slide_scores: list, rule: str) -> list[float]:
-    return [float(CASE_SCORES[rule](scores)) for scores in slide_scores]
+def case_scores(dataset, slide_scores: list, rule: str) -> list[float]:
+    scores = []
+    for case, of_slides in zip(dataset.cases, slide_scores, strict=True):
+        scores.append(float(CASE_SCORES[rule](of_slides)))
+        if not math.isfinite(scores[-1]):
+            names = ", ".join(case.slide_ids)
+            raise MixmagError(f"case {case.case_id}, slides {names}: NaN; see data.py verify")
+    return scores
 
 
 def finish_finetuning(config, run: Run, model, sets: dict, best: dict) -> None:
@@ -749,7 +759,7 @@ def finish_finetuning(config, run: Run, model, sets: dict, best: dict) -> None:
     rows = []
     for split in ("tune", "test"):
         slide_scores = score_cases(model, sets[split], run.machine, config.batch_size)
-        scores = case_scores(slide_scores, best["case_score"])
+        scores = case_scores(sets[split], slide_scores, best["case_score"])
         for case, score in zip(sets[split].cases, scores, strict=True):
             rows.append((case.case_id, case.label, score, split))
     if not run.writes:
@@ -876,6 +886,10 @@ class Machine:
         return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
 
 
+def preset_width(preset: str) -> int:
+    return getattr(mixmag.Config, preset)(1).width
+
+
 def start_machine(device: str = "auto", amp: str = "auto", width: int = 96) -> Machine:
     """Join the processes that torchrun started, if any. `width` is the model's."""
     rank, world = data.process_rank()
@@ -904,9 +918,11 @@ def sum_gradients(model, machine: Machine) -> None:
         p.grad = gradient.view_as(p)
 
 
-RUN_FILES = """result.json predict.csv predict-failed.csv encoder/config.json encoder/slides.csv
-encoder/model.safetensors predictions.csv model.safetensors curve.png SUMMARY.md prev.pt last.pt
-metrics.jsonl config.json""".split()
+RUN_FILES = [
+    *("result.json", "predict.csv", "predict-failed.csv", "predictions.csv", "model.safetensors"),
+    *("encoder/config.json", "encoder/slides.csv", "encoder/model.safetensors"),
+    *("curve.png", "SUMMARY.md", "prev.pt", "last.pt", "metrics.jsonl", "config.json"),
+]
 
 
 class Run:
@@ -997,34 +1013,26 @@ class Run:
         The metrics are cut back to where the checkpoint was written. Raises MixmagError where all
         checkpoints are damaged.
         """
-        state = self.read_checkpoint()
-        lines = state.pop("lines")
-        if self.writes:
-            data.write_text(self.metrics, "".join(self.metric_lines()[:lines]))
+        checkpoints = [self.folder / "last.pt", self.folder / "prev.pt"]
+        existing = [path for path in checkpoints if path.exists()]
+        state: dict = {"done": 0, "lines": 0}
+        for path in existing:
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                break
+            except Exception as error:  # torch raises many types for a damaged file
+                log(f"{path} is damaged ({type(error).__name__})")
         if state["done"]:
+            log(f"going on from {path}, {state['done']} done")
             model.load_state_dict(state.pop("model"))
             optimizer.load_state_dict(state.pop("optimizer"))
             self.machine.scaler.load_state_dict(state.pop("scaler"))
+        elif existing:
+            raise MixmagError(f"{self.folder}: no checkpoint can be read; --resume off begins anew")
+        lines = state.pop("lines")
+        if self.writes:
+            data.write_text(self.metrics, "".join(self.metric_lines()[:lines]))
         return state
-
-    def read_checkpoint(self) -> dict:
-        damaged = []
-        for path in (self.folder / "last.pt", self.folder / "prev.pt"):
-            if not path.exists():
-                continue
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                log(f"going on from {path}, {state['done']} done")
-                return state
-            except Exception as error:  # torch raises many types for a damaged file
-                log(f"{path} is damaged ({type(error).__name__})")
-                damaged.append(path.name)
-        if damaged:
-            raise MixmagError(
-                f"{self.folder}: {' and '.join(damaged)} cannot be read, so the run cannot go on; "
-                "--resume off begins it anew"
-            )
-        return {"done": 0, "lines": 0}
 
 
 def run_settings(kind: str, config, model_config, slides: list, files=()) -> dict:
@@ -1046,20 +1054,13 @@ def run_settings(kind: str, config, model_config, slides: list, files=()) -> dic
 
 def run_name(config) -> str:
     """The name of a run folder, made of the settings that a user varies most."""
-    if isinstance(config, PretrainConfig):
-        name = f"mem-{config.mask:.2f}"
-        if config.source is not None:
-            name = f"cmem-{config.source}-{config.mask:.2f}"
-        if config.region != 3:
-            name += f"-r{config.region}"
-    elif config.init == "none":
-        name = f"{config.task}-abmil-{config.magnification}"
-    else:
-        encoder = Path(config.init).name
-        name = f"{config.task}-{encoder}-{config.tokens}-{config.magnification}"
-    if config.seed:
-        name += f"-s{config.seed}"
-    return name
+    seed = f"-s{config.seed}" if config.seed else ""
+    if isinstance(config, FinetuneConfig):
+        encoder = "abmil" if config.init == "none" else f"{Path(config.init).name}-{config.tokens}"
+        return f"{config.task}-{encoder}-{config.magnification}{seed}"
+    method = f"cmem-{config.source}" if config.source else "mem"
+    region = f"-r{config.region}" if config.region != 3 else ""
+    return f"{method}-{config.mask:.2f}{region}{seed}"
 
 
 def apply_preset(config):
@@ -1069,24 +1070,16 @@ def apply_preset(config):
         number = setting.metadata.get(config.preset)
         if number is not None and getattr(config, setting.name) is None:
             numbers[setting.name] = number
-    if isinstance(config, PretrainConfig):
-        if (config.steps and config.epochs) or (config.lr and config.blr):
-            raise MixmagError("give --steps or --epochs, and --lr or --blr, not both")
-        if config.epochs:
-            numbers.pop("steps", None)
-    elif config.init == "none" and config.epochs is None:
+    if config.epochs:
+        numbers.pop("steps", None)
+    elif getattr(config, "init", None) == "none":
         numbers["epochs"] = ABMIL_EPOCHS[config.preset]
     return dataclasses.replace(config, **numbers)
 
 
-def preset_width(preset: str) -> int:
-    return getattr(mixmag.Config, preset)(1).width
-
-
-def make_model_config(config: TrainingConfig, slide) -> mixmag.Config:
-    of_preset = getattr(mixmag.Config, str(config.preset))
-    magnifications = tuple(slide.meta["magnifications"])
-    return of_preset(slide.dim, region=config.region, magnifications=magnifications)
+def make_model_config(config: PretrainConfig | FinetuneConfig, slide) -> mixmag.Config:
+    of_preset = getattr(mixmag.Config, config.preset)
+    return of_preset(slide.dim, region=config.region, magnifications=slide.meta["magnifications"])
 
 
 def parameter_count(model) -> str:
@@ -1098,9 +1091,7 @@ def ensure_data(path, machine: Machine | None = None) -> Path:
     folder = Path(path)
     complete = data.synthetic_facts(folder).get("complete")
     if str(folder) == DEFAULT_DATA and not complete and data.process_rank()[0] == 0:
-        log(
-            f"{folder} is missing: making the quick synthetic cohort (data.py synth --out {folder})"
-        )
+        log(f"making the quick synthetic cohort first (data.py synth --out {folder})")
         data.synth_cohort(folder)
     if machine is not None:
         machine.barrier()
@@ -1115,8 +1106,8 @@ def newest_pretraining() -> Path:
     finished = [path for path in results if data.read_json(path).get("kind") == "pretrain"]
     if not finished:
         raise MixmagError(
-            "no finished pretraining run under runs/; make one with `python train.py pretrain "
-            "--mask 0.5`, or give --init random or --init none"
+            "no finished pretraining run under runs/; run `python train.py pretrain --mask 0.5`, "
+            "or give --init random or --init none"
         )
     return max(finished, key=lambda path: path.stat().st_mtime).parent
 
@@ -1124,22 +1115,17 @@ def newest_pretraining() -> Path:
 # ------------------------------------------------------------------------- measuring, export, curve
 
 
-def check_finite(run: Run, recent: list, done: int, batch_size: int, dataset) -> None:
+def check_finite(run: Run, recent: list, done: int) -> None:
     """Raises MixmagError where the loss or the gradient of a recent step is not finite.
 
-    recent: the loss and the norm of the gradient of the last steps, the last one being `done`.
+    recent: (loss, norm of the gradient) of the last steps, the last one being `done`.
     """
-    for step, numbers in enumerate(torch.stack(recent).tolist(), start=done - len(recent)):
-        loss, norm = numbers
-        if math.isfinite(loss) and (math.isfinite(norm) or run.machine.may_skip()):
-            continue
-        slides = dataset.batch(range(step * batch_size, (step + 1) * batch_size))["slide"]
-        names = [dataset.slides[i].slide_id for i in slides.unique().tolist()[:5]]
-        raise MixmagError(
-            f"{run.folder}: at step {step} the loss is {loss:.4g} and the gradient's norm "
-            f"{norm:.4g}, with slides {', '.join(names)}; data.py verify finds embeddings that are "
-            "not finite, else try a smaller --lr; the last checkpoint stays"
-        )
+    for step, (loss, norm) in enumerate(torch.stack(recent).tolist(), done - len(recent)):
+        if not math.isfinite(loss) or not (math.isfinite(norm) or run.machine.may_skip()):
+            raise MixmagError(
+                f"{run.folder}: at step {step} the loss is {loss:.4g} and the gradient's norm "
+                f"{norm:.4g}; run data.py verify, or try a smaller --lr; the last checkpoint stays"
+            )
 
 
 def note_pretraining(run: Run, step, sums: dict, rate, norm, magnifications, bar) -> None:
@@ -1176,8 +1162,8 @@ def held_out_losses(model, dataset, mean, machine, batch_size: int = 64) -> dict
         predictions["model"] = out.pred
         target = mixmag.take(x, removed)
         for name, pred in predictions.items():
-            losses = mixmag.level_losses(geometry, pred, target, removed, valid)
-            sums[name] = sums.get(name, 0) + torch.stack(losses).double().cpu()
+            total, count = mixmag.level_losses(geometry, pred, target, removed, valid)
+            sums[name] = sums.get(name, 0) + torch.stack([total, count]).double().cpu()
     model.train()
     losses = {name: (total / count).tolist() for name, (total, count) in sums.items()}
     losses["parent"][0] = math.nan
@@ -1323,14 +1309,12 @@ def save_figure(figure, path) -> None:
 def draw_curve(run: Run, losses: dict, magnifications, least: dict | None, title: str) -> None:
     """RUN/curve.png: the loss of each magnification, and the predictors that need no network."""
     lines = [json.loads(line) for line in run.metric_lines()]
+    steps = [line["step"] for line in lines]
     figure, axis = plot()
     for m in magnifications:
-        known = [line for line in lines if line[f"{m}x"] is not None]
-        steps = [line["step"] for line in known]
-        axis.plot(steps, [line[f"{m}x"] for line in known], lw=1, label=f"{m}x, training batches")
-    styles = {"mean": ":", "shift": "-.", "neighbours": "--", "model": "-"}
-    if losses:
-        for name, style in styles.items():
+        axis.plot(steps, [line[f"{m}x"] for line in lines], lw=1, label=f"{m}x, training batches")
+    for name, style in {"mean": ":", "shift": "-.", "neighbours": "--", "model": "-"}.items():
+        if losses:
             label = f"{PREDICTORS[name].strip('*')}, held out"
             axis.axhline(np.mean(losses[name]), color="black", ls=style, lw=1, label=label)
     if least:
@@ -1817,7 +1801,7 @@ PAPER = {  # AUROC x 100 as printed: the tasks in the order of TASK_TITLES, then
 }
 ROW_WORDS = {"abmil": "AB-MIL", "random": "Random", "mem": "MEM", "cmem": "CMEM", "cls": "CLS"}
 ROW_WORDS |= {"5": "5x", "10": "10x", "20": "20x", "3": "3x3", "7": "7x7", "11": "11x11"}
-RESULTS = "auroc low high average_precision tune_auroc best_epoch case_score".split()
+RESULTS = ("auroc", "low", "high", "average_precision", "tune_auroc", "best_epoch", "case_score")
 
 
 def row_title(row: str) -> str:
@@ -1873,7 +1857,7 @@ def train_cell(seed: int, row: str, task: str, out: Path, pretraining, finetunin
         finetuning.tokens = tokens[0]
     if method in ("abmil", "random"):
         finetuning.init = {"abmil": "none", "random": "random"}[method]
-        finetuning.magnification = data.magnification_or_all(setting)
+        finetuning.magnification = magnification(setting)
         return finetune(finetuning)
     finetuning.init = str(folder / f"{method}-{setting}")
     pretraining = dataclasses.replace(pretraining, seed=seed, out=finetuning.init)
@@ -1910,8 +1894,8 @@ def write_results(out: Path, cells: dict) -> None:
 
 def write_machine(path: Path, settings: dict, began: float) -> None:
     """machine.json: the settings of a table, and where its numbers come from."""
-    facts = {**settings, "processor": platform.processor(), "threads": torch.get_num_threads()}
-    facts["torch"] = torch.__version__
+    facts = {**settings, "processor": platform.processor(), "torch": torch.__version__}
+    facts["threads"] = torch.get_num_threads()
     cohort = data.synthetic_facts(settings["data"])
     if cohort:
         facts["data"] = f"synthetic cohort, seed {cohort['seed']}"
@@ -1973,13 +1957,14 @@ def resampled_average(results: Results, row: str) -> np.ndarray | None:
         labels = np.array(results.labels[task])
         for scores in np.array(results.scores[row, task]).T:  # (cases,)
             known = ~np.isnan(scores)
-            samples.append(bootstrap_aurocs(labels[known], scores[known], number))
-    if any(sample is None for sample in samples):
-        return None
+            drawn = bootstrap_aurocs(labels[known], scores[known], number)
+            if drawn is None:
+                return None
+            samples.append(drawn)
     return np.mean(samples, axis=0)
 
 
-def percent(value: float) -> str:
+def percent(value) -> str:
     return "n/a" if math.isnan(value) else f"{100 * value:.1f}"
 
 
@@ -2006,13 +1991,14 @@ def format_table(results: Results, rows: list[str]) -> str:
 
 def format_results(results: Results) -> str:
     """Tables 1 and 2 as Markdown."""
+    machine = results.machine
+    text = (
+        "# The paper's tables, run here\n\n"
+        f"AUROC x 100 on the test cases: {machine['data']}, preset {machine['preset']}, mean over "
+        f"seeds {', '.join(results.seeds)}. The last column is the paper's, on its private data.\n"
+    )
     table_1 = [row for row in results.rows if not row.endswith("-cls")]
     table_2 = [row for row in results.rows if row.endswith("-cls")]
-    text = (
-        f"# The paper's tables, run here\n\nAUROC x 100 on the test cases, "
-        f"{results.machine['data']}, {results.machine['preset']} preset, seeds "
-        f"{', '.join(results.seeds)}. The last column is the paper's, on its own private data.\n"
-    )
     if table_1:
         text += f"\n## Table 1: contextualized outputs\n\n{format_table(results, table_1)}\n"
     if table_2:
@@ -2036,14 +2022,12 @@ def demo(folder, out, seed: int, device: str) -> int:
 
 # ------------------------------------------------------------------------------------------- doctor
 
-PACKAGES = """torch numpy scipy scikit-learn safetensors h5py openslide-python openslide-bin tifffile
-simplejpeg matplotlib tqdm""".split()
-
 
 def doctor() -> int:
     """Versions, device, threads, precision, free disk. A WARNING says what to mend."""
     print(f"{'python':18s} {sys.version.split()[0]}")
-    for package in PACKAGES:
+    requirements = Path(__file__).with_name("requirements.txt").read_text("utf-8")
+    for package in re.findall(r"^[\w-]+", requirements, re.MULTILINE):
         try:
             print(f"{package:18s} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
