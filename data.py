@@ -17,6 +17,7 @@ import csv
 import functools
 import hashlib
 import importlib
+import io
 import itertools
 import json
 import math
@@ -30,13 +31,16 @@ import textwrap
 import time
 from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
+import h5py
 import numpy as np
 import openslide
 import safetensors
+import safetensors.numpy
 import safetensors.torch
 import simplejpeg
 import torch
@@ -52,30 +56,21 @@ from mixmag import Geometry, removal_count
 TILE_PX = 224  # paper 4.1: the same at every magnification
 FORMAT = "mixmag/1"
 TEXT_FIELDS = ("format", "slide_id", "encoder", "created", "sha256")
-FIELDS = (
-    *TEXT_FIELDS,
-    "magnifications",
-    "tile_px",
-    "mpp",
-    "cell_px",
-    "origin",
-    "width",
-    "height",
-    "n_bad",
-)
+JSON_FIELDS = ("magnifications", "tile_px", "mpp", "cell_px", "origin", "width", "height", "n_bad")
+FIELDS = (*TEXT_FIELDS, *JSON_FIELDS)
+DTYPES = {"float16": "F16", "int32": "I32", "bool": "BOOL"}  # numpy's names -> safetensors' names
 
 
 @dataclass
 class Slide:
-    """One slide file, its features left on disk. valid is True where a token holds an embedding."""
+    """One slide file. Its features stay on disk until they are used."""
 
     path: Path
     meta: dict
     cells: np.ndarray  # (C, 2) int32: col, row on the lowest magnification's lattice
-    valid: np.ndarray  # (C, T) bool
-    dim: int
-    offset: int  # of the features in the file, bytes
-    stamp: tuple  # inode and time of change: a file written anew is mapped anew
+    valid: np.ndarray  # (C, T) bool: True where a token holds an embedding
+    dim: int  # D
+    version: tuple  # inode and time of change: a file that is written anew is mapped anew
 
     @property
     def slide_id(self) -> str:
@@ -83,182 +78,166 @@ class Slide:
 
     @property
     def features(self) -> np.ndarray:
-        """(C, T, D) float16, a private memory map of the file: nothing is read before it is looked at, nothing is ever written back."""
-        return _map_features(self.path, self.stamp, self.offset, (*self.valid.shape, self.dim))
+        """(C, T, D) float16, a private memory map of the file: only what is used is read."""
+        return map_features(self.path, self.version)
 
 
-@functools.lru_cache(maxsize=30000)  # Linux gives a process some 65,000 maps
-def _map_features(path, stamp, offset, shape):
-    size = offset + 2 * math.prod(shape)
-    storage = torch.UntypedStorage.from_file(
-        str(path), shared=False, nbytes=size
-    )  # unlike numpy's, holds no file descriptor
-    return torch.empty(0, dtype=torch.float16).set_(storage, offset // 2, shape).numpy()
+@functools.lru_cache(maxsize=30000)  # Linux gives a process about 65,000 maps
+def map_features(path: Path, version: tuple) -> np.ndarray:
+    with safetensors.safe_open(path, "pt") as file:  # torch maps the tensor, numpy would copy it
+        return file.get_tensor("features").numpy()
 
 
 def checksum(features, cells, valid, metadata: dict) -> str:
-    """sha256 over the tensors' bytes and all metadata but itself."""
+    """sha256 over the tensors' bytes and all metadata except `sha256` itself."""
     digest = hashlib.sha256()
     for array in (features, cells, valid):
-        digest.update(np.ascontiguousarray(array).reshape(-1))
-    others = {k: v for k, v in metadata.items() if k != "sha256"}
+        digest.update(np.ascontiguousarray(array).reshape(-1).data)
+    others = {name: value for name, value in metadata.items() if name != "sha256"}
     digest.update(json.dumps(others, sort_keys=True, separators=(",", ":")).encode("utf-8"))
     return digest.hexdigest()
 
 
-def write_slide(path, features, cells, valid, meta: dict) -> None:
-    """features (C, T, D) float16, cells (C, 2) int32, valid (C, T) bool, meta: every field but format, created and sha256."""
-    C, T, _ = features.shape
-    if (
-        (features.dtype, cells.dtype, valid.dtype) != (np.float16, np.int32, bool)
-        or cells.shape != (C, 2)
-        or valid.shape != (C, T)
-    ):
-        raise ValueError(
-            "a slide is float16 (C, T, D), int32 (C, 2) and bool (C, T); found "
-            f"{features.dtype}{features.shape}, {cells.dtype}{cells.shape}, {valid.dtype}{valid.shape}"
-        )
-    now = float(os.environ.get("SOURCE_DATE_EPOCH", time.time()))  # reproducible-builds.org
-    meta = {
-        "format": FORMAT,
-        "created": datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds"),
-        **meta,
+def check_layout(layout: dict, magnifications) -> int:
+    """layout: name -> (dtype, shape) of each tensor. Returns D; raises ValueError for others."""
+    T = Geometry(1, magnifications).tokens_per_cell
+    _, shape = layout.get("features", ("", []))
+    expected = {
+        "cells": ("I32", [*shape[:1], 2]),
+        "features": ("F16", shape),
+        "valid": ("BOOL", shape[:2]),
     }
-    text = {k: v if k in TEXT_FIELDS else json.dumps(v) for k, v in meta.items()}
+    if layout != expected or len(shape) != 3 or shape[1] != T:
+        raise ValueError(
+            f"magnifications {magnifications} need cells I32 [C, 2], features F16 [C, {T}, D] "
+            f"and valid BOOL [C, {T}]; found {layout}"
+        )
+    return shape[2]
+
+
+def write_slide(path, features, cells, valid, meta: dict) -> None:
+    """Write a slide file. Raises ValueError for arrays of another dtype or shape.
+
+    features (C, T, D) float16, cells (C, 2) int32, valid (C, T) bool.
+    meta: every field except `format`, `created` and `sha256`, and any others.
+    """
+    arrays = {"cells": cells, "features": features, "valid": valid}
+    layout = {}
+    for name, array in arrays.items():
+        layout[name] = (DTYPES.get(array.dtype.name), list(array.shape))
+        arrays[name] = np.ascontiguousarray(array)  # the library scrambles any other
+    check_layout(layout, meta["magnifications"])
+    now = float(os.environ.get("SOURCE_DATE_EPOCH", time.time()))  # reproducible-builds.org
+    created = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
+    text = {}
+    for name, value in {"format": FORMAT, "created": created, **meta}.items():
+        text[name] = value if name in TEXT_FIELDS else json.dumps(value)
     text["sha256"] = checksum(features, cells, valid, text)
-    arrays = (("cells", "I32", cells), ("features", "F16", features), ("valid", "BOOL", valid))
-    header, end = (
-        {"__metadata__": dict(sorted(text.items()))},
-        0,
-    )  # by hand, because the library writes metadata in random order
-    for name, dtype, array in arrays:
-        header[name] = {
-            "dtype": dtype,
-            "shape": array.shape,
-            "data_offsets": (end, end := end + array.nbytes),
-        }
-    raw = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    raw += b" " * (-len(raw) % 8)
-    with whole_file(path) as temporary, open(temporary, "wb") as f:
-        f.write(len(raw).to_bytes(8, "little") + raw)
-        for *_, array in arrays:
-            f.write(np.ascontiguousarray(array).data)
+    with whole_file(path) as temporary:
+        safetensors.numpy.save_file(arrays, temporary, text)
 
 
 def read_slide(path) -> Slide:
-    """Check structure and metadata (not the checksum: `verify` does that). Raises MixmagError saying what is wrong."""
+    """Open a slide file and check its structure; only `data.py verify` computes the checksum.
+
+    Raises MixmagError that says what is wrong.
+    """
     path = Path(path)
+    layout = {}
     try:
-        with safetensors.safe_open(
-            path, "numpy"
-        ) as f:  # validates the header against the file's size
-            text, names = f.metadata() or {}, set(f.keys())
-            if names != {"features", "cells", "valid"}:
-                raise MixmagError(
-                    f"{path}: expected tensors features, cells, valid; found {sorted(names)}"
-                )
-            cells, valid = f.get_tensor("cells"), f.get_tensor("valid")
-        with open(path, "rb") as f:
-            length, status = int.from_bytes(f.read(8), "little"), os.fstat(f.fileno())
-            entry = json.loads(f.read(length))["features"]
-    except (OSError, safetensors.SafetensorError) as error:
+        status = path.stat()
+        with safetensors.safe_open(path, "numpy") as file:
+            meta = parse_metadata(file.metadata() or {})
+            names = file.keys()
+            for name in names:
+                tensor = file.get_slice(name)
+                layout[name] = (tensor.get_dtype(), tensor.get_shape())
+            dim = check_layout(layout, meta["magnifications"])
+            cells = file.get_tensor("cells")
+            valid = file.get_tensor("valid")
+    except (OSError, safetensors.SafetensorError, ValueError, TypeError) as error:
         raise MixmagError(f"{path}: cannot be read as a slide file ({error})") from None
-    missing = [k for k in FIELDS if k not in text]
+    return Slide(path, meta, cells, valid, dim, (status.st_ino, status.st_mtime_ns))
+
+
+def parse_metadata(text: dict) -> dict:
+    missing = [name for name in FIELDS if name not in text]
     if missing or text["format"] != FORMAT:
-        raise MixmagError(
-            f"{path}: not a {FORMAT} file (missing metadata: {missing}, format {text.get('format')!r})"
-        )
-    try:
-        meta = {k: v if k in TEXT_FIELDS else json.loads(v) for k, v in text.items()}
-        T = Geometry(1, meta["magnifications"]).tokens_per_cell
-    except (ValueError, TypeError) as error:
-        raise MixmagError(f"{path}: metadata cannot be read ({error})") from None
-    C, shape = len(cells), entry["shape"]
-    found = (
-        cells.dtype,
-        cells.shape,
-        valid.dtype,
-        valid.shape,
-        entry["dtype"],
-        shape[:2],
-        len(shape),
-    )
-    if found != (np.int32, (C, 2), np.bool_, (C, T), "F16", [C, T], 3):
-        raise MixmagError(
-            f"{path}: {meta['magnifications']} and {C} cells ask for features F16 [{C}, {T}, D], cells int32 ({C}, 2), "
-            f"valid bool ({C}, {T}); found {entry['dtype']} {shape}, {cells.dtype} {cells.shape}, {valid.dtype} {valid.shape}"
-        )
-    offset = 8 + length + entry["data_offsets"][0]
-    if offset % 2:
-        raise MixmagError(
-            f"{path}: its features begin at an odd byte, {offset}, which no map of 16-bit numbers can; expected them before `valid`"
-        )
-    return Slide(path, meta, cells, valid, shape[2], offset, (status.st_ino, status.st_mtime_ns))
+        found = text.get("format")
+        raise ValueError(f"expected format {FORMAT}, found {found}; missing fields: {missing}")
+    meta = {}
+    for name, value in text.items():
+        meta[name] = value if name in TEXT_FIELDS else json.loads(value)
+    return meta
 
 
 def read_slides(data, ids=None, failed: list | None = None) -> list[Slide]:
-    """The slides of DATA, by id. All must agree on encoder, width and magnifications: MixmagError names the first that does not. One that
-    cannot be read is refused, too, or, where `failed` is given, left out and listed there as (slide_id, stage, reason)."""
-    folder = Path(data) / "slides"
-    paths = (
-        visible_files(folder, "*.safetensors")
-        if ids is None
-        else [folder / f"{i}.safetensors" for i in sorted(set(ids))]
-    )
-    absent = [p.stem for p in paths if p.parent != folder or not p.exists()]  # an id is no path
-    if not folder.is_dir():
-        raise MixmagError(f"{folder}: no such folder; --data names the one above it")
-    if absent or not paths:
-        raise MixmagError(
-            f"{folder}: "
-            + (
-                f"{len(absent)} slides have no file, such as {absent[0]!r}"
-                if absent
-                else "no slide files (make them with data.py tile, or data.py synth)"
-            )
-        )
+    """The slides of DATA, or those of `ids`, sorted by id.
+
+    All must agree on encoder, width and magnifications. Raises MixmagError for the first that
+    does not, and for one that cannot be read. Where `failed` is given, slides that cannot be read
+    are left out and listed there as (slide_id, stage, reason).
+    """
     slides = []
+    paths = slide_paths(Path(data) / "slides", ids)
     for path in progress(paths, desc="slides", leave=False):
         try:
             slides.append(read_slide(path))
         except MixmagError as error:
-            if failed is None or len(failed) + 1 == len(paths):
+            if failed is None:
                 raise
             failed.append((path.stem, "read", str(error)))
-    for s in slides:
-        if s.slide_id != s.path.stem:
+    if failed and not slides:
+        raise MixmagError(f"no slide can be read; the last error is: {failed[-1][2]}")
+    for slide in slides:
+        if slide.slide_id != slide.path.stem:
+            raise MixmagError(f"{slide.path}: holds slide {slide.slide_id!r}; rename the file")
+        if embedding_signature(slide) != embedding_signature(slides[0]):
             raise MixmagError(
-                f"{s.path}: holds slide {s.slide_id!r}; a slide file is named after its slide"
-            )
-        if embedding_signature(s) != embedding_signature(slides[0]):
-            raise MixmagError(
-                f"{s.path}: made with {embedding_signature(s)}, but {slides[0].slide_id} with {embedding_signature(slides[0])}"
+                f"{slide.path}: made with {embedding_signature(slide)}, "
+                f"but {slides[0].slide_id} with {embedding_signature(slides[0])}"
             )
     return slides
 
 
+def slide_paths(folder: Path, ids=None) -> list[Path]:
+    if ids is None:
+        paths = visible_files(folder, "*.safetensors")
+    else:
+        paths = [folder / f"{slide_id}.safetensors" for slide_id in sorted(set(ids))]
+    absent = [path.stem for path in paths if path.parent != folder or not path.exists()]
+    if absent:
+        raise MixmagError(f"{folder}: {len(absent)} slides have no file, such as {absent[0]!r}")
+    if not paths:
+        raise MixmagError(f"{folder}: no slide files; make them with data.py tile or data.py synth")
+    return paths
+
+
 def already_done(path, wanted: dict, mpp: float | None) -> bool:
-    """Whether this slide file is there. Raises MixmagError where it is, but its metadata are not `wanted` (an entry of None may be anything there),
-    or its mpp is more than 2 % off the one that the user gives, if any."""
+    """Whether this slide file exists. Raises OtherSettings where it was made with other settings.
+
+    wanted: metadata that it must have; None stands for any value. mpp: the user's, if given.
+    """
     if not Path(path).exists():
         return False
-    found = read_slide(path).meta
-    wanted = {k: v for k, v in wanted.items() if v is not None}
-    there = {k: found.get(k) for k in wanted}
-    if there != wanted:
-        raise MixmagError(
-            f"{path} was made with {there}, now asked for {wanted}; give another --out"
-        )
-    if mpp is not None and not abs(mpp - found["mpp"]) <= 0.02 * found["mpp"]:
-        raise MixmagError(
-            f"{path} was made at {found['mpp']:g} um/px, now asked for {mpp:g}; give another --out"
+    meta = read_slide(path).meta
+    for name, value in wanted.items():
+        if value is not None and meta.get(name) != value:
+            raise OtherSettings(
+                f"{path} was made with {name} {meta.get(name)}, now asked for {value}; "
+                "give another --out"
+            )
+    if mpp is not None and not abs(mpp - meta["mpp"]) <= 0.02 * meta["mpp"]:
+        raise OtherSettings(
+            f"{path} was made at {meta['mpp']:g} um/px, now asked for {mpp:g}; give another --out"
         )
     return True
 
 
 def embedding_signature(slide: Slide) -> str:
     """What slides must share to be used together."""
-    return f"encoder {slide.meta['encoder']}, width {slide.dim}, magnifications {slide.meta['magnifications']}"
+    encoder = slide.meta["encoder"]
+    return f"encoder {encoder}, width {slide.dim}, magnifications {slide.meta['magnifications']}"
 
 
 # ---------------------------------------------------------------------------- windows and data sets
@@ -269,116 +248,123 @@ def magnification_entries(k: int) -> slice:
     return slice((4**k - 1) // 3, (4 ** (k + 1) - 1) // 3)
 
 
-def windows(
-    cells: np.ndarray, region: int, stride: int, min_cover: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Windows of region x region cells that hold at least the share `min_cover` of their cells.
+def windows(cells, region: int, stride: int, min_cover: float) -> tuple[np.ndarray, np.ndarray]:
+    """Windows of region x region cells that hold at least the fraction `min_cover` of their cells.
 
-    cells (C, 2) -> (W, R*R) the row of each of the window's cells in `cells`, row-major, -1 where there is none, and (W, 2) the
-    windows' corners (col, row), row-major. Windows lie on one lattice of `stride`, or at every cell offset with stride 1.
+    cells (C, 2) -> (W, R*R) the row in `cells` of each cell of a window, row-major, -1 where the
+    cell is missing, and (W, 2) the windows' corners (col, row), row-major. Corners lie on a lattice
+    of `stride`: at every cell with stride 1.
     """
-    if not len(cells):
-        return np.zeros((0, region * region), np.int64), np.zeros((0, 2), np.int64)
     cells = cells.astype(np.int64)
-    inside = np.stack(
-        np.divmod(np.arange(region * region), region)[::-1], axis=1
-    )  # (R*R, 2) col, row
-
-    def key(places):
-        return (places[..., 1] << 32) + places[..., 0]
-
+    row, col = np.divmod(np.arange(region**2), region)
+    inside = np.stack([col, row], axis=1)  # (R*R, 2)
     corners = (cells[:, None] - inside).reshape(-1, 2)
     corners = corners[(corners % stride == 0).all(axis=1)]
-    corners = corners[np.unique(key(corners), return_index=True)[1]]
-    order = np.argsort(key(cells), kind="stable")
-    wanted, have = key(corners[:, None] + inside), key(cells)[order]  # (W, R*R), (C,)
-    at = np.searchsorted(have, wanted).clip(max=len(have) - 1)
-    rows = np.where(have[at] == wanted, order[at], -1)
+    _, first = np.unique(cell_keys(corners), return_index=True)
+    corners = corners[first]  # (W, 2)
+    rows = find_cells(cells, corners[:, None] + inside)  # (W, R*R)
     kept = (rows >= 0).mean(axis=1) >= min_cover
     return rows[kept], corners[kept]
 
 
-def covering_windows(
-    cells: np.ndarray, region: int, min_cover: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """`windows` side by side, as inference takes them. Where none holds `min_cover` of its cells, those that hold `min_cover` of what the fullest
-    does, so that slides smaller than a window, and narrow ones, are usable."""
+def cell_keys(cells: np.ndarray) -> np.ndarray:
+    """(..., 2) -> (...): one number for each (col, row), in row-major order."""
+    return (cells[..., 1] << 32) + cells[..., 0]
+
+
+def find_cells(cells: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """cells (C, 2), wanted (..., 2) -> (...): the row of each wanted cell in `cells`, or -1."""
+    keys = cell_keys(cells)
+    rows = np.argsort(keys, kind="stable")
+    end = np.iinfo(np.int64).max  # above every key, so that each search ends at an entry
+    keys = np.append(keys[rows], end)
+    rows = np.append(rows, -1)
+    at = np.searchsorted(keys, cell_keys(wanted))
+    return np.where(keys[at] == cell_keys(wanted), rows[at], -1)
+
+
+def covering_windows(cells, region: int, min_cover: float) -> tuple[np.ndarray, np.ndarray]:
+    """`windows` side by side, for fine-tuning and inference.
+
+    A slide may be so small or narrow that no window holds `min_cover` of its cells. Then windows
+    count that hold `min_cover` of the cells that the fullest window holds.
+    """
     rows, corners = windows(cells, region, region, 0.0)
-    held = (rows >= 0).sum(axis=1)
-    kept = held / region**2 >= min_cover
+    present = (rows >= 0).sum(axis=1)  # (W,)
+    kept = present >= min_cover * region**2
     if not kept.any():
-        kept = held >= min_cover * held.max(initial=0)
+        kept = present >= min_cover * present.max(initial=0)
     return rows[kept], corners[kept]
 
 
-def describe_uncovered(used: int, there_are: int) -> str:
-    """For the log: how many cells lie in no window that counts; nothing where all are used."""
-    return (
-        f"; {there_are - used} of {there_are} cells lie in windows that --min-cover leaves out"
-        if used < there_are
-        else ""
-    )
+def describe_uncovered(used: int, cells_total: int) -> str:
+    """For the log: how many cells lie in no window that counts. Empty if all are used."""
+    if used == cells_total:
+        return ""
+    unused = cells_total - used
+    return f"; {unused} of {cells_total} cells lie in windows that --min-cover leaves out"
 
 
-def gather(slide: Slide, rows: np.ndarray, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """rows (W, R*R) of `windows`, entries (n,) or (W, n): which of a window's R*R*T cell-major entries -> x (W, n, D) float16 and
-    valid (W, n) bool. One gather from the memory map; nothing else is read."""
-    token, valid = token_index(slide, rows, entries)
-    x = slide.features.reshape(-1, slide.dim)[token]
+def token_rows(rows, entries, T: int) -> tuple[np.ndarray, np.ndarray]:
+    """rows (..., R*R) of `windows`, entries (..., n): which of a window's R*R*T cell-major entries
+    -> (..., n) rows of the slide's (C*T, D) embeddings, and whether the token's cell exists."""
+    cell = np.take_along_axis(rows, entries // T, axis=-1)
+    return np.maximum(cell * T + entries % T, 0), cell >= 0
+
+
+def token_index(slide: Slide, rows, entries) -> tuple[np.ndarray, np.ndarray]:
+    """`token_rows` of windows (W, R*R) and entries (n,) or (W, n), and which tokens are valid."""
+    index, exists = token_rows(rows, np.atleast_2d(entries), slide.valid.shape[1])
+    return index, exists & slide.valid.reshape(-1)[index]
+
+
+def gather(slide: Slide, rows, entries) -> tuple[np.ndarray, np.ndarray]:
+    """As `token_index`, with x (W, n, D) float16 for the index; x is 0 where a token is invalid."""
+    index, valid = token_index(slide, rows, entries)
+    x = slide.features.reshape(-1, slide.dim)[index]
     x[~valid] = 0
     return x, valid
 
 
-def token_index(
-    slide: Slide, rows: np.ndarray, entries: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The row of the slide's (C*T, D) embeddings that `gather` takes for each token (W, n), and whether it is valid."""
-    token, inside = token_rows(rows, entries, slide.valid.shape[1])
-    return token, inside & slide.valid.reshape(-1)[token]
-
-
-def token_rows(rows: np.ndarray, entries: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray]:
-    """rows (W, R*R) of `windows`, entries (n,) or (W, n) of a window -> (W, n) rows of a slide's (C*T, D) embeddings, and which of them lie in a cell
-    that the slide has."""
-    cell = np.take_along_axis(
-        rows, np.broadcast_to(entries // T, (len(rows), entries.shape[-1])), axis=1
-    )  # (W, n)
-    return np.maximum(cell * T + entries % T, 0), cell >= 0
-
-
 def as_batch(x: np.ndarray, valid: np.ndarray, device="cpu") -> tuple:
-    """Tensors; the validity mask is None where nothing is invalid, and then no mask is ever built."""
-    return torch.from_numpy(x).to(device), None if valid.all() else torch.from_numpy(valid).to(
-        device
-    )
+    """Tensors x and valid. Where every token is valid, valid is None and no mask is ever built."""
+    if valid.all():
+        return torch.from_numpy(x).to(device), None
+    return torch.from_numpy(x).to(device), torch.from_numpy(valid).to(device)
 
 
 def to_device(batch: dict, device) -> dict:
-    return {
-        k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()
-    }
+    moved = dict(batch)
+    for key, value in batch.items():
+        if torch.is_tensor(value):
+            moved[key] = value.to(device, non_blocking=True)
+    return moved
 
 
 def pinned(batch: dict, device) -> dict:
-    """In memory that a GPU copies from by itself, where the device is one."""
-    return (
-        {k: v.pin_memory() if torch.is_tensor(v) else v for k, v in batch.items()}
-        if torch.device(device).type == "cuda"
-        else batch
-    )
+    """Where the device is a GPU: the batch in memory that the GPU can copy from by itself."""
+    if torch.device(device).type != "cuda":
+        return batch
+    moved = dict(batch)
+    for key, value in batch.items():
+        if torch.is_tensor(value):
+            moved[key] = value.pin_memory()
+    return moved
 
 
-class RegionDataset:
-    """Random windows for pretraining, turned, with what is to be removed. Sample i is a function of (seed, i) alone: epoch i // W
-    is a permutation of all W windows.
+class RegionDataset(torch.utils.data.Dataset):
+    """Random windows for pretraining: turned at random, with the tokens that are to be removed.
 
-    views 2 draws the second window from a `source` x `source` window around the first (paper 3.1.2): of all windows inside a
-    random source window that holds the first one, which is thereby a random one of them too. mask is the removal ratio.
+    Sample i is a function of (seed, i) alone. Samples e*W to e*W + W - 1 are epoch e: each of the
+    W windows once, in random order. There is no last sample: `len` is W, the length of an epoch.
+
+    mask: the removal ratio. views: 2 for the contrastive loss, whose second window is drawn from a
+    `source` x `source` window that holds the first (paper 3.1.2). turn: whether windows are turned.
     """
 
     def __init__(
         self,
-        slides,
+        slides: list[Slide],
         geometry: Geometry,
         seed: int,
         mask: float,
@@ -388,297 +374,260 @@ class RegionDataset:
         min_cover: float = 1.0,
         turn: bool = True,
     ):
-        self.slides, self.geometry, self.seed, self.views, self.turn = (
-            slides,
-            geometry,
-            seed,
-            views,
-            turn,
-        )
+        self.slides = slides
+        self.geometry = geometry
+        self.seed = seed
+        self.views = views
+        self.turn = turn
         self.removed_tokens = removal_count(geometry.num_tokens, mask)  # M
         self.reach = (source or geometry.region) - geometry.region
-        self.order, self.turns = geometry.cell_order().numpy(), geometry.dihedral().numpy()
-        found = [windows(s.cells, geometry.region, stride, min_cover) for s in slides]
-        self.rows, self.corners = (np.concatenate(part) for part in zip(*found))
-        self.slide_of = np.repeat(np.arange(len(slides)), [len(rows) for rows, _ in found])  # (W,)
-        self.first = np.searchsorted(
-            self.slide_of, np.arange(len(slides) + 1)
-        )  # a slide's first window
-        self.all_valid = all(s.valid.all() for s in slides)
-        count = len(
-            self.rows
-        )  # two epochs' orders are kept: threads that work ahead may be in the next one
-        self.order_of = functools.lru_cache(2)(
-            lambda epoch: np.random.default_rng([seed, epoch]).permutation(count)
-        )
-        self.store = self.gathered = None
-
-    def hold(self, device) -> None:
-        """From now on `__getitems__` says which embeddings are wanted, and `fetch` gathers them from one tensor on the device, always to the
-        same place. Raises MixmagError where they do not fit."""
-        counts = [s.valid.size for s in self.slides]
-        try:
-            self.store = torch.empty(
-                sum(counts), self.slides[0].dim, dtype=torch.float16, device=device
-            )
-        except RuntimeError as error:  # torch's own out-of-memory error is one
-            size = 2e-9 * sum(counts) * self.slides[0].dim
-            raise MixmagError(
-                f"out of memory: the embeddings of {len(counts)} slides take {size:.1f} GB; leave out --in-memory ({error})"
-            ) from None
-        for part, slide in progress(
-            list(zip(self.store.split(counts), self.slides)), desc="embeddings", leave=False
-        ):
-            part.copy_(torch.from_numpy(slide.features.reshape(part.shape)))
-        self.begins = np.cumsum([0, *counts[:-1]])  # a slide's first row in the store
-        self.gathered = self.store.new_empty(0)
-
-    def batches(self, loads: list, threads: int, device):
-        """Yields `fetch` of each of the loads, lists of samples, while threads make the next ones. On a processor a batch is valid until the next
-        one is asked for: it lies where an earlier one lay, for memory fresh from the system costs several times what the gather does."""
-        shape = (
-            self.views * max(map(len, loads), default=0),
-            self.geometry.num_tokens,
-            self.slides[0].dim,
-        )
-        reused = torch.device(device).type == "cpu" and self.store is None
-        room = [
-            torch.empty(shape, dtype=torch.float16) if reused else None
-            for _ in range(2 * threads or 1)
-        ]
-
-        def make(numbered):
-            number, indices = numbered
-            return pinned(self.__getitems__(indices, room[number % len(room)]), device)
-
-        yield from (
-            self.fetch(batch, device) for batch in prefetch(make, enumerate(loads), threads)
-        )
-
-    def fetch(self, batch: dict, device) -> dict:
-        """A batch of `__getitems__` on the device; embeddings come from where they are kept."""
-        batch = to_device(batch, device)
-        if self.store is not None:
-            rows, batch["x"] = (
-                batch["x"],
-                self.gathered.resize_(*batch["x"].shape, self.store.shape[1]),
-            )
-            torch.index_select(
-                self.store, 0, rows.flatten(), out=batch["x"].view(-1, self.store.shape[1])
-            )
-        return batch
+        self.entries = geometry.cell_order().numpy()[geometry.dihedral().numpy()]  # (8, N)
+        found = [windows(slide.cells, geometry.region, stride, min_cover) for slide in slides]
+        rows, corners = zip(*found, strict=True)
+        self.rows = np.concatenate(rows)  # (W, R*R)
+        self.corners = np.concatenate(corners)  # (W, 2)
+        counts = [len(part) for part in rows]
+        self.slide_of = np.repeat(np.arange(len(slides)), counts)  # (W,)
+        self.first = np.cumsum([0, *counts])  # each slide's first window
 
     def __len__(self) -> int:
-        return len(self.slide_of)
-
-    def chances(self, indices: np.ndarray) -> np.ndarray:
-        """Samples (B,) -> (views, B, N + 4 or a few more) numbers in 0..1. Sample i has the i-th stretch of one random stream to itself."""
-        calls = -(
-            -(self.geometry.num_tokens + 4) // 4
-        )  # of Philox for a view; each makes four numbers
-        runs = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
-        streams = [
-            np.random.Generator(
-                np.random.Philox(key=self.seed).advance(int(run[0]) * self.views * calls)
-            )
-            for run in runs
-        ]
-        return np.concatenate(
-            [s.random((len(run), self.views, 4 * calls)) for s, run in zip(streams, runs)]
-        ).swapaxes(0, 1)
-
-    def partner(self, window: int, chance: np.ndarray) -> int:
-        """The second view of a window; chance (3,)."""
-        slide, corner = self.slide_of[window], self.corners[window]
-        mine = slice(self.first[slide], self.first[slide + 1])
-        start = corner - (chance[:2] * (self.reach + 1)).astype(int)  # of the source window
-        inside = (
-            ((self.corners[mine] >= start) & (self.corners[mine] <= start + self.reach))
-            .all(axis=1)
-            .nonzero()[0]
-        )
-        return int(self.first[slide] + inside[int(chance[2] * len(inside))])
+        return len(self.rows)
 
     def draw(self, indices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Samples (B,) -> for each view the window (views, B), how it is turned (views, B) and the tokens that go (views, B, M)."""
-        indices, N = np.asarray(indices), self.geometry.num_tokens
-        chance = self.chances(indices)
-        first = [
-            self.order_of(epoch)[position]
-            for epoch, position in zip(*np.divmod(indices, len(self)))
-        ]
-        window = np.array(
-            [
-                first,
-                *(
-                    [self.partner(*pair) for pair in zip(first, part)]
-                    for part in chance[1:, :, N + 1 : N + 4]
-                ),
-            ]
-        )
-        turn = (8 * self.turn * chance[..., N]).astype(int)
-        return window, turn, chance[..., :N].argsort(axis=-1)[..., : self.removed_tokens]
+        """Of B samples: windows (views, B), turns of them (views, B), removed (views, B, M)."""
+        N = self.geometry.num_tokens
+        window = np.empty((self.views, len(indices)), np.int64)
+        turn = np.empty_like(window)
+        removed = np.empty((*window.shape, self.removed_tokens), np.int64)
+        for b, i in enumerate(indices):
+            rng = np.random.default_rng([self.seed, i])
+            epoch, position = divmod(int(i), len(self))
+            window[0, b] = epoch_order(self.seed, epoch, len(self))[position]
+            if self.views == 2:
+                window[1, b] = self.draw_partner(window[0, b], rng)
+            for view in range(self.views):
+                turn[view, b] = rng.integers(8) * self.turn
+                removed[view, b] = rng.permutation(N)[: self.removed_tokens]
+        return window, turn, removed
 
-    def tokens_of(self, window, turn) -> tuple[np.ndarray, np.ndarray]:
-        """(B,) windows and how each is turned -> (B, N) the rows of its slide's (C*T, D) embeddings, and which of them are valid."""
-        token, inside = token_rows(
-            self.rows[window], self.order[self.turns[turn]], self.geometry.tokens_per_cell
-        )
-        if self.all_valid:
-            return token, inside
-        return token, inside & np.stack(
-            [
-                self.slides[s].valid.reshape(-1)[rows]
-                for s, rows in zip(self.slide_of[window], token)
-            ]
-        )
+    def draw_partner(self, window: int, rng) -> int:
+        """A random window inside a random source window that holds the given one."""
+        slide = self.slide_of[window]
+        corners = self.corners[self.first[slide] : self.first[slide + 1]]
+        start = self.corners[window] - rng.integers(self.reach + 1, size=2)  # the source's corner
+        inside = ((corners >= start) & (corners <= start + self.reach)).all(axis=1)
+        candidates = np.flatnonzero(inside)
+        return self.first[slide] + candidates[rng.integers(len(candidates))]
 
-    def read(self, window, token, valid, out: torch.Tensor | None) -> torch.Tensor:
-        """(B, N, D) float16 from the slides' files, at the beginning of `out` where there is one."""
-        D = self.slides[0].dim
-        x = (
-            torch.empty((*token.shape, D), dtype=torch.float16)
-            if out is None
-            else out[: len(token)]
-        )
-        for slide, rows, part in zip(self.slide_of[window], token, x.numpy()):
-            np.take(
-                self.slides[slide].features.reshape(-1, D), rows, axis=0, out=part, mode="clip"
-            )  # clip: straight into it
-        if not valid.all():
-            x.numpy()[~valid] = 0
-        return x
-
-    def __getitems__(self, indices, out: torch.Tensor | None = None) -> dict:
-        """x (B, N, D) float16, in `out` where it is given, or after `hold` the rows (B, N) that stand for it, removed (B, M), valid (B, N) or None,
-        slide (B,); with two views each has a leading axis of 2."""
+    def read(self, indices) -> dict:
+        """As `batch`, each with a leading axis of views and `valid` always a tensor."""
         window, turn, removed = self.draw(indices)
-        axes, window = window.shape[self.views == 1 :], window.reshape(-1)
-        token, valid = self.tokens_of(window, turn.reshape(-1))  # (views B, N)
-        x = (
-            self.read(window, token, valid, out)
-            if self.store is None
-            else torch.from_numpy(token + self.begins[self.slide_of[window], None])
-        )
-        batch = {
-            "x": x,
-            "removed": torch.from_numpy(removed.reshape(len(window), -1)),
-            "valid": None if valid.all() else torch.from_numpy(valid),
-            "slide": torch.from_numpy(self.slide_of[window]),
-        }
-        return {k: v if v is None else v.unflatten(0, axes) for k, v in batch.items()}
+        slide = self.slide_of[window]
+        T = self.geometry.tokens_per_cell
+        index, valid = token_rows(self.rows[window], self.entries[turn], T)  # (views, B, N)
+        x = np.empty((*index.shape, self.slides[0].dim), np.float16)
+        for at in np.ndindex(window.shape):
+            source = self.slides[slide[at]]
+            features = source.features.reshape(-1, source.dim)
+            np.take(features, index[at], axis=0, out=x[at], mode="clip")  # clip: straight into x
+            valid[at] &= source.valid.reshape(-1)[index[at]]
+        x[~valid] = 0
+        arrays = {"x": x, "removed": removed, "valid": valid, "slide": slide}
+        return {key: torch.from_numpy(array) for key, array in arrays.items()}
+
+    def __getitem__(self, i: int) -> dict:
+        """x (N, D) float16, removed (M,), valid (N,) bool, slide (): its place in `slides`.
+
+        With two views each has a leading axis of 2.
+        """
+        sample = self.read([i])
+        if self.views == 2:
+            return {key: value[:, 0] for key, value in sample.items()}
+        return {key: value[0, 0] for key, value in sample.items()}
+
+    def batch(self, indices) -> dict:
+        """x (B, N, D) float16, removed (B, M), valid (B, N) or None if all are valid, slide (B,).
+
+        With two views each has a leading axis of 2.
+        """
+        batch = self.read(indices)
+        if self.views == 1:
+            batch = {key: value[0] for key, value in batch.items()}
+        if batch["valid"].all():
+            batch["valid"] = None
+        return batch
 
 
-class CaseDataset:
-    """The cases of a split as ragged bags: a case has slides, a slide has regions, a region the chosen tokens.
+@functools.lru_cache(maxsize=4)  # threads that work ahead may be in the next epoch
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch, 1]).permutation(count)
 
-    index (n,): which of a region's tokens are read (Geometry.select). rows and corners: each slide's regions, as in `covering`, that hold a
-    valid token. Slides without one, and cases without such slides, are left out and named in `dropped`; left_out says how many cells lie in none.
-    labels: each case's, 0 or 1.
-    held: encoder outputs made before, slide_id -> (array (W, n or 1, d), valid (W, n)), which are given in place of the slide's embeddings.
+
+class CaseDataset(torch.utils.data.Dataset):
+    """The cases of a split as ragged bags: a case has slides, a slide has regions.
+
+    index (n,): which tokens of a region are read (Geometry.select). rows and corners: of each
+    slide, the `covering_windows` that hold a valid token. Slides without one are listed in
+    `dropped`, and cases without slides are left out. labels: each case's.
+    cached: slide_id -> (encoder outputs (W, n or 1, d), valid (W, n)), given instead of embeddings.
+    uncovered: for the log, how many cells lie in no window.
     """
 
     def __init__(
         self, slides: dict, cases: list, geometry: Geometry, index, min_cover: float = 0.5
     ):
-        self.slides, self.entries = slides, geometry.cell_order().numpy()[np.asarray(index)]
-        self.rows, self.corners, self.cases, self.dropped, self.held, used, there_are = (
-            {},
-            {},
-            [],
-            [],
-            {},
-            0,
-            0,
-        )
+        self.slides = slides
+        self.entries = geometry.cell_order().numpy()[np.asarray(index)]  # (n,)
+        self.rows: dict[str, np.ndarray] = {}
+        self.corners: dict[str, np.ndarray] = {}
+        self.cached: dict[str, tuple] = {}
+        self.cases: list[Case] = []
+        self.dropped: list[str] = []
+        cells_used = 0
+        cells_total = 0
         for case in cases:
+            usable: list[str] = []
             for slide_id in case.slide_ids:
-                rows, corners = covering_windows(slides[slide_id].cells, geometry.region, min_cover)
-                there = token_index(slides[slide_id], rows, self.entries)[1].any(axis=1)
-                used, there_are = (
-                    used + (rows[there] >= 0).sum(),
-                    there_are + len(slides[slide_id].cells),
-                )
-                if there.any():
-                    self.rows[slide_id], self.corners[slide_id] = rows[there], corners[there]
-            usable = [i for i in case.slide_ids if i in self.rows]
-            self.dropped += [i for i in case.slide_ids if i not in self.rows]
+                used = self.find_windows(slide_id, geometry.region, min_cover)
+                cells_used += used
+                cells_total += len(slides[slide_id].cells)
+                (usable if used else self.dropped).append(slide_id)
             if usable:
                 self.cases.append(Case(case.case_id, case.label, case.split, usable))
-        self.left_out, self.labels = (
-            describe_uncovered(used, there_are),
-            [case.label for case in self.cases],
-        )
+        self.labels = [case.label for case in self.cases]
+        self.uncovered = describe_uncovered(cells_used, cells_total)
+
+    def find_windows(self, slide_id: str, region: int, min_cover: float) -> int:
+        """Note the slide's windows, if there are any; returns how many cells they hold."""
+        slide = self.slides[slide_id]
+        rows, corners = covering_windows(slide.cells, region, min_cover)
+        _, valid = token_index(slide, rows, self.entries)  # (W, n)
+        nonempty = valid.any(axis=1)
+        if nonempty.any():
+            self.rows[slide_id] = rows[nonempty]
+            self.corners[slide_id] = corners[nonempty]
+        return int((rows[nonempty] >= 0).sum())
 
     def __len__(self) -> int:
         return len(self.cases)
 
-    def __getitems__(self, indices) -> dict:
-        """x (W, n, D) float16, or with `held` what stands for it, valid (W, n) or None, regions (S,) of each slide, case (S,) which of the
-        batch's cases it belongs to, label (cases,) float; nothing for no indices."""
+    def __getitem__(self, i: int) -> dict:
+        """One case as a batch, with `valid` always a tensor."""
+        case = self.batch([i])
+        if case["valid"] is None:
+            W = len(case["x"])
+            case["valid"] = torch.ones(W, len(self.entries), dtype=torch.bool)
+        return case
+
+    def batch(self, indices) -> dict:
+        """x (W, n, D) float16, or what is `cached` for it; valid (W, n) or None if all are valid;
+        regions (S,): how many of the W regions each slide has; case (S,): the slide's case, counted
+        from 0 in this batch; label (cases,) float. Empty for no indices.
+        """
         if not len(indices):
             return {}
-        chosen = [self.cases[i] for i in indices]
-        slide_ids = [i for case in chosen for i in case.slide_ids]
-        parts = [
-            self.held.get(i) or gather(self.slides[i], self.rows[i], self.entries)
-            for i in slide_ids
-        ]
-        x, valid = as_batch(*(np.concatenate(part) for part in zip(*parts)))
+        cases = [self.cases[i] for i in indices]
+        parts = []
+        slide_ids = []
+        case_of = []
+        for number, case in enumerate(cases):
+            for slide_id in case.slide_ids:
+                slide_ids.append(slide_id)
+                case_of.append(number)
+                parts.append(self.read(slide_id))
+        inputs, masks = zip(*parts, strict=True)
+        x, valid = as_batch(np.concatenate(inputs), np.concatenate(masks))
         return {
             "x": x,
             "valid": valid,
-            "held": bool(self.held),
+            "cached": bool(self.cached),
             "slide_ids": slide_ids,
-            "regions": torch.tensor([len(self.rows[i]) for i in slide_ids]),
-            "case": torch.repeat_interleave(
-                torch.arange(len(chosen)), torch.tensor([len(c.slide_ids) for c in chosen])
-            ),
-            "label": torch.tensor([float(case.label) for case in chosen]),
+            "regions": torch.tensor([len(mask) for mask in masks]),
+            "case": torch.tensor(case_of),
+            "label": torch.tensor([float(case.label) for case in cases]),
         }
 
+    def read(self, slide_id: str) -> tuple[np.ndarray, np.ndarray]:
+        if self.cached:
+            return self.cached[slide_id]
+        return gather(self.slides[slide_id], self.rows[slide_id], self.entries)
 
-def feature_statistics(
-    slides, levels=None, limit: int = 20000
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """mean (D,) and std (D,) over the tokens of evenly spread cells (at most about `limit`), and (K, D) the mean direction of each
-    magnification, of embeddings scaled to length 1: the constant prediction that minimises Eq. 2. levels: the only ones that count, 0 the lowest."""
-    share = max(1, -(-sum(len(s.cells) for s in slides) // limit))
-    count, total, squares, per_level = 0, 0.0, 0.0, 0
-    starts = (
-        Geometry(1, slides[0].meta["magnifications"]).cell_table()[:, 0].numpy()
-    )  # (T,) level of each entry
-    counted = np.isin(starts, range(len(starts)) if levels is None else levels)
-    sums = np.zeros((starts.max() + 1, slides[0].dim))
+
+def feature_statistics(slides, magnifications=None, limit: int = 20000) -> tuple:
+    """mean (D,), std (D,) and directions (K, D) of the embeddings, as float tensors.
+
+    A direction is the mean of a magnification's embeddings, each scaled to length 1: the constant
+    prediction that minimises Eq. 2. Read are evenly spread cells, about `limit` at most.
+    magnifications: the indices of those that count, 0 the lowest. Raises MixmagError for values
+    that are not finite.
+    """
+    cell_table = Geometry(1, slides[0].meta["magnifications"]).token_table()
+    magnification_of = cell_table[:, 0].numpy()  # (T,)
+    counted = np.ones(len(magnification_of), bool)
+    if magnifications is not None:
+        counted = np.isin(magnification_of, magnifications)
+    stride = max(1, math.ceil(sum(len(slide.cells) for slide in slides) / limit))
+    count = np.zeros(magnification_of.max() + 1)  # (K,)
+    total = np.zeros(slides[0].dim)
+    squares = np.zeros(slides[0].dim)
+    directions = np.zeros((len(count), slides[0].dim))
     for slide in progress(slides, desc="statistics", leave=False):
-        x, valid = (
-            np.asarray(slide.features[::share], np.float64),
-            slide.valid[::share] & counted,
-        )  # (C', T, D), (C', T)
-        tokens = x[valid]
+        valid = slide.valid[::stride] & counted  # (C', T)
+        tokens = slide.features[::stride][valid].astype(np.float64)  # (n, D)
         if not np.isfinite(tokens).all():
-            raise MixmagError(
-                f"{slide.path}: holds NaN or infinite features; data.py verify says where"
-            )
-        count, total, squares = (
-            count + len(tokens),
-            total + tokens.sum(0),
-            squares + (tokens**2).sum(0),
-        )
-        x = np.where(valid[..., None], x, 0)
-        unit = x / np.linalg.norm(x, axis=-1, keepdims=True).clip(min=1e-12)
-        np.add.at(sums, starts, unit.sum(axis=0))
-        per_level = per_level + np.bincount(starts, valid.sum(axis=0))
-    mean = total / max(count, 1)
-    std = np.sqrt((squares / max(count, 1) - mean**2).clip(min=0))
-    return tuple(
-        torch.from_numpy(a).float() for a in (mean, std, sums / np.maximum(per_level, 1)[:, None])
-    )
+            raise MixmagError(f"{slide.path}: NaN or infinite features; data.py verify says where")
+        total += tokens.sum(axis=0)
+        squares += (tokens**2).sum(axis=0)
+        length = np.linalg.norm(tokens, axis=1, keepdims=True).clip(min=1e-12)
+        k = np.broadcast_to(magnification_of, valid.shape)[valid]  # (n,)
+        count += np.bincount(k, minlength=len(count))
+        np.add.at(directions, k, tokens / length)
+    tokens_total = max(count.sum(), 1)
+    mean = total / tokens_total
+    std = np.sqrt((squares / tokens_total - mean**2).clip(min=0))
+    directions /= count.clip(min=1)[:, None]
+    return tuple(torch.from_numpy(array).float() for array in (mean, std, directions))
 
 
 # --------------------------------------------------------------------------------- tasks and splits
 
 SPLITS = ("train", "tune", "test")
+
+
+class Outcome:
+    """What a slide's label is: 0 or 1. Another kind of label is another class with these names."""
+
+    outputs = 1  # numbers that the classifier gives for a slide
+    metric_name = "AUROC"
+
+    def parse(self, text: str) -> int:
+        """The label that a task table states. Raises ValueError that says what is expected."""
+        if text not in ("0", "1"):
+            raise ValueError("expected 0 or 1")
+        return int(text)
+
+    def loss(self, logit: torch.Tensor, label: torch.Tensor, smoothing: float) -> torch.Tensor:
+        """logit (S,), label (S,) float, label smoothing -> (S,) binary cross-entropy."""
+        target = label * (1 - smoothing) + smoothing / 2
+        return F.binary_cross_entropy_with_logits(logit, target, reduction="none")
+
+    def score(self, logit: torch.Tensor) -> torch.Tensor:
+        """(S,) -> probability (S,) float64 on the CPU: in fp32 the highest would all be 1."""
+        return torch.sigmoid(logit.cpu().double())
+
+    def metric(self, labels, scores) -> float:
+        """Area under the ROC curve. Raises MixmagError where only one class is present."""
+        if len(set(labels)) < 2:
+            raise MixmagError(
+                f"{self.metric_name} needs both classes; found {len(labels)} cases, "
+                f"all labelled {set(labels)}"
+            )
+        from sklearn.metrics import roc_auc_score  # its import takes a second
+
+        return float(roc_auc_score(labels, scores))
+
+
+OUTCOME = Outcome()
 
 
 @dataclass
@@ -690,70 +639,83 @@ class Case:
 
 
 def task_names(data) -> list[str]:
-    return [p.stem for p in visible_files(Path(data) / "tasks", "*.csv")]
+    return [path.stem for path in visible_files(Path(data) / "tasks", "*.csv")]
+
+
+def row_fault(row: dict) -> str:
+    """What is wrong with a row of a task table by itself. Empty if nothing is."""
+    if not row["case_id"] or not row["slide_id"]:
+        return "case_id or slide_id is empty"
+    if "/" in row["slide_id"] or row["slide_id"] in (".", ".."):
+        return (
+            f"slide_id {row['slide_id']!r} is a path, "
+            "expected the name of a file in slides/ without its suffix"
+        )
+    try:
+        OUTCOME.parse(row["label"])
+    except ValueError as error:
+        return f"label of case {row['case_id']!r} is {row['label']!r}, {error}"
+    if row["split"] not in SPLITS:
+        expected = ", ".join(SPLITS)
+        return f"split of case {row['case_id']!r} is {row['split']!r}, expected one of {expected}"
+    return ""
 
 
 def task_findings(path) -> tuple[list[Case], list[str]]:
     """The cases of a task table, and everything that is wrong with it."""
-    findings, cases, seen = [], {}, set()
+    findings = []
+    cases: dict[str, Case] = {}
+    seen = set()
     for row in read_csv(path, ("case_id", "slide_id", "label", "split")):
-        where = f"{path}: line {row['line']}: "
-        if not row["case_id"] or not row["slide_id"]:
-            findings.append(f"{where}case_id or slide_id is empty")
-        elif "/" in row["slide_id"] or row["slide_id"] in (".", ".."):
-            findings.append(
-                f"{where}slide_id {row['slide_id']!r} is a path, expected the name of a file in slides/ without its suffix"
-            )
-        elif row["label"] not in ("0", "1"):
-            findings.append(
-                f"{where}label of case {row['case_id']!r} is {row['label']!r}, expected 0 or 1"
-            )
-        elif row["split"] not in SPLITS:
-            findings.append(
-                f"{where}split of case {row['case_id']!r} is {row['split']!r}, expected one of {', '.join(SPLITS)}"
-            )
-        elif row["slide_id"] in seen:
-            findings.append(f"{where}slide {row['slide_id']!r} stands in more than one row")
-        else:
-            seen.add(row["slide_id"])
-            case = cases.setdefault(
-                row["case_id"], Case(row["case_id"], int(row["label"]), row["split"], [])
-            )
-            if case.split != row["split"]:
-                findings.append(
-                    f"{where}case {row['case_id']!r} is in two splits, {case.split} and {row['split']}"
-                )
-            if case.label != int(row["label"]):
-                findings.append(
-                    f"{where}case {row['case_id']!r} has two labels, {case.label} and {row['label']}"
-                )
-            case.slide_ids.append(row["slide_id"])
+        where = f"{path}: line {row['line']}"
+        case_id = row["case_id"]
+        slide_id = row["slide_id"]
+        fault = row_fault(row)
+        if not fault and slide_id in seen:
+            fault = f"slide {slide_id!r} stands in more than one row"
+        if fault:
+            findings.append(f"{where}: {fault}")
+            continue
+        label = OUTCOME.parse(row["label"])
+        case = cases.setdefault(case_id, Case(case_id, label, row["split"], []))
+        if case.split != row["split"]:
+            both = f"{case.split} and {row['split']}"
+            findings.append(f"{where}: case {case_id!r} is in two splits, {both}")
+        if case.label != label:
+            both = f"{case.label} and {label}"
+            findings.append(f"{where}: case {case_id!r} has two labels, {both}")
+        case.slide_ids.append(slide_id)
+        seen.add(slide_id)
     return list(cases.values()), findings
 
 
 def read_task(data, task) -> list[Case]:
-    """Raises MixmagError for an unknown task, or with the first of the table's faults and their number."""
+    """Raises MixmagError for an unknown task, and with the first finding of a faulty table."""
     path = Path(data) / "tasks" / f"{task}.csv"
     if task not in task_names(data):
-        raise MixmagError(f"{path}: no such task; found {', '.join(task_names(data)) or 'none'}")
+        found = ", ".join(task_names(data)) or "none"
+        raise MixmagError(f"{path}: no such task; found {found}")
     cases, findings = task_findings(path)
     if findings:
-        raise MixmagError(
-            findings[0]
-            + (f" (and {len(findings) - 1} more: see data.py verify)" if findings[1:] else "")
-        )
+        raise MixmagError(f"{findings[0]} (data.py verify lists all {len(findings)} findings)")
     return cases
 
 
 def evaluation_slides(data) -> set:
-    """All slides of the cases that are in the tune or test split of any task: pretraining sees them only where pretrain.csv names them."""
-    return evaluation_slides_of([c for task in task_names(data) for c in read_task(data, task)])
+    """`evaluation_slides_of` all tasks. Pretraining sees them only where pretrain.csv names them."""
+    return evaluation_slides_of(
+        [case for task in task_names(data) for case in read_task(data, task)]
+    )
 
 
 def evaluation_slides_of(cases: list) -> set:
-    """Those of cases that any of `cases` puts into a tune or test split, by whichever task."""
-    held = {c.case_id for c in cases if c.split != "train"}
-    return {s for c in cases if c.case_id in held for s in c.slide_ids}
+    """All slides of every case that any of `cases` puts into a tune or test split."""
+    evaluation = {case.case_id for case in cases if case.split != "train"}
+    slides = set()
+    for case in cases:
+        if case.case_id in evaluation:
+            slides.update(case.slide_ids)
+    return slides
 
 
 def pretraining_ids(data) -> list[str]:
@@ -761,10 +723,9 @@ def pretraining_ids(data) -> list[str]:
     listed = Path(data) / "pretrain.csv"
     if listed.exists():
         return list(dict.fromkeys(row["slide_id"] for row in read_csv(listed, ("slide_id",))))
-    held = evaluation_slides(data)
-    return [
-        p.stem for p in visible_files(Path(data) / "slides", "*.safetensors") if p.stem not in held
-    ]
+    evaluation = evaluation_slides(data)
+    paths = visible_files(Path(data) / "slides", "*.safetensors")
+    return [path.stem for path in paths if path.stem not in evaluation]
 
 
 # ======================================================================================== stop here
@@ -987,12 +948,14 @@ def warn_unmatched_rows(manifest: dict, slide_ids: set) -> None:
         )
 
 
-def user_mpp(slide_id: str, args) -> tuple[float | None, str]:
+def user_mpp(slide_id: str, manifest: dict, mpp: float | None) -> tuple[float | None, str]:
     """What the user says of a slide, and where: its row of the manifest, by its id or its file's name, else --mpp."""
-    rows = sorted(name for name in args.manifest if slide_id in possible_slide_ids(name))
+    rows = sorted(name for name in manifest if slide_id in possible_slide_ids(name))
     if len(rows) > 1:
         raise MixmagError(f"--manifest has two rows for this slide, {' and '.join(rows)}; keep one")
-    return (args.manifest[rows[0]], f"--manifest row {rows[0]}") if rows else (args.mpp, "--mpp")
+    if rows:
+        return manifest[rows[0]], f"--manifest row {rows[0]}"
+    return mpp, "--mpp"
 
 
 # ------------------------------------------------------------------------- JPEG tiles read directly
@@ -1438,7 +1401,8 @@ def plan_slide(reader: Reader, args) -> TilePlan:
         args.region,
         10.0 / args.magnifications[-1],
     )  # 20x is 0.5 um/px, 5x is 2.0
-    mpp, source = slide_mpp(slide, *user_mpp(reader.path.stem, args), args.mpp_from_power)
+    given, giver = user_mpp(reader.path.stem, args.manifest, args.mpp)
+    mpp, source = slide_mpp(slide, given, giver, args.mpp_from_power)
     if mpp > MAX_STRETCH * finest:
         coarser = [str(m) for m in args.magnifications if mpp <= MAX_STRETCH * 10.0 / m]
         raise MixmagError(
@@ -2047,7 +2011,7 @@ def tile_one(path: Path, encoder, dim: int, args) -> tuple[str, int]:
     if already_done(
         out,
         {"encoder": args.encoder, "magnifications": args.magnifications, "settings": settings},
-        user_mpp(path.stem, args)[0],
+        user_mpp(path.stem, args.manifest, args.mpp)[0],
     ):
         return f"{path.stem}: done before", 0
     reader = Reader(path)
@@ -2179,548 +2143,343 @@ def tile_command(args) -> int:
 # --------------------------------------------------------------------- import of other tools' files
 
 IMPORT_SECONDS = 60  # assumed: a slide that takes longer, and longer than 1 s per MiB, hangs
-SNAP = 0.1  # assumed: how far STAMP's tiles may be off their lattice, in tiles
-ENOUGH_TILES = 16  # assumed: among so many tiles of a slide two are neighbours
+STAMP_SNAP = 0.1  # assumed: how far STAMP's tiles may be off their lattice, in tiles
+MAX_RATIO = 1032  # gzip cannot shrink more, so an array is at most this many times its file
+
+
+def whole_if_possible(value: float) -> int | float:
+    """5 for 5.0, and 2.5 for 2.5."""
+    return int(value) if value == int(value) else value
 
 
 @dataclass
-class Tiles:
-    """What one file of another tool holds: one slide at one magnification. Its unit is level-0 pixels (TRIDENT) or micrometres (STAMP)."""
+class ImportJob:
+    """A slide to import, and what the user says of it."""
 
-    features: np.ndarray  # (n, D) float16
-    corners: np.ndarray  # (n, 2) float64: x, y of the top-left corners
+    slide_id: str
+    paths: list[Path]  # one file for each magnification, from low to high
+    out: Path
+    tool: str  # trident or stamp
+    encoder: str | None = None
+    class_token: bool | None = None
+    mpp: float | None = None
+    mpp_source: str = "--mpp"
+    region: int = 3
+
+
+@dataclass
+class FeatureFile:
+    """One slide at one magnification. Lengths are level-0 pixels (TRIDENT) or um (STAMP)."""
+
+    features: np.ndarray  # (n, D)
+    corners: np.ndarray  # (n, 2): x, y of the tiles' top-left corners
     side: float  # of a tile
     tile_px: int
     magnification: float
-    encoder: str
-    name: str | None  # of the slide, where the file says it
-    size: tuple  # (width, height) of the slide in level-0 px, None where not said
+    encoder: str | None
+    slide_size: tuple = (None, None)  # width, height
 
 
-def plain_value(item, name: str, kind=(int, float), needed: bool = False):
-    """An attribute of an HDF5 item: a number >= 0, or a text where kind is str; None where it is absent."""
-    value = None
-    if name in item.attrs:
-        value = item.attrs[name] if item.attrs.get_id(name).shape in ((), (1,)) else "an array"
-        value = value.item() if hasattr(value, "item") else value
-        value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-    value = None if value == "None" else value  # TRIDENT's way to write it
-    fits = isinstance(value, kind) and (
-        value.isprintable() if kind is str else 0 <= value < math.inf
-    )
-    if (needed and not value) or (value is not None and not fits):
-        raise MixmagError(
-            f"attribute {name} is {value!r}, expected {'a text' if kind is str else 'a number'}; "
-            f"found {', '.join(item.attrs) or 'none'}"
-        )
-    return value
+def read_array(file: h5py.File, name: str, columns: int | None = None) -> np.ndarray:
+    """Numbers (n, columns) that lie in this very file. Anything else is refused unread."""
+    array = file[name]
+    shape: tuple = getattr(array, "shape", ())  # a group has none
+    if len(shape) != 2 or columns not in (None, shape[1]) or array.dtype.kind not in "iuf":
+        raise MixmagError(f"{array} is no array of numbers (n, {columns or 'D'})")
+    size = math.prod(shape) * array.dtype.itemsize
+    elsewhere = array.file != file or array.is_virtual or array.external
+    if elsewhere or size > MAX_RATIO * os.path.getsize(file.filename):
+        raise MixmagError(f"{name} claims {size} bytes that its file does not hold")
+    return array[...]
 
 
-def plain_array(f, name: str, columns: int | None = None):
-    """The data set (n, columns) of an open HDF5 file, unread. Raises MixmagError unless it is plain numbers that lie in this very file,
-    whole and unfiltered: so what is read later is no larger than the file."""
-    import h5py  # wanted only where other tools' files are read
-
-    links, key = f.id.links, name.encode()
-    if (
-        not links.exists(key)
-        or links.get_info(key).type != h5py.h5l.TYPE_HARD
-        or not isinstance(f[name], h5py.Dataset)
-    ):
-        raise MixmagError(
-            f"holds no data set {name!r} of its own; found {', '.join(map(str, list(f)[:9])) or 'nothing'}"
-        )
-    d = f[name]
-    made, there, wanted = (
-        d.id.get_create_plist(),
-        d.id.get_storage_size(),
-        math.prod(d.shape or ()) * d.dtype.itemsize,
-    )
-    if (
-        d.dtype.kind not in ("iuf" if columns else "f")
-        or d.dtype.itemsize > 8
-        or d.ndim != 2
-        or d.shape[1] != (columns or d.shape[1] or 1)
-    ):
-        raise MixmagError(
-            f"{name} is {d.dtype} {d.shape}, expected {'numbers' if columns else 'floating-point numbers'} (n, {columns or 'D'})"
-        )
-    if made.get_nfilters():
-        raise MixmagError(
-            f"{name} is stored through filter {made.get_filter(0)[0]}, expected none; h5repack -f NONE rewrites the file"
-        )
-    if (
-        made.get_layout() == h5py.h5d.VIRTUAL
-        or made.get_external_count()
-        or wanted > min(there, os.path.getsize(f.filename))
-    ):
-        raise MixmagError(
-            f"{name} claims {wanted} bytes, {d.dtype} {d.shape}, of which {there} are stored here"
-        )
-    return d
-
-
-def embeddings(d, encoder: str | None, job: dict) -> dict:
-    """Tiles' features and encoder from a data set (n, D). Virchow2's 2560 numbers, class token and mean patch token, are cut to the class token."""
-    asked, cut = job["encoder"], job["class_token"]
-    if (not encoder and not asked) or (encoder and asked and encoder != asked):
-        raise MixmagError(
-            f"says its encoder is {encoder!r}, --encoder says {asked!r}"
-            if encoder
-            else "does not name its encoder: say it with --encoder"
-        )
-    if (d.shape[1] == 2560 and cut is None and encoder != "virchow2") or (
-        cut and d.shape[1] != 2560
-    ):
-        raise MixmagError(
-            f"holds {d.shape[1]} numbers a tile and says its encoder is {encoder!r}: "
-            + (
-                "--class-token cuts 2560"
-                if cut
-                else "--class-token keeps the first 1280 as for virchow2, --no-class-token all"
-            )
-        )
-    with np.errstate(over="ignore"):
-        half = (d[:, :1280] if d.shape[1] == 2560 and cut is not False else d[...]).astype(
-            np.float16
-        )
-    bad = ~np.isfinite(half).all(axis=1) | ~half.any(
-        axis=1
-    )  # HDF5 reads zeros where a row was never written, or its index is damaged
-    if bad.any():
-        raise MixmagError(
-            f"NaN, values beyond float16, or nothing but zeros in {bad.sum()} of {len(bad)} tiles, first in row {bad.argmax()}"
-        )
-    return {"features": half, "encoder": encoder or asked}
-
-
-def read_trident(f, job: dict) -> Tiles:
-    """features (n, D), coords (n, 2) in level-0 px with all attributes on it. Layout: trident/IO.py and wsi_objects/WSI.py of mahmoodlab/TRIDENT."""
-    d, coords = plain_array(f, "features"), plain_array(f, "coords", 2)
-    tile_px, side, magnification = (
-        plain_value(coords, k, needed=True)
-        for k in ("patch_size", "patch_size_level0", "target_magnification")
-    )
-    power, overlap, *size = (
-        plain_value(coords, k)
-        for k in ("level0_magnification", "overlap", "level0_width", "level0_height")
-    )
-    if overlap:
-        raise MixmagError(
-            f"overlap is {overlap:g}, expected 0: tiles that overlap are on no lattice"
-        )
-    if power and abs(tile_px * power / magnification - side) > 1:
-        raise MixmagError(
-            f"patch_size_level0 is {side:g}, but {tile_px:g} px at {magnification:g}x of {power:g}x are "
-            f"{tile_px * power / magnification:g}"
-        )
-    return Tiles(
-        **embeddings(d, plain_value(d, "encoder", str), job),
-        corners=coords[...].astype(np.float64),
-        side=math.floor(side),
-        tile_px=tile_px,
-        magnification=magnification,
-        name=plain_value(coords, "name", str),
-        size=tuple(size),
-    )
-
-
-def read_stamp(f, job: dict) -> Tiles:
-    """feats (n, D), coords (n, 2) in micrometres, attributes on the file. Layout: src/stamp/preprocessing/__init__.py of KatherLab/STAMP."""
-    unit, what = plain_value(f, "unit", str), plain_value(f, "feat_type", str)
-    if unit != "um" or what not in (None, "tile"):
-        raise MixmagError(
-            f"attribute unit is {unit!r}, feat_type {what!r}, expected 'um' and 'tile': a file of STAMP before 2.1, or not of tiles"
-        )
-    d, coords = plain_array(f, "feats"), plain_array(f, "coords", 2)
-    side, tile_px = (plain_value(f, k, needed=True) for k in ("tile_size_um", "tile_size_px"))
-    return Tiles(
-        **embeddings(d, plain_value(f, "extractor", str), job),
-        corners=coords[...].astype(np.float64),
-        side=side,
-        tile_px=tile_px,
-        magnification=round(10 * tile_px / side, 9),
-        name=None,
-        size=(None, None),
-    )
-
-
-def read_tiles(path: str, job: dict) -> Tiles:
-    import h5py
-
-    try:
-        with h5py.File(path, "r") as f:
-            tiles = {"trident": read_trident, "stamp": read_stamp}[job["tool"]](f, job)
-    except (
-        Exception
-    ) as error:  # damage shows as any of a dozen types, and may speak in control characters
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        raise MixmagError(
-            f"{path}: {''.join(c if c.isprintable() else '?' for c in said)}"
-        ) from None
-    if len(tiles.features) != len(tiles.corners) or not np.isfinite(tiles.corners).all():
-        raise MixmagError(
-            f"{path}: {len(tiles.features)} embeddings at {len(tiles.corners)} places, expected as many, and finite places"
-        )
-    tiles.magnification, tiles.tile_px = (
-        int(v) if v == int(v) else v for v in (tiles.magnification, tiles.tile_px)
-    )
-    return tiles
-
-
-def check_same_slide(levels: list) -> None:
-    """Raises MixmagError where a slide's files are not of one slide, one encoder and successive doublings."""
-    if any(b.magnification != 2 * a.magnification for a, b in zip(levels, levels[1:])):
-        raise MixmagError(
-            f"its files are at {', '.join(f'{t.magnification}x' for t in levels)}; expected doublings in the folders' order"
-        )
-    facts = "patch size", "encoder", "slide's name", "slide's size", "width of an embedding"
-    for what, *found in zip(
-        facts, *((t.tile_px, t.encoder, t.name, t.size, t.features.shape[1]) for t in levels)
-    ):
-        if any(value != found[0] for value in found):
-            raise MixmagError(f"its files do not agree on the {what}: {', '.join(map(str, found))}")
-    if all(levels[0].size) and any((t.corners >= t.size).any() for t in levels):
-        raise MixmagError(
-            f"it has tiles that begin beyond its {levels[0].size[0]} x {levels[0].size[1]} px"
-        )
-
-
-def trident_cell(levels: list) -> int:
-    """A cell's side in level-0 px. TRIDENT rounds a tile's side when it cuts and floors it in the attribute (447.9 px are cut as 448, and the
-    attribute says 447), so the side is the attribute or one more, whichever has the tiles on its lattice. Raises MixmagError where the
-    magnifications do not nest."""
-    shrink = [2 ** (len(levels) - 1 - k) for k in range(len(levels))]
-    nested = [
-        s
-        for s in (levels[-1].side, levels[-1].side + 1)
-        if all(0 <= s * b - t.side <= 1 for t, b in zip(levels, shrink))
-    ]
-    if not nested:
-        raise MixmagError(
-            f"its tiles are {', '.join(f'{t.side} px at {t.magnification}x' for t in levels)}; expected each half the one before"
-        )
-    return shrink[0] * min(
-        nested,
-        key=lambda s: sum(int((t.corners % (s * b) != 0).sum()) for t, b in zip(levels, shrink)),
-    )
-
-
-def lattice_positions(t: Tiles, side: float, snap: float, drift: float) -> tuple[np.ndarray, float]:
-    """(n, 2) col, row of the tiles on the lattice of `side`, and the largest distance from it. Raises MixmagError for tiles further off than
-    snap + drift * col or row, in sides, for two in one place, and for a spacing that is not the side."""
-    exact = t.corners / side
-    place = np.rint(exact)
-    wrong = ((np.abs(exact - place) > snap + drift * place) | (place < 0) | (place >= 2**31)).any(
-        axis=1
-    )
-    if wrong.any():
-        raise MixmagError(
-            f"{t.magnification}x: {wrong.sum()} of {len(wrong)} tiles are off the lattice of {side:g}, first "
-            f"{t.corners[wrong][0].tolist()}"
-        )
-    place = place.astype(np.int64)
-    step = int(np.gcd.reduce(place.reshape(-1))) if len(place) >= ENOUGH_TILES else 1
-    twice = len(place) - len(np.unique(place, axis=0))
-    if step > 1 or twice:
-        raise MixmagError(
-            f"{t.magnification}x: "
-            + (
-                f"{twice} of {len(place)} tiles stand where another one does"
-                if twice
-                else f"the {len(place)} tiles are {step} x {side:g} apart, so that is not their side"
-            )
-        )
-    return place, float(np.abs(t.corners - place * side).max(initial=0))
-
-
-def assemble_cells(levels: list, placed: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """features (C, T, D), cells (C, 2), valid (C, T) of the tiles at their places; a cell is there where any of its tiles is."""
-    keys = [((place[:, 1] >> k) << 32) + (place[:, 0] >> k) for k, place in enumerate(placed)]
-    cells = np.unique(np.concatenate(keys))
-    features = np.zeros(
-        (len(cells), sum(4**k for k in range(len(levels))), levels[0].features.shape[1]), np.float16
-    )
-    valid = np.zeros(features.shape[:2], bool)
-    for k, (t, key, place) in enumerate(zip(levels, keys, placed)):
-        at = (
-            np.searchsorted(cells, key),
-            magnification_entries(k).start + place[:, 1] % 2**k * 2**k + place[:, 0] % 2**k,
-        )
-        features[at], valid[at] = t.features, True
-    return features, np.stack([cells & 0xFFFFFFFF, cells >> 32], axis=1).astype(np.int32), valid
-
-
-def cell_geometry(levels: list, job: dict) -> tuple[float, float, str]:
-    """A cell's side in level-0 px, mpp, and who says so: TRIDENT's files know pixels and a nominal magnification, so that mpp follows from
-    the side, or is --mpp where that agrees; STAMP's know micrometres, which become pixels of --mpp, else of the finest magnification."""
-    cell_um, (given, giver) = 10 * levels[0].tile_px / levels[0].magnification, job["mpp"]
-    if given is not None and not 0.1 <= given <= 4:
-        raise MixmagError(f"{giver} says {given:g} um/px, expected 0.1 to 4")
-    if job["tool"] == "trident":
-        cell_px = float(trident_cell(levels))
-        mpp, source = cell_um / cell_px, "nominal, from the tiles' side"
-        if (
-            given and abs(given - mpp) > 0.2 * mpp
-        ):  # TRIDENT cuts 0.2 to 0.3 um/px as if they were 0.25
-            raise MixmagError(
-                f"{giver} says {given}, but tiles of {cell_px:g} px at {levels[0].magnification}x were cut as if it were {mpp:.4g}"
-            )
-    else:
-        mpp, source = (
-            given or 10 / levels[-1].magnification,
-            "none: pixels of the finest magnification",
-        )
-        cell_px = cell_um / mpp
-        for t in levels:
-            t.corners /= mpp
-    if not 0.1 <= mpp <= 4:
-        raise MixmagError(
-            f"mpp is {mpp:.4g} ({source}), expected 0.1 to 4 um/px; give the slide's own with --mpp"
-        )
-    return (
-        cell_px,
-        given or mpp,
-        f"{giver} (cut as if {mpp:.4g})"
-        if given and abs(given - mpp) > 0.02 * mpp
-        else giver
-        if given
-        else source,
-    )
-
-
-def import_slide(job: dict) -> str:
-    """One slide's files into its slide file; what was done."""
-    settings = {
-        "tool": job["tool"],
-        "class_token": job["class_token"],
-        "sources": [file_sha256(path) for path in job["paths"]],
-    }
-    if already_done(job["out"], {"encoder": job["encoder"], "settings": settings}, job["mpp"][0]):
-        return "done before"
-    levels = [read_tiles(path, job) for path in job["paths"]]
-    check_same_slide(levels)
-    cell_px, mpp, source = cell_geometry(levels, job)
-    snap, drift = (
-        (0, 0) if job["tool"] == "trident" else (SNAP, 1 / levels[0].tile_px)
-    )  # STAMP's tiles are up to 1 px too far apart
-    placed, far = zip(
-        *(lattice_positions(t, cell_px / 2**k, snap, drift) for k, t in enumerate(levels))
-    )
-    features, cells, valid = assemble_cells(levels, placed)
-    width, height = (
-        levels[0].size
-        if all(levels[0].size)
-        else np.ceil((cells.max(axis=0, initial=-1) + 1) * cell_px)
-    )
-    write_slide(
-        job["out"],
+def read_trident(file: h5py.File) -> FeatureFile:
+    """Layout: trident/IO.py of mahmoodlab/TRIDENT."""
+    features = read_array(file, "features")
+    corners = read_array(file, "coords", columns=2)
+    facts = file["coords"].attrs
+    return FeatureFile(
         features,
-        cells,
-        valid,
-        {
-            "slide_id": job["slide_id"],
-            "encoder": levels[0].encoder,
-            "magnifications": [t.magnification for t in levels],
-            "tile_px": levels[0].tile_px,
-            "mpp": mpp,
-            "mpp_source": source,
-            "cell_px": cell_px,
-            "origin": [0.0, 0.0],
-            "width": int(width),
-            "height": int(height),
-            "n_bad": 0,
-            "residual_um": max(far) * mpp,
-            "settings": settings,
-            "size_known": all(levels[0].size),
-        },
+        corners,
+        side=float(facts["patch_size_level0"]),
+        tile_px=int(facts["patch_size"]),
+        magnification=float(facts["target_magnification"]),
+        encoder=file["features"].attrs.get("encoder"),
+        slide_size=(facts.get("level0_width"), facts.get("level0_height")),
     )
+
+
+def read_stamp(file: h5py.File) -> FeatureFile:
+    """Layout: src/stamp/preprocessing/__init__.py of KatherLab/STAMP, from version 2.1 on."""
+    features = read_array(file, "feats")
+    corners = read_array(file, "coords", columns=2)
+    side = float(file.attrs["tile_size_um"])
+    tile_px = int(file.attrs["tile_size_px"])
+    magnification = round(10 * tile_px / side, 6)
+    encoder = file.attrs.get("extractor")
+    return FeatureFile(features, corners, side, tile_px, magnification, encoder)
+
+
+def read_feature_file(path: Path, tool: str) -> FeatureFile:
+    read = {"trident": read_trident, "stamp": read_stamp}[tool]
+    try:
+        with h5py.File(path) as file:
+            found = read(file)
+    except Exception as error:  # damage raises a dozen types, and names hold control characters
+        raise MixmagError(f"{path}: {re.sub('[^ -~]', '?', str(error))}") from None
+    with np.errstate(over="ignore"):
+        found.features = found.features.astype(np.float16)
+    good = np.isfinite(found.features).all(axis=1)
+    good &= found.features.any(axis=1)  # HDF5 reads zeros where a row was never written
+    if not good.all():
+        bad = len(good) - np.count_nonzero(good)
+        raise MixmagError(f"{path}: {bad} of {len(good)} tiles are NaN, beyond float16 or zero")
+    return found
+
+
+def check_same_slide(files: list[FeatureFile]) -> None:
+    """Raises MixmagError unless the files are of one slide, one encoder and a run of doublings."""
+    for low, high in itertools.pairwise(files):
+        if low.encoder != high.encoder:
+            raise MixmagError(f"its files are of two encoders: {low.encoder}, {high.encoder}")
+        if low.slide_size != high.slide_size:
+            raise MixmagError(f"its files are of two sizes: {low.slide_size}, {high.slide_size}")
+        if high.magnification != 2 * low.magnification or high.side != low.side / 2:
+            raise MixmagError(
+                f"{low.magnification:g}x has tiles of {low.side:g}, {high.magnification:g}x of "
+                f"{high.side:g}; expected doublings in the folders' order, and half the side"
+            )
+
+
+def embedding_width(width: int, encoder: str, class_token: bool | None) -> int:
+    """How many numbers to keep. Virchow2's 2560 are its class token, then the mean patch token."""
+    unclear = class_token is None and width == 2560 and encoder != "virchow2"
+    if unclear or (class_token and width != 2560):
+        raise MixmagError(
+            f"its embeddings hold {width} numbers of {encoder!r}: --class-token keeps the first "
+            "1280 of 2560, --no-class-token keeps all"
+        )
+    return 1280 if width == 2560 and class_token is not False else width
+
+
+def import_mpp(files: list[FeatureFile], job: ImportJob) -> tuple[float, str]:
+    """um per level-0 pixel, and who says so: the user, else the size of TRIDENT's tiles. STAMP
+    says nothing of pixels: the default is those of its finest magnification."""
+    nominal = 10 / files[-1].magnification
+    if job.tool == "trident":
+        nominal *= files[-1].tile_px / files[-1].side
+    mpp, source = (nominal, "nominal") if job.mpp is None else (job.mpp, job.mpp_source)
+    if not 0.1 <= mpp <= 4:
+        raise MixmagError(f"{source} mpp is {mpp:g} um/px, expected 0.1 to 4; give it with --mpp")
+    # TRIDENT cuts slides of 0.2 to 0.3 um/px as if they were 0.25.
+    if job.tool == "trident" and abs(mpp - nominal) > 0.2 * nominal:
+        raise MixmagError(f"{source} says {mpp:g}, its tiles were cut as if it were {nominal:.4g}")
+    return mpp, source
+
+
+def lattice_positions(file: FeatureFile, tool: str) -> np.ndarray:
+    """(n, 2) int64: col, row of the tiles on the lattice of their side."""
+    exact = file.corners / file.side
+    position = np.rint(exact)
+    tolerance = np.zeros_like(exact)
+    if tool == "stamp":  # its tiles are up to 1 px too far apart
+        tolerance = STAMP_SNAP + position / file.tile_px
+    fits = np.abs(exact - position) <= tolerance
+    fits &= (position >= 0) & (position < 2**31)
+    if not fits.all():
+        off = file.corners[~fits.all(axis=1)]
+        raise MixmagError(
+            f"{file.magnification:g}x: {len(off)} of {len(fits)} tiles are off the lattice of "
+            f"{file.side:g}, first {off[0].tolist()}; expected tiles without overlap"
+        )
+    return position.astype(np.int64)
+
+
+def assemble_cells(files: list, positions: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """features (C, T, D), cells (C, 2), valid (C, T). A cell exists where any of its tiles does."""
+    keys = [(position >> k) @ [1, 2**32] for k, position in enumerate(positions)]
+    cells = np.unique(np.concatenate(keys))
+    T = magnification_entries(len(files)).start
+    features = np.zeros((len(cells), T, files[0].features.shape[1]), np.float16)
+    valid = np.zeros((len(cells), T), bool)
+    for k, file in enumerate(files):
+        row = np.searchsorted(cells, keys[k])
+        col_inside, row_inside = (positions[k] % 2**k).T
+        entry = magnification_entries(k).start + row_inside * 2**k + col_inside
+        features[row, entry] = file.features
+        valid[row, entry] = True
+        doubles = len(row) - np.count_nonzero(valid[:, magnification_entries(k)])
+        if doubles:
+            raise MixmagError(f"{file.magnification:g}x: {doubles} tiles stand where another does")
+    return features, np.stack([cells % 2**32, cells >> 32], axis=1).astype(np.int32), valid
+
+
+def import_slide(job: ImportJob) -> str:
+    """Write one slide file. What was done."""
+    sources = [file_sha256(path) for path in job.paths]
+    settings = {"tool": job.tool, "class_token": job.class_token, "sources": sources}
+    if already_done(job.out, {"encoder": job.encoder, "settings": settings}, job.mpp):
+        return "done before"
+    files = [read_feature_file(path, job.tool) for path in job.paths]
+    check_same_slide(files)
+    first = files[0]
+    encoder = job.encoder if first.encoder is None else first.encoder
+    if encoder is None or job.encoder not in (None, encoder):
+        raise MixmagError(
+            f"its files say that the encoder is {first.encoder}, --encoder says {job.encoder}"
+        )
+    width = embedding_width(first.features.shape[1], encoder, job.class_token)
+    mpp, mpp_source = import_mpp(files, job)
+    cell_px = first.side / mpp if job.tool == "stamp" else first.side
+    positions = [lattice_positions(file, job.tool) for file in files]
+    residual = 0.0  # um; TRIDENT's tiles have none
+    for file, position in zip(files, positions, strict=True):
+        residual = np.abs(file.corners - position * file.side).max(initial=residual)
+    features, cells, valid = assemble_cells(files, positions)
+    size = first.slide_size
+    if None in size:
+        size = (cells.max(axis=0, initial=-1) + 1) * cell_px
+    meta = {
+        "slide_id": job.slide_id,
+        "encoder": encoder,
+        "magnifications": [whole_if_possible(file.magnification) for file in files],
+        "tile_px": first.tile_px,
+        "mpp": mpp,
+        "mpp_source": mpp_source,
+        "cell_px": cell_px,
+        "origin": [0.0, 0.0],
+        "width": math.ceil(size[0]),
+        "height": math.ceil(size[1]),
+        "n_bad": 0,
+        "residual_um": round(residual, 2),
+        "settings": settings,
+    }
+    write_slide(job.out, features[..., :width], cells, valid, meta)
     return "imported"
 
 
-def import_worker(job: dict) -> tuple[str, str]:
-    """What became of a slide, and why, in a process of its own: a file that brings the HDF5 library down, or hangs it, ends that process.
-    A later alarm ends a worker whose parent was killed."""
-    for s in SIGNALS:  # the parent hears them, and lets the slide be finished
-        signal.signal(s, signal.SIG_IGN)
+def import_facts(slide: Slide, region: int) -> dict:
+    """What import.csv says of a slide file: its tiles, and those that have no partner."""
+    facts = {"dim": slide.dim, "cells": len(slide.cells)}
+    for name in ("encoder", "magnifications", "mpp", "mpp_source", "residual_um"):
+        facts[name] = slide.meta[name]
+    magnifications = slide.meta["magnifications"]
+    entries = [magnification_entries(k) for k in range(len(magnifications))]
+    facts["tiles"] = [int(slide.valid[:, entry].sum()) for entry in entries]
+    children = slide.valid[:, 1:]  # (C, T - 1)
+    parent_of = Geometry(1, magnifications).relatives()["parent"].int().argmax(dim=1)  # (T,)
+    parents = slide.valid[:, parent_of[1:]]  # (C, T - 1)
+    facts["without_parent"] = int((children & ~parents).sum())
+    facts["missing_children"] = int((parents & ~children).sum())
+    facts["whole_windows"] = len(windows(slide.cells, region, region, 1.0)[0])
+    return facts
+
+
+def import_worker(job: ImportJob) -> dict:
+    """Import a slide in a process of its own. Its row of import.csv."""
+    for signum in SIGNALS:  # the parent receives them too, and lets the slide be finished
+        signal.signal(signum, signal.SIG_IGN)
+    size = sum(path.stat().st_size for path in job.paths)
+    signal.alarm(IMPORT_SECONDS + size // 2**20)  # ends this process if a file hangs it
     try:
-        signal.alarm(IMPORT_SECONDS + sum(os.path.getsize(path) for path in job["paths"]) // 2**20)
-        return import_slide(job), ""
-    except MixmagError as error:
-        return "failed", str(error)
-    except Exception as error:  # a full disk, no memory
-        return "failed", f"{type(error).__name__}: {error}"
+        status = import_slide(job)
+        return {"status": status, **import_facts(read_slide(job.out), job.region)}
     finally:
-        signal.alarm(3600)
+        signal.alarm(3600)  # ends this process if the parent was killed
 
 
-def import_folder(place: str, tool: str, encoder: str | None) -> dict[str, Path]:
-    """slide id -> file. TRIDENT's features_<encoder> is found inside the folder above it. Raises MixmagError where two have one id."""
-    inside = sorted(Path(place).glob(f"features_{encoder or '*'}")) if tool == "trident" else []
-    paths = visible_files(
-        inside[0] if len(inside) == 1 else Path(place), "*.h5" if tool == "trident" else "**/*.h5"
-    )
-    if not paths:
-        raise MixmagError(
-            f"{place}: no feature files (*.h5)"
-            + "".join(f"; there is {folder}" for folder in inside)
-        )
-    found = {}
-    for path in paths:
-        if not path.stem.isprintable():
-            raise MixmagError(f"{path.stem!r} in {place} is not a printable name; rename it")
-        if found.setdefault(path.stem.lower(), path) != path:
-            raise MixmagError(
-                f"two slides with one id: {found[path.stem.lower()]}, {path}; rename one"
-            )
-    return {path.stem: path for path in paths}
+def import_slides(jobs: list[ImportJob]):
+    """Yields each slide's row. A file that ends or hangs the HDF5 library costs its slide only."""
+    pool = None
+    with contextlib.ExitStack() as pools:
+        for job in progress(jobs, desc="slides"):
+            if pool is None:  # spawned, because a fork inherits torch's threads
+                pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+                pools.enter_context(pool)
+            row = {"slide_id": job.slide_id, "status": "failed", "reason": ""}
+            try:
+                row.update(pool.submit(import_worker, job).result())
+            except BrokenExecutor:
+                stop_if_asked()  # then a signal ended it
+                pool = None
+                row["reason"] = "its files bring the HDF5 library down, or hang it"
+            except MixmagError as error:
+                row["reason"] = str(error)
+            except Exception as error:  # no such file, a full disk, no memory
+                row["reason"] = f"{type(error).__name__}: {error}"
+            yield row
 
 
-IMPORT_COLUMNS = (
-    "slide_id",
-    "status",
-    "reason",
-    "encoder",
-    "dim",
-    "magnifications",
-    "mpp",
-    "mpp_source",
-    "residual_um",
-    "cells",
-    "tiles",
-    "of",
-    "without_parent",
-    "missing_children",
-    "whole_windows",
-)
+def find_feature_files(folder: Path, pattern: str) -> dict[str, Path]:
+    """slide id -> file."""
+    files: dict[str, Path] = {}
+    for path in visible_files(folder, pattern):
+        same = files.setdefault(path.stem, path)
+        if same != path:
+            raise MixmagError(f"two files of one slide: {same}, {path}; rename one")
+    if not files:
+        raise MixmagError(f"{folder}: no feature files (*.h5)")
+    return files
 
 
-def import_row(slide: Slide, region: int) -> tuple:
-    """What import.csv says of a slide file, from encoder on: the tiles that it holds at each magnification, and those that have no partner."""
-    meta, C, alone, missing = slide.meta, len(slide.cells), 0, 0
-    grids = [
-        slide.valid[:, magnification_entries(k)].reshape(C, 2**k, 2**k)
-        for k in range(len(meta["magnifications"]))
-    ]
-    for parent, child in zip(grids, grids[1:]):
-        parent = parent.repeat(2, axis=1).repeat(2, axis=2)
-        alone, missing = (
-            alone + int((child & ~parent).sum()),
-            missing + int((parent & ~child).sum()),
-        )
-    return (
-        meta["encoder"],
-        slide.dim,
-        "/".join(f"{m}x" for m in meta["magnifications"]),
-        round(meta["mpp"], 5),
-        meta["mpp_source"],
-        round(meta["residual_um"], 2),
-        C,
-        " ".join(str(g.sum()) for g in grids),
-        " ".join(str(g.size) for g in grids),
-        alone,
-        missing,
-        len(windows(slide.cells, region, region, 1.0)[0]),
-    )
+def import_jobs(args) -> list[ImportJob]:
+    tool = "trident" if args.trident else "stamp"
+    pattern = "*.h5" if args.trident else "**/*.h5"  # STAMP repeats the folders of the slides
+    folders = [Path(folder) for folder in getattr(args, tool)]
+    found = {folder: find_feature_files(folder, pattern) for folder in folders}
+    slide_ids = sorted(set().union(*found.values()))
+    manifest = read_manifest(args.manifest)
+    warn_unmatched_rows(manifest, set(slide_ids))
+    jobs = []
+    for i in slide_ids:
+        paths = [files.get(i, folder / f"{i}.h5") for folder, files in found.items()]
+        out = Path(args.out) / "slides" / f"{i}.safetensors"
+        job = ImportJob(i, paths, out, tool, args.encoder, args.class_token, region=args.region)
+        job.mpp, job.mpp_source = user_mpp(i, manifest, args.mpp)
+        jobs.append(job)
+    return jobs
 
 
 def import_command(args) -> int:
-    tool, places, out = (
-        "trident" if args.trident else "stamp",
-        args.trident or args.stamp,
-        Path(args.out),
-    )
-    folders = [import_folder(place, tool, args.encoder) for place in places]
-    rows, pool, slide_ids, args.manifest = (
-        [],
-        None,
-        sorted(set().union(*folders)),
-        read_manifest(args.manifest),
-    )
-    warn_unmatched_rows(args.manifest, set(slide_ids))
-    given = {i: user_mpp(i, args) for i in slide_ids}
-    sweep(out / "slides")
-    with contextlib.ExitStack() as pools:
-        for i in progress(slide_ids, desc="slides"):
-            job = {
-                "slide_id": i,
-                "paths": [str(files.get(i)) for files in folders],
-                "out": str(out / "slides" / f"{i}.safetensors"),
-                "tool": tool,
-                "mpp": given[i],
-                "encoder": args.encoder,
-                "class_token": args.class_token,
-            }
-            absent = [place for place, files in zip(places, folders) if i not in files]
-            pool = pool or pools.enter_context(
-                ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-            )  # a fork inherits torch's threads
-            try:
-                status, reason = (
-                    ("failed", f"no file in {', '.join(absent)}")
-                    if absent
-                    else pool.submit(import_worker, job).result()
-                )
-            except BrokenExecutor:
-                if STOP_SIGNALS:
-                    raise Stopped from None
-                status, reason, pool = (
-                    "failed",
-                    "its files bring the HDF5 library down, or hang it",
-                    None,
-                )
-            found = () if status == "failed" else import_row(read_slide(job["out"]), args.region)
-            rows.append((i, status, reason, *found))
-            said = ", ".join(
-                f"{name} {value}" for name, value in zip(IMPORT_COLUMNS[6:], found[3:])
-            )
-            print(
-                f"{i}: {status}, {said}" if found else f"{i}: FAILED: {reason}",
-                file=sys.stdout if found else sys.stderr,
-                flush=True,
-            )
-    failed = [(i, "import", reason) for i, status, reason, *_ in rows if status == "failed"]
-    write_csv(out / "import.csv", IMPORT_COLUMNS, rows)
-    print(
-        f"{len(rows) - len(failed)} slides imported, {len(failed)} failed; {out / 'import.csv'} says what did not match"
-    )
+    rows = []
+    failed = []
+    for row in import_slides(import_jobs(args)):
+        rows.append(row)
+        if row["status"] == "failed":
+            failed.append((row["slide_id"], "import", row["reason"]))
+            print(f"{row['slide_id']}: FAILED: {row['reason']}", file=sys.stderr)
+        else:
+            facts = [f"{name} {value}" for name, value in list(row.items())[3:]]
+            print(f"{row['slide_id']}: {row['status']}, {', '.join(facts)}", flush=True)
+    out = Path(args.out)
+    columns = max(rows, key=len)  # a failed slide's row is short
+    write_csv(out / "import.csv", columns, [[row.get(name) for name in columns] for row in rows])
+    print(f"{len(rows) - len(failed)} slides imported, {len(failed)} failed; see {out}/import.csv")
     return report_failed(out / "failed.csv", failed)
 
 
 # ----------------------------------------------------------------------------- the synthetic cohort
 
-#
-# What a frozen tile encoder might see, simplified to what the method is about. The embedding of a token is
-#     its magnification's mean + tissue (smooth in space, shared by parent and children, seen differently at each magnification)
-#     + one of four patterns of its magnification + a site's and a stain's shift + noise of its own.
-# The tiles of a cell mostly show the same pattern, and patterns of different magnifications keep company: each often comes with
-# its namesake below. In every task two patterns are rare, and what they do in a handful of cells is the mechanism:
-#     alone      positive slides hold the pattern, negative ones do not
-#     together   positive slides hold both patterns in the same cells; negative ones hold the first, and half of them the second as
-#                well, as often, but in other regions: the second alone tells a little, only the two together tell all
-#     adjacent   the same with two patterns of one magnification, side by side or in different regions
-# Stain shifts move along the patterns' own directions by more than a handful of cells moves a slide's mean, so a plain mean of
-# a slide's tokens says little. The mechanisms were fixed before methods were compared on them.
-MECHANISMS = {  # kind, (level, pattern), (level, pattern), in words
+# A token's embedding is the sum of its magnification's mean, its tissue (smooth in space, shared by
+# parent and children), one of four patterns of its magnification, a shift of the slide's site and
+# stain, and noise. The tiles of a cell mostly show one pattern, often the one of the same number at
+# the next magnification. In every task two patterns are rare and carry the label:
+#     alone      positive slides hold the pattern, negative slides do not;
+#     together   positive slides hold both patterns in the same cells. Negative slides hold the
+#                first, and half of them the second, as often but in other regions;
+#     adjacent   the same with two patterns of one magnification, in tiles side by side.
+# Stains move a slide along the patterns' own directions, by more than the rare cells move its mean,
+# so a plain mean tells little. All this was fixed before methods were compared on it.
+MECHANISMS = {  # rule, (magnification index, pattern), (magnification index, pattern), in words
     "breast_cdh1": ("alone", (2, 0), (2, 0), "a 20x pattern: visible at 20x only"),
     "bladder_fgfr": ("alone", (1, 0), (1, 0), "a 10x pattern: visible at 10x only"),
     "colon_msi": ("alone", (0, 0), (0, 0), "a 5x pattern: visible at 5x only"),
     "endometrial_pten": ("together", (0, 1), (2, 2), "a 5x and a 20x pattern in the same cell"),
     "gastric_her2": ("together", (1, 1), (2, 3), "a 10x and a 20x pattern in the same cell"),
-    "lung_egfr": (
-        "adjacent",
-        (1, 2),
-        (1, 3),
-        "two 10x patterns in tiles side by side: a spatial arrangement",
-    ),
-    "skin_braf": (
-        "together",
-        (0, 3),
-        (2, 1),
-        "a 5x and a 20x pattern in the same cell (other patterns than PTEN's)",
-    ),
+    "lung_egfr": ("adjacent", (1, 2), (1, 3), "two 10x patterns in tiles side by side"),
+    "skin_braf": ("together", (0, 3), (2, 1), "a 5x and a 20x pattern in the same cell"),
 }
-COHORT = {  # paper, supplementary table: split -> cases, slides, positive
+COHORT = {  # paper, supplementary table: split -> cases, slides, fraction of positive cases
     "breast_cdh1": {"train": (648, 673, 0.15), "tune": (214, 219, 0.14), "test": (214, 228, 0.15)},
     "colon_msi": {"train": (2008, 2268, 0.10), "tune": (335, 381, 0.12), "test": (331, 373, 0.13)},
     "bladder_fgfr": {"train": (518, 540, 0.26), "tune": (255, 271, 0.31), "test": (254, 265, 0.28)},
@@ -2733,168 +2492,180 @@ COHORT = {  # paper, supplementary table: split -> cases, slides, positive
     "gastric_her2": {"train": (967, 967, 0.19), "tune": (169, 169, 0.23), "test": (160, 160, 0.18)},
     "skin_braf": {"train": (320, 343, 0.23), "tune": (55, 58, 0.11), "test": (54, 62, 0.13)},
 }
-QUICK_FLOORS = {
-    "train": (120, 40),
-    "tune": (60, 20),
-    "test": (200, 60),
-}  # least cases, least of them positive
-PATTERNS, TISSUES, SITES, STAINS, LATENT = 4, 8, 4, 4, 64
-PATTERN_SIZE, STAIN_SIZE, NOISE_VARIANCE = (
-    2.6,
-    1.2,
-    0.5,
-)  # lengths of the vectors; variance of the noise per dimension
-RARE_CELLS, RARE_SHARE = (
-    (3, 7),
-    6,
-)  # cells of an `alone` pattern: from, below; cells of 9 in the other kinds
-KEEPS, USUAL = 0.85, 0.6  # a tile shows its cell's pattern; a cell's patterns are namesakes
+QUICK_FLOORS = {"train": (120, 40), "tune": (60, 20), "test": (200, 60)}  # cases, positive ones
+PATTERNS = 4  # per magnification
+TISSUES = 8
+SITES = 4
+STAINS = 4
+LATENT = 64
+PATTERN_SIZE = 2.6  # length of a pattern's vector
+STAIN_SIZE = 1.2  # length of a stain's vector
+NOISE_VARIANCE = 0.5  # per dimension
+RARE_CELLS = (3, 7)  # `alone`: a slide has at least 3 and less than 7 cells with the pattern
+RARE_PER_REGION = 6  # other rules: cells with the pattern, of the 9 of a region
+KEEPS = 0.85  # how often a tile shows its cell's pattern
+USUAL = 0.6  # how often a cell's pattern has the same number as the one a magnification below
 
 
 def synth_world(dim: int, seed: int) -> dict:
-    """The directions that everything is made of, shared by all slides of a cohort. Latent vectors of LATENT entries are carried
-    into `dim` dimensions by one isometry, so that a cohort is equally hard at any width."""
+    """The vectors that all slides of a cohort share. They have LATENT entries; one isometry takes
+    them to `dim` dimensions, so that a cohort is equally hard at any width."""
     if dim < LATENT:
         raise MixmagError(f"--dim {dim}: a synthetic embedding needs at least {LATENT} dimensions")
     rng = np.random.default_rng([seed, 0])
 
     def directions(*shape, variance):
-        v = rng.standard_normal((*shape, LATENT))
-        return v / np.linalg.norm(v, axis=-1, keepdims=True) * np.sqrt(variance * LATENT)
+        vectors = rng.standard_normal((*shape, LATENT))
+        length = np.linalg.norm(vectors, axis=-1, keepdims=True)
+        return vectors / length * np.sqrt(variance * LATENT)
 
-    isometry = np.linalg.qr(rng.standard_normal((dim, LATENT)))[0].T * np.sqrt(
-        dim / LATENT
-    )  # (64, D)
+    isometry = np.linalg.qr(rng.standard_normal((dim, LATENT)))[0].T * np.sqrt(dim / LATENT)
     pattern = directions(3, PATTERNS, variance=1 / LATENT) * PATTERN_SIZE  # (3, 4, 64)
     stain = rng.standard_normal((STAINS, 3 * PATTERNS)) @ pattern.reshape(-1, LATENT)
     return {
         "mean": directions(3, variance=0.2),
         "site": directions(SITES, variance=0.04),
-        "isometry": isometry,
-        "tissue": directions(TISSUES, variance=0.05)
-        + directions(3, TISSUES, variance=0.1),  # (3, Q, 64)
+        "isometry": isometry,  # (64, D)
+        "tissue": directions(TISSUES, variance=0.05) + directions(3, TISSUES, variance=0.1),
         "pattern": pattern,
         "stain": stain / np.linalg.norm(stain, axis=-1, keepdims=True) * STAIN_SIZE,
     }
 
 
 def synth_cells(rng, regions: int) -> np.ndarray:
-    """(C, 2) row, col: `regions` 3 x 3 windows grown into one connected piece of tissue."""
-    windows = {(0, 0)}
-    while len(windows) < regions:
-        row, col = sorted(windows)[rng.integers(len(windows))]
-        dr, dc = ((0, 1), (1, 0), (0, -1), (-1, 0))[rng.integers(4)]
-        windows.add((row + dr, col + dc))
-    corners = np.array(sorted(windows))
+    """(C, 2) row, col: one connected piece of tissue, grown from `regions` windows of 3 x 3."""
+    grown = {(0, 0)}
+    while len(grown) < regions:
+        row, col = sorted(grown)[rng.integers(len(grown))]
+        down, right = ((0, 1), (1, 0), (0, -1), (-1, 0))[rng.integers(4)]
+        grown.add((row + down, col + right))
+    corners = np.array(sorted(grown))
     corners = 3 * (corners - corners.min(axis=0))
     return np.concatenate([corners + (i, j) for i in range(3) for j in range(3)])
 
 
-def synth_patterns(rng, cells, task: str, positive: bool) -> list:
-    """The pattern of every tile: int arrays (rows, cols), (2 rows, 2 cols), (4 rows, 4 cols) for 5x, 10x, 20x."""
-    mechanism, first, second, _ = MECHANISMS[task]
-    rows, cols = cells.max(axis=0) + 1
-    common = [[q for q in range(PATTERNS) if (k, q) not in (first, second)] for k in range(3)]
-    of_cell = [rng.choice(c, size=(rows, cols), p=rng.dirichlet([2.0] * len(c))) for c in common]
-    for k in (1, 2):  # patterns of different magnifications keep company
+def common_patterns(rng, common: list, rows: int, cols: int) -> list:
+    """(rows, cols) for each magnification: every cell's pattern, one of the `common` ones."""
+    of_cell = []
+    for choices in common:
+        weights = rng.dirichlet([2.0] * len(choices))
+        of_cell.append(rng.choice(choices, size=(rows, cols), p=weights))
+    for k in (1, 2):  # often the number of the magnification below
         usual = np.isin(of_cell[k - 1], common[k]) & (rng.random((rows, cols)) < USUAL)
         of_cell[k] = np.where(usual, of_cell[k - 1], of_cell[k])
-    if mechanism == "alone":
-        here = elsewhere = cells[rng.permutation(len(cells))[: rng.integers(*RARE_CELLS)]]
-    else:  # some cells in each of a few regions, and in as many other regions
-        corners = rng.permutation(np.unique(cells // 3, axis=0))
-        half = len(corners) // 2
-        here, elsewhere = (
-            np.concatenate(
-                [
-                    3 * c + np.argwhere(np.ones((3, 3)))[rng.permutation(9)[:RARE_SHARE]]
-                    for c in some
-                ]
-            )
-            for some in (corners[:half], corners[half : 2 * half])
-        )
-        elsewhere = elsewhere[
-            : len(elsewhere) * rng.integers(2)
-        ]  # in half of the negative slides the second pattern is absent
-    if mechanism == "alone" and positive:
-        of_cell[first[0]][tuple(here.T)] = first[1]
-    elif mechanism == "together":
-        of_cell[first[0]][tuple(here.T)] = first[1]
-        of_cell[second[0]][tuple((here if positive else elsewhere).T)] = second[1]
-    tiles = [np.kron(p, np.ones((2**k, 2**k), int)) for k, p in enumerate(of_cell)]
+    return of_cell
+
+
+def rare_cells(rng, cells, rule: str) -> tuple[np.ndarray, np.ndarray]:
+    """Cells (., 2) of the first rare pattern, and of the second one in a negative slide."""
+    if rule == "alone":
+        order = rng.permutation(len(cells))
+        here = cells[order[: rng.integers(*RARE_CELLS)]]
+        return here, here
+    regions = rng.permutation(np.unique(cells // 3, axis=0))
+    half = len(regions) // 2
+    chosen = []
+    for row, col in 3 * regions[: 2 * half]:
+        place = rng.permutation(9)[:RARE_PER_REGION]
+        chosen.append(np.stack([row + place // 3, col + place % 3], axis=1))
+    here = np.concatenate(chosen[:half])
+    elsewhere = np.concatenate(chosen[half:])
+    present = rng.integers(2)  # in half of the negative slides there is no second pattern
+    return here, elsewhere[: len(elsewhere) * present]
+
+
+def synth_patterns(rng, cells, task: str, positive: bool) -> list:
+    """Each tile's pattern: int (rows, cols) at 5x, (2 rows, 2 cols) at 10x, (4 rows, 4 cols)."""
+    rule, (k1, first), (k2, second), _ = MECHANISMS[task]
+    common = [list(range(PATTERNS)) for _ in range(3)]
+    common[k1].remove(first)
+    if rule != "alone":
+        common[k2].remove(second)
+    rows, cols = cells.max(axis=0) + 1
+    of_cell = common_patterns(rng, common, rows, cols)
+    here, other = rare_cells(rng, cells, rule)
+    if positive:
+        other = here
+    if rule == "together" or (rule == "alone" and positive):
+        of_cell[k1][tuple(here.T)] = first
+        of_cell[k2][tuple(other.T)] = second
+    tiles = [np.kron(of_cell[k], np.ones((2**k, 2**k), int)) for k in range(3)]
     for k in (1, 2):
-        tiles[k] = np.where(
-            rng.random(tiles[k].shape) < KEEPS, tiles[k], rng.choice(common[k], size=tiles[k].shape)
-        )
-    if mechanism == "adjacent":
-        ring = np.array(
-            [(0, 0), (0, 1), (1, 1), (1, 0)]
-        )  # the four 10x tiles of a cell: successive ones touch
-        turn, other = rng.integers(4, size=len(here)), here if positive else elsewhere
-        tiles[1][tuple((2 * here + ring[turn]).T)] = first[1]
-        tiles[1][tuple((2 * other + ring[(turn + 1) % 4][: len(other)]).T)] = second[1]
+        keeps = rng.random(tiles[k].shape) < KEEPS
+        tiles[k] = np.where(keeps, tiles[k], rng.choice(common[k], size=tiles[k].shape))
+    if rule == "adjacent":
+        ring = np.array([(0, 0), (0, 1), (1, 1), (1, 0)])  # a cell's 10x tiles: successive touch
+        turn = rng.integers(4, size=len(here))
+        next_turn = (turn[: len(other)] + 1) % 4
+        tiles[1][tuple((2 * here + ring[turn]).T)] = first
+        tiles[1][tuple((2 * other + ring[next_turn]).T)] = second
     return tiles
 
 
+def smooth_fields(coarse: np.ndarray, height: int, width: int) -> torch.Tensor:
+    """(count, h, w) -> (count, height, width)."""
+    x = torch.from_numpy(coarse)[None]
+    return F.interpolate(x, size=(height, width), mode="bicubic", align_corners=True)[0]
+
+
 def synth_slide(world: dict, rng, task: str, positive: bool, regions: int) -> tuple:
-    """features (C, 21, D) float16, cells (C, 2) int32, and (3,) the least MEM loss per magnification that the noise allows."""
+    """features (C, 21, D) float16, cells (C, 2) int32, and (3,) the least MEM loss of each
+    magnification that the noise allows."""
     cells = synth_cells(rng, regions)
     rows, cols = cells.max(axis=0) + 1
-    smooth = torch.from_numpy(
-        rng.standard_normal((1, TISSUES, 2 + 2 * rows // 3, 2 + 2 * cols // 3))
-    )
-    field = F.interpolate(smooth, size=(4 * rows, 4 * cols), mode="bicubic", align_corners=True)[
-        0
-    ].argmax(0)  # at 20x
-    tissue = np.eye(TISSUES)[field.numpy()]  # (., ., Q)
-    shift = (
-        world["site"][rng.integers(SITES)] + rng.standard_normal(STAINS) @ world["stain"]
-    )  # (64,)
-    patterns, levels = synth_patterns(rng, cells, task, positive), []
+    coarse = rng.standard_normal((TISSUES, 2 + 2 * rows // 3, 2 + 2 * cols // 3))
+    strongest = smooth_fields(coarse, 4 * rows, 4 * cols).argmax(0).numpy()
+    tissue = np.eye(TISSUES)[strongest]  # (4 rows, 4 cols, Q) one-hot
+    site = world["site"][rng.integers(SITES)]
+    shift = site + rng.standard_normal(STAINS) @ world["stain"]  # (64,)
+    patterns = synth_patterns(rng, cells, task, positive)
+    tokens = []
     for k in range(3):
         side = 2**k
-        share = tissue.reshape(rows * side, 4 // side, cols * side, 4 // side, TISSUES).mean(
-            axis=(1, 3)
-        )  # (., ., Q)
-        x = world["mean"][k] + share @ world["tissue"][k] + world["pattern"][k][patterns[k]] + shift
-        x = x.reshape(rows, side, cols, side, LATENT).transpose(
-            0, 2, 1, 3, 4
-        )  # (rows, cols, s, s, 64)
-        levels.append(x[cells[:, 0], cells[:, 1]].reshape(len(cells), side * side, LATENT))
-    clean = np.concatenate(levels, axis=1)  # (C, 21, 64)
-    seen = clean + rng.standard_normal(clean.shape) * np.sqrt(NOISE_VARIANCE)
-    cosine = (
-        (clean * seen).sum(-1) / np.linalg.norm(clean, axis=-1) / np.linalg.norm(seen, axis=-1)
-    )  # (C, 21)
+        blocks = tissue.reshape(rows * side, 4 // side, cols * side, 4 // side, TISSUES)
+        mixture = blocks.mean(axis=(1, 3))  # (rows s, cols s, Q)
+        x = world["mean"][k] + mixture @ world["tissue"][k] + world["pattern"][k][patterns[k]]
+        x = (x + shift).reshape(rows, side, cols, side, LATENT).swapaxes(1, 2)
+        tokens.append(x[cells[:, 0], cells[:, 1]].reshape(len(cells), side**2, LATENT))
+    clean = np.concatenate(tokens, axis=1)  # (C, 21, 64)
+    noisy = clean + rng.standard_normal(clean.shape) * np.sqrt(NOISE_VARIANCE)
+    cosine = (clean * noisy).sum(-1)
+    cosine = cosine / np.linalg.norm(clean, axis=-1) / np.linalg.norm(noisy, axis=-1)  # (C, 21)
     floor = 1 - np.array([cosine[:, magnification_entries(k)].mean() for k in range(3)])
-    return (seen @ world["isometry"]).astype(np.float16), cells[:, ::-1].astype(np.int32), floor
+    return (noisy @ world["isometry"]).astype(np.float16), cells[:, ::-1].astype(np.int32), floor
+
+
+def plan_split(rng, task: str, split: str, scale: str) -> list[tuple]:
+    cases, slides, positive = COHORT[task][split]
+    count = cases
+    positives = round(positive * count)
+    if scale == "quick":
+        least, least_positives = QUICK_FLOORS[split]
+        count = max(least, round(cases / 20))
+        positives = max(least_positives, round(positive * count))
+    with_two = round(count * (slides / cases - 1))  # cases with a second slide
+    labels = rng.permutation([1] * positives + [0] * (count - positives)).tolist()
+    two = set(rng.permutation(count)[:with_two].tolist())
+    rows = []
+    for i, label in enumerate(labels):
+        case_id = f"{task}-{split}-{i:04d}"
+        shown_by = rng.integers(2)  # which of two slides shows a positive label
+        if i in two:
+            rows.append((case_id, f"{case_id}-a", label, split, label == 1 and shown_by == 0))
+            rows.append((case_id, f"{case_id}-b", label, split, label == 1 and shown_by == 1))
+        else:
+            rows.append((case_id, f"{case_id}-a", label, split, label == 1))
+    return rows
 
 
 def synth_plan(scale: str, seed: int) -> dict:
     """task -> [(case_id, slide_id, label, split, whether this slide shows the label)]."""
-    plan = {}
-    for number, (task, splits) in enumerate(COHORT.items()):
-        rng, rows = np.random.default_rng([seed, 1, number]), []
-        for split, (cases, slides, share) in splits.items():
-            least, least_positive = QUICK_FLOORS[split] if scale == "quick" else (0, 0)
-            count = cases if scale == "full" else max(least, round(cases / 20))
-            positives = max(least_positive, round(share * count))
-            extra = round(count * (slides / cases - 1))  # second slides
-            labels = rng.permutation([1] * positives + [0] * (count - positives))
-            several = set(rng.permutation(count)[:extra].tolist())
-            for i, label in enumerate(labels.tolist()):
-                case, shows = f"{task}-{split}-{i:04d}", rng.integers(2)  # which slide shows it
-                for j in range(2 if i in several else 1):
-                    rows.append(
-                        (
-                            case,
-                            f"{case}-{'ab'[j]}",
-                            label,
-                            split,
-                            bool(label) and (i not in several or j == shows),
-                        )
-                    )
-        plan[task] = rows
+    plan: dict[str, list[tuple]] = {}
+    for number, task in enumerate(COHORT):
+        rng = np.random.default_rng([seed, 1, number])
+        plan[task] = []
+        for split in COHORT[task]:
+            plan[task] += plan_split(rng, task, split, scale)
     return plan
 
 
@@ -2905,127 +2676,123 @@ def synthetic_facts(path) -> dict:
 
 
 def synth_cohort(out, scale="quick", dim=64, regions=4, seed=0) -> None:
-    """Write DATA/slides, DATA/tasks and DATA/synthetic.json. A function of the arguments alone; files already whole are kept."""
-    out, world, plan = Path(out), synth_world(dim, seed), synth_plan(scale, seed)
+    """Write DATA/slides, DATA/tasks and DATA/synthetic.json, which says `complete` at the end.
+
+    A function of the arguments alone. Slide files that are there are kept.
+    """
+    out = Path(out)
     settings = {"synthetic": True, "scale": scale, "dim": dim, "regions": regions, "seed": seed}
-    about, facts = out / "synthetic.json", synthetic_facts(out)
-    if facts and (found := {k: facts.get(k) for k in settings}) != settings:
-        raise MixmagError(
-            f"{about}: holds a cohort of {found}, asked for {settings}; give another --out"
-        )
-    if not facts and any((out / name).exists() for name in ("slides", "tasks")):
-        raise MixmagError(
-            f"{out} holds slides or tasks that are no synthetic cohort's; give another --out"
-        )
+    start_cohort(out, settings)
+    world = synth_world(dim, seed)
+    floors = []
+    for number, (task, rows) in enumerate(synth_plan(scale, seed).items()):
+        for i, (_, slide_id, _, _, shows) in enumerate(progress(rows, desc=f"synthetic {task}")):
+            rng = np.random.default_rng([seed, 2, number, i])
+            count = max(2, regions + int(rng.integers(-1, 2)))
+            features, cells, floor = synth_slide(world, rng, task, shows, count)
+            write_synthetic_slide(out, slide_id, features, cells, seed)
+            floors.append(floor)
+        table = [row[:4] for row in rows]
+        header = ("case_id", "slide_id", "label", "split")
+        write_csv(out / "tasks" / f"{task}.csv", header, table)
+    facts = {
+        **settings,
+        "complete": True,
+        "mechanisms": {task: words for task, (*_, words) in MECHANISMS.items()},
+        "least_mem_loss": dict(zip(("5", "10", "20"), np.mean(floors, axis=0), strict=True)),
+    }
+    write_json(out / "synthetic.json", facts)
+
+
+def start_cohort(out: Path, settings: dict) -> None:
+    """Raises MixmagError where the folder holds anything but a cohort of these settings."""
+    facts = synthetic_facts(out)
     if not facts:
-        write_json(about, {**settings, "complete": False})
-    geometry = {
+        if (out / "slides").exists() or (out / "tasks").exists():
+            raise MixmagError(
+                f"{out}: holds slides or tasks that are no synthetic cohort's; give another --out"
+            )
+        write_json(out / "synthetic.json", {**settings, "complete": False})
+        return
+    found = {name: facts.get(name) for name in settings}
+    if found != settings:
+        raise OtherSettings(
+            f"{out}: holds a cohort of {found}, now asked for {settings}; give another --out"
+        )
+
+
+def write_synthetic_slide(out: Path, slide_id: str, features, cells, seed: int) -> None:
+    path = out / "slides" / f"{slide_id}.safetensors"
+    if path.exists():
+        return
+    width, height = (896 * (cells.max(axis=0) + 1)).tolist()
+    meta = {
+        "slide_id": slide_id,
         "encoder": f"synthetic-{seed}",
         "magnifications": [5, 10, 20],
         "tile_px": TILE_PX,
         "mpp": 0.5,
         "cell_px": 896.0,
         "origin": [0.0, 0.0],
+        "width": width,
+        "height": height,
         "n_bad": 0,
-        "created": "2000-01-01T00:00:00+00:00",
-    }  # fixed: same seed, same bytes
-    floors = []
-    for number, (task, rows) in enumerate(plan.items()):
-        for i, (_, slide_id, _, _, shows) in enumerate(progress(rows, desc=f"synthetic {task}")):
-            rng = np.random.default_rng([seed, 2, number, i])
-            features, cells, floor = synth_slide(
-                world, rng, task, shows, max(2, regions + int(rng.integers(-1, 2)))
-            )
-            floors.append(floor)
-            width, height = ((cells.max(axis=0) + 1) * 896).tolist()
-            path = out / "slides" / f"{slide_id}.safetensors"
-            if not path.exists():
-                write_slide(
-                    path,
-                    features,
-                    cells,
-                    np.ones(features.shape[:2], bool),
-                    {**geometry, "slide_id": slide_id, "width": width, "height": height},
-                )
-        write_csv(
-            out / "tasks" / f"{task}.csv",
-            ("case_id", "slide_id", "label", "split"),
-            [row[:4] for row in rows],
-        )
-    seal(
-        out,
-        [f"tasks/{task}.csv" for task in plan],
-        about.name,
-        {
-            **settings,
-            "complete": True,
-            "mechanisms": {task: m[3] for task, m in MECHANISMS.items()},
-            "least_mem_loss": dict(zip(("5", "10", "20"), np.mean(floors, axis=0).tolist())),
-        },
-    )
+        "created": "2000-01-01T00:00:00+00:00",  # fixed: the same seed gives the same checksum
+    }
+    write_slide(path, features, cells, np.ones(features.shape[:2], bool), meta)
 
 
 def synth_picture(rng, height: int, width: int) -> np.ndarray:
-    """(height, width, 3) uint8: purple nuclei in pink stroma on white glass, in the manner of H&E at 0.5 um/px; synthetic."""
+    """(height, width, 3) uint8: purple nuclei in pink stroma on white glass, like H&E at 0.5 um/px;
+    synthetic."""
+
+    def noise(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
 
     def smooth(px):  # a random field with features of about px pixels
-        small = torch.from_numpy(
-            rng.standard_normal((1, 1, height // px + 4, width // px + 4)).astype(np.float32)
-        )
-        return F.interpolate(small, size=(height, width), mode="bicubic", align_corners=True)[0, 0]
+        return smooth_fields(noise(1, height // px + 4, width // px + 4), height, width)[0]
 
-    y, x = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)[None]
+    y = torch.linspace(-1, 1, height)[:, None]
+    x = torch.linspace(-1, 1, width)[None]
     tissue = ((y**2 + x**2) + 0.25 * smooth(700) < 0.75).float()
     crowding = torch.sigmoid(2 * smooth(300))  # where nuclei are dense
-    centres = (
-        torch.from_numpy(rng.random((height, width), np.float32)) < 0.004 * crowding
-    ).float()[None, None]
+    chance = torch.from_numpy(rng.random((height, width), np.float32))
+    centres = (chance < 0.004 * crowding).float()[None, None]
     discs = F.max_pool2d(F.max_pool2d(centres, (13, 1), 1, (6, 0)), (1, 13), 1, (0, 6))
     nuclei = F.avg_pool2d(F.avg_pool2d(discs, 7, 1, 3), 5, 1, 2)[0, 0]
-    eosin = 0.35 + 0.12 * smooth(24) + 0.15 * smooth(120)
+    eosin = (0.35 + 0.12 * smooth(24) + 0.15 * smooth(120)).clamp(min=0.02)
     hematoxylin = nuclei * (0.9 + 0.2 * smooth(6)) + 0.03
-    density = tissue * torch.stack(
-        [
-            c * hematoxylin + e * eosin.clamp(min=0.02)  # Beer-Lambert per channel
-            for c, e in ((1.25, 0.12), (1.35, 0.95), (0.55, 0.45))
-        ]
-    )
-    light = 244 * torch.exp(-density.clamp(min=0)) + 2 * torch.from_numpy(
-        rng.standard_normal((3, height, width)).astype(np.float32)
-    )
+    absorption = torch.tensor([[1.25, 0.12], [1.35, 0.95], [0.55, 0.45]])  # of both, per channel
+    absorption = absorption[:, :, None, None]
+    density = tissue * (absorption[:, 0] * hematoxylin + absorption[:, 1] * eosin)
+    light = 244 * torch.exp(-density.clamp(min=0))  # Beer-Lambert
+    light += 2 * torch.from_numpy(noise(3, height, width))
     return light.clamp(0, 255).byte().permute(1, 2, 0).numpy()
 
 
 def synth_images(out, count: int, seed: int) -> None:
-    """Write `count` pyramidal TIFFs (tiled, deflate, box-averaged levels, 0.5 um/px) that OpenSlide opens."""
+    """Write `count` pyramidal TIFFs (tiled, deflate, box-averaged levels, 0.5 um/px)."""
     import tifffile
 
+    settings: dict[str, Any] = {
+        "tile": (256, 256),
+        "photometric": "rgb",
+        "compression": "zlib",
+        "compressionargs": {"level": 1},
+        "resolutionunit": "CENTIMETER",
+    }
     for i in progress(range(count), desc="synthetic images"):
         rng = np.random.default_rng([seed, 3, i])
         picture = synth_picture(rng, *(256 * rng.integers(14, 22, size=2)).tolist())
-        with (
-            whole_file(Path(out) / f"synthetic-{i:03d}.tiff") as temporary,
-            tifffile.TiffWriter(temporary) as tiff,
-        ):
+        path = Path(out) / f"synthetic-{i:03d}.tiff"
+        with whole_file(path) as temporary, tifffile.TiffWriter(temporary) as tiff:
             for level in range(4):
-                tiff.write(
-                    picture,
-                    tile=(256, 256),
-                    photometric="rgb",
-                    compression="zlib",
-                    compressionargs={"level": 1},
-                    subfiletype=int(level > 0),
-                    resolution=(2e4 / 2**level, 2e4 / 2**level),
-                    resolutionunit="CENTIMETER",
-                )
-                h, w = picture.shape[0] // 2, picture.shape[1] // 2
-                picture = (
-                    picture[: 2 * h, : 2 * w]
-                    .reshape(h, 2, w, 2, 3)
-                    .mean(axis=(1, 3))
-                    .round()
-                    .astype(np.uint8)
-                )
+                resolution = (2e4 / 2**level, 2e4 / 2**level)
+                tiff.write(picture, subfiletype=int(level > 0), resolution=resolution, **settings)
+                h = picture.shape[0] // 2
+                w = picture.shape[1] // 2
+                blocks = picture[: 2 * h, : 2 * w].reshape(h, 2, w, 2, 3)
+                picture = blocks.mean(axis=(1, 3)).round().astype(np.uint8)
 
 
 def synth_command(args) -> int:
@@ -3034,10 +2801,8 @@ def synth_command(args) -> int:
         print(f"{args.images} synthetic images in {args.out}")
     else:
         synth_cohort(args.out, args.scale, args.dim, args.regions, args.seed)
-        print(
-            f"synthetic cohort, {args.scale} scale, in {args.out}: "
-            + ", ".join(task_names(args.out))
-        )
+        tasks = ", ".join(task_names(args.out))
+        print(f"synthetic cohort, {args.scale} scale, in {args.out}: {tasks}")
     return 0
 
 
@@ -3045,21 +2810,24 @@ def synth_command(args) -> int:
 
 
 def slide_findings(path) -> tuple[Slide | None, list[str]]:
-    """Everything that is wrong with one slide file."""
+    """A slide file, if it can be opened, and everything that is wrong with it."""
     try:
         slide = read_slide(path)
     except MixmagError as error:
         return None, [str(error)]
-    findings, meta, features = [], slide.meta, slide.features
-    with safetensors.safe_open(path, "numpy") as f:
-        if checksum(features, slide.cells, slide.valid, f.metadata()) != meta["sha256"]:
-            findings.append(f"{path}: checksum differs: the file changed after it was written")
+    findings = []
+    with safetensors.safe_open(path, "numpy") as file:
+        text = file.metadata()
+    if checksum(slide.features, slide.cells, slide.valid, text) != text["sha256"]:
+        findings.append(f"{path}: checksum differs: the file changed after it was written")
     if slide.slide_id != Path(path).stem:
         findings.append(f"{path}: holds slide {slide.slide_id!r}")
-    bad = (~np.isfinite(features) & slide.valid[..., None]).any(axis=(1, 2))
+    bad = (~np.isfinite(slide.features) & slide.valid[..., None]).any(axis=(1, 2))  # (C,)
     if bad.any():
+        first = slide.cells[bad][0].tolist()
         findings.append(
-            f"{path}: NaN or infinite features in {bad.sum()} of {len(bad)} cells, first at (col, row) {slide.cells[bad][0].tolist()}"
+            f"{path}: NaN or infinite features in {bad.sum()} of {len(bad)} cells, "
+            f"first at (col, row) {first}"
         )
     if len(np.unique(slide.cells, axis=0)) != len(slide.cells):
         findings.append(f"{path}: a cell stands in it twice")
@@ -3068,26 +2836,64 @@ def slide_findings(path) -> tuple[Slide | None, list[str]]:
     return slide, findings
 
 
+def cases_findings(path: Path, cases: list, slides: dict, present: set) -> list[str]:
+    """What is wrong between a task table and the slides, `present` the ids that have a file."""
+    findings = []
+    splits_of: dict[bytes, dict] = defaultdict(dict)  # hash of the features -> split -> slide id
+    for case in cases:
+        for slide_id in case.slide_ids:
+            if slide_id not in present:
+                findings.append(f"{path}: slide {slide_id!r} of case {case.case_id!r} has no file")
+            elif slide_id in slides and len(slides[slide_id].cells):
+                content = hashlib.sha256(slides[slide_id].features.tobytes()).digest()
+                splits_of[content].setdefault(case.split, slide_id)
+    for splits in splits_of.values():
+        if len(splits) > 1:
+            findings.append(f"{path}: the same content in two splits: {splits}")
+    for split in SPLITS:
+        if len({case.label for case in cases if case.split == split}) < 2:
+            findings.append(
+                f"{path}: split {split} does not hold both classes, so it has no "
+                f"{OUTCOME.metric_name}"
+            )
+    return findings
+
+
+def pretrain_findings(data: Path, present: set, evaluation: set) -> list[str]:
+    """What is wrong with pretrain.csv, where there is one."""
+    path = data / "pretrain.csv"
+    findings = []
+    for slide_id in pretraining_ids(data) if path.exists() else ():
+        if slide_id not in present:
+            findings.append(f"{path}: slide {slide_id!r} has no file")
+        if slide_id in evaluation:
+            findings.append(
+                f"{path}: slide {slide_id!r} is in a tune or test split, itself or by its case"
+            )
+    return findings
+
+
 def verify(data) -> list[str]:
-    """Every finding in DATA, one line each: files, values, tables, leakage; of a run, or a folder of runs, what differs from its SHA256SUMS."""
-    data, slides = Path(data), {}
-    paths, sealed = visible_files(data / "slides", "*.safetensors"), sorted(data.rglob(SUMS))
-    findings = [finding for sums in sealed for finding in seal_findings(sums)]
-    if not paths and not (sealed and not (data / "slides").exists()):
-        findings.append(f"{data}: no slide files in slides/, and no {SUMS} of a finished run")
+    """Every finding in DATA, one line each: slide files, task tables, leakage."""
+    data = Path(data)
+    findings = []
+    slides = {}
+    paths = visible_files(data / "slides", "*.safetensors")
+    present = {path.stem for path in paths}
+    if not paths:
+        findings.append(f"{data}: no slide files in slides/")
     for path in progress(paths, desc="slides"):
         slide, found = slide_findings(path)
         findings += found
         if slide:
             slides[path.stem] = slide
-    kinds = Counter(map(embedding_signature, slides.values()))
-    usual = max(kinds, key=kinds.get, default=None)
-    findings += [
-        f"{s.path}: {embedding_signature(s)}; expected {usual} as in the {kinds[usual]} others"
-        for s in slides.values()
-        if embedding_signature(s) != usual
-    ]
-    everyone = []
+    signatures = Counter(embedding_signature(slide) for slide in slides.values())
+    for slide in slides.values():
+        usual, count = signatures.most_common(1)[0]
+        signature = embedding_signature(slide)
+        if signature != usual:
+            findings.append(f"{slide.path}: {signature}; expected {usual} as in {count} others")
+    all_cases = []
     for task in task_names(data):
         path = data / "tasks" / f"{task}.csv"
         try:
@@ -3095,66 +2901,31 @@ def verify(data) -> list[str]:
         except MixmagError as error:
             findings.append(str(error))
             continue
-        findings, everyone = findings + found, everyone + cases
-        content = defaultdict(dict)  # features' digest -> split -> slide
-        for case in cases:
-            for i in case.slide_ids:
-                if i in slides and len(slides[i].cells):
-                    content[hashlib.sha256(slides[i].features.tobytes()).digest()].setdefault(
-                        case.split, i
-                    )
-                elif i not in slides and not (data / "slides" / f"{i}.safetensors").exists():
-                    findings.append(
-                        f"{path}: slide {i!r} of case {case.case_id!r} has no file in {data / 'slides'}"
-                    )
-        findings += [
-            f"{path}: the same content in two splits: {splits}"
-            for splits in content.values()
-            if len(splits) > 1
-        ]
-        for split in SPLITS:
-            if len({c.label for c in cases if c.split == split}) < 2:
-                findings.append(
-                    f"{path}: split {split} does not hold both classes, so it has no AUROC"
-                )
-    return findings + listed_findings(data, evaluation_slides_of(everyone))
-
-
-def listed_findings(data: Path, held: set) -> list[str]:
-    """What is wrong with pretrain.csv, where there is one."""
-    path = data / "pretrain.csv"
+        all_cases += cases
+        findings += found + cases_findings(path, cases, slides, present)
     try:
-        listed = pretraining_ids(data) if path.exists() else []
+        findings += pretrain_findings(data, present, evaluation_slides_of(all_cases))
     except MixmagError as error:
-        return [str(error)]
-    return [
-        f"{path}: slide {i!r} has no file"
-        for i in listed
-        if not (data / "slides" / f"{i}.safetensors").exists()
-    ] + [
-        f"{path}: slide {i!r} is in a tune or test split, itself or by its case"
-        for i in listed
-        if i in held
-    ]
+        findings.append(str(error))
+    return findings
 
 
 def verify_command(args) -> int:
     findings = verify(args.data)
     for line in findings:
         print(line)
-    print(
-        f"{len(findings)} findings in {args.data}"
-        if findings
-        else f"{args.data}: nothing wrong found"
-    )
-    return 1 if findings else 0
+    if findings:
+        print(f"{len(findings)} findings in {args.data}")
+        return 1
+    print(f"{args.data}: nothing wrong found")
+    return 0
 
 
 # -------------------------------------------------------------------------- files, errors, progress
 
 
 class MixmagError(Exception):
-    """An input that is refused: the command prints this one line and ends with exit code 1."""
+    """An input is refused: the command prints this one line and ends with exit code 1."""
 
 
 class SlideReadError(MixmagError):
@@ -3162,86 +2933,31 @@ class SlideReadError(MixmagError):
 
 
 class OtherSettings(MixmagError):
-    """What stands in the output folder was made with other settings."""
+    """The output folder holds what was made with other settings."""
 
 
 class Stopped(Exception):
-    """A signal asked for the end and everything worth keeping is saved."""
+    """A signal asked for the end, and everything worth keeping is saved."""
 
 
-SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
-STOP_SIGNALS = []  # those received so far
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS: list[int] = []  # those received so far
 
 
 def catch_signals() -> None:
-    """SIGTERM, SIGINT and SIGUSR1 only raise a flag that the loops poll; the second one of them acts at once, but not in one of several
-    processes: there the second is often the first again, passed on by torchrun, which by itself ends those that do not end."""
+    """From now on a first signal is only noted, for `stop_if_asked`; a second one acts at once.
 
-    def note(signum, frame):
-        STOP_SIGNALS.append(signum)
-        for s in SIGNALS if "RANK" not in os.environ else ():
-            signal.signal(s, signal.SIG_DFL)
+    Under torchrun none acts at once: a second signal there is often the first one, passed on.
+    """
 
-    for s in SIGNALS:
-        signal.signal(s, note)
+    def note(number, frame):
+        STOP_SIGNALS.append(number)
+        if "RANK" not in os.environ:
+            for each in SIGNALS:
+                signal.signal(each, signal.SIG_DFL)
 
-
-TORCH_SAYS = {"allocate": "out of memory: ", "by peer": "another of the processes ended: "}
-
-
-def find_device(name: str) -> torch.device:
-    """Raises MixmagError for a device that is not there. `auto` is the GPU that torchrun gave this process, or the processor."""
-    if name == "auto" and not torch.cuda.is_available():
-        name = "cpu"
-    elif name == "auto" or (name == "cuda" and "RANK" in os.environ):
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name) or (
-        name != "cpu" and int(name[5:] or 0) >= torch.cuda.device_count()
-    ):
-        raise MixmagError(
-            f"--device {name}: expected auto, cpu or cuda[:i]; torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here"
-        )
-    return torch.device(name)
-
-
-def run_command(function, args) -> int:
-    """Call function(args) and turn its end into the exit code that the README promises."""
-    catch_signals()
-    try:
-        return function(args) or 0
-    except MixmagError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except Stopped:
-        print(
-            "stopped by a signal; what was done is saved, and the same command goes on from there",
-            file=sys.stderr,
-        )
-        return 130 if signal.SIGINT in STOP_SIGNALS else 75
-    except BrokenPipeError:  # `| head` closed our stdout: there is nobody to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE  # as the shell says it of a program that does not catch it
-    except (OSError, MemoryError, RuntimeError) as error:
-        said = (
-            "out of memory: "
-            if isinstance(error, MemoryError)
-            else next((said for words, said in TORCH_SAYS.items() if words in str(error)), "")
-        )
-        if isinstance(error, RuntimeError) and not said:
-            raise
-        print(f"error: {said}{' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-
-
-def progress(items=None, **settings):
-    """A tqdm bar on stderr, silent where that is no terminal, and in all but the first of several processes; over items it ends at a signal."""
-    bar = tqdm(
-        items,
-        disable=True if int(os.environ.get("RANK", 0)) else None,
-        dynamic_ncols=True,
-        **settings,
-    )
-    return bar if items is None else until_stopped(bar)
+    for each in SIGNALS:
+        signal.signal(each, note)
 
 
 def stop_if_asked() -> None:
@@ -3250,10 +2966,34 @@ def stop_if_asked() -> None:
         raise Stopped
 
 
-def until_stopped(items):
-    for item in items:
-        stop_if_asked()
-        yield item
+def run_command(function, *args, **kwargs) -> int:
+    """Call the function and turn its end into the exit code that README promises."""
+    catch_signals()
+    try:
+        return function(*args, **kwargs) or 0
+    except Stopped:
+        print("stopped by a signal; the same command goes on from what is saved", file=sys.stderr)
+        return 130 if signal.SIGINT in STOP_SIGNALS else 75
+    except BrokenPipeError:  # `| head` closed our stdout: there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE  # what a shell reports for a program that does not catch it
+    except (MixmagError, OSError, MemoryError) as error:
+        reason = str(error) or "out of memory"  # Python's own MemoryError says nothing
+        print(f"error: {reason}", file=sys.stderr)
+        return 1
+
+
+def find_device(name: str) -> torch.device:
+    """`auto` is this process's GPU or the CPU. Raises MixmagError for a device that is missing."""
+    wanted = name
+    if name == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda":
+        wanted = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if wanted not in devices:
+        raise MixmagError(f"--device {name}: expected auto, {', '.join(devices)}")
+    return torch.device(wanted)
 
 
 def process_rank() -> tuple[int, int]:
@@ -3261,9 +3001,27 @@ def process_rank() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def progress(items=None, **settings):
+    """A tqdm bar on stderr, if that is a terminal and this is the first process.
+
+    Over items it ends at a signal."""
+    hidden = True if process_rank()[0] else None  # None: tqdm looks whether it is a terminal
+    bar = tqdm(items, disable=hidden, dynamic_ncols=True, **settings)
+    return bar if items is None else until_stopped(bar)
+
+
+def until_stopped(items):
+    for item in items:
+        stop_if_asked()
+        yield item
+
+
 def prefetch(function, items, threads: int):
-    """function(item) of each, in order, while threads work on the next ones, at most two each; without threads, each when it is asked for. Numpy,
-    torch, Pillow and OpenSlide let go of the interpreter for the work on embeddings and pixels."""
+    """function(item) of each item, in order, while threads work on the next 2 * threads items.
+
+    Without threads, each when it is asked for. Numpy, torch, Pillow and OpenSlide release the
+    interpreter while they work on embeddings and pixels.
+    """
     if not threads:
         yield from map(function, items)
         return
@@ -3280,60 +3038,48 @@ def prefetch(function, items, threads: int):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Write a file whole or not at all: yields a temporary name in the same folder, which takes the final name at the end. Raises
-    MixmagError where that fails; what had the final name before still has it."""
+    """Write a file whole or not at all: yields a temporary name, which is renamed at the end.
+
+    Raises MixmagError where that fails; an older file of that name is then still there.
+    """
     path = Path(path)
-    temporary = path.with_name(
-        f".{path.name}.{os.getpid()}.tmp"
-    )  # its suffix keeps a killed writer's rest out of every `*.suffix`
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        temporary.chmod(mode)  # safetensors makes files that only their owner can read
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(
-            error
-        ):  # how torch says that the disk is full
+        # torch reports a full disk as a RuntimeError of this name
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
-        raise MixmagError(
-            f"{path}: cannot be written ({' '.join(str(error).split())}); {free_bytes(path) / 1e6:.0f} MB are free there"
-        ) from None
+        reason = " ".join(str(error).split())  # torch's has several lines
+        free = f"{free_bytes(path) / 1e6:.0f} MB are free there"
+        raise MixmagError(f"{path}: cannot be written ({reason}); {free}") from None
     finally:
-        with contextlib.suppress(OSError):  # there is none, or no folder for it
-            temporary.unlink()
-
-
-def sweep(*folders) -> None:
-    """Remove what killed writers left in folders: temporary files that nobody has touched for an hour."""
-    for rest in (path for folder in folders for path in Path(folder).glob(".*.*.tmp")):
-        with contextlib.suppress(
-            FileNotFoundError
-        ):  # another process sweeps too, or a writer has just finished
-            if time.time() - rest.stat().st_mtime > 3600:
-                rest.unlink()
+        with contextlib.suppress(OSError):  # the parent may be no folder
+            temporary.unlink(missing_ok=True)
 
 
 def visible_files(folder: Path, pattern: str) -> list[Path]:
-    """What a folder holds, sorted, but for hidden files such as macOS leaves beside others."""
+    """The folder's files, sorted, without hidden ones such as macOS leaves beside others."""
     return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
 
 def free_bytes(folder: Path) -> int:
     """Free bytes on the disk that will hold a folder, which need not exist yet."""
-    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
-def require_room(folder: Path, size: int) -> None:
-    """Raises MixmagError where so many bytes of a slide would not fit."""
-    if size > (free := free_bytes(folder)):
-        raise MixmagError(
-            f"its {size / 1e6:.0f} MB do not fit into the {free / 1e6:.0f} MB that are free under {folder}"
-        )
+def file_sha256(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path, text: str) -> None:
@@ -3346,278 +3092,171 @@ def write_json(path, value) -> None:
 
 
 def read_json(path) -> dict:
-    """Raises MixmagError for a file that is missing or holds anything but names and values."""
+    """Raises MixmagError for a file that is missing or is no JSON object."""
     try:
         value = json.loads(Path(path).read_text("utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError(f"found {type(value).__name__}, expected names and values")
-        return value
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise MixmagError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise MixmagError(f"{path}: cannot be read as JSON (expected names and values)")
+    return value
 
 
 def write_csv(path, header, rows) -> None:
-    """File names that are no UTF-8 are written with their bytes escaped."""
-    with (
-        whole_file(path) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as f,
-    ):
-        writer = csv.writer(f)
-        writer.writerow(header)
-        writer.writerows(rows)
-
-
-def report_failed(path, failed: list) -> int:
-    """Write the table of (slide_id, stage, reason), or none where nothing failed; the exit code that goes with it."""
-    Path(path).unlink(missing_ok=True)
-    if failed:
-        write_csv(path, ("slide_id", "stage", "reason"), failed)
-    return 3 if failed else 0
-
-
-def file_sha256(path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-SUMS = "SHA256SUMS"
-
-
-def seal(folder, names, last: str, value) -> None:
-    """Write the JSON file `last`, and before it SHA256SUMS of it and of those of `names` that are in the folder, which `verify` reads."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    sums = {
-        name: file_sha256(Path(folder) / name) for name in names if (Path(folder) / name).exists()
-    }
-    sums[last] = hashlib.sha256(text.encode("utf-8")).hexdigest()
-    write_text(Path(folder) / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
-    write_text(Path(folder) / last, text)
-
-
-def seal_findings(sums: Path) -> list[str]:
-    """What differs from a SHA256SUMS file, as `seal` or the program sha256sum writes it."""
-    findings = []
-    for line in sums.read_text("utf-8", "replace").rstrip("\n").split("\n"):
-        digest, name = line[:64], line[66:]  # between them two spaces, or one and a star
-        path = sums.parent / name
-        if not path.is_file():
-            findings.append(f"{sums}: {name!r} is not there")
-        elif file_sha256(path) != digest:
-            findings.append(
-                f"{path}: checksum differs from {sums}: one of them changed after it was written"
-            )
-    return findings
+    """Bytes of a file name that are no UTF-8 are written escaped."""
+    buffer = io.StringIO()
+    csv.writer(buffer).writerows([header, *rows])
+    with whole_file(path) as temporary:
+        temporary.write_text(buffer.getvalue(), "utf-8", errors="backslashreplace", newline="")
 
 
 def read_csv(path, columns) -> list[dict]:
-    """Rows as dicts of stripped strings, and under "line" the number of the line where each ends. Raises MixmagError for a missing file or
-    column."""
+    """Rows as dicts of stripped strings, and under "line" the line where each ends.
+
+    Raises MixmagError for a missing file or column."""
+    rows = []
     try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            reader = csv.DictReader(f)
-            missing = [c for c in columns if c not in (reader.fieldnames or [])]
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            missing = set(columns) - set(reader.fieldnames or ())
             if missing:
-                raise MixmagError(
-                    f"{path}: column {', '.join(missing)} is missing; found {reader.fieldnames}"
-                )
-            return [
-                {**{c: (row[c] or "").strip() for c in columns}, "line": reader.line_num}
-                for row in reader
-            ]
+                names = ", ".join(sorted(missing))
+                raise MixmagError(f"{path}: column {names} is missing; found {reader.fieldnames}")
+            for values in reader:
+                row = {name: (values[name] or "").strip() for name in columns}
+                rows.append({**row, "line": reader.line_num})
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise MixmagError(f"{path}: cannot be read as a UTF-8 CSV ({error})") from None
+    return rows
+
+
+def report_failed(path, failed: list) -> int:
+    """Write the table of (slide_id, stage, reason), if any failed. Returns the exit code."""
+    Path(path).unlink(missing_ok=True)
+    if not failed:
+        return 0
+    write_csv(path, ("slide_id", "stage", "reason"), failed)
+    return 3
 
 
 # --------------------------------------------------------------------------------- the command line
 
 
-def parse(argv=None) -> argparse.Namespace:
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of each flag that has one."""
 
-    class Help(argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action):
-            return action.help if action.default is None else super()._get_help_string(action)
+    def _get_help_string(self, action):
+        if action.default is None:
+            return action.help
+        return super()._get_help_string(action)
 
-    parser = argparse.ArgumentParser(
-        prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
 
-    def within(kind, low, high):
-        def number(text):
-            if not low <= kind(text) <= high:  # NaN is not
-                raise argparse.ArgumentTypeError(f"{text} is not within {low:g} to {high:g}")
-            return kind(text)
+def number_in(kind, low, high):
+    """The type of a flag: a number of this kind from low to high."""
 
-        return number
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high:  # NaN is not
+            raise argparse.ArgumentTypeError(f"{text} is not within {low:g} to {high:g}")
+        return value
 
-    natural, positive = within(int, 0, 2**32 - 1), within(int, 1, 2**32 - 1)
+    return number
 
-    def command(name, summary, example):
-        return commands.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            epilog=f"example: {example}",
-            formatter_class=Help,
-        )
 
-    p = command(
-        "synth",
-        "make a synthetic cohort: embedding pyramids with seven planted biomarkers",
-        "python data.py synth --out data/synthetic --scale quick",
-    )
-    p.add_argument("--out", default="data/synthetic", help="folder to write")
-    p.add_argument(
-        "--scale",
-        choices=("quick", "full"),
-        default="quick",
-        help="full: the paper's case and slide counts; quick: a twentieth, with floors that keep every split rankable",
-    )
-    p.add_argument(
-        "--dim", type=positive, default=64, help="width of an embedding (Virchow2 has 1280)"
-    )
-    p.add_argument(
-        "--regions",
-        type=positive,
-        default=4,
-        help="3 x 3 regions of tissue per slide, on average; at least 2",
-    )
-    p.add_argument(
-        "--images",
-        type=natural,
-        default=0,
-        metavar="N",
-        help="write N H&E-like pyramidal TIFFs instead, for the tiler",
-    )
-    p.add_argument("--seed", type=natural, default=0, help="everything follows from it")
+class Doublings(argparse.Action):
+    """Takes a run of doublings as magnifications."""
 
-    p = command(
-        "tile",
-        "turn whole-slide images into slide files: tissue, cells on one lattice in exact mpp, embeddings",
-        "python data.py tile --slides slides/ --out data/mine --encoder texture --mpp 0.5",
-    )
-    p.add_argument(
-        "--slides", nargs="+", required=True, metavar="DIR|FILE", help="slides, or folders of them"
-    )
-    p.add_argument(
-        "--out", required=True, help="DATA folder to write slides/<slide_id>.safetensors into"
-    )
-    p.add_argument(
-        "--encoder",
-        default="texture",
-        metavar="texture|virchow2|module:factory",
-        help="texture is a weight-free stand-in; factory() returns a callable (B, 224, 224, 3) uint8 -> (B, D)",
-    )
-    p.add_argument(
-        "--weights",
-        metavar="FILE",
-        help="virchow2's weights, .safetensors or .pt (default: from the Hugging Face hub)",
-    )
-    p.add_argument(
-        "--mpp",
-        type=float,
-        help="micrometres per level-0 pixel, for slides that do not say, or nothing plausible (default: their own)",
-    )
-    p.add_argument(
-        "--manifest",
-        metavar="CSV",
-        help="columns slide (file name or id) and mpp: as --mpp, for each slide; goes before it",
-    )
-    p.add_argument(
-        "--mpp-from-power",
-        action="store_true",
-        help="take 10 / objective power where a slide says no mpp at all",
-    )
-    p.add_argument(
-        "--region",
-        type=positive,
-        default=3,
-        help="cells per side of the windows that are accepted or not as a whole",
-    )
-    p.add_argument(
-        "--magnifications", type=positive, nargs="+", default=[5, 10, 20], help="a run of doublings"
-    )
-    p.add_argument(
-        "--min-tissue",
-        type=within(float, 0, 1),
-        default=0.25,
-        help="least share of tissue in a window (assumed)",
-    )
-    p.add_argument(
-        "--mask",
-        metavar="FILE|DIR",
-        help="your own tissue mask, PNG or GeoJSON; DIR holds <slide_id>.png or .geojson for each slide",
-    )
-    p.add_argument(
-        "--shard",
-        metavar="i/n",
-        help="do the i-th of n shares of the slides (default: all, or each process's share under torchrun)",
-    )
-    p.add_argument("--batch-size", type=positive, default=256, help="tiles per call of the encoder")
-    p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
-    p.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="plan only: mpp, windows, tokens and bytes of each slide",
-    )
+    def __call__(self, parser, namespace, values, option_string=None):
+        magnifications = [whole_if_possible(value) for value in values]
+        try:
+            Geometry(1, magnifications)
+        except ValueError:
+            raise argparse.ArgumentError(self, f"{magnifications} is no run of doublings") from None
+        namespace.magnifications = magnifications
 
-    p = command(
-        "import",
-        "join the embeddings that TRIDENT or STAMP made at each magnification into slide files",
-        "python data.py import --trident 5x/features_virchow2 10x/features_virchow2 20x/features_virchow2 --out data/mine",
-    )
-    source = p.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--trident",
-        nargs="+",
-        metavar="DIR",
-        help="one features_<encoder> folder per magnification, from low to high",
-    )
-    source.add_argument(
-        "--stamp",
-        nargs="+",
-        metavar="DIR",
-        help="one folder of STAMP's feature files per magnification, from low to high",
-    )
-    p.add_argument(
-        "--out", required=True, help="DATA folder to write slides/<slide_id>.safetensors into"
-    )
-    p.add_argument(
-        "--encoder",
-        metavar="NAME",
-        help="the encoder's name, for files that do not say (default: what they say)",
-    )
-    p.add_argument(
-        "--class-token",
-        action=argparse.BooleanOptionalAction,
-        help="keep the first 1280 of 2560 numbers, Virchow2's class token, "
-        "or all of them (default: cut where the file says virchow2)",
-    )
-    p.add_argument(
-        "--mpp",
-        type=float,
-        help="the true micrometres per level-0 pixel of these slides, checked against their files; "
-        "with STAMP's, which have no pixels, it places them on the slide",
-    )
-    p.add_argument(
-        "--manifest",
-        metavar="CSV",
-        help="columns slide (file name or id) and mpp: as --mpp, for each slide; goes before it",
-    )
-    p.add_argument(
-        "--region",
-        type=positive,
-        default=3,
-        help="cells per side of the windows that are counted in import.csv",
-    )
 
-    p = command(
-        "verify",
-        "check slide files and task tables; print every finding; exit 1 if there is any",
-        "python data.py verify data/mine",
+NATURAL = number_in(int, 0, 2**32 - 1)
+POSITIVE = number_in(int, 1, 2**32 - 1)
+
+
+# The docstrings of these functions are the summaries that --help shows.
+
+
+def add_synth_flags(parser) -> None:
+    """make a synthetic cohort: embeddings with seven planted biomarkers"""
+    parser.epilog = "example: python data.py synth --out data/synthetic --scale quick"
+    add = parser.add_argument
+    add("--out", default="data/synthetic", help="folder to write")
+    scales = "full: the paper's numbers of cases and slides; quick: a twentieth, and at least some"
+    add("--scale", choices=("quick", "full"), default="quick", help=scales)
+    add("--dim", type=POSITIVE, default=64, help="width of an embedding (Virchow2 has 1280)")
+    add("--regions", type=POSITIVE, default=4, help="3 x 3 regions a slide on average, at least 2")
+    add("--images", type=NATURAL, default=0, help="write so many H&E-like slides for tile instead")
+    add("--seed", type=NATURAL, default=0, help="everything follows from it")
+
+
+def add_output_flags(parser) -> None:
+    add = parser.add_argument
+    add("--out", required=True, help="DATA folder; slides go to DATA/slides/<slide_id>.safetensors")
+    add("--manifest", help="CSV with columns slide (file name or id) and mpp; goes before --mpp")
+    add("--region", type=POSITIVE, default=3, help="cells per side of a window")
+
+
+def add_tile_flags(parser) -> None:
+    """turn whole-slide images into slide files: tissue, cells on one lattice, embeddings"""
+    parser.epilog = "example: python data.py tile --slides slides/ --out data/mine --mpp 0.5"
+    add = parser.add_argument
+    add("--slides", nargs="+", required=True, metavar="DIR|FILE", help="slides, or their folders")
+    add_output_flags(parser)
+    encoder = "texture (a stand-in without weights), virchow2, or module:factory, where factory() "
+    encoder += "returns a callable (B, 224, 224, 3) uint8 -> (B, D)"
+    add("--encoder", default="texture", help=encoder)
+    add("--weights", help="virchow2's weights, .safetensors or .pt; else from the Hugging Face hub")
+    add("--mpp", type=float, help="um per level-0 pixel, for slides that do not say it")
+    power = "for slides that say no mpp at all: 10 / objective power"
+    add("--mpp-from-power", action="store_true", help=power)
+    run = "from low to high, each twice the one before, such as 2.5 5 10 20"
+    number = number_in(float, 0.01, 1000)
+    default = [5, 10, 20]
+    add("--magnifications", type=number, nargs="+", action=Doublings, default=default, help=run)
+    tissue = "least share of tissue in a window (assumed); biopsies and smears want less"
+    add("--min-tissue", type=number_in(float, 0, 1), default=0.25, help=tissue)
+    mask = "your own tissue mask: a PNG over the whole slide, or GeoJSON as QuPath and TRIDENT "
+    mask += "write it; DIR holds <slide_id>.png or .geojson of each slide"
+    add("--mask", metavar="FILE|DIR", help=mask)
+    add("--shard", metavar="i/n", help="do the i-th of n shares of the slides, from 0 on")
+    add("--batch-size", type=POSITIVE, default=256, help="tiles per call of the encoder")
+    add("--device", default="auto", help="auto, cpu or cuda[:i]")
+    add("--dry-run", action="store_true", help="only say mpp, windows, tokens, bytes of each slide")
+
+
+def add_import_flags(parser) -> None:
+    """join the embeddings that TRIDENT or STAMP made at each magnification into slide files"""
+    parser.description += """. Each magnification is twice the one before, with the same patch size
+        in pixels and no overlap. import.csv says which tiles have no parent or children."""
+    parser.epilog = "example: python data.py import --stamp 5x 10x 20x --mpp 0.25 --out data/mine"
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    trident = "TRIDENT's features_<encoder> folders, one per magnification, from low to high"
+    source.add_argument("--trident", nargs="+", metavar="DIR", help=trident)
+    stamp = "STAMP's folders of feature files, one per magnification, from low to high"
+    source.add_argument("--stamp", nargs="+", metavar="DIR", help=stamp)
+    add_output_flags(parser)
+    add("--encoder", help="the encoder's name, for files that do not say it")
+    token = "keep Virchow2's class token only, the first 1280 of 2560 numbers, or all of them "
+    token += "(default: the class token where the files say virchow2)"
+    add("--class-token", action=argparse.BooleanOptionalAction, help=token)
+    mpp = (
+        "um per level-0 pixel (default: as TRIDENT cut the tiles, which must agree within 20 %%); "
     )
-    p.add_argument("data", help="DATA folder, a finished run, or a folder of runs")
-    return parser.parse_args(argv)
+    mpp += "STAMP's files know no pixels, so give it to place their tiles on the slide"
+    add("--mpp", type=float, help=mpp)
+
+
+def add_verify_flags(parser) -> None:
+    """check slide files and task tables; print every finding; exit 1 if there is any"""
+    parser.epilog = "example: python data.py verify data/mine"
+    parser.add_argument("data", help="DATA folder")
 
 
 COMMANDS = {
@@ -3626,10 +3265,25 @@ COMMANDS = {
     "import": import_command,
     "verify": verify_command,
 }
+FLAGS = (add_synth_flags, add_tile_flags, add_import_flags, add_verify_flags)
 
 
-def main() -> int:
-    args = parse()
+def parse(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, add_flags in zip(COMMANDS, FLAGS, strict=True):
+        summary = add_flags.__doc__
+        command = commands.add_parser(
+            name, help=summary, description=summary, formatter_class=HelpFormatter
+        )
+        add_flags(command)
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
     return run_command(COMMANDS[args.command], args)
 
 

@@ -1,143 +1,120 @@
-"""mixmag training: masked pretraining of the mixing encoder, fine-tuning to AUROC, and the tables.
+"""mixmag training: pretraining of the mixing encoder, fine-tuning to AUROC, and the tables.
 
-    python train.py demo                             the whole story on a synthetic cohort, in minutes
-    python train.py pretrain --mask 0.5              masked embedding modelling (MEM); with --source 7 contrastive too (CMEM)
-    python train.py finetune --task skin_braf        gated attention MIL on the encoder's outputs
-    python train.py table                            every row of the paper's tables 1 and 2
+    python train.py demo                      the whole story on a synthetic cohort, in minutes
+    python train.py pretrain --mask 0.5       masked embedding modelling (MEM); --source 7: CMEM
+    python train.py finetune --task skin_braf gated attention MIL on the encoder's outputs
+    python train.py table                     every row of the paper's tables 1 and 2
 
-Shape letters as in mixmag.py. Results go to stdout, everything else to stderr. A run folder holds config.json, metrics.jsonl,
-last.pt and prev.pt (checkpoints), what came out, and result.json once it is finished.
+Shape letters as in mixmag.py. Results go to stdout, everything else to stderr. A run folder holds
+config.json, metrics.jsonl, last.pt and prev.pt (checkpoints), its results, and result.json at last.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
+import importlib.metadata
+import io
 import itertools
 import json
 import math
 import os
+import platform
 import re
 import shutil
+import subprocess
 import sys
 import time
 import uuid
-from contextlib import ExitStack, nullcontext
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
+import h5py
 import numpy as np
 import torch
-import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from scipy import stats
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score
 from torch import distributed
 
 import data
 import mixmag
-from data import (
-    MixmagError,
-    OtherSettings,
-    Stopped,
-    process_rank,
-    progress,
-    report_failed,
-    whole_file,
-    write_csv,
-    write_json,
-    write_text,
-)
+from data import OUTCOME, MixmagError, OtherSettings, Stopped, progress, whole_file
 
-# -------------------------------------------------------- schedule, parameter groups, AMP, one step
-
-DEFAULT_DATA = "data/synthetic"
-PRESETS = {  # what a flag that is not given means; `paper` numbers are the assumed ones of README
-    "small": {
-        "pretrain": {"batch_size": 16, "blr": 0.032, "weight_decay": 0.05, "steps": 3000},
-        "finetune": {
-            "batch_size": 16,
-            "lr": 1e-2,
-            "encoder_rate": 0.3,
-            "weight_decay": 1.0,
-            "hidden": 64,
-            "epochs": 20,
-        },
-        "abmil": {"epochs": 60},
-    },
-    "paper": {
-        "pretrain": {"batch_size": 4096, "blr": 1.5e-4, "weight_decay": 0.05, "epochs": 100},
-        "finetune": {
-            "batch_size": 32,
-            "lr": 1e-3,
-            "encoder_rate": 0.1,
-            "weight_decay": 0.05,
-            "hidden": 256,
-            "epochs": 20,
-        },
-        "abmil": {},
-    },  # what differs without an encoder: few tokens learn late, in cheap epochs
-}
+# ------------------------------------------------------ schedule, parameter groups, AMP, one step
 
 
 def lr_at(step: int, total: int, warmup: int) -> float:
-    """The factor on the peak rate at a step: 1. a linear rise whose first step is not zero, 2. a cosine to zero. A pure function
-    of the step, so there is no scheduler to save. Source: paper 4.2, SGDR."""
+    """The factor on the peak rate: 1. a linear rise, not from zero, 2. a cosine to zero.
+
+    A function of the step alone, so there is no scheduler to save. Source: paper 4.2, SGDR.
+    """
     if step < warmup:
         return (step + 1) / warmup  # 1
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))  # 2
 
 
 def layer_of(name: str, depth: int) -> int:
-    """0 for what stands before the blocks, i + 1 for block i, depth + 1 for what follows. ValueError for an unknown name."""
-    for pattern, layer in (
-        (r"encoder\.(cls|pos)$|encoder\.input\.", 0),
-        (r"encoder\.blocks\.(\d+)\.", None),
-        (r"encoder\.norm\.|(decoder|projector|pool|head)\.", depth + 1),
-    ):
-        if found := re.match(pattern, name):
-            return int(found[1]) + 1 if layer is None else layer
-    raise ValueError(f"parameter {name!r} belongs to no layer: say in layer_of where it stands")
+    """A parameter's layer: 0 before the blocks, i + 1 in block i, depth + 1 after the blocks.
+
+    Raises ValueError for a name that it does not know.
+    """
+    if re.match(r"encoder\.(cls|pos)$|encoder\.input\.", name):
+        return 0
+    if block := re.match(r"encoder\.blocks\.(\d+)\.", name):
+        return int(block[1]) + 1
+    if re.match(r"encoder\.norm\.|(decoder|projector|pool|head)\.", name):
+        return depth + 1
+    raise ValueError(f"parameter {name!r} belongs to no layer; say in layer_of where it stands")
 
 
 def parameter_groups(
-    model: torch.nn.Module, weight_decay: float, layer_decay: float = 1.0, encoder_rate: float = 1.0
+    model, weight_decay: float, layer_decay: float = 1.0, encoder_rate: float = 1.0
 ) -> list[dict]:
-    """AdamW groups with `lr_scale` = layer_decay ** (layers above), times encoder_rate inside the encoder. No decay on norms and biases
-    (paper 4.2), nor on class and mask tokens and positions (assumed, as MAE). Every parameter is in exactly one group. Source: paper 4.3,
-    BEiT, MAE."""
-    groups, depth = {}, model.config.depth
+    """AdamW groups. `lr_scale` is layer_decay ** (layers above), times encoder_rate in the encoder.
+
+    Norms and biases do not decay (paper 4.2), nor do class and mask tokens and positions (assumed:
+    as MAE). Every parameter is in exactly one group. Source: paper 4.3, BEiT, MAE.
+    """
+    groups: dict[tuple, dict] = {}
+    depth = model.config.depth
     for name, parameter in model.named_parameters():
+        scale = layer_decay ** (depth + 1 - layer_of(name, depth))
+        if name.startswith("encoder."):
+            scale *= encoder_rate
         decays = parameter.ndim > 1 and not name.endswith((".cls", ".pos"))
-        scale = layer_decay ** (depth + 1 - layer_of(name, depth)) * (
-            encoder_rate if name.startswith("encoder.") else 1.0
-        )
-        group = groups.setdefault(
-            (scale, decays),
-            {"params": [], "lr_scale": scale, "weight_decay": weight_decay * decays},
-        )
-        group["params"].append(parameter)
+        decay = weight_decay if decays else 0.0
+        group = {"params": [], "lr_scale": scale, "weight_decay": decay}
+        groups.setdefault((scale, decays), group)["params"].append(parameter)
     return list(groups.values())
 
 
 def amp_dtype(mode: str, device: torch.device, width: int) -> torch.dtype | None:
-    """The precision of autocast, None for full. auto: bf16 on a GPU that has it, fp16 on an older one (the paper's V100); on a CPU
-    bf16 where the processor has the instructions and the model is wide enough to gain by it (at small widths it loses)."""
+    """The precision of autocast, None for fp32.
+
+    auto: on a GPU bf16, or fp16 where it lacks bf16 (the paper's V100); on a CPU bf16 where it has
+    the instructions and the model is wide enough to gain by them.
+    """
     if mode != "auto":
         return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[mode]
     if device.type == "cuda":
-        return (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float16
-        )
-    return torch.bfloat16 if width >= 512 and torch.cpu._is_avx512_bf16_supported() else None
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    gains = width >= 512 and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if gains else None
 
 
 def optimizer_step(model, optimizer, scaler, rate: float, clip: float) -> torch.Tensor:
-    """Unscale, clip, step at `rate` times each group's lr_scale, update the scale, clear. Returns the gradient's norm, left on its
-    device so that nothing waits for it; under fp16 a step with an infinite one is skipped and the scale halved."""
+    """Unscale, clip, step at `rate` times each group's lr_scale, update the scale, clear.
+
+    Returns the gradient's norm, left on its device so that nothing waits for it. Under fp16 a step
+    with an infinite norm is skipped and the scale is halved.
+    """
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
     scaler.unscale_(optimizer)
@@ -148,1023 +125,709 @@ def optimizer_step(model, optimizer, scaler, rate: float, clip: float) -> torch.
     return norm
 
 
-def scaling(compute, optimizer, steps: int) -> dict:
-    """For the metrics: fp16's scale, and how many of all steps it skipped; nothing in another precision."""
-    if not compute.scaler.is_enabled():
-        return {}
-    taken = max((int(s["step"]) for s in optimizer.state.values()), default=0)
-    return {"scale": compute.scaler.get_scale(), "skipped": steps - taken}
+def setting(default, help: str, small=None, paper=None, **flag):
+    """A field of a config and its command-line flag. small, paper: what None means in a preset."""
+    return field(default=default, metadata={"help": help, "small": small, "paper": paper, **flag})
 
 
-def usable_scale(compute) -> bool:
-    """Whether fp16's scaler may go on skipping steps: below 1 it is not the scale that makes gradients overflow."""
-    return compute.scaler.is_enabled() and compute.scaler.get_scale() >= 1
+NATURAL = data.number_in(int, 0, 2**32 - 1)
+POSITIVE = data.number_in(int, 1, 2**32 - 1)
+SHARE = data.number_in(float, 0, 1)
+BELOW_ONE = data.number_in(float, 0, 0.99)
+RATE = data.number_in(float, 1e-30, 1e3)
+DEFAULT_DATA = "data/synthetic"
+PRESETS = ("small", "paper")  # small: about a million parameters; paper: the sizes as assumed
 
 
-# -------------------------------------------------------------------------------------- pretraining
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """Settings of every training. Numbers that the paper does not give are assumed.
+
+    None stands for the preset's number, or for what the help names.
+    """
+
+    data: str = setting(DEFAULT_DATA, "DATA folder; the default one is made where it is missing")
+    out: str = setting(None, "run folder (default: a name made of the settings, in runs/)")
+    seed: int = setting(0, "everything random follows from it", type=NATURAL)
+    device: str = setting("auto", "auto, cpu or cuda[:i]")
+    warmup: float = setting(0.05, "share of the steps in which the rate rises", type=SHARE)
+    clip: float = setting(1.0, "largest norm of the gradient", type=RATE)
+    amp: str = setting("auto", "precision", choices=("auto", "off", "fp16", "bf16"))
+    workers: int = setting(1, "threads that load the next batches", type=NATURAL)
+    resume: str = setting("auto", "auto: go on; off: begin the run anew", choices=("auto", "off"))
 
 
-def model_config(args, slides) -> mixmag.Config:
-    return getattr(mixmag.Config, args.preset)(
-        slides[0].dim, region=args.region, magnifications=tuple(slides[0].meta["magnifications"])
-    )
+# ---------------------------------------------------------------------------------- pretraining
 
 
-def schedule(args, windows: int) -> tuple[int, int, float]:
-    """Steps in all, steps of warm-up, peak rate."""
-    total = args.steps or math.ceil(args.epochs * windows / args.batch_size)
-    peak = args.blr * args.batch_size / 256 if args.lr is None else args.lr  # linear scaling rule
-    if args.lr is None and peak > HIGHEST_RATE:
-        raise MixmagError(
-            f"--batch-size {args.batch_size}: linear scaling makes a peak rate of {peak:.2g} of a base rate of {args.blr:g}, at which "
-            "nothing is learned; give --lr, a smaller --blr, or --preset paper"
-        )
-    return total, round(args.warmup * total), peak
+@dataclass(kw_only=True)
+class PretrainConfig(TrainingConfig):
+    """Settings of masked embedding modelling; each is a flag of `train.py pretrain`."""
+
+    preset: str = setting("small", "sizes of model and training", choices=PRESETS)
+    region: int = setting(3, "cells per side of a region (assumed: 3)", type=POSITIVE)
+    mask: float = setting(0.5, "removal ratio (paper: 0.25, 0.50, 0.75)", type=SHARE)
+    source: int = setting(None, "CMEM: side of the source window, 3, 7, 11", type=POSITIVE)
+    batch_size: int = setting(None, "global batch size", 16, 4096, type=POSITIVE)
+    micro_batch: int = setting(64, "regions of one pass; gradients add up", type=POSITIVE)
+    steps: int = setting(None, "optimizer steps", 3000, type=POSITIVE)
+    epochs: int = setting(None, "passes over all windows", None, 100, type=POSITIVE)
+    lr: float = setting(None, "peak rate, instead of the base rate", type=RATE)
+    blr: float = setting(None, "base rate: lr = blr * batch / 256", 0.032, 1.5e-4, type=RATE)
+    weight_decay: float = setting(None, "on matrices", 0.05, 0.05, type=RATE)
+    min_cover: float = setting(1.0, "share of its cells that a window must hold", type=SHARE)
+    holdout: float = setting(0.05, "share of cases to measure the loss on", type=BELOW_ONE)
+    save_every: int = setting(100, "steps between checkpoints", type=POSITIVE)
+    compile: bool = setting(False, "torch.compile the model; the first step then takes minutes")
 
 
+HIGHEST_RATE = 0.02  # assumed: ten times the rate of the small preset
 LOG_EVERY = 10  # steps
-LOAD = 256  # regions that are loaded at once, so that a large batch need not fit into memory
-HIGHEST_RATE = 0.02  # assumed: ten times what the small preset learns at
 
 
-def in_parts(batch: dict, micro: int) -> list[tuple]:
-    """(x, removed, valid) of at most `micro` regions each; with two views the regions are on axis 1."""
-    axis = batch["x"].ndim - 3
-    return list(
-        zip(
-            *(
-                itertools.repeat(None) if batch[k] is None else batch[k].split(micro, axis)
-                for k in ("x", "removed", "valid")
-            )
-        )
-    )
+def pretrain(config: PretrainConfig) -> dict:
+    """MEM or CMEM on every slide that is in no tune or test split. Returns result.json.
 
-
-def pretrain_step(model, loads, share: int, micro: int, compute) -> dict:
-    """Forward and backward over this process's share of the global batch, which comes in `loads`, at most `micro` regions at a time; gradients add
-    up to those of the whole batch's mean. Returns sums to log, left on the device: loss, per level and for CMEM its two terms.
-
-    The negatives of NT-Xent are the whole global batch. Where that does not go through in one pass, all projections are made first,
-    without a graph, and each part then goes back with its slice of the loss's gradient by them (GradCache, Gao et al. 2021)."""
-    parts = (part for batch in loads for part in in_parts(batch, micro))
-    contrastive, pulls, logged = None, itertools.repeat(None), {}
-    if isinstance(model, mixmag.ContrastiveEmbeddingModel):
-        parts = list(parts)
-        if len(parts) > 1 or compute.world > 1:
-            contrastive, pulls = projection_gradients(model, parts, compute)
-    for part, pull in zip(parts, pulls):
-        weight = part[0].shape[-3] / (share * compute.world)
-        with compute.autocast():
-            out = model(*part)
-        if pull is not None:  # the same gradient as that of .contrastive over the whole batch
-            out.contrastive = contrastive
-            out.loss = out.mem + model.config.contrastive_weight * contrastive
-            scaled = (
-                out.mem * weight + model.config.contrastive_weight * (out.z.float() * pull).sum()
-            )
-        else:
-            scaled = out.loss * weight
-        compute.scaler.scale(scaled).backward()
-        terms = {
-            name: term.detach() * weight
-            for name in ("loss", "mem", "contrastive")
-            if (term := getattr(out, name)) is not None
-        }
-        terms["levels"] = torch.stack(
-            [(out.per_level * out.per_level_count).nan_to_num(), out.per_level_count]
-        )
-        logged = {name: logged.get(name, 0) + value for name, value in terms.items()}
-    return logged
-
-
-def projection_gradients(model, parts: list, compute) -> tuple[torch.Tensor, tuple]:
-    """NT-Xent of the global batch, and its gradient by the projections of each of this process's parts (2, micro, P)."""
-    with torch.no_grad(), compute.autocast():
-        mine = torch.cat([model.project(*part) for part in parts], dim=1).float()  # (2, B, P)
-    everyone = mine.new_zeros(2, compute.world, *mine.shape[1:])
-    everyone[:, compute.rank] = mine
-    z = sum_over_processes(everyone, compute).flatten(1, 2).requires_grad_()  # (2, world * B, P)
-    loss = mixmag.nt_xent(*z, model.config.temperature)
-    (gradient,) = torch.autograd.grad(loss, z)
-    own = gradient.unflatten(1, (compute.world, -1))[:, compute.rank]  # (2, B, P)
-    return loss.detach(), own.split([part[0].shape[1] for part in parts], dim=1)
-
-
-def pretraining_split(path: Path, holdout: float) -> tuple[list, list]:
-    """Slide ids to train on and to measure on. Whole cases are held out, chosen by a hash of their name: the choice moves with
-    nothing else."""
-    case_of = {
-        s: c.case_id
-        for task in data.task_names(path)
-        for c in data.read_task(path, task)
-        for s in c.slide_ids
-    }
-    ids = data.pretraining_ids(path)
-    cases = sorted(
-        {case_of.get(i, i) for i in ids}, key=lambda c: hashlib.sha256(c.encode("utf-8")).digest()
-    )
-    held = set(cases[: round(holdout * len(cases))])
-    return [i for i in ids if case_of.get(i, i) not in held], [
-        i for i in ids if case_of.get(i, i) in held
-    ]
-
-
-def pretrain(args) -> dict:
-    """MEM or CMEM (paper 3.1) on every slide that is in no tune or test split. Returns result.json."""
-    apply_preset(args, "pretrain")
-    compute = machine(args)
-    path = ensure_data(args.data, compute)
-    ids, held_ids = pretraining_split(path, args.holdout)
-    if not ids and data.visible_files(path / "slides", "*.safetensors"):
+    Raises MixmagError for settings or data that cannot be used. Source: paper section 3.1.
+    """
+    config = apply_preset(config)
+    machine = start_machine(config.device, config.amp, preset_width(config.preset))
+    folder = ensure_data(config.data, machine)
+    train_ids, held_out_ids = pretraining_split(folder, config.holdout)
+    if not train_ids:
         raise MixmagError(
-            f"{path}: every slide is of a tune or test case, or held out (--holdout {args.holdout:g}): none is left to train on"
+            f"{folder}: no slide is left to train on; all are in a tune or test split or held out "
+            f"(--holdout {config.holdout:g})"
         )
-    slides = data.read_slides(path, ids)
-    config = model_config(args, slides)
-    geometry = config.geometry()
-    try:
-        mixmag.removal_count(geometry.num_tokens, args.mask)
-    except ValueError as error:
-        raise MixmagError(f"--mask: {error}") from None
-    if args.source is not None and args.source < args.region:
-        raise MixmagError(
-            f"--source {args.source} is smaller than the region of {args.region} cells"
-        )
-    views = 1 if args.source is None else 2
-    if args.batch_size % compute.world:
-        raise MixmagError(
-            f"--batch-size {args.batch_size} is the global one and does not divide into {compute.world} processes"
-        )
-    dataset = data.RegionDataset(
-        slides, geometry, args.seed, args.mask, views, args.source or 0, min_cover=args.min_cover
-    )
-    if not len(dataset):
-        raise MixmagError(
-            f"no window of {args.region} x {args.region} cells is {args.min_cover:.0%} covered in any of {len(slides)} slides "
-            f"(the largest has {max(len(s.cells) for s in slides)} cells); try --min-cover 0.5 or --region {max(1, args.region - 1)}"
-        )
-    plan = schedule(args, len(dataset))
-    run = Run(
-        args.out or Path("runs") / default_run(args),
-        {"kind": "pretrain", **settings(args, slides), "model": config.to_dict()},
-        args.resume,
-        compute,
-    )
+    slides = data.read_slides(folder, train_ids)
+    model_config = make_model_config(config, slides[0])
+    dataset = pretraining_windows(config, slides, model_config.geometry(), machine)
+    total, peak = pretraining_length(config, len(dataset))
+    run = Run(config, run_settings("pretrain", config, model_config, slides), machine)
     if run.result():
-        log(f"{run.folder}: done before")
         return run.result()
-    torch.manual_seed(args.seed)
-    model = (mixmag.MaskedEmbeddingModel if views == 1 else mixmag.ContrastiveEmbeddingModel)(
-        config
-    )
+    torch.manual_seed(config.seed)
+    if config.source is None:
+        model = mixmag.MaskedEmbeddingModel(model_config)
+    else:
+        model = mixmag.ContrastiveEmbeddingModel(model_config)
     mean, std, directions = data.feature_statistics(slides)
     model.encoder.standardize.fit(mean, std)
-    facts = pretrain_loop(args, run, model.to(compute.device), dataset, compute, *plan)
+    model.to(machine.device)
+    seconds = pretrain_loop(config, run, model, dataset, total, peak)
     if run.writes:
-        export_encoder(
-            run,
-            model.encoder,
-            slides[0],
-            args.preset,
-            [(i, "train") for i in ids] + [(i, "held-out") for i in held_ids],
-        )
-        finish_pretraining(run, model, path, held_ids, directions, args, facts)
-    barrier(compute)
+        export_encoder(run, model.encoder, slides[0], config.preset, train_ids, held_out_ids)
+        finish_pretraining(config, run, model, directions, held_out_ids, total, seconds)
+    machine.barrier()
     return run.result()
 
 
-def pretrain_loop(
-    args, run: Run, model, dataset, compute, total: int, warmup: int, peak: float
-) -> dict:
-    """All optimizer steps, from the last checkpoint on. Returns how many there were and how long they took."""
-    config = model.config
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, args.weight_decay), lr=peak, betas=(0.9, 0.95), fused=True
-    )  # assumed
-    share = args.batch_size // compute.world  # of each process
-    load = (
-        share if args.source else min(share, max(1, LOAD // args.micro_batch) * args.micro_batch)
-    )  # NT-Xent wants all of it at once
-    if args.in_memory:
-        dataset.hold(compute.device)
-    if args.compile:
-        model.compile(dynamic=False)  # all parts are of one shape but for a last smaller one
-    log(
-        f"{run.folder}: {parameters(model)}, {len(dataset.slides)} slides with {len(dataset)} windows, batch {args.batch_size} in parts of "
-        f"{min(args.micro_batch, share)}, {total} steps, peak rate {peak:.2e}, {compute.world} x {compute.device.type}, {compute.dtype or 'fp32'}"
+def pretraining_split(folder: Path, holdout: float) -> tuple[list, list]:
+    """Slide ids to train on, and to measure the loss on.
+
+    Whole cases are held out. A hash of the case's name chooses them, so that the choice depends on
+    nothing else.
+    """
+    case_of = {}
+    for task in data.task_names(folder):
+        for case in data.read_task(folder, task):
+            case_of.update(dict.fromkeys(case.slide_ids, case.case_id))
+    ids = data.pretraining_ids(folder)
+    cases = {case_of.get(i, i) for i in ids}
+    ordered = sorted(cases, key=lambda case: hashlib.sha256(case.encode("utf-8")).digest())
+    held_out = set(ordered[: round(holdout * len(cases))])
+    train_ids = [i for i in ids if case_of.get(i, i) not in held_out]
+    held_out_ids = [i for i in ids if case_of.get(i, i) in held_out]
+    return train_ids, held_out_ids
+
+
+def pretraining_windows(config, slides, geometry, machine) -> data.RegionDataset:
+    """The windows to train on. Raises MixmagError for settings that do not fit them."""
+    try:
+        mixmag.removal_count(geometry.num_tokens, config.mask)
+    except ValueError as error:
+        raise MixmagError(f"--mask: {error}") from None
+    if config.source is not None and config.source < config.region:
+        raise MixmagError(f"--source {config.source} is smaller than --region {config.region}")
+    if config.batch_size % machine.world:
+        raise MixmagError(
+            f"--batch-size {config.batch_size} does not divide into {machine.world} processes"
+        )
+    dataset = data.RegionDataset(
+        slides,
+        geometry,
+        config.seed,
+        config.mask,
+        views=1 if config.source is None else 2,
+        source=config.source or 0,
+        min_cover=config.min_cover,
     )
+    if len(dataset) == 0:
+        raise MixmagError(
+            f"none of {len(slides)} slides has a window of {config.region} x {config.region} cells "
+            f"that is {config.min_cover:.0%} covered; try --min-cover 0.5 or a smaller --region"
+        )
+    return dataset
+
+
+def pretraining_length(config: PretrainConfig, windows: int) -> tuple[int, float]:
+    """How many steps there are, and the peak rate."""
+    total = config.steps or math.ceil(config.epochs * windows / config.batch_size)
+    if config.lr is not None:
+        return total, config.lr
+    peak = config.blr * config.batch_size / 256  # linear scaling rule, paper 4.2
+    if peak > HIGHEST_RATE:
+        raise MixmagError(
+            f"--batch-size {config.batch_size} and the base rate {config.blr:g} make a peak rate "
+            f"of {peak:.2g}, too high to learn; give --lr, a smaller --blr or --preset paper"
+        )
+    return total, peak
+
+
+def pretrain_loop(config, run: Run, model, dataset, total: int, peak: float) -> float:
+    """All optimizer steps, from the last checkpoint on. Returns the seconds they took."""
+    machine = run.machine
+    groups = parameter_groups(model, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)  # assumed: MAE
+    train_step = cmem_step if config.source else mem_step
+    if config.compile:
+        model.compile(dynamic=False)
+    log(f"{run.folder}: {parameter_count(model)}, {machine}, {len(dataset.slides)} slides")
+    log(f"{len(dataset)} windows, {total} steps of {config.batch_size}, peak rate {peak:.2e}")
     start = run.load(model, optimizer)["done"]
-    firsts = range(
-        start * args.batch_size + compute.rank * share, total * args.batch_size, args.batch_size
+    share = config.batch_size // machine.world
+    loads = data.prefetch(
+        lambda indices: data.pinned(dataset.batch(indices), machine.device),
+        micro_batches(config, start, total, share, machine.rank),
+        config.workers,
     )
-    batches = [
-        [range(i, min(i + load, first + share)) for i in range(first, first + share, load)]
-        for first in firsts
-    ]
-    loads = dataset.batches(list(itertools.chain(*batches)), args.workers, compute.device)
-    began, recent = time.time(), []
+    began = time.time()
+    recent = []
     bar = progress(total=total, initial=start, desc="pretrain")
-    for step, batch in enumerate(batches, start=start):
-        rate = peak * lr_at(step, total, warmup)
-        logged = pretrain_step(
-            model, itertools.islice(loads, len(batch)), share, args.micro_batch, compute
-        )
-        sum_gradients(model, compute)
-        recent.append(
-            (
-                step,
-                batch,
-                logged["loss"],
-                optimizer_step(model, optimizer, compute.scaler, rate, args.clip),
-            )
-        )
-        last, stop = step + 1 == total, stopping(compute)
-        saves = (step + 1) % args.save_every == 0 or last or stop
-        if saves or (step + 1) % LOG_EVERY == 0:  # only here does anything wait for the device
-            norm = check_finite(run, recent, dataset)
+    for step in range(start, total):
+        parts = itertools.islice(loads, math.ceil(share / config.micro_batch))
+        sums = train_step(model, parts, config.batch_size, machine)
+        sum_gradients(model, machine)
+        rate = peak * lr_at(step, total, round(config.warmup * total))
+        norm = optimizer_step(model, optimizer, machine.scaler, rate, config.clip)
+        recent.append(torch.stack([sums["loss"], norm]))
+        done = step + 1
+        stop = machine.stop_asked()
+        saves = done % config.save_every == 0 or done == total or stop
+        if saves or done % LOG_EVERY == 0:  # only here does anything wait for the device
+            check_finite(run, recent, done)
             recent.clear()
-            if (step + 1) % LOG_EVERY == 0 or last:
-                note_pretraining(
-                    run,
-                    step + 1,
-                    logged,
-                    rate,
-                    norm,
-                    config,
-                    bar,
-                    scaling(compute, optimizer, step + 1),
-                )
+        if done % LOG_EVERY == 0 or done == total:
+            note_pretraining(run, done, sums, rate, norm, model.config.magnifications, bar)
         bar.update()
         if saves:
-            run.save(step + 1, model, optimizer)
+            run.save(done, model, optimizer)
         if stop:
             raise Stopped
     bar.close()
     seconds = time.time() - began
-    tokens = (total - start) * args.batch_size * dataset.views * config.geometry().num_tokens
+    tokens = (total - start) * config.batch_size * dataset.views * dataset.geometry.num_tokens
     log(f"{tokens / max(seconds, 1e-9):,.0f} tokens per second over {seconds:.0f} s")
-    return {"steps": total, "seconds": round(seconds, 1)}
+    return seconds
 
 
-def check_finite(run: Run, recent: list, dataset) -> float | None:
-    """recent: (step, indices of its loads, loss, norm of the gradient) of the steps since the last call. The last norm, None where fp16's scaler
-    skipped that step. Raises MixmagError for a loss, or without a scaler a gradient, that is not finite."""
-    losses, norms = (torch.stack([r[i].float() for r in recent]).tolist() for i in (2, 3))
-    for (step, loads, *_), loss, norm in zip(recent, losses, norms):
-        if not math.isfinite(loss) or not (math.isfinite(norm) or usable_scale(run.compute)):
-            seen, bad = set(), set()
-            for indices in loads:
-                batch = dataset.fetch(dataset.__getitems__(indices), run.compute.device)
-                seen.update(batch["slide"].flatten().tolist())
-                bad.update(batch["slide"][~batch["x"].isfinite().flatten(-2).all(-1)].tolist())
-            names = ", ".join(sorted(dataset.slides[i].slide_id for i in bad or seen)[:5])
-            raise MixmagError(
-                f"{run.folder}: at step {step} the loss is {loss:.4g} and its gradient's norm {norm:.4g}; "
-                + (
-                    f"the embeddings of {names} are not finite (see data.py verify)"
-                    if bad
-                    else f"all embeddings are finite (slides {names}, ...): try a smaller --lr"
-                )
-                + "; the last good checkpoint stays"
+def micro_batches(config, start: int, total: int, share: int, rank: int):
+    """The samples of this process, step by step, in parts of at most `micro_batch`."""
+    for step in range(start, total):
+        first = step * config.batch_size + rank * share
+        for i in range(0, share, config.micro_batch):
+            yield range(first + i, first + min(i + config.micro_batch, share))
+
+
+def mem_step(model, parts: Iterable[dict], regions: int, machine) -> dict:
+    """Forward and backward over this process's parts of a global batch of `regions` regions.
+
+    Gradients add up to those of the mean over the batch. Returns sums to log, on the device.
+    """
+    sums: dict = {}
+    for part in parts:
+        part = data.to_device(part, machine.device)
+        weight = part["slide"].shape[-1] / regions
+        with machine.autocast():
+            out = model(part["x"], part["removed"], part["valid"])
+        machine.scaler.scale(out.loss * weight).backward()
+        add_to_sums(sums, out, weight)
+    return sums
+
+
+def cmem_step(model, parts: Iterable[dict], regions: int, machine) -> dict:
+    """As mem_step, with NT-Xent over the whole global batch, also when it comes in parts.
+
+    All projections are made first, without a graph. Each part then goes backward with its slice of
+    the gradient of NT-Xent by the projections. Source: GradCache, Gao et al. 2021.
+    """
+    parts = [data.to_device(part, machine.device) for part in parts]
+    if len(parts) == 1 and machine.world == 1:
+        return mem_step(model, parts, regions, machine)
+    contrastive, gradients = projection_gradients(model, parts, machine)
+    factor = model.config.contrastive_weight
+    sums: dict = {}
+    for part, gradient in zip(parts, gradients, strict=True):
+        weight = part["x"].shape[1] / regions
+        with machine.autocast():
+            out = model(part["x"], part["removed"], part["valid"])
+        pull = (out.projection.float() * gradient).sum()
+        machine.scaler.scale(out.mem * weight + factor * pull).backward()
+        out.contrastive = contrastive
+        out.loss = out.mem + factor * contrastive
+        add_to_sums(sums, out, weight)
+    return sums
+
+
+def projection_gradients(model, parts: list[dict], machine) -> tuple[torch.Tensor, list]:
+    """NT-Xent of the global batch, and for each part its gradient by the projections (2, b, P)."""
+    projections = []
+    for part in parts:
+        valid = None if part["valid"] is None else part["valid"].flatten(0, 1)
+        with torch.no_grad(), machine.autocast():
+            _, cls, _ = model.encode_kept(
+                part["x"].flatten(0, 1), part["removed"].flatten(0, 1), valid
             )
-    return norms[-1] if math.isfinite(norms[-1]) else None
+            projections.append(model.project(cls).float())
+    own = torch.cat(projections, dim=1)  # (2, B / world, P)
+    of_all = own.new_zeros(machine.world, *own.shape)
+    of_all[machine.rank] = own
+    z = machine.sum(of_all).transpose(0, 1).flatten(1, 2)  # (2, B, P)
+    z.requires_grad_()
+    loss = mixmag.nt_xent(z[0], z[1], model.config.temperature)
+    (gradient,) = torch.autograd.grad(loss, z)
+    gradient = gradient.chunk(machine.world, dim=1)[machine.rank]  # (2, B / world, P)
+    return loss.detach(), list(gradient.split([part["x"].shape[1] for part in parts], dim=1))
 
 
-def note_pretraining(
-    run: Run, step: int, logged: dict, rate: float, norm, config, bar, scaled: dict
-) -> None:
-    """One line of metrics: what this step's sums say over all processes."""
-    logged = {
-        name: sum_over_processes(value.double().cpu(), run.compute)
-        for name, value in logged.items()
-    }
-    sums, counts = logged.pop("levels")
-    logged = {name: value.item() for name, value in logged.items()}
-    run.note(
-        step=step,
-        **logged,
-        rate=rate,
-        norm=norm,
-        **scaled,
-        **{
-            f"{m}x": v if math.isfinite(v) else None
-            for m, v in zip(config.magnifications, (sums / counts).tolist())
-        },
+def add_to_sums(sums: dict, out: mixmag.Outputs, weight: float) -> None:
+    """Add a part's share to what a step logs: the loss, CMEM's two terms, the loss by level."""
+    terms = {"loss": out.loss, "mem": out.mem, "contrastive": out.contrastive}
+    added = {name: term.detach() * weight for name, term in terms.items() if term is not None}
+    of_level = (out.per_level * out.per_level_count).nan_to_num()
+    added["levels"] = torch.stack([of_level, out.per_level_count])  # (2, K)
+    for name, value in added.items():
+        sums[name] = sums.get(name, 0) + value
+
+
+# ---------------------------------------------------------------------------------- fine-tuning
+
+
+def magnification(text: str) -> str | float:
+    """all, or a number that is whole where it can be; STAMP's may be 8.75."""
+    if text == "all":
+        return text
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig(TrainingConfig):
+    """Settings of supervised aggregation; each is a flag of `train.py finetune`."""
+
+    task: str = setting(dataclasses.MISSING, "name of a table in DATA/tasks")
+    init: str = setting(None, "RUN, random or none (default: the newest pretraining run)")
+    tokens: str = setting("patch", "table 1 or table 2", choices=("patch", "cls"))
+    magnification: str | float = setting("all", "all, or the only one read", type=magnification)
+    preset: str = setting(None, "sizes (default: the encoder's)", choices=PRESETS)
+    region: int = setting(None, "cells per side (default: the encoder's)", type=POSITIVE)
+    batch_size: int = setting(None, "global batch size", 16, 32, type=POSITIVE)
+    epochs: int = setting(None, "passes over the train split", 20, 20, type=POSITIVE)
+    frozen_epochs: int = setting(1, "epochs before the encoder learns (paper: 1)", type=NATURAL)
+    lr: float = setting(None, "the aggregator's peak rate", 1e-2, 1e-3, type=RATE)
+    encoder_rate: float = setting(None, "encoder's rate / lr", 0.3, 0.1, type=SHARE)
+    layer_decay: float = setting(0.75, "each layer's rate to the next (paper 4.3)", type=SHARE)
+    weight_decay: float = setting(None, "on matrices", 1.0, 0.05, type=RATE)
+    hidden: int = setting(None, "width of AB-MIL's attention", 64, 256, type=POSITIVE)
+    dropout: float = setting(0.2, "before and after pooling", type=BELOW_ONE)
+    smoothing: float = setting(0.1, "label smoothing", type=SHARE)
+    case_score: str = setting(
+        "auto", "a case's score from its slides'", choices=("auto", "max", "mean")
     )
-    bar.set_postfix(loss=f"{logged['loss']:.3f}")
+    min_cover: float = setting(0.5, "share of its cells that a region must hold", type=SHARE)
+    dry_run: bool = setting(False, "only count cases, regions and tokens")
 
 
-def default_run(args) -> str:
-    name = f"mem-{args.mask:.2f}" if args.source is None else f"cmem-{args.source}-{args.mask:.2f}"
-    return (
-        name
-        + (f"-r{args.region}" if args.region != 3 else "")
-        + (f"-s{args.seed}" if args.seed else "")
-    )
-
-
-def pretrain_command(args) -> int:
-    pretrain(args)
-    return 0
-
-
-# -------------------------------------------------------------------------------------- fine-tuning
-
-
-def auroc(labels, scores) -> float:
-    """Area under the ROC curve by scikit-learn. Raises MixmagError where only one class is present."""
-    if len(set(labels)) < 2:
-        raise MixmagError(
-            f"AUROC needs both classes, found {len(labels)} cases all labelled {set(labels)}"
-        )
-    return float(roc_auc_score(labels, scores))
-
-
-def bootstrap_aurocs(labels, scores, seed: int, resamples: int = 1000) -> np.ndarray | None:
-    """(resamples,) AUROCs of cases drawn with replacement within each class; None with fewer than two cases of a class."""
-    labels, scores = np.asarray(labels), np.asarray(scores)
-    positive, negative = scores[labels == 1], scores[labels == 0]
-    if min(len(positive), len(negative)) < 2:
-        return None
-
-    def area(p, n, axis):  # the Mann-Whitney form of the AUROC, over many resamples at once
-        return stats.mannwhitneyu(p, n, axis=axis, method="asymptotic").statistic / (
-            p.shape[axis] * n.shape[axis]
-        )
-
-    return stats.bootstrap(
-        (positive, negative),
-        area,
-        n_resamples=resamples,
-        batch=100,
-        vectorized=True,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).bootstrap_distribution
-
-
-def interval(samples) -> list | None:
-    return None if samples is None else [float(v) for v in np.percentile(samples, [2.5, 97.5])]
-
-
-def newest_pretraining() -> Path:
-    done = [
-        p.parent
-        for p in Path("runs").glob("*/result.json")
-        if data.read_json(p).get("kind") == "pretrain"
-    ]
-    if not done:
-        raise MixmagError(
-            "no finished pretraining run under runs/: make one with `python train.py pretrain --mask 0.5`, or say --init random "
-            "or --init none"
-        )
-    return max(done, key=lambda p: (p / "result.json").stat().st_mtime)
-
-
-def encoder_folder(run) -> Path:
-    """The exported encoder of a run, or the folder itself where it is one."""
-    for folder in (Path(run) / "encoder", Path(run)):
-        if (folder / "model.safetensors").exists() and (folder / "config.json").exists():
-            if "kind" in data.read_json(folder / "config.json"):
-                raise MixmagError(
-                    f"{folder} is a fine-tuning run; --init wants a pretraining run, or its encoder folder"
-                )
-            return folder
-    raise MixmagError(
-        f"{run}: no exported encoder (encoder/model.safetensors and encoder/config.json); the run may not be finished"
-    )
-
-
-def read_encoder(run, slides) -> mixmag.MixingEncoder:
-    """The pretrained encoder, refused where it was trained on another tile encoder's embeddings than the slides hold."""
-    folder = encoder_folder(run)
-    try:
-        encoder = mixmag.load_encoder(folder)
-        trained_on = data.read_json(folder / "config.json")["tile_encoder"]
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise MixmagError(f"{folder}: {' '.join(str(error).split())}") from None
-    check_same_encoder(folder, trained_on, encoder.config, slides[0])
-    return encoder
-
-
-def check_same_encoder(run, tile_encoder: str, config: mixmag.Config, slide) -> None:
-    """A model says nothing of other embeddings than those it was trained on."""
-    wanted, found = (
-        (tile_encoder, config.dim, config.magnifications),
-        (slide.meta["encoder"], slide.dim, tuple(slide.meta["magnifications"])),
-    )
-    if wanted != found:
-        raise MixmagError(f"{run} was trained on {wanted}, the slides hold {found}")
-
-
-def is_run(init: str) -> bool:
-    """Whether --init names an encoder on disk."""
-    return init not in ("none", "random")
-
-
-def adopt_encoder_settings(args) -> None:
-    """What the encoder of --init decides where its flag was left out: the preset, and the region's size, which cannot be another."""
-    known = data.read_json(encoder_folder(args.init) / "config.json") if is_run(args.init) else {}
-    region = known.get("model", {}).get("region", args.region or 3)
-    if args.region not in (None, region):
-        raise MixmagError(
-            f"--region {args.region}: the encoder of {args.init} reads regions of {region} x {region} cells"
-        )
-    args.preset, args.region = args.preset or known.get("preset", "small"), region
-
-
-def check_no_leakage(run, path, cases) -> None:
-    """An encoder that in pretraining saw a tune or test case of this task, be it by a slide of another task, gives scores that mean nothing."""
-    if not is_run(run):
-        return
-    listed = encoder_folder(run) / "slides.csv"
-    if not listed.exists():
-        log(
-            f"WARNING: {listed} is not there, so whether this encoder saw the tune or test slides cannot be told"
-        )
-        return
-    seen = {
-        row["slide_id"]
-        for row in data.read_csv(listed, ("slide_id", "role"))
-        if row["role"] == "train"
-    }
-    held = {c.case_id for c in cases if c.split != "train"}
-    known = [
-        c
-        for task in data.task_names(path)
-        for c in data.task_findings(Path(path) / "tasks" / f"{task}.csv")[0]
-        if c.case_id in held
-    ]
-    leaked = sorted({s for c in known for s in c.slide_ids} & seen)
-    if leaked:
-        raise MixmagError(
-            f"{run} was pretrained on {len(leaked)} slides of tune or test cases of this task, such as {leaked[0]!r}; "
-            "pretrain without them"
-        )
-
-
-def make_classifier(args, slides, train_slides, compute) -> mixmag.SlideClassifier:
-    """Encoder from `args.init` (a run, random or none) under a fresh AB-MIL. Constants of the inputs come from the training slides, of those
-    tokens that are read and without an encoder for each magnification by itself, unless the encoder brings its own."""
-    torch.manual_seed(args.seed)
-    if not is_run(args.init):
-        config = model_config(args, slides)
-        encoder = mixmag.MixingEncoder(config) if args.init == "random" else None
-    else:
-        encoder = read_encoder(args.init, slides)
-        config = encoder.config
-    try:
-        model = mixmag.SlideClassifier(
-            config, encoder, args.tokens, args.magnification, args.hidden, args.dropout
-        )
-    except ValueError as error:
-        raise MixmagError(
-            f"--tokens {args.tokens} --magnification {args.magnification} --init {args.init}: {error}"
-        ) from None
-    if not is_run(args.init):
-        levels, which = (
-            config.geometry().level()[model.index].unique(return_inverse=True)
-        )  # (K,), (n,) in 0..K-1
-        if encoder:
-            encoder.standardize.fit(*data.feature_statistics(train_slides, levels.tolist())[:2])
-        else:
-            mean, std, _ = map(
-                torch.stack,
-                zip(*(data.feature_statistics(train_slides, [k]) for k in levels.tolist())),
-            )  # (K, D)
-            model.standardize.fit(mean[which], std[which])  # (n, D)
-    model.to(compute.device)
-    share_state(model, compute)
-    return model
-
-
-def fit_whitening(model, dataset, compute, limit: int = 4000) -> None:
-    """Mean of each held output's place and the covariance around it, over about `limit` regions, evenly spread over every slide of the train split."""
-    share, count, total, square = (
-        max(1, -(-sum(map(len, dataset.rows.values())) // limit)),
-        0.0,
-        0.0,
-        0.0,
-    )
-    for h, valid in progress(dataset.held.values(), desc="whitening", leave=False):
-        h, valid = (
-            torch.from_numpy(h[::share]).to(compute.device).double(),
-            valid[::share],
-        )  # (W, n or 1, d)
-        there = torch.from_numpy(
-            valid if model.tokens == "patch" else np.ones(h.shape[:2], bool)
-        ).to(compute.device)[..., None]
-        h = h.where(there, 0)
-        count, total, square = (
-            count + there.sum(0),
-            total + h.sum(0),
-            square + torch.einsum("wnd,wne->de", h, h),
-        )
-    mean = total / count.clamp(min=1)  # (n, d)
-    model.whiten.fit(
-        mean.float(),
-        ((square - torch.einsum("nd,ne->de", mean * count, mean)) / count.sum()).float(),
-    )
-    share_state(model.whiten, compute)
-
-
-def encoded(model, dataset, slide_id: str, compute) -> tuple[np.ndarray, np.ndarray]:
-    """A slide of data.CaseDataset through the encoder as it is -> (W, n or 1, d) float32 and valid (W, n)."""
-    x, valid = data.gather(dataset.slides[slide_id], dataset.rows[slide_id], dataset.entries)
-    with torch.no_grad(), compute.autocast():
-        return model.outputs(*data.as_batch(x, valid, compute.device)).float().cpu().numpy(), valid
-
-
-def cache_encoder_outputs(model, dataset, compute) -> None:
-    """From now on the data set gives the frozen encoder's outputs, made here once, in place of embeddings."""
-    dataset.held = {
-        i: encoded(model, dataset, i, compute)
-        for i in progress(dataset.rows, desc="outputs", leave=False)
-    }
-
-
-def slide_logits(model, batch: dict) -> torch.Tensor:
-    """(S,) of a batch of data.CaseDataset, which may bring a frozen encoder's outputs in place of embeddings."""
-    return (model.aggregate if batch["held"] else model)(
-        batch["x"], batch["regions"], batch["valid"]
-    )[0]
-
-
-def score_cases(model, dataset, compute, batch_size: int) -> list[np.ndarray]:
-    """The probability of each slide, case by case; no label is looked at. Processes share the cases."""
-    model.eval()
-    scores = {}
-    for start in range(0, len(dataset), batch_size * compute.world):
-        mine = range(start, min(start + batch_size * compute.world, len(dataset)))[
-            compute.rank :: compute.world
-        ]
-        if mine:
-            batch = data.to_device(dataset.__getitems__(mine), compute.device)
-            with torch.no_grad(), compute.autocast():
-                logit = slide_logits(model, batch)
-            probability, case = (
-                torch.sigmoid(logit.cpu().double()).numpy(),
-                batch["case"].cpu().numpy(),
-            )  # fp32 would tie them at 1
-            scores.update({i: probability[case == c] for c, i in enumerate(mine)})
-        if stopping(compute):
-            raise Stopped
-    if compute.world > 1:
-        parts = [None] * compute.world
-        distributed.all_gather_object(parts, scores)
-        scores = {i: s for part in parts for i, s in part.items()}
-    model.train()
-    return [scores[i] for i in range(len(dataset))]
-
-
-CASE_SCORES = {
+ABMIL_EPOCHS = {"small": 60, "paper": 20}  # without an encoder few tokens learn late, but cheaply
+CASE_SCORES: dict[str, Callable] = {
     "max": np.max,
     "mean": np.mean,
-}  # Eq. 9 needs the label, so it cannot choose a slide at test time
+}  # Eq. 9 needs the label, so it cannot be used here
 
 
-def best_case_score(labels, slide_scores, wanted: str) -> tuple[str, float]:
-    """The label-free rule that makes a case's score of its slides' and its AUROC; auto takes the better one, max on a tie."""
-    rules = CASE_SCORES if wanted == "auto" else {wanted: CASE_SCORES[wanted]}
-    found = {name: auroc(labels, [rule(s) for s in slide_scores]) for name, rule in rules.items()}
-    return max(found.items(), key=lambda item: item[1])
+def finetune(config: FinetuneConfig) -> dict:
+    """Train on the train split, keep the best epoch by the tune split, score the test split once.
 
-
-def finite_scores(model, dataset, compute, batch_size: int) -> list[np.ndarray]:
-    """score_cases, all of them finite. Raises MixmagError naming the first case that is not."""
-    scores = score_cases(model, dataset, compute, batch_size)
-    for case, s in zip(dataset.cases, scores):
-        if not np.isfinite(s).all():
-            raise MixmagError(
-                f"case {case.case_id} with slides {', '.join(case.slide_ids)} scores {s.tolist()}; data.py verify says which "
-                "features are not finite"
-            )
-    return scores
-
-
-def finetune_epoch(
-    model, optimizer, dataset, compute, args, epoch: int, bar
-) -> tuple[float, float]:
-    """One pass over the training cases in an order that follows from the seed and the epoch; processes share the cases of a batch.
-    Returns the mean loss and the norm of the last gradient."""
-    order, total = (
-        np.random.default_rng([args.seed, 4, epoch]).permutation(len(dataset)),
-        torch.zeros(()),
-    )
-    batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
-    mine, steps = [b[compute.rank :: compute.world] for b in batches], args.epochs * len(batches)
-    for i, batch in enumerate(
-        data.prefetch(
-            lambda indices: data.pinned(dataset.__getitems__(indices), compute.device),
-            mine,
-            args.workers,
-        )
-    ):
-        step = epoch * len(batches) + i
-        torch.manual_seed(
-            (1_000_003 * args.seed + step) * compute.world + compute.rank
-        )  # for dropout: so a resumed run has the same
-        if batch:
-            loss = finetune_step(
-                model,
-                data.to_device(batch, compute.device),
-                args.smoothing,
-                compute,
-                len(batches[i]),
-                step,
-            )
-        else:  # no case is left for this process, whose scaler is to know its device all the same
-            loss = compute.scaler.scale(torch.zeros((), device=compute.device)).cpu()
-        sum_gradients(model, compute)
-        norm = optimizer_step(
-            model,
-            optimizer,
-            compute.scaler,
-            args.lr * lr_at(step, steps, round(args.warmup * steps)),
-            args.clip,
-        ).item()
-        if not math.isfinite(norm) and not usable_scale(compute):
-            raise MixmagError(
-                f"the gradient's norm is {norm} at step {step}, slides {', '.join(batch.get('slide_ids', [])[:5])}, ...; "
-                "a smaller --lr, or --amp off, may help"
-            )
-        total += loss * len(batches[i])
-        bar.update()
-        if stopping(compute):
-            raise Stopped
-    return sum_over_processes(total, compute).item() / len(dataset), norm
-
-
-def slide_losses(model, batch: dict, smoothing: float, compute) -> torch.Tensor:
-    """(S,) of the slides of a batch, each against its case's label."""
-    with compute.autocast():
-        logit = slide_logits(model, batch)
-    target = batch["label"] * (1 - smoothing) + smoothing / 2  # (cases,)
-    return F.binary_cross_entropy_with_logits(logit, target[batch["case"]], reduction="none")
-
-
-def chosen_slides(batch: dict, chosen: torch.Tensor) -> dict:
-    """The batch with the slides of `chosen` (S,) alone."""
-    rows = torch.repeat_interleave(chosen, batch["regions"])  # (W,)
-    return {
-        **batch,
-        "x": batch["x"][rows],
-        "valid": None if batch["valid"] is None else batch["valid"][rows],
-        "regions": batch["regions"][chosen],
-        "case": batch["case"][chosen],
-        "slide_ids": [i for i, c in zip(batch["slide_ids"], chosen.tolist()) if c],
-    }
-
-
-def least_slides(model, batch: dict, smoothing: float, compute) -> dict:
-    """The batch without the slides that lose in Eq. 9, found without a graph, so that none is ever kept for them; and without dropout, so
-    that a case's slide is not chosen by chance and cases of one slide draw what they would draw alone."""
-    several = torch.bincount(batch["case"])[batch["case"]] > 1  # (S,)
-    part = chosen_slides(batch, several)
-    model.eval()
-    with torch.no_grad():
-        loss = slide_losses(model, part, smoothing, compute)
-    model.train()
-    won = ~several
-    won[several] = ~(
-        loss > mixmag.min_slide_loss(loss, part["case"])[part["case"]]
-    )  # a loss that is not finite wins too
-    return chosen_slides(batch, won)
-
-
-def finetune_step(
-    model, batch: dict, smoothing: float, compute, cases: int, step: int
-) -> torch.Tensor:
-    """Forward and backward over this process's share of a batch of `cases` cases; returns its part of the mean loss, on the CPU."""
-    if len(batch["case"]) > len(batch["label"]):  # some case has several slides
-        batch = least_slides(model, batch, smoothing, compute)
-    loss = slide_losses(model, batch, smoothing, compute)  # (S,)
-    loss = mixmag.min_slide_loss(loss, batch["case"]).sum() / cases  # Eq. 9
-    compute.scaler.scale(loss).backward()
-    if not math.isfinite(loss.item()):
-        raise MixmagError(
-            f"the loss is {loss.item()} at step {step}, slides {', '.join(batch['slide_ids'][:5])}, ...; data.py verify, or a "
-            "smaller --lr, may help"
-        )
-    return loss.detach().cpu()
-
-
-def finetune(args) -> dict:
-    """Train on the train split, keep the epoch that ranks the tune split best, score the test split once (paper 4.3). Returns
-    result.json."""
-    args.init = args.init or str(newest_pretraining())
-    adopt_encoder_settings(args)
-    apply_preset(args, "finetune")
-    compute = machine(args)
-    path = ensure_data(args.data, compute)
-    cases = data.read_task(path, args.task)
-    by_id = {s.slide_id: s for s in data.read_slides(path, {i for c in cases for i in c.slide_ids})}
-    slides = list(by_id.values())
-    check_no_leakage(args.init, path, cases)
-    model = make_classifier(
-        args, slides, [by_id[i] for c in cases if c.split == "train" for i in c.slide_ids], compute
-    )
-    sets = {
-        split: data.CaseDataset(
-            by_id,
-            [c for c in cases if c.split == split],
-            model.config.geometry(),
-            model.index.cpu(),
-            args.min_cover,
-        )
-        for split in data.SPLITS
-    }
-    for split in ("train", "tune"):
-        if len(set(labels := sets[split].labels)) < 2:
-            raise MixmagError(
-                f"task {args.task}: the {split} split has {len(labels)} usable cases with labels {sorted(set(labels))}; both classes "
-                "are needed"
-            )
-    if args.dry_run:
-        print(finetuning_plan(model, sets, args) if compute.rank == 0 else "", end="")
+    Returns result.json, or {} for a dry run. Raises MixmagError for an encoder that saw tune or
+    test cases, and for data that does not fit it. Source: paper section 4.3.
+    """
+    config = apply_preset(adopt_encoder_settings(config))
+    machine = start_machine(config.device, config.amp, preset_width(config.preset))
+    folder = ensure_data(config.data, machine)
+    cases = data.read_task(folder, config.task)
+    slide_ids = [i for case in cases for i in case.slide_ids]
+    slides = {slide.slide_id: slide for slide in data.read_slides(folder, slide_ids)}
+    if is_run(config.init):
+        check_no_leakage(config.init, folder, cases)
+    model = make_classifier(config, slides, cases, machine)
+    sets = split_cases(config, model, slides, cases)
+    if config.dry_run:
+        if machine.rank == 0:
+            print(finetuning_plan(model, sets))
         return {}
-    name = (
-        f"abmil-{args.magnification}"
-        if args.init == "none"
-        else f"{Path(args.init).name}-{args.tokens}-{args.magnification}"
-    )
-    files = [path / "tasks" / f"{args.task}.csv"] + (
-        [encoder_folder(args.init) / "model.safetensors"] if is_run(args.init) else []
-    )
-    run = Run(
-        args.out or Path("runs") / f"{args.task}-{name}{f'-s{args.seed}' if args.seed else ''}",
-        {"kind": "finetune", **settings(args, slides, *files), "model": model.config.to_dict()},
-        args.resume,
-        compute,
-    )
+    files = [folder / "tasks" / f"{config.task}.csv"]
+    if is_run(config.init):
+        files.append(encoder_folder(config.init) / "model.safetensors")
+    settings = run_settings("finetune", config, model.config, list(slides.values()), files)
+    run = Run(config, settings, machine)
     if run.result():
-        log(f"{run.folder}: done before")
         return run.result()
-    best = finetune_loop(args, run, model, sets, compute)
-    finish_finetuning(run, model, sets, best, args)
-    barrier(compute)
+    best = finetune_loop(config, run, model, sets)
+    finish_finetuning(config, run, model, sets, best)
+    machine.barrier()
     return run.result()
 
 
-def finetune_loop(args, run: Run, model, sets: dict, compute) -> dict:
-    """All epochs, from the last checkpoint on. Returns what `keep_best` knows of the best one."""
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, args.weight_decay, args.layer_decay, args.encoder_rate),
-        lr=args.lr,
-        fused=True,
-    )
-    per_epoch = math.ceil(len(sets["train"]) / args.batch_size)
-    log(
-        f"{run.folder}: {parameters(model)}, cases "
-        + ", ".join(f"{k} {len(v)} ({sum(v.labels)} positive{v.left_out})" for k, v in sets.items())
-        + f", {args.epochs} epochs of {per_epoch} steps, {compute.world} x {compute.device.type}, {compute.dtype or 'fp32'}"
-    )
-    best = {"best_auroc": -1.0, **run.load(model, optimizer)}
-    done, starts = best.pop("done"), best.pop("starts", 0)
-    if not done:
-        if model.encoder is not None and max(args.frozen_epochs, args.starts) > 1:
-            cache_encoder_outputs(model, sets["train"], compute)
-            if (
-                not starts
-            ):  # an encoder that learns from the start makes large what matters by itself
-                fit_whitening(model, sets["train"], compute)
-        if args.starts > 1:
-            best_start(args, run, model, optimizer, sets, compute, best, starts)
-    bar = progress(
-        total=args.epochs * per_epoch, initial=done * per_epoch, desc=f"finetune {args.task}"
-    )
-    for epoch in range(done, args.epochs):
+def adopt_encoder_settings(config: FinetuneConfig) -> FinetuneConfig:
+    """The config with an encoder, and with the preset and region of that encoder."""
+    init = config.init or str(newest_pretraining())
+    known: dict = {}
+    if is_run(init):
+        known = data.read_json(encoder_folder(init) / "config.json")
+    region = known.get("model", {}).get("region", config.region or 3)
+    if config.region not in (None, region):
+        raise MixmagError(
+            f"--region {config.region}: the encoder of {init} reads {region} x {region} cells"
+        )
+    preset = config.preset or known.get("preset", "small")
+    return dataclasses.replace(config, init=init, preset=preset, region=region)
+
+
+def is_run(init: str) -> bool:
+    return init not in ("none", "random")
+
+
+def check_no_leakage(init: str, folder: Path, cases: list) -> None:
+    """Refuse an encoder that was pretrained on any slide of this task's tune and test cases.
+
+    Another task's table may name further slides of such a case.
+    """
+    listed = encoder_folder(init) / "slides.csv"
+    if not listed.exists():
+        log(f"WARNING: {listed} is missing; nobody can tell which slides this encoder saw")
+        return
+    rows = data.read_csv(listed, ("slide_id", "role"))
+    seen = {row["slide_id"] for row in rows if row["role"] == "train"}
+    evaluated = {case.case_id for case in cases if case.split != "train"}
+    leaked = set()
+    for task in data.task_names(folder):
+        for case in data.read_task(folder, task):
+            if case.case_id in evaluated:
+                leaked |= seen.intersection(case.slide_ids)
+    if leaked:
+        raise MixmagError(
+            f"{init} was pretrained on {len(leaked)} slides of this task's tune or test cases, "
+            f"such as {min(leaked)!r}; pretrain without them"
+        )
+
+
+def make_classifier(config, slides: dict, cases: list, machine) -> mixmag.SlideClassifier:
+    """The encoder of `config.init` under a new AB-MIL.
+
+    Where the encoder brings no constants to standardise its inputs, those of the training slides
+    serve: over the tokens that are read, and without an encoder for each magnification by itself.
+    """
+    torch.manual_seed(config.seed)
+    any_slide = next(iter(slides.values()))
+    encoder = None
+    if is_run(config.init):
+        encoder = read_encoder(config.init, any_slide)
+        model_config = encoder.config
+    else:
+        model_config = make_model_config(config, any_slide)
+        if config.init == "random":
+            encoder = mixmag.MixingEncoder(model_config)
+    try:
+        model = mixmag.SlideClassifier(
+            model_config,
+            encoder,
+            config.tokens,
+            config.magnification,
+            config.hidden,
+            config.dropout,
+            outputs=OUTCOME.outputs,
+        )
+    except ValueError as error:
+        raise MixmagError(f"--tokens or --magnification: {error}") from None
+    if not is_run(config.init):
+        train = [slides[i] for case in cases if case.split == "train" for i in case.slide_ids]
+        fit_standardization(model, train)
+    model.to(machine.device)
+    if machine.world > 1:  # sums over the data may differ in rounding
+        for tensor in model.state_dict().values():
+            distributed.broadcast(tensor, 0)
+    return model
+
+
+def fit_standardization(model: mixmag.SlideClassifier, slides: list) -> None:
+    level = model.config.geometry().level()[model.index]  # (n,)
+    levels, which = level.unique(return_inverse=True)
+    if model.encoder is not None:
+        mean, std, _ = data.feature_statistics(slides, levels.tolist())
+        model.encoder.standardize.fit(mean, std)
+        return
+    of_levels = [data.feature_statistics(slides, [k])[:2] for k in levels.tolist()]
+    mean = torch.stack([mean for mean, _ in of_levels])  # (K, D)
+    std = torch.stack([std for _, std in of_levels])
+    model.standardize.fit(mean[which], std[which])  # (n, D)
+
+
+def split_cases(config, model, slides: dict, cases: list) -> dict[str, data.CaseDataset]:
+    """The cases of each split. Raises MixmagError where train or tune lacks a class."""
+    sets = {}
+    for split in data.SPLITS:
+        of_split = [case for case in cases if case.split == split]
+        sets[split] = data.CaseDataset(
+            slides, of_split, model.config.geometry(), model.index.cpu(), config.min_cover
+        )
+        classes = sorted(set(sets[split].labels))
+        if split != "test" and len(classes) < 2:
+            raise MixmagError(
+                f"task {config.task}: the {split} split has {len(sets[split])} usable cases with "
+                f"labels {classes}; two classes or more are needed"
+            )
+    return sets
+
+
+def finetune_loop(config, run: Run, model, sets: dict) -> dict:
+    """All epochs, from the last checkpoint on. Returns the best epoch by the tune split.
+
+    The encoder is frozen for `frozen_epochs` (paper 4.3: one). With more than one its outputs are
+    computed once and kept in memory.
+    """
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay, config.encoder_rate)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    steps = math.ceil(len(sets["train"]) / config.batch_size)
+    log(f"{run.folder}: {parameter_count(model)}, {config.epochs} epochs of {steps} steps")
+    for split, dataset in sets.items():
+        log(f"{split}: {len(dataset)} cases, {len(dataset.rows)} slides{dataset.uncovered}")
+        if dataset.dropped:
+            log(f"{len(dataset.dropped)} slides without a token to read: {dataset.dropped[:5]}")
+    best = {"tune_auroc": -1.0, **run.load(model, optimizer)}
+    start = best.pop("done")
+    bar = progress(total=config.epochs * steps, initial=start * steps, desc="finetune")
+    for epoch in range(start, config.epochs):
         if model.encoder is not None:
-            frozen = epoch < args.frozen_epochs  # for one epoch, paper 4.3
+            frozen = epoch < config.frozen_epochs
             model.encoder.requires_grad_(not frozen)
             for split in ("train", "tune"):
-                if not frozen:
-                    sets[split].held.clear()
-                elif args.frozen_epochs > 1 and not sets[split].held:
-                    cache_encoder_outputs(model, sets[split], compute)
-        loss, norm = finetune_epoch(model, optimizer, sets["train"], compute, args, epoch, bar)
-        rule, tune = keep_best(best, epoch, model, sets["tune"], compute, args)
-        run.note(
-            epoch=epoch,
-            loss=loss,
-            norm=norm if math.isfinite(norm) else None,
-            tune_auroc=tune,
-            case_score=rule,
-            **scaling(compute, optimizer, (epoch + 1) * per_epoch),
-        )
+                update_cache(model, sets[split], frozen and config.frozen_epochs > 1, run.machine)
+        loss, norm = finetune_epoch(config, model, optimizer, sets["train"], epoch, run, bar)
+        scores = score_cases(model, sets["tune"], run.machine, config.batch_size)
+        rule, tune = best_case_score(sets["tune"], scores, config.case_score)
+        if tune >= best["tune_auroc"]:  # of equals the later one has learned longer
+            state = {name: value.cpu().clone() for name, value in model.state_dict().items()}
+            best = {"model_state": state, "tune_auroc": tune, "epoch": epoch, "case_score": rule}
+        run.note(epoch=epoch, loss=loss, norm=norm, tune_auroc=tune, case_score=rule)
         bar.set_postfix(loss=f"{loss:.3f}", tune=f"{tune:.3f}")
         run.save(epoch + 1, model, optimizer, **best)
     bar.close()
     return best
 
 
-def keep_best(best: dict, epoch: int, model, tune_set, compute, args) -> tuple[str, float]:
-    """How well the model ranks the tune split, and by which rule. Where that is no worse than before, it becomes the best: of equals the later, which
-    has learned longer."""
-    rule, tune = best_case_score(
-        tune_set.labels, finite_scores(model, tune_set, compute, args.batch_size), args.case_score
+def finetune_epoch(config, model, optimizer, dataset, epoch: int, run, bar) -> tuple[float, float]:
+    """One pass over the training cases. Returns the mean loss and the last gradient's norm.
+
+    The order of the cases follows from seed and epoch. Processes share the cases of a batch.
+    """
+    machine = run.machine
+    order = np.random.default_rng([config.seed, 4, epoch]).permutation(len(dataset))
+    batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
+    own = [batch[machine.rank :: machine.world] for batch in batches]
+    steps = config.epochs * len(batches)
+    total = torch.zeros(())
+    loads = data.prefetch(
+        lambda indices: data.pinned(dataset.batch(indices), machine.device), own, config.workers
     )
-    if tune >= best["best_auroc"]:
-        best.update(
-            best={k: v.cpu().clone() for k, v in model.state_dict().items()},
-            best_auroc=tune,
-            best_epoch=epoch,
-            case_score=rule,
-        )
-    return rule, tune
+    for i, batch in enumerate(loads):
+        step = epoch * len(batches) + i
+        # dropout follows from the step, so a resumed run draws the same
+        torch.manual_seed((1_000_003 * config.seed + step) * machine.world + machine.rank)
+        loss = finetune_step(model, batch, config.smoothing, len(batches[i]), machine)
+        sum_gradients(model, machine)
+        rate = config.lr * lr_at(step, steps, round(config.warmup * steps))
+        norm = optimizer_step(model, optimizer, machine.scaler, rate, config.clip).item()
+        if not math.isfinite(loss) or not (math.isfinite(norm) or machine.may_skip()):
+            names = ", ".join(batch.get("slide_ids", [])[:5])
+            raise MixmagError(
+                f"{run.folder}: at step {step} the loss is {loss} and the gradient's norm {norm}, "
+                f"with slides {names}; try data.py verify, a smaller --lr or --amp off"
+            )
+        total += loss * len(batches[i])
+        bar.update()
+        if machine.stop_asked():
+            raise Stopped
+    return machine.sum(total).item() / len(dataset), norm
 
 
-def best_start(
-    args, run: Run, model, optimizer, sets: dict, compute, best: dict, done: int
-) -> None:
-    """Give the aggregator the weights that rank the tune split best, of several random starts that learn on the frozen encoder's outputs. Attention
-    that has to find what is rare among thousands of tokens finds it from some starts and not from others. best: as in `keep_best`; its epoch is -1,
-    before the first. `done` starts were made before; optimizer is that of the epochs to come."""
-    if model.encoder is not None:
-        model.encoder.requires_grad_(False)
-        cache_encoder_outputs(model, sets["tune"], compute)
-    steps = args.epochs * math.ceil(len(sets["train"]) / args.batch_size)
-    bar = progress(total=args.starts * steps, initial=done * steps, desc=f"starts {args.task}")
-    for start in range(done, args.starts):
-        if start:
-            torch.manual_seed(1_000_003 * args.seed + start)
-            model.reset_aggregator()
-            share_state(model, compute)
-        learner, reached = (
-            torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, fused=True),
-            -1.0,
-        )
-        for epoch in range(args.epochs):
-            finetune_epoch(model, learner, sets["train"], compute, args, epoch, bar)
-            reached = max(reached, keep_best(best, -1, model, sets["tune"], compute, args)[1])
-        run.note(start=start, tune_auroc=reached)
-        run.save(0, model, optimizer, starts=start + 1, **best)
-    bar.close()
-    model.load_state_dict(best["best"])
+def finetune_step(model, batch: dict, smoothing: float, cases: int, machine) -> float:
+    """Forward and backward over this process's cases of a batch of `cases`; its share of the loss.
+
+    A process without a case left takes the step too, for its scaler and optimizer go on.
+    """
+    if not batch:
+        machine.scaler.scale(torch.zeros((), device=machine.device))
+        return 0.0
+    batch = data.to_device(batch, machine.device)
+    with machine.autocast():
+        logit = slide_logits(model, batch)  # (S,)
+    label = batch["label"][batch["case"]]  # (S,)
+    loss = OUTCOME.loss(logit, label, smoothing)
+    loss = mixmag.min_slide_loss(loss, batch["case"]).sum() / cases  # Eq. 9
+    machine.scaler.scale(loss).backward()
+    return loss.item()
 
 
-def finish_finetuning(run: Run, model, sets, best: dict, args) -> None:
-    """Save the best epoch's classifier, score tune and test with it, write predictions.csv and result.json."""
-    model.load_state_dict(best["best"])
-    sets["tune"].held.clear()  # as in a run that goes on here, lest rounding differ
-    rule = CASE_SCORES[best["case_score"]]
-    scores = {
-        split: [
-            float(rule(s)) for s in finite_scores(model, sets[split], run.compute, args.batch_size)
-        ]
-        for split in ("tune", "test")
-    }
+def slide_logits(model, batch: dict) -> torch.Tensor:
+    """(S,) logits of a batch that holds embeddings, or the cached outputs of a frozen encoder."""
+    classify = model.aggregate if batch["cached"] else model
+    logit, _ = classify(batch["x"], batch["regions"], batch["valid"])
+    return logit
+
+
+def update_cache(model, dataset, cached: bool, machine) -> None:
+    """Make the encoder's outputs of all slides once, or forget them."""
+    if not cached:
+        dataset.cached.clear()
+        return
+    for slide_id, rows in progress(dataset.rows.items(), desc="encoder outputs", leave=False):
+        if slide_id in dataset.cached:
+            continue
+        x, valid = data.gather(dataset.slides[slide_id], rows, dataset.entries)
+        with torch.no_grad(), machine.autocast():
+            h = model.encode_chunks(*data.as_batch(x, valid, machine.device))
+        dataset.cached[slide_id] = (h.float().cpu().numpy(), valid)
+
+
+def score_cases(model, dataset, machine, batch_size: int) -> list[np.ndarray]:
+    """The score of each slide, case by case. No label is looked at. Processes share the cases."""
+    model.eval()
+    scores = {}
+    indices = range(len(dataset))[machine.rank :: machine.world]
+    for start in range(0, len(dataset), batch_size * machine.world):
+        first = start // machine.world
+        own = indices[first : first + batch_size]
+        if own:
+            batch = data.to_device(dataset.batch(own), machine.device)
+            with torch.no_grad(), machine.autocast():
+                score = OUTCOME.score(slide_logits(model, batch)).cpu().numpy()  # (S,)
+            case = batch["case"].cpu().numpy()
+            for position, index in enumerate(own):
+                scores[index] = score[case == position]
+        if machine.stop_asked():
+            raise Stopped
+    model.train()
+    for part in machine.gather(scores):
+        scores.update(part)
+    return [scores[i] for i in range(len(dataset))]
+
+
+def best_case_score(dataset, slide_scores: list, wanted: str) -> tuple[str, float]:
+    """The rule that makes a case's score of its slides' scores, and its AUROC; max on a tie."""
+    found = {}
+    for rule in CASE_SCORES:
+        if wanted in ("auto", rule):
+            found[rule] = OUTCOME.metric(dataset.labels, case_scores(dataset, slide_scores, rule))
+    best = max(found, key=found.__getitem__)
+    return best, found[best]
+
+
+def case_scores(dataset, slide_scores: list, rule: str) -> list[float]:
+    scores = []
+    for case, of_slides in zip(dataset.cases, slide_scores, strict=True):
+        scores.append(float(CASE_SCORES[rule](of_slides)))
+        if not math.isfinite(scores[-1]):
+            names = ", ".join(case.slide_ids)
+            raise MixmagError(f"case {case.case_id}, slides {names}: NaN; see data.py verify")
+    return scores
+
+
+def finish_finetuning(config, run: Run, model, sets: dict, best: dict) -> None:
+    """Score tune and test with the best epoch; write weights, predictions.csv and result.json."""
+    model.load_state_dict(best["model_state"])
+    sets["tune"].cached.clear()
+    rows = []
+    for split in ("tune", "test"):
+        slide_scores = score_cases(model, sets[split], run.machine, config.batch_size)
+        scores = case_scores(sets[split], slide_scores, best["case_score"])
+        for case, score in zip(sets[split].cases, scores, strict=True):
+            rows.append((case.case_id, case.label, score, split))
     if not run.writes:
         return
-    dropped = sorted(i for s in sets.values() for i in s.dropped)
-    if dropped:
-        log(f"{len(dropped)} slides without a token to read were left out, such as {dropped[0]}")
     with whole_file(run.folder / "model.safetensors") as temporary:
-        save_file({k: v.contiguous() for k, v in best["best"].items()}, temporary)
-    write_csv(
-        run.folder / "predictions.csv",
-        ("case_id", "label", "score", "split"),
-        (
-            (c.case_id, c.label, score, split)
-            for split in scores
-            for c, score in zip(sets[split].cases, scores[split])
-        ),
-    )
-    result = {
+        save_file(best["model_state"], temporary)
+    data.write_csv(run.folder / "predictions.csv", ("case_id", "label", "score", "split"), rows)
+    result = {name: getattr(config, name) for name in ("task", "init", "tokens", "magnification")}
+    result |= {
         "kind": "finetune",
-        "task": args.task,
-        "init": args.init,
-        "tokens": args.tokens,
-        "magnification": args.magnification,
-        "seed": args.seed,
-        "cases": {split: [len(v), sum(v.labels)] for split, v in sets.items()},
-        "slides_left_out": dropped,
-        "best_epoch": best["best_epoch"],
-        "tune_auroc": best["best_auroc"],
+        "seed": config.seed,
+        "cases": {split: len(dataset) for split, dataset in sets.items()},
+        "slides_left_out": sorted(i for dataset in sets.values() for i in dataset.dropped),
+        "best_epoch": best["epoch"],
+        "tune_auroc": best["tune_auroc"],
         "case_score": best["case_score"],
-        "auroc": None,
-        "interval": None,
-        "average_precision": None,
+        **test_results(sets["test"].labels, scores, config.seed),
     }
-    labels = sets["test"].labels
-    if len(set(labels)) == 2:
-        result.update(
-            auroc=auroc(labels, scores["test"]),
-            interval=interval(bootstrap_aurocs(labels, scores["test"], args.seed)),
-            average_precision=float(average_precision_score(labels, scores["test"])),
-        )
-    else:
-        result["reason"] = (
-            f"the test split has {len(labels)} usable cases with labels {sorted(set(labels))}: no AUROC"
-        )
-    data.seal(run.folder, RUN_FILES, "result.json", result)
+    data.write_json(run.folder / "result.json", result)
 
 
-def finetuning_memory(model, windows: int, learns: bool) -> int:
-    """Bytes that a batch of `windows` regions takes in fp32 on top of what the process holds already, in floats (4 bytes) but for the first:
-    1. embeddings: float16, twice while they are put together      2. weights: 5 copies when learning (gradients, two moments, the best epoch's)
-    3. the encoder on a chunk of regions: 3 inputs per token and, in each block that is kept for the way back, 9 widths and 4 SwiGLU widths; twice
-       where chunks are computed again, because the C library keeps what one has freed while the next is made
-    4. the aggregator, per pooled output: 8 widths (4 without an encoder) and 5 of its hidden layer; while 3 runs again, it is not there."""
-    n, D, encoder = len(model.index), model.config.dim, model.encoder
-    fixed = 2 * 2 * windows * n * D + (5 if learns else 1) * 4 * sum(
-        p.numel() for p in model.parameters()
-    )  # 1, 2
-    pool = (
-        4
-        * windows
-        * (1 if model.tokens == "cls" else n)
-        * ((8 if encoder else 4) * model.head.in_features + 5 * model.pool.w.in_features)
-    )  # 4
-    if encoder is None:
-        return fixed + pool
-    block = 9 * encoder.config.width + 4 * encoder.blocks[0].mlp.w1.out_features
-    chunk = (
-        4
-        * min(windows, model.chunk)
-        * (n + encoder.config.cls_tokens)
-        * (3 * D + block * (len(encoder.blocks) if learns else 1))
-    )  # 3
-    return fixed + (max(2 * chunk, pool) if learns and windows > model.chunk else chunk + pool)
+def test_results(labels: list, scores: list, seed: int) -> dict:
+    """AUROC with its 95 % interval over cases, and average precision; None with one class."""
+    if len(set(labels)) < 2:
+        return {"auroc": None, "interval": None, "average_precision": None}
+    return {
+        "auroc": OUTCOME.metric(labels, scores),
+        "interval": interval(bootstrap_aurocs(labels, scores, seed)),
+        "average_precision": float(average_precision_score(labels, scores)),
+    }
 
 
-def peak_memory() -> int:
-    """The most bytes that this process held so far. On Linux not by getrusage, whose figure starts with the parent's."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
-    import resource
+def bootstrap_aurocs(labels, scores, seed: int, resamples: int = 1000) -> np.ndarray | None:
+    """(resamples,) AUROCs of cases drawn with replacement within each class.
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    None with fewer than two cases of a class.
+    """
+    positive = np.array([score for score, label in zip(scores, labels, strict=True) if label])
+    negative = np.array([score for score, label in zip(scores, labels, strict=True) if not label])
+    P = len(positive)
+    N = len(negative)
+    if min(P, N) < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    drawn = [rng.choice(positive, (resamples, P)), rng.choice(negative, (resamples, N))]
+    ranks = stats.rankdata(np.concatenate(drawn, axis=1), axis=1)[:, :P]  # of the positives
+    return (ranks.sum(axis=1) - P * (P + 1) / 2) / (P * N)  # Mann-Whitney U / (P N)
 
 
-def finetuning_plan(model, sets: dict, args) -> str:
-    """What the task asks for, before any training: cases, slides, regions, tokens, bytes read, and the memory of the largest batch."""
-    n, D = len(model.index), model.config.dim
-    lines, needs, read, largest = (
-        [f"{'':8s}{'cases':>8s}{'slides':>8s}{'regions':>9s}{'tokens':>13s}{'GB':>9s}"],
-        [],
-        {},
-        (0, "none"),
-    )
+def interval(samples: np.ndarray | None) -> list[float] | None:
+    return None if samples is None else np.percentile(samples, [2.5, 97.5]).tolist()
+
+
+def finetuning_plan(model, sets: dict) -> str:
+    """What the task asks for: cases, slides, regions and tokens of each split."""
+    lines = [f"{'':8s}{'cases':>8s}{'slides':>8s}{'regions':>9s}{'tokens':>13s}"]
+    largest = (0, "none")
     for split, dataset in sets.items():
-        regions = sorted(
-            (sum(len(dataset.rows[i]) for i in c.slide_ids), c.case_id) for c in dataset.cases
-        )
-        total = sum(w for w, _ in regions)
-        read[split] = total * n * D * 2 / 1e9
-        lines.append(
-            f"{split:8s}{len(regions):8d}{len(dataset.rows):8d}{total:9d}{total * n:13,d}{read[split]:9.3f}"
-        )
-        needs.append(
-            finetuning_memory(
-                model, sum(w for w, _ in regions[-args.batch_size :]), split == "train"
-            )
-        )
-        largest = max([largest, *regions])
-    held = peak_memory()
-    if (
-        model.encoder is not None and max(args.frozen_epochs, args.starts) > 1
-    ):  # frozen outputs: a region's are as large as their mean
-        held += (
-            4
-            * model.whiten.mean.numel()
-            * sum(len(rows) for split in ("train", "tune") for rows in sets[split].rows.values())
-        )
-    lines.append(
-        f"largest case: {largest[1]}, {largest[0]} regions, {largest[0] * n:,d} tokens; alone in a batch it takes "
-        f"{finetuning_memory(model, largest[0], True) / 1e9:.2f} GB"
-    )
-    lines.append(
-        f"an epoch reads the train and the tune split, {read['train'] + read['tune']:.3f} GB; the test split is read once, at the end"
-    )
-    lines.append(
-        f"memory: about {(held + max(needs)) / 1e9:.2f} GB in fp32 when the {args.batch_size} largest cases of a split meet in a batch, "
-        f"{held / 1e9:.2f} of them held already"
-    )
-    return "\n".join(lines) + "\n"
-
-
-def finetune_command(args) -> int:
-    result = finetune(args)
-    if process_rank()[0] or args.dry_run:
-        return 0
-    if result["auroc"] is None:
-        print(f"{result['task']}: {result['reason']}")
-    else:
-        over = (
-            "too few for an interval"
-            if result["interval"] is None
-            else "95% over cases: {:.3f} to {:.3f}".format(*result["interval"])
-        )
-        print(
-            f"{result['task']}: test AUROC {result['auroc']:.3f} ({over}), average precision "
-            f"{result['average_precision']:.3f}, {result['cases']['test'][0]} cases; tune AUROC {result['tune_auroc']:.3f} at epoch "
-            f"{result['best_epoch'] + 1}"
-        )
-    return 0
+        total = 0
+        for case in dataset.cases:
+            regions = sum(len(dataset.rows[i]) for i in case.slide_ids)
+            largest = max(largest, (regions, case.case_id))
+            total += regions
+        tokens = total * len(model.index)
+        lines.append(f"{split:8s}{len(dataset):8d}{len(dataset.rows):8d}{total:9d}{tokens:13,d}")
+    tokens = largest[0] * len(model.index)
+    lines.append(f"largest case: {largest[1]}, {largest[0]} regions, {tokens:,d} tokens")
+    return "\n".join(lines)
 
 
 # ======================================================================================== stop here
@@ -1177,141 +840,153 @@ def finetune_command(args) -> int:
 
 def log(*words) -> None:
     """To stderr, from the first of several processes only."""
-    if process_rank()[0] == 0:
+    if data.process_rank()[0] == 0:
         print(*words, file=sys.stderr, flush=True)
 
 
-def machine(args, width: int | None = None) -> SimpleNamespace:
-    """Where, in which precision and as which of how many processes to compute: .device, .autocast(), .scaler (which does nothing
-    unless in fp16), .rank and .world. Processes are those that torchrun started; they meet here. width: the model's, if not the preset's."""
-    device, (rank, world), width = (
-        data.find_device(args.device),
-        process_rank(),
-        width or getattr(mixmag.Config, args.preset)(1).width,
-    )
-    if device.index is not None:
-        torch.cuda.set_device(device)  # lest every process opens the first GPU as well
+@dataclass
+class Machine:
+    """Where and in which precision this process computes, and which of how many it is."""
+
+    device: torch.device
+    dtype: torch.dtype | None  # of autocast; None: fp32
+    rank: int
+    world: int
+    scaler: torch.amp.GradScaler  # does nothing unless in fp16
+
+    def __str__(self) -> str:
+        return f"{self.world} x {self.device.type}, {self.dtype or 'fp32'}"
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            distributed.barrier()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over processes, in place."""
+        if self.world > 1:
+            distributed.all_reduce(values)
+        return values
+
+    def gather(self, value) -> list:
+        """What each process has, in the order of their ranks."""
+        parts = [value] * self.world
+        if self.world > 1:
+            distributed.all_gather_object(parts, value)
+        return parts
+
+    def stop_asked(self) -> bool:
+        """Whether any process received a signal; all ask at one place and stop together."""
+        return bool(self.sum(torch.tensor(len(data.STOP_SIGNALS))))
+
+    def may_skip(self) -> bool:
+        """Whether the scaler may go on skipping steps. Below a scale of 1 it is not to blame."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+
+
+def preset_width(preset: str) -> int:
+    return getattr(mixmag.Config, preset)(1).width
+
+
+def start_machine(device: str = "auto", amp: str = "auto", width: int = 96) -> Machine:
+    """Join the processes that torchrun started, if any. `width` is the model's."""
+    rank, world = data.process_rank()
+    found = data.find_device(device)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)  # otherwise each process also opens the first GPU
     if world > 1 and not distributed.is_initialized():
-        distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30)
-        )
-    dtype = amp_dtype(getattr(args, "amp", "auto"), device, width)
-    return SimpleNamespace(
-        device=device,
-        dtype=dtype,
-        rank=rank,
-        world=world,
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        autocast=lambda: torch.autocast(device.type, dtype) if dtype else nullcontext(),
-    )
+        backend = "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(minutes=30))
+    dtype = amp_dtype(amp, found, width)
+    scaler = torch.amp.GradScaler(found.type, enabled=dtype == torch.float16)
+    return Machine(found, dtype, rank, world, scaler)
 
 
-def barrier(compute) -> None:
-    """All processes wait for each other here."""
-    if compute.world > 1:
-        distributed.barrier()
+def sum_gradients(model, machine: Machine) -> None:
+    """Add up the processes' shares of the gradient of the global batch's mean."""
+    if machine.world == 1:
+        return
+    learning = [p for p in model.parameters() if p.requires_grad]
+    for p in learning:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    flat = torch.cat([p.grad.flatten() for p in learning])
+    sums = machine.sum(flat).split([p.numel() for p in learning])
+    for p, gradient in zip(learning, sums, strict=True):
+        p.grad = gradient.view_as(p)
 
 
-def sum_over_processes(values: torch.Tensor, compute) -> torch.Tensor:
-    if compute.world > 1:
-        distributed.all_reduce(values)
-    return values
-
-
-def stopping(compute) -> bool:
-    """Whether any process was told to stop; asked by all of them at the same place, so that they stop together."""
-    return bool(sum_over_processes(torch.tensor(len(data.STOP_SIGNALS)), compute))
-
-
-def sum_gradients(model, compute) -> None:
-    """Each process has its share of the gradient of the global batch's mean; together they have all of it."""
-    if compute.world > 1:
-        learning = [p for p in model.parameters() if p.requires_grad]
-        flat = sum_over_processes(
-            torch.cat(
-                [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learning]
-            ),
-            compute,
-        )
-        for p, gradient in zip(learning, flat.split([p.numel() for p in learning])):
-            p.grad = gradient.view_as(p)
-
-
-def share_state(module, compute) -> None:
-    """All processes go on with the first one's."""
-    if compute.world > 1:
-        for tensor in module.state_dict().values():
-            distributed.broadcast(tensor, 0)
-
-
-RUN_FILES = (
-    "config.json",
-    "metrics.jsonl",
-    "last.pt",
-    "prev.pt",
-    "SUMMARY.md",
-    "curve.png",
-    "model.safetensors",
-    "predictions.csv",
-    "encoder/config.json",
-    "encoder/slides.csv",
-    "encoder/model.safetensors",
-)
+RUN_FILES = [
+    *("result.json", "predict.csv", "predict-failed.csv", "predictions.csv", "model.safetensors"),
+    *("encoder/config.json", "encoder/slides.csv", "encoder/model.safetensors"),
+    *("curve.png", "SUMMARY.md", "prev.pt", "last.pt", "metrics.jsonl", "config.json"),
+]
 
 
 class Run:
-    """A run folder. Two starts with the same settings are one run; with other settings the second is refused. Of several processes
-    the first one writes, the others only read."""
+    """A run folder. Two starts with the same settings are one run; other settings are refused.
 
-    def __init__(self, folder, config: dict, resume: str, compute):
-        self.folder, self.compute, self.writes = Path(folder), compute, compute.rank == 0
+    The first of several processes writes, the others only read.
+    """
+
+    def __init__(self, config: TrainingConfig, settings: dict, machine: Machine):
+        self.folder = Path(config.out or Path("runs") / run_name(config))
+        self.machine = machine
+        self.writes = machine.rank == 0
         self.metrics = self.folder / "metrics.jsonl"
         if self.writes:
-            self.claim(config, resume)
-        barrier(compute)
+            self.claim(settings, config.resume)
+        machine.barrier()
+        if self.result():
+            log(f"{self.folder}: this run is finished")
 
-    def claim(self, config: dict, resume: str) -> None:
-        """Write config.json, after all of an earlier run is removed where `resume` is off. Raises OtherSettings for a run of other settings."""
+    def claim(self, settings: dict, resume: str) -> None:
+        """Write config.json. Raises OtherSettings for a run of other settings."""
         stored = self.folder / "config.json"
-        if not stored.exists():
-            if strange := [
-                name for name in ("last.pt", "prev.pt") if (self.folder / name).exists()
-            ]:
-                raise MixmagError(
-                    f"{self.folder} holds {strange[0]} but no config.json, so nobody knows of what; name another --out"
-                )
-        elif resume == "auto":
-            found = data.read_json(stored)
-            differing = sorted(
-                k for k in found.keys() | config.keys() if found.get(k) != config.get(k)
+        if not stored.exists() and (self.folder / "last.pt").exists():
+            raise MixmagError(
+                f"{self.folder} holds last.pt without config.json; name another --out"
             )
+        if stored.exists() and resume == "auto":
+            found = data.read_json(stored)
+            keys = sorted(found.keys() | settings.keys())
+            differing = [key for key in keys if found.get(key) != settings.get(key)]
             if differing:
+                listed = [f"{k} {found.get(k)!r} there, {settings.get(k)!r} now" for k in differing]
                 raise OtherSettings(
-                    f"{self.folder} holds a run with other settings: "
-                    + ", ".join(
-                        f"{k} {found.get(k)!r} there, {config.get(k)!r} now" for k in differing
-                    )
-                    + "; give another --out, or --resume off to begin anew"
+                    f"{self.folder} holds a run with other settings: {', '.join(listed)}; "
+                    "give another --out, or --resume off to begin anew"
                 )
-        else:
-            for name in (
-                "result.json",
-                data.SUMS,
-                "predict.csv",
-                "predict-failed.csv",
-                *reversed(RUN_FILES),
-            ):
-                (self.folder / name).unlink(
-                    missing_ok=True
-                )  # config.json last: until then this is the run that it was
+        if resume == "off":
+            for name in RUN_FILES:  # config.json last: until then this is the run that it was
+                (self.folder / name).unlink(missing_ok=True)
             shutil.rmtree(self.folder / "heatmap", ignore_errors=True)
-        data.sweep(self.folder, self.folder / "encoder")
-        if not self.result():  # a finished one may be read-only
-            write_json(stored, config)
+        if not stored.exists():
+            data.write_json(stored, settings)
 
-    def result(self) -> dict | None:
-        done = self.folder / "result.json"
-        return data.read_json(done) if done.exists() else None
+    def result(self) -> dict:
+        """result.json, or {} while the run is not finished."""
+        path = self.folder / "result.json"
+        return data.read_json(path) if path.exists() else {}
+
+    def note(self, **values) -> None:
+        """One line of metrics. It holds no times, so equal runs have equal files."""
+        if not self.writes:
+            return
+        line = {}
+        for name, value in values.items():
+            if isinstance(value, float):
+                value = round(value, 6) if math.isfinite(value) else None
+            line[name] = value
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def metric_lines(self) -> list[str]:
+        if not self.metrics.exists():
+            return []
+        return self.metrics.read_text("utf-8").splitlines(keepends=True)
 
     def save(self, done: int, model, optimizer, **more) -> None:
         """Write last.pt; the one before stays as prev.pt. Plain types and tensors only."""
@@ -1320,252 +995,298 @@ class Run:
         state = {
             **more,
             "done": done,
-            "lines": len(self.metrics.read_text("utf-8").splitlines()),
+            "lines": len(self.metric_lines()),
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "scaler": self.compute.scaler.state_dict(),
+            "scaler": self.machine.scaler.state_dict(),
         }
         last = self.folder / "last.pt"
         with whole_file(last) as temporary:
-            with open(
-                temporary, "wb"
-            ) as f:  # by its name torch would put that into the file, and equal runs would differ
-                torch.save(state, f)
+            with open(temporary, "wb") as file:  # given a name, torch would store that name
+                torch.save(state, file)
             if last.exists():
-                os.replace(
-                    last, self.folder / "prev.pt"
-                )  # killed here, the run goes on from prev.pt
+                os.replace(last, self.folder / "prev.pt")  # killed here, a run resumes from prev.pt
 
     def load(self, model, optimizer) -> dict:
-        """Go on from the newest whole checkpoint, if any; nothing is unpickled, and the metrics are cut back to where it was written. Returns what
-        `save` was given, {"done": 0} without one."""
-        state = {"done": 0, "lines": 0}
-        for path in (self.folder / "last.pt", self.folder / "prev.pt"):
-            if path.exists() and "model" not in state:
-                try:
-                    found = torch.load(path, map_location="cpu", weights_only=True)
-                    state = {**found, "done": found["done"], "lines": found["lines"]}
-                    log(f"going on from {path}, {state['done']} done")
-                except Exception as error:  # whatever a damaged file makes torch raise: say so, take the one before
-                    log(
-                        f"{path}: not a whole checkpoint, trying the one before ({(str(error) or type(error).__name__).splitlines()[0]})"
-                    )
-        lines = state.pop("lines")
-        if self.writes:
-            noted = (
-                self.metrics.read_text("utf-8").splitlines(keepends=True)
-                if self.metrics.exists()
-                else []
-            )
-            write_text(self.metrics, "".join(noted[:lines]))
-        if "model" in state:
+        """Go on from the newest whole checkpoint. Returns what `save` was given.
+
+        The metrics are cut back to where the checkpoint was written. Raises MixmagError where all
+        checkpoints are damaged.
+        """
+        checkpoints = [self.folder / "last.pt", self.folder / "prev.pt"]
+        existing = [path for path in checkpoints if path.exists()]
+        state: dict = {"done": 0, "lines": 0}
+        for path in existing:
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                break
+            except Exception as error:  # torch raises many types for a damaged file
+                log(f"{path} is damaged ({type(error).__name__})")
+        if state["done"]:
+            log(f"going on from {path}, {state['done']} done")
             model.load_state_dict(state.pop("model"))
             optimizer.load_state_dict(state.pop("optimizer"))
-            self.compute.scaler.load_state_dict(state.pop("scaler"))
+            self.machine.scaler.load_state_dict(state.pop("scaler"))
+        elif existing:
+            raise MixmagError(f"{self.folder}: no checkpoint can be read; --resume off begins anew")
+        lines = state.pop("lines")
+        if self.writes:
+            data.write_text(self.metrics, "".join(self.metric_lines()[:lines]))
         return state
 
-    def note(self, **values) -> None:
-        """One line of metrics, rounded so that it reads well; times are left out, so equal runs have equal files."""
-        if not self.writes:
-            return
-        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
-        with open(self.metrics, "a", encoding="utf-8") as f:
-            f.write(json.dumps(rounded, allow_nan=False) + "\n")
 
-
-def settings(args, slides, *files) -> dict:
-    """What decides a run's outcome: the arguments, and by their checksums the slides and any other files that it reads."""
-    digest = hashlib.sha256("".join(s.meta["sha256"] for s in slides).encode("utf-8"))
+def run_settings(kind: str, config, model_config, slides: list, files=()) -> dict:
+    """What decides a run's outcome: the settings, and the content of the files that it reads."""
+    settings = {"kind": kind, **dataclasses.asdict(config), "model": model_config.to_dict()}
+    for name in ("out", "device", "workers", "resume", "save_every", "dry_run", "compile"):
+        settings.pop(name, None)
+    for name in {"data", "init"} & settings.keys():
+        settings[name] = str(Path(settings[name]))  # one spelling for one folder
+    digest = hashlib.sha256()
+    for slide in slides:
+        digest.update(slide.meta["sha256"].encode("utf-8"))
     for path in files:
         digest.update(Path(path).read_bytes())
-    chosen = {
-        k: v
-        for k, v in vars(args).items()
-        if k
-        not in (
-            "out",
-            "device",
-            "workers",
-            "resume",
-            "save_every",
-            "dry_run",
-            "in_memory",
-            "compile",
-        )
-    }
-    chosen.update(
-        {k: str(Path(chosen[k])) for k in ("data", "init") if chosen.get(k)}
-    )  # the same folder is the same however it is spelt
-    return {
-        **chosen,
-        "tile_encoder": slides[0].meta["encoder"],
-        "inputs_sha256": digest.hexdigest(),
-    }
+    settings["tile_encoder"] = slides[0].meta["encoder"]
+    settings["inputs_sha256"] = digest.hexdigest()
+    return settings
 
 
-def ensure_data(path, compute=None) -> Path:
-    """The DATA folder; the default one is made on the spot, by the first process."""
-    path = Path(path)
-    if (
-        str(path) == DEFAULT_DATA
-        and not data.synthetic_facts(path).get("complete")
-        and process_rank()[0] == 0
-    ):
-        log(
-            f"{path} is not there: making the quick synthetic cohort first (data.py synth --out {path})"
-        )
-        data.synth_cohort(path)
-    if compute is not None:
-        barrier(compute)
-    if not (path / "slides").is_dir():
-        raise MixmagError(f"{path}: no slides folder; make one with data.py tile or data.py synth")
-    return path
+def run_name(config) -> str:
+    """The name of a run folder, made of the settings that a user varies most."""
+    seed = f"-s{config.seed}" if config.seed else ""
+    if isinstance(config, FinetuneConfig):
+        encoder = "abmil" if config.init == "none" else f"{Path(config.init).name}-{config.tokens}"
+        return f"{config.task}-{encoder}-{config.magnification}{seed}"
+    method = f"cmem-{config.source}" if config.source else "mem"
+    region = f"-r{config.region}" if config.region != 3 else ""
+    return f"{method}-{config.mask:.2f}{region}{seed}"
 
 
-def apply_preset(args, kind: str) -> None:
-    """Give the flags that were left out the preset's values. steps and epochs, and lr and blr, stand for each other."""
-    values = dict(PRESETS[args.preset][kind])
-    if getattr(args, "init", None) == "none":
-        values.update(PRESETS[args.preset]["abmil"])
-    length = getattr(args, "steps", None) or args.epochs
-    given = {"steps": length, "epochs": length, "blr": args.lr}
-    for name, value in values.items():
-        if getattr(args, name) is None and given.get(name) is None:
-            setattr(args, name, value)
+def apply_preset(config):
+    """The config with the preset's numbers in place of None."""
+    numbers = {}
+    for setting in dataclasses.fields(config):
+        number = setting.metadata.get(config.preset)
+        if number is not None and getattr(config, setting.name) is None:
+            numbers[setting.name] = number
+    if config.epochs:
+        numbers.pop("steps", None)
+    elif getattr(config, "init", None) == "none":
+        numbers["epochs"] = ABMIL_EPOCHS[config.preset]
+    return dataclasses.replace(config, **numbers)
 
 
-def parameters(model) -> str:
+def make_model_config(config: PretrainConfig | FinetuneConfig, slide) -> mixmag.Config:
+    of_preset = getattr(mixmag.Config, config.preset)
+    return of_preset(slide.dim, region=config.region, magnifications=slide.meta["magnifications"])
+
+
+def parameter_count(model) -> str:
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+
+
+def ensure_data(path, machine: Machine | None = None) -> Path:
+    """The DATA folder. The first process makes the default one where it is missing."""
+    folder = Path(path)
+    complete = data.synthetic_facts(folder).get("complete")
+    if str(folder) == DEFAULT_DATA and not complete and data.process_rank()[0] == 0:
+        log(f"making the quick synthetic cohort first (data.py synth --out {folder})")
+        data.synth_cohort(folder)
+    if machine is not None:
+        machine.barrier()
+    if not (folder / "slides").is_dir():
+        raise MixmagError(f"{folder} has no slides folder; make one with data.py tile or import")
+    return folder
+
+
+def newest_pretraining() -> Path:
+    """The newest finished pretraining run under runs/."""
+    results = Path("runs").glob("*/result.json")
+    finished = [path for path in results if data.read_json(path).get("kind") == "pretrain"]
+    if not finished:
+        raise MixmagError(
+            "no finished pretraining run under runs/; run `python train.py pretrain --mask 0.5`, "
+            "or give --init random or --init none"
+        )
+    return max(finished, key=lambda path: path.stat().st_mtime).parent
 
 
 # ------------------------------------------------------------------------- measuring, export, curve
 
 
-def level_table(model, dataset, mean, compute, batch_size: int = 64) -> dict:
-    """predictor -> (K,) mean of 1 - cosine per magnification on the same removed tokens of every window of `dataset`: the model,
-    and what needs no network. A parent of 5x and children of 20x do not exist: nan there."""
-    geometry, sums = model.encoder.geometry, {}
+def check_finite(run: Run, recent: list, done: int) -> None:
+    """Raises MixmagError where the loss or the gradient of a recent step is not finite.
+
+    recent: (loss, norm of the gradient) of the last steps, the last one being `done`.
+    """
+    for step, (loss, norm) in enumerate(torch.stack(recent).tolist(), done - len(recent)):
+        if not math.isfinite(loss) or not (math.isfinite(norm) or run.machine.may_skip()):
+            raise MixmagError(
+                f"{run.folder}: at step {step} the loss is {loss:.4g} and the gradient's norm "
+                f"{norm:.4g}; run data.py verify, or try a smaller --lr; the last checkpoint stays"
+            )
+
+
+def note_pretraining(run: Run, step, sums: dict, rate, norm, magnifications, bar) -> None:
+    """One line of metrics: the sums of a step over all processes."""
+    total = {}
+    for name, value in sums.items():
+        total[name] = run.machine.sum(value.double().cpu())
+    of_level, count = total.pop("levels")
+    values = {name: value.item() for name, value in total.items()}
+    for magnification, loss in zip(magnifications, (of_level / count).tolist(), strict=True):
+        values[f"{magnification}x"] = loss
+    run.note(step=step, **values, rate=rate, norm=norm.item())
+    bar.set_postfix(loss=f"{values['loss']:.3f}")
+
+
+def held_out_losses(model, dataset, mean, machine, batch_size: int = 64) -> dict:
+    """predictor -> (K,) mean of 1 - cosine on the removed tokens of every window of `dataset`.
+
+    The model stands beside the predictions that need no network. There is no parent at the lowest
+    magnification and there are no children at the highest: NaN.
+    """
+    geometry = model.encoder.geometry
+    sums: dict = {}
     model.eval()
     for start in progress(range(0, len(dataset), batch_size), desc="held-out", leave=False):
-        batch = data.to_device(
-            dataset.__getitems__(range(start, min(start + batch_size, len(dataset)))),
-            compute.device,
-        )
-        x, removed, valid = batch["x"], batch["removed"], batch["valid"]
-        with torch.no_grad(), compute.autocast():
-            kept, cls, tokens = model.encode_kept(x, removed, valid)
-            predictions = {"model": model.decoder(cls, tokens, kept, removed, valid).float()}
-        predictions.update(
-            mixmag.trivial_predictions(geometry, x, removed, mean.to(compute.device), valid)
-        )
-        target = mixmag.take(x, removed).float()
+        indices = range(start, min(start + batch_size, len(dataset)))
+        batch = data.to_device(dataset.batch(indices), machine.device)
+        x = batch["x"]
+        removed = batch["removed"]
+        valid = batch["valid"]
+        with torch.no_grad(), machine.autocast():
+            out = mixmag.MaskedEmbeddingModel.forward(model, x, removed, valid)
+        predictions = mixmag.trivial_predictions(geometry, x, removed, mean, valid)
+        predictions["model"] = out.pred
+        target = mixmag.take(x, removed)
         for name, pred in predictions.items():
             total, count = mixmag.level_losses(geometry, pred, target, removed, valid)
             sums[name] = sums.get(name, 0) + torch.stack([total, count]).double().cpu()
     model.train()
     losses = {name: (total / count).tolist() for name, (total, count) in sums.items()}
-    losses["parent"][0] = losses["children"][-1] = math.nan
+    losses["parent"][0] = math.nan
+    losses["children"][-1] = math.nan
     return losses
 
 
 def markdown(titles: list, rows: list) -> str:
-    return "\n".join(
-        [
-            f"| {' | '.join(titles)} |",
-            "|---" * len(titles) + "|",
-            *(f"| {' | '.join(cells)} |" for cells in rows),
-        ]
-    )
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def format_levels(losses: dict, magnifications, least: dict | None) -> str:
-    """A Markdown table of `level_table`, the model last but for the least loss that a synthetic cohort allows."""
-    names = {
-        "mean": "mean embedding",
-        "shift": "mean + the region's common shift",
-        "parent": "visible parent",
-        "children": "visible children",
-        "neighbours": "visible neighbours",
-        "model": "**mixing encoder**",
-    }
-    rows = [(title, losses[name]) for name, title in names.items()]
+PREDICTORS = {
+    "mean": "mean embedding",
+    "shift": "mean + the region's common shift",
+    "parent": "visible parent",
+    "children": "visible children",
+    "neighbours": "visible neighbours",
+    "model": "**mixing encoder**",
+}
+
+
+def format_losses(losses: dict, magnifications, least: dict | None) -> str:
+    """A Markdown table of `held_out_losses`, with the least loss of a synthetic cohort."""
+    named = [(title, losses[name]) for name, title in PREDICTORS.items()]
     if least:
-        rows.append(("least possible (synthetic)", [least[str(m)] for m in magnifications]))
-    return markdown(
-        ["predictor of the removed tokens", *(f"{m}x" for m in magnifications), "all"],
-        [
-            [
-                title,
-                *(
-                    "-" if math.isnan(v) else f"{v:.3f}"
-                    for v in (*values, sum(values) / len(values))
-                ),
-            ]
-            for title, values in rows
-        ],
-    )
+        named.append(("least possible (synthetic)", [least[str(m)] for m in magnifications]))
+    rows = []
+    for title, values in named:
+        cells = [f"{v:.3f}" for v in (*values, sum(values) / len(values))]
+        rows.append([title, *cells])
+    titles = ["predictor of the removed tokens", *(f"{m}x" for m in magnifications), "all"]
+    return markdown(titles, rows).replace("nan", "-")
 
 
-def export_encoder(run: Run, encoder, slide, preset: str, seen: list) -> None:
-    """RUN/encoder: weights and config, which mixmag.load_encoder reads, and which slides it saw. The config comes last: its presence says that it
-    is whole."""
+def export_encoder(run: Run, encoder, slide, preset: str, train_ids, held_out_ids) -> None:
+    """RUN/encoder: weights, config, the slides it saw. config.json comes last: then it is whole."""
     folder = run.folder / "encoder"
+    state = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}
     with whole_file(folder / "model.safetensors") as temporary:
-        save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in encoder.state_dict().items()},
-            temporary,
-        )
-    write_csv(folder / "slides.csv", ("slide_id", "role"), seen)
-    write_json(
-        folder / "config.json",
-        {
-            "model": encoder.config.to_dict(),
-            "tile_encoder": slide.meta["encoder"],
-            "preset": preset,
-            "licence": "the terms of the tile encoder's outputs pass on to these weights (Virchow2: CC-BY-NC-ND 4.0)",
-        },
-    )
+        save_file(state, temporary)
+    roles = [(i, "train") for i in train_ids] + [(i, "held-out") for i in held_out_ids]
+    data.write_csv(folder / "slides.csv", ("slide_id", "role"), roles)
+    facts = {
+        "model": encoder.config.to_dict(),
+        "tile_encoder": slide.meta["encoder"],
+        "preset": preset,
+        "licence": "the terms of the tile encoder's outputs hold for these weights too "
+        "(Virchow2: CC-BY-NC-ND 4.0)",
+    }
+    data.write_json(folder / "config.json", facts)
 
 
-def finish_pretraining(run: Run, model, path, held_ids, directions, args, facts: dict) -> None:
-    """Measure on the held-out slides beside what needs no network, draw the curve, write result.json."""
-    config, cohort, losses = model.config, data.synthetic_facts(path), None
-    least, data_words = cohort.get("least_mem_loss"), "synthetic cohort" if cohort else str(path)
-    if held_ids:
-        held = data.RegionDataset(
-            data.read_slides(path, held_ids),
-            config.geometry(),
-            args.seed,
-            args.mask,
+def encoder_folder(run) -> Path:
+    """The exported encoder of a run, or the folder itself where it is one."""
+    for folder in (Path(run) / "encoder", Path(run)):
+        if (folder / "model.safetensors").exists() and (folder / "config.json").exists():
+            if "kind" in data.read_json(folder / "config.json"):
+                raise MixmagError(f"{folder} is a fine-tuning run; give a pretraining run")
+            return folder
+    raise MixmagError(f"{run}: no exported encoder; the run may not be finished")
+
+
+def read_encoder(run, slide) -> mixmag.MixingEncoder:
+    """The pretrained encoder of a run. Raises MixmagError where it does not fit the slide."""
+    folder = encoder_folder(run)
+    try:
+        encoder = mixmag.load_encoder(folder)
+        tile_encoder = data.read_json(folder / "config.json")["tile_encoder"]
+    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise MixmagError(f"{folder}: {' '.join(str(error).split())}") from None
+    check_same_encoder(folder, tile_encoder, encoder.config, slide)
+    return encoder
+
+
+def check_same_encoder(run, tile_encoder: str, config: mixmag.Config, slide) -> None:
+    """Refuse a model that was trained on other embeddings than the slide's."""
+    trained_on = (tile_encoder, config.dim, config.magnifications)
+    found = (slide.meta["encoder"], slide.dim, tuple(slide.meta["magnifications"]))
+    if trained_on != found:
+        raise MixmagError(f"{run} was trained on {trained_on}, the slides hold {found}")
+
+
+def finish_pretraining(
+    config, run: Run, model, directions, held_out_ids: list, steps: int, seconds: float
+) -> None:
+    """Measure the loss on held-out slides, draw the curve, write SUMMARY.md and result.json."""
+    folder = Path(config.data)
+    cohort = data.synthetic_facts(folder)
+    least = cohort.get("least_mem_loss")
+    title = "synthetic cohort" if cohort else str(folder)
+    magnifications = model.config.magnifications
+    losses: dict = {}
+    if held_out_ids:
+        held_out = data.RegionDataset(
+            data.read_slides(folder, held_out_ids),
+            model.config.geometry(),
+            config.seed,
+            config.mask,
             stride=config.region,
-            min_cover=args.min_cover,
+            min_cover=config.min_cover,
             turn=False,
         )
-        if len(held):
-            losses = level_table(model, held, directions, run.compute)
-    text = (
-        format_levels(losses, config.magnifications, least)
-        if losses
-        else "no held-out window: the loss was not measured on unseen slides"
-    )
-    write_text(
-        run.folder / "SUMMARY.md",
-        f"# {run.folder.name}: loss (1 - cosine) on held-out slides, {data_words}\n\n{text}\n",
-    )
-    draw_pretraining(run, losses, config.magnifications, least, data_words)
-    plain = (
-        {name: [None if math.isnan(v) else v for v in values] for name, values in losses.items()}
-        if losses
-        else None
-    )
-    data.seal(
-        run.folder, RUN_FILES, "result.json", {"kind": "pretrain", **facts, "held_out": plain}
-    )
+        if len(held_out):
+            losses = held_out_losses(
+                model, held_out, directions.to(run.machine.device), run.machine
+            )
+    text = "no held-out window: the loss was not measured on unseen slides"
+    if losses:
+        text = format_losses(losses, magnifications, least)
+    heading = f"# {run.folder.name}: loss (1 - cosine) on held-out slides, {title}"
+    data.write_text(run.folder / "SUMMARY.md", f"{heading}\n\n{text}\n")
+    draw_curve(run, losses, magnifications, least, title)
+    plain = {}
+    for name, values in losses.items():
+        plain[name] = [None if math.isnan(v) else v for v in values]
+    result = {"kind": "pretrain", "steps": steps, "seconds": round(seconds, 1)}
+    data.write_json(run.folder / "result.json", {**result, "held_out": plain or None})
     print(text)
 
 
-def plot(width=6.4, height=3.6, **grid):
-    """A figure and its axis, or its grid of them; matplotlib is imported where something is drawn."""
+def plot(width: float = 6.4, height: float = 3.6, **grid):
+    """A figure and its axis, or its grid of axes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -1585,32 +1306,22 @@ def save_figure(figure, path) -> None:
     pyplot.close(figure)
 
 
-def draw_pretraining(run: Run, losses, magnifications, least, data_words: str) -> None:
-    """RUN/curve.png: the loss of each magnification over the steps, and where the trivial predictors and the noise lie."""
-    lines = [json.loads(line) for line in run.metrics.read_text("utf-8").splitlines()]
+def draw_curve(run: Run, losses: dict, magnifications, least: dict | None, title: str) -> None:
+    """RUN/curve.png: the loss of each magnification, and the predictors that need no network."""
+    lines = [json.loads(line) for line in run.metric_lines()]
+    steps = [line["step"] for line in lines]
     figure, axis = plot()
     for m in magnifications:
-        pairs = [(line["step"], line[f"{m}x"]) for line in lines if line[f"{m}x"] is not None]
-        axis.plot(*zip(*pairs), lw=1, label=f"{m}x, training batches")
-    if losses:
-        for name, style, title in (
-            ("mean", ":", "mean embedding"),
-            ("shift", "-.", "mean + common shift"),
-            ("neighbours", "--", "visible neighbours"),
-            ("model", "-", "mixing encoder"),
-        ):
-            axis.axhline(
-                np.mean(losses[name]), color="black", ls=style, lw=1, label=f"{title}, held out"
-            )
+        axis.plot(steps, [line[f"{m}x"] for line in lines], lw=1, label=f"{m}x, training batches")
+    for name, style in {"mean": ":", "shift": "-.", "neighbours": "--", "model": "-"}.items():
+        if losses:
+            label = f"{PREDICTORS[name].strip('*')}, held out"
+            axis.axhline(np.mean(losses[name]), color="black", ls=style, lw=1, label=label)
     if least:
-        axis.axhline(
-            np.mean(list(least.values())), color="grey", lw=3, alpha=0.4, label="least possible"
-        )
-    axis.set(
-        xlabel="optimizer step",
-        ylabel="1 - cosine at removed tokens",
-        title=f"{run.folder.name}, {data_words}",
-    )
+        bound = np.mean(list(least.values()))
+        axis.axhline(bound, color="grey", lw=3, alpha=0.4, label="least possible")
+    axis.set(xlabel="optimizer step", ylabel="1 - cosine at removed tokens")
+    axis.set_title(f"{run.folder.name}, {title}")
     axis.legend(fontsize=7, frameon=False, ncols=2)
     save_figure(figure, run.folder / "curve.png")
 
@@ -1619,643 +1330,435 @@ def draw_pretraining(run: Run, losses, magnifications, least, data_words: str) -
 
 
 def read_classifier(folder) -> tuple[mixmag.SlideClassifier, dict]:
-    """The fine-tuned model of a run and its config."""
-    folder = Path(folder)
-    if not (folder / "result.json").exists() or not (folder / "model.safetensors").exists():
-        raise MixmagError(
-            f"{folder}: not a finished fine-tuning run (result.json and model.safetensors are wanted)"
-        )
+    """The model of a finished fine-tuning run, and the run's config."""
+    config = data.read_json(Path(folder) / "config.json")
     try:
-        config = data.read_json(folder / "config.json")
-        model_settings = mixmag.Config.from_dict(config["model"])
-        encoder = None if config["init"] == "none" else mixmag.MixingEncoder(model_settings)
-        model = mixmag.SlideClassifier(
-            model_settings, encoder, config["tokens"], config["magnification"], config["hidden"]
-        )
-        model.load_state_dict(mixmag.read_safetensors(folder / "model.safetensors"), strict=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise MixmagError(
-            f"{folder}: not a whole fine-tuning run of this version ({' '.join(str(error).split())})"
-        ) from None
+        model_config = mixmag.Config.from_dict(config["model"])
+        encoder = None
+        if config["init"] != "none":
+            encoder = mixmag.MixingEncoder(model_config)
+        settings = {name: config[name] for name in ("tokens", "magnification", "hidden")}
+        model = mixmag.SlideClassifier(model_config, encoder, outputs=OUTCOME.outputs, **settings)
+        model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise MixmagError(f"{folder}: not a finished fine-tuning run ({reason})") from None
     return model.eval(), config
 
 
-def open_run(args, ids, failed: list | None = None) -> tuple:
-    """A fine-tuned run and the slides `ids` (None: all) of DATA (None: the run's), each a case of its own -> model, the run's config, data set,
-    machine. failed: as in data.read_slides."""
-    model, config = read_classifier(args.run)
-    folder = args.data or config["data"]
-    compute = machine(SimpleNamespace(device=args.device, amp=config["amp"]), model.config.width)
-    slides = {s.slide_id: s for s in data.read_slides(folder, ids, failed)}
-    check_same_encoder(args.run, config["tile_encoder"], model.config, next(iter(slides.values())))
-    cases = [data.Case(i, 0, "", [i]) for i in slides]
-    dataset = data.CaseDataset(
-        slides, cases, model.config.geometry(), model.index, config["min_cover"]
-    )
-    return model.to(compute.device), config, dataset, compute
+def one_case_per_slide(model, slides: list, min_cover: float) -> data.CaseDataset:
+    by_id = {slide.slide_id: slide for slide in slides}
+    cases = [data.Case(slide_id, 0, "", [slide_id]) for slide_id in by_id]
+    return data.CaseDataset(by_id, cases, model.config.geometry(), model.index, min_cover)
 
 
-def predict_command(args) -> int:
-    failed = []
-    model, config, dataset, compute = open_run(args, args.slides, failed)
-    scores = score_cases(
-        model, dataset, compute, 1
-    )  # one slide at a time: memory is that of the largest
-    out = Path(args.out or Path(args.run) / "predict.csv")
-    scored = [(case.case_id, float(s[0])) for case, s in zip(dataset.cases, scores)]
-    failed += [(i, "predict", "no cells, or no valid token") for i in dataset.dropped]
-    failed += [
-        (i, "predict", f"the score is {s}; data.py verify says which features are not finite")
-        for i, s in scored
-        if not math.isfinite(s)
-    ]
-    scored = [(i, s) for i, s in scored if math.isfinite(s)]
-    write_csv(out, ("slide_id", "score"), scored)
-    listed = out.with_name(f"{out.stem}-failed.csv")
-    print(
-        f"{len(scored)} slides scored in {out}{dataset.left_out}"
-        + (
-            f"; {len(failed)} could not be, see {listed}: {', '.join(i for i, *_ in failed[:5])}"
-            if failed
-            else ""
-        )
-    )
-    return report_failed(listed, failed)
+def open_run(run, folder, slide_ids, device: str, failed: list | None = None) -> tuple:
+    """A run's model and config, a data set of slides without labels, and the machine.
+
+    folder: DATA, or None for the run's. slide_ids: None for all. failed: as in data.read_slides.
+    """
+    model, config = read_classifier(run)
+    machine = start_machine(device, config["amp"], model.config.width)
+    slides = data.read_slides(folder or config["data"], slide_ids, failed)
+    check_same_encoder(run, config["tile_encoder"], model.config, slides[0])
+    dataset = one_case_per_slide(model, slides, config["min_cover"])
+    return model.to(machine.device), config, dataset, machine
 
 
-def output_boxes(meta: dict, geometry, tokens: str, index, corners: np.ndarray) -> tuple:
-    """Where the outputs of windows lie, corners (W, 2) in cells -> level (n,), side (n,) in level-0 px, place (W, n, 2) col, row on the lattice of
-    that side, and box (W, n, 4) left, top, right, bottom in level-0 px, int64: each edge is computed from the lattice's origin and rounded
-    once, so that neighbours share it. n counts the tokens in `index`; `cls` has one output per region, of level 0 and R cells' side."""
-    if tokens == "cls":
-        level, side, place = (
-            np.zeros(1, np.int64),
-            np.full(1, geometry.region * meta["cell_px"]),
-            corners[:, None] // geometry.region,
-        )
-    else:
-        level, row, col = geometry.token_table().numpy()[index].T
-        side, place = (
-            meta["cell_px"] / 2.0**level,
-            corners[:, None] * 2 ** level[:, None] + np.stack([col, row], axis=1),
-        )
-    edges = [np.round(np.array(meta["origin"]) + (place + i) * side[:, None]) for i in (0, 1)]
-    return level, side, place, np.concatenate(edges, axis=-1).astype(np.int64)
+def predict(run, folder, slides=None, out=None, device: str = "auto") -> int:
+    """Score slides, each by itself, and write a CSV of slide_id and score."""
+    failed: list = []
+    model, _, dataset, machine = open_run(run, folder, slides, device, failed)
+    for slide_id in dataset.dropped:
+        failed.append((slide_id, "predict", "no cells, or no valid token"))
+    rows = []
+    scores = score_cases(model, dataset, machine, 1)  # one by one: memory for the largest slide
+    for case, (score,) in zip(dataset.cases, scores, strict=True):
+        if math.isfinite(score):
+            rows.append((case.case_id, score))
+        else:
+            reason = f"its score is {score}; data.py verify finds features that are not finite"
+            failed.append((case.case_id, "predict", reason))
+    path = Path(out or Path(run) / "predict.csv")
+    data.write_csv(path, ("slide_id", "score"), rows)
+    print(f"{len(rows)} slides scored in {path}, {len(failed)} failed{dataset.uncovered}")
+    return data.report_failed(path.with_name(f"{path.stem}-failed.csv"), failed)
 
 
-def output_files(args, slide, region: int) -> list[tuple]:
-    """(magnification, tile side in px, path) of a slide's feature files, one per magnification (`cls`: one), in folders as TRIDENT or CLAM
-    name them."""
-    meta, name = slide.meta, f"mixmag_{args.tokens}"
-    sizes = [(m, meta["tile_px"]) for m in meta["magnifications"]]
-    if args.tokens == "cls":
-        sizes = [(meta["magnifications"][0], region * meta["tile_px"])]
-    inside = f"features_{name}" if args.layout == "trident" else f"{name}/h5_files"
-    return [
-        (m, px, Path(args.out) / f"{m}x_{px}px_0px_overlap" / inside / f"{slide.slide_id}.h5")
-        for m, px in sizes
-    ]
+@dataclass
+class OutputPlaces:
+    """Where the T outputs of a slide lie: its valid tokens, or its regions for `cls`."""
+
+    slide: data.Slide
+    labels: list[str]  # names of the magnifications; "regions" for `cls`
+    window: np.ndarray  # (T,)
+    region: np.ndarray  # (T, 2) the window's col, row on the lattice of regions
+    token: np.ndarray  # (T,) which of the window's outputs
+    k: np.ndarray  # (T,) index of the magnification
+    side: np.ndarray  # (T,) level-0 px, not rounded
+    place: np.ndarray  # (T, 2) col, row on the lattice of this side
+    box: np.ndarray  # (T, 4) left, top, right, bottom in level-0 px, rounded
 
 
-def pt_files(targets: list, args) -> list[Path]:
-    """What CLAM's main.py reads, in its layout."""
-    return (
-        [path.parents[1] / "pt_files" / f"{path.stem}.pt" for *_, path in targets]
-        if args.layout == "clam"
-        else []
-    )
+def output_places(model, dataset, slide_id: str) -> OutputPlaces:
+    """In the order in which a model pools the outputs: window by window."""
+    R = model.config.region
+    slide = dataset.slides[slide_id]
+    rows = dataset.rows.get(slide_id, np.zeros((0, R * R), np.int64))  # of slide.cells
+    corners = dataset.corners.get(slide_id, np.zeros((0, 2), np.int64))  # in cells
+    _, valid = data.token_index(slide, rows, dataset.entries)  # (W, n)
+    outputs = model.config.geometry().token_table()[model.index.cpu()].numpy()  # (n, 3)
+    labels = [f"{m}x" for m in slide.meta["magnifications"]]
+    cells = 1  # per side of an output at the lowest magnification
+    if model.tokens == "cls":
+        valid = np.ones((len(corners), 1), bool)
+        outputs = np.zeros((1, 3), np.int64)
+        labels = ["regions"]
+        cells = R
+    window, token = valid.nonzero()
+    k, row, col = outputs[token].T
+    side = cells * slide.meta["cell_px"] / 2.0**k
+    place = corners[window] // cells * 2 ** k[:, None] + np.stack([col, row], axis=1)
+    # each edge is computed from the lattice's origin and rounded once, so neighbours share it
+    start = slide.meta["origin"] + place * side[:, None]
+    end = slide.meta["origin"] + (place + 1) * side[:, None]
+    box = np.concatenate([start, end], axis=1).round().astype(np.int64)
+    return OutputPlaces(slide, labels, window, corners[window] // R, token, k, side, place, box)
 
 
-def rows_before(paths, made_by: dict) -> list[int] | None:
-    """How many rows each file holds, None if one is missing. Raises MixmagError where one was made by other means."""
-    import h5py  # wanted only where other tools' files are written
+def embed(
+    init, out, folder=DEFAULT_DATA, tokens="cls", slides=None, min_cover=0.5, device="auto"
+) -> int:
+    """Write an encoder's outputs as HDF5 files in TRIDENT's shape, for other tools to read.
 
-    counts = []
-    for path in paths:
-        if path.exists():
-            try:
-                with h5py.File(path) as f:
-                    found = {k: f["features"].attrs.get(k) for k in made_by}
-                    counts.append(len(f["features"]))
-            except (OSError, KeyError) as error:
-                raise MixmagError(
-                    f"{path}: is no file of embeddings ({error}); remove it, or give another --out"
-                ) from None
-            if found != made_by:
-                raise OtherSettings(
-                    f"{path} was made with {found}, now asked for {made_by}; give another --out"
-                )
-    return counts if len(counts) == len(paths) else None
-
-
-def open_output(
-    files: ExitStack,
-    target: tuple,
-    slide,
-    side: float,
-    coords: np.ndarray,
-    width: int,
-    made_by: dict,
-):
-    """A file in TRIDENT's shape: coords (N, 2) int64, level-0 top-left corners, with the attributes that readers look for, and, returned to be
-    filled, features (N, width) float32. In TRIDENT's layout the coordinates also stand in patches/, where torchmil looks for them."""
-    import h5py
-
-    (magnification, px, path), meta, power = target, slide.meta, 10 / slide.meta["mpp"]
-    off = (
-        px
-        / meta["tile_px"]
-        * abs(meta["tile_px"] * round(power) / meta["magnifications"][0] - meta["cell_px"])
-    )
-    power = (
-        round(power) if off < 1 else power
-    )  # so that the attributes agree, alike in all of a slide's files
-    attributes = {
-        "patch_size": px,
-        "patch_size_level0": round(side),
-        "level0_magnification": power,
-        "target_magnification": magnification,
-        "overlap": 0,
-        "name": slide.slide_id,
-        "level0_width": meta["width"],
-        "level0_height": meta["height"],
-    }
-    patches = path.parents[1] / "patches" / f"{slide.slide_id}_patches.h5"
-    if patches.exists():
-        with h5py.File(patches) as f:
-            if "coords" not in f or not np.array_equal(f["coords"][:], coords):
-                raise MixmagError(
-                    f"{patches} holds other coordinates (another tool's, or those of another --min-cover); give another --out"
-                )
-    for place in (path,) if path.parent.name == "h5_files" else (patches, path):
-        f = files.enter_context(h5py.File(files.enter_context(whole_file(place)), "w"))
-        f.create_dataset("coords", data=coords).attrs.update(
-            attributes, savetodir=str(place.parent)
-        )
-    features = f.create_dataset("features", (len(coords), width), np.float32)
-    features.attrs.update(name=slide.slide_id, savetodir=str(path.parent), **made_by)
-    return features
-
-
-def embed_slide(encoder, slide, targets, args, made_by: dict, compute) -> list[int]:
-    """Write one slide's outputs, 64 regions at a time; how many rows each file holds. `cls`: one file, a row per region; `patch`: one file per
-    magnification, a row per valid tile."""
-    geometry = encoder.geometry
-    rows, corners = data.covering_windows(slide.cells, geometry.region, args.min_cover)
-    entries = geometry.cell_order().numpy()
-    keep = data.token_index(slide, rows, entries)[1]
-    keep = keep if args.tokens == "patch" else keep.any(axis=1, keepdims=True)
-    level, side, _, box = output_boxes(slide.meta, geometry, args.tokens, slice(None), corners)
-    width = encoder.config.width * (encoder.config.cls_tokens if args.tokens == "cls" else 1)
-    data.require_room(
-        Path(args.out), 4 * width * int(keep.sum())
-    )  # HDF5 does not survive a disk that gets full
-    with ExitStack() as files:
-        columns, counts = [level == k for k in range(len(targets))], [0] * len(targets)
-        outputs = [
-            open_output(
-                files, target, slide, side[c][0], box[:, c][keep[:, c]][:, :2], width, made_by
-            )
-            for target, c in zip(targets, columns)
-        ]
-        for i in range(0, len(rows), 64):
-            x, valid = data.as_batch(*data.gather(slide, rows[i : i + 64], entries), compute.device)
-            with torch.inference_mode(), compute.autocast():
-                cls, contextual = encoder(x, valid=valid)
-            made = (
-                (cls.flatten(1)[:, None] if args.tokens == "cls" else contextual)
-                .float()
-                .cpu()
-                .numpy()
-            )  # (w, n or 1, d)
-            if not np.isfinite(made[keep[i : i + 64]]).all():
-                raise MixmagError(
-                    f"{slide.path}: its outputs are not finite; data.py verify says which features are not"
-                )
-            for k, c in enumerate(columns):
-                part = made[:, c][keep[i : i + 64, c]]
-                outputs[k][counts[k] : counts[k] + len(part)] = part
-                counts[k] += len(part)
-        for path, features in zip(pt_files(targets, args), outputs):
-            with (
-                whole_file(path) as temporary,
-                open(temporary, "wb") as f,
-            ):  # not by its name, which torch would write, too
-                torch.save(torch.from_numpy(features[:]), f)
-    return counts
-
-
-def embed_command(args) -> int:
-    """What an earlier start wrote with the same encoder from the same slides stays; files made by other means are refused."""
-    empty, failed, totals, used, there_are = [], [], 0, 0, 0
-    slides = data.read_slides(ensure_data(args.data), args.slides, failed)
-    encoder = read_encoder(args.init, slides)
+    What an earlier start wrote with the same encoder, of the same slide, stays.
+    """
+    failed: list = []
+    found = data.read_slides(ensure_data(folder), slides, failed)
+    encoder = read_encoder(init, found[0])
+    machine = start_machine(device, width=encoder.config.width)
+    model = mixmag.SlideClassifier(encoder.config, encoder, tokens).eval().to(machine.device)
+    dataset = one_case_per_slide(model, found, min_cover)
     made_by = {
-        "encoder": f"mixmag_{args.tokens}",
-        "mixmag_encoder_sha256": data.file_sha256(encoder_folder(args.init) / "model.safetensors"),
-        "mixmag_min_cover": args.min_cover,
+        "encoder": f"mixmag_{tokens}",
+        "mixmag_encoder_sha256": data.file_sha256(encoder_folder(init) / "model.safetensors"),
+        "mixmag_min_cover": min_cover,
     }
-    compute, R = machine(args, encoder.config.width), encoder.geometry.region
-    encoder.to(compute.device)
-    for slide in progress(slides, desc="embed"):
-        targets, by = (
-            output_files(args, slide, R),
-            {**made_by, "mixmag_slide_sha256": slide.meta["sha256"]},
-        )
+    counts = []
+    for slide in progress(found, desc="embed"):
         try:
-            counts = rows_before([path for *_, path in targets], by)
-            if counts is None or not all(map(Path.exists, pt_files(targets, args))):
-                counts = embed_slide(encoder, slide, targets, args, by, compute)
+            counts.append(embed_slide(model, dataset, slide, Path(out), made_by, machine))
         except OtherSettings:
             raise
-        except (MixmagError, OSError) as error:
+        except MixmagError as error:
             failed.append((slide.slide_id, "embed", str(error)))
             log(f"{slide.slide_id}: FAILED: {error}")
-            continue
-        totals, there_are = np.add(totals, counts), there_are + len(slide.cells)
-        used += (data.covering_windows(slide.cells, R, args.min_cover)[0] >= 0).sum()
-        empty += [slide.slide_id] * (not sum(counts))
-    units = (
-        ["regions"] if args.tokens == "cls" else [f"at {m}x" for m in encoder.config.magnifications]
-    )
-    shown = ", ".join(f"{n} {unit}" for n, unit in zip(np.atleast_1d(totals), units))
+    empty = ""
+    if dataset.dropped:
+        empty = f"; no tissue, so no rows, in {', '.join(dataset.dropped[:5])}"
+    rows = {"patch": "tiles", "cls": "regions"}[tokens]
     print(
-        f"{len(slides) - sum(stage == 'embed' for _, stage, _ in failed)} slides, {args.tokens} outputs in {args.out}: {shown}"
-        + (
-            f"; {len(empty)} slides have no tissue, so their files hold no rows: "
-            f"{', '.join(empty[:5])}"
-            if empty
-            else ""
-        )
-        + (f"; {len(failed)} failed, see {args.out}/failed.csv" if failed else "")
-        + data.describe_uncovered(used, there_are)
+        f"{len(counts)} slides, {tokens} outputs of {sum(counts)} {rows} in {out}, "
+        f"{len(failed)} failed{empty}{dataset.uncovered}"
     )
-    return report_failed(Path(args.out) / "failed.csv", failed)
+    return data.report_failed(Path(out) / "failed.csv", failed)
+
+
+def embed_slide(model, dataset, slide, out: Path, made_by: dict, machine) -> int:
+    """Write a file per magnification, or one for `cls`. Returns how many outputs there are."""
+    made_by = {**made_by, "mixmag_slide_sha256": slide.meta["sha256"]}
+    files = output_files(out, model, slide.meta)
+    places = output_places(model, dataset, slide.slide_id)
+    written = [is_written(path, made_by) for path, _ in files]
+    if all(written):
+        return len(places.k)
+    outputs = encode_slide(model, dataset, slide, machine)[places.window, places.token]  # (T, d)
+    if not np.isfinite(outputs).all():
+        raise MixmagError(f"{slide.path}: its outputs are not finite; see data.py verify")
+    for k, (path, attributes) in enumerate(files):
+        here = places.k == k
+        write_outputs(path, outputs[here], places.box[here, :2], {**attributes, **made_by})
+    return len(places.k)
+
+
+def encode_slide(model, dataset, slide, machine) -> np.ndarray:
+    """(W, n or 1, d) float32: the outputs of all windows."""
+    if slide.slide_id in dataset.dropped:
+        return np.zeros((0, 1, model.head.in_features), np.float32)
+    x, valid = data.gather(slide, dataset.rows[slide.slide_id], dataset.entries)
+    with torch.inference_mode(), machine.autocast():
+        h = model.encode_chunks(*data.as_batch(x, valid, machine.device))
+    return h.float().cpu().numpy()
+
+
+def output_files(out: Path, model, meta: dict) -> list[tuple[Path, dict]]:
+    """The files of a slide and the attributes of their data sets, both as TRIDENT has them."""
+    sizes = dict.fromkeys(meta["magnifications"], meta["tile_px"])
+    if model.tokens == "cls":
+        sizes = {meta["magnifications"][0]: model.config.region * meta["tile_px"]}
+    files = []
+    for magnification, px in sizes.items():
+        folder = out / f"{magnification}x_{px}px_0px_overlap" / f"features_mixmag_{model.tokens}"
+        attributes = {
+            "patch_size": px,
+            "patch_size_level0": round(px * 10 / (magnification * meta["mpp"])),
+            "level0_magnification": 10 / meta["mpp"],
+            "target_magnification": magnification,
+            "overlap": 0,
+            "name": meta["slide_id"],
+            "savetodir": str(folder),
+            "level0_width": meta["width"],
+            "level0_height": meta["height"],
+        }
+        files.append((folder / f"{meta['slide_id']}.h5", attributes))
+    return files
+
+
+def is_written(path: Path, made_by: dict) -> bool:
+    """Whether an earlier start wrote this file. OtherSettings where it was made otherwise."""
+    if not path.exists():
+        return False
+    try:
+        with h5py.File(path) as file:
+            found = {name: file["features"].attrs.get(name) for name in made_by}
+    except (OSError, KeyError) as error:
+        log(f"{path} is damaged and written anew ({error})")
+        return False
+    if found != made_by:
+        raise OtherSettings(f"{path} was made with {found}, not {made_by}; give another --out")
+    return True
+
+
+def write_outputs(path: Path, features, coords, attributes: dict) -> None:
+    """features (N, d) float32 and coords (N, 2) int64, the level-0 corners."""
+    content = io.BytesIO()  # HDF5 itself would end the process where the disk gets full
+    with h5py.File(content, "w") as file:
+        file.create_dataset("coords", data=coords).attrs.update(attributes)
+        file.create_dataset("features", data=features).attrs.update(attributes)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 # ------------------------------------------------------------------------------------------ heatmap
 
+REMARK = "attention says what the model weighed in its sum, not why: it is no evidence of causality"
+COLOURS = ("tab:cyan", "yellow", "black", "white")  # of the magnifications' tiles
 
-def attention_table(model, dataset, compute) -> tuple[SimpleNamespace, float]:
-    """The only slide of `dataset` through the model -> what it pooled, in its own order, and the slide's score. Arrays of length T: level, side,
-    place (T, 2), box (T, 4) as in `places`; window, region (T, 2) its place; weight, which sums to 1; rank, the share of the slide's weights of the
-    same level that are no larger (ties share their mean); and .cells, (T, R*R) rows of slide.cells that each one's region holds, or -1."""
-    (case,), geometry, cls = dataset.cases, model.config.geometry(), model.tokens == "cls"
-    slide, batch = (
-        dataset.slides[case.case_id],
-        data.to_device(dataset.__getitems__([0]), compute.device),
-    )
-    with torch.no_grad(), compute.autocast():
+
+@dataclass
+class AttentionTable(OutputPlaces):
+    """What a model pooled of a slide, in its order, and with what weight."""
+
+    weight: np.ndarray  # (T,) sums to 1
+    rank: np.ndarray  # (T,) share of the magnification's weights that are no larger
+
+    def outlines(self) -> np.ndarray:
+        """(T, 5, 2): a closed polygon around each box, level-0 px."""
+        return self.box[:, [0, 1, 2, 1, 2, 3, 0, 3, 0, 1]].reshape(-1, 5, 2)
+
+
+def attention_table(model, dataset, machine) -> tuple[AttentionTable, float]:
+    """The attention over the only slide of `dataset`, and the slide's score."""
+    batch = data.to_device(dataset.batch([0]), machine.device)
+    with torch.no_grad(), machine.autocast():
         logit, attention = model(batch["x"], batch["regions"], batch["valid"])
-    rows, corners = dataset.rows[case.case_id], dataset.corners[case.case_id]
-    level, side, place, box = output_boxes(
-        slide.meta, geometry, model.tokens, model.index.cpu().numpy(), corners
-    )
-    keep = (
-        np.ones((len(rows), 1), bool) if cls else data.token_index(slide, rows, dataset.entries)[1]
-    )
-    window, token = keep.nonzero()  # window by window, as the model pools them
-    weight, rank, level = attention.double().cpu().numpy(), np.empty(len(window)), level[token]
+    places = output_places(model, dataset, dataset.cases[0].case_id)
+    weight = attention.double().cpu().numpy()
     if not np.isfinite(weight).all():
+        raise MixmagError(f"{places.slide.path}: its attention is not finite; see data.py verify")
+    rank = np.empty(len(weight))
+    for k in np.unique(places.k):
+        here = places.k == k
+        rank[here] = stats.rankdata(weight[here]) / here.sum()  # equal weights share their mean
+    return AttentionTable(**vars(places), weight=weight, rank=rank), OUTCOME.score(logit).item()
+
+
+def write_attention(path, table: AttentionTable, magnifications: list) -> None:
+    """A CSV with a row per token. magnifications: the name of each."""
+    columns = {
+        "magnification": [magnifications[k] for k in table.k],
+        "col": table.place[:, 0],
+        "row": table.place[:, 1],
+        "x": table.box[:, 0],
+        "y": table.box[:, 1],
+        "side": table.side,
+        "region_col": table.region[:, 0],
+        "region_row": table.region[:, 1],
+        "attention": table.weight,
+        "rank": table.rank,
+    }
+    data.write_csv(path, columns, zip(*columns.values(), strict=True))
+
+
+def qupath_features(table: AttentionTable, k: int, run: str, offset) -> dict:
+    """GeoJSON that QuPath shows as detections: a rectangle per token, coloured by its rank.
+
+    offset (x, y) is subtracted, because QuPath counts pixels from the corner of a slide's bounds.
+    """
+    import matplotlib
+
+    label = table.labels[k]
+    outlines = table.outlines() - np.array(offset)
+    colours = (255 * matplotlib.colormaps["inferno"](table.rank)[:, :3]).round().astype(int)
+    features = []
+    for i in np.flatnonzero(table.k == k):
+        name = f"{label} {table.place[i, 0]}, {table.place[i, 1]}"
+        unique = f"mixmag:{run}:{table.slide.slide_id}:{name}"  # equal runs give equal ids
+        measurements = {"attention": table.weight[i].item(), "attention rank": table.rank[i].item()}
+        feature = {
+            "type": "Feature",
+            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, unique)),
+            "geometry": {"type": "Polygon", "coordinates": [outlines[i].tolist()]},
+            "properties": {
+                "objectType": "detection",
+                "name": name,
+                "color": colours[i].tolist(),
+                "classification": {"name": f"mixmag {label}", "color": [128, 128, 128]},
+                "measurements": measurements,
+            },
+        }
+        features.append(feature)
+    metadata = {"run": run, "bounds_subtracted": list(offset), "remark": REMARK}
+    return {"type": "FeatureCollection", "features": features, "metadata": metadata}
+
+
+def check_same_image(reader, table: AttentionTable) -> None:
+    """Refuse an image that is not the slide's. Files of some tools do not say the slide's size."""
+    meta = table.slide.meta
+    stated = (meta["width"], meta["height"])
+    last = table.box[:, :2].max(axis=0)
+    differs = meta.get("size_known", True) and reader.size != stated
+    if differs or (last >= reader.size).any():
         raise MixmagError(
-            f"{slide.path}: the attention is not finite; data.py verify says which features are not"
+            f"--image {reader.path} has {reader.size} pixels, but {meta['slide_id']} has {stated} "
+            f"and tiles up to {last.tolist()}: not the same slide, or imported with another --mpp"
         )
-    for k in np.unique(level):
-        rank[level == k] = stats.rankdata(weight[level == k]) / (level == k).sum()
-    return SimpleNamespace(
-        level=level,
-        side=side[token],
-        place=place[keep],
-        box=box[keep],
-        window=window,
-        region=corners[window] // geometry.region,
-        weight=weight,
-        rank=rank,
-        cells=rows[window],
-    ), float(torch.sigmoid(logit.double()))
 
 
-def slide_picture(reader, box, width: int) -> np.ndarray:
-    """(h, width, 3) uint8 of a box of a slide, in level-0 px, over white; read in bands, so that memory does not grow with the slide."""
-    left, top, right, bottom = box
-    height, level = (
-        max(1, round(width * (bottom - top) / (right - left))),
-        reader.level_for((right - left) / width),
+def slide_picture(reader) -> np.ndarray:
+    """(h, w) grey: the whole slide, in a size that makes its bounds 1600 pixels long."""
+    downsample = max(reader.bounds[2:]) / 1600
+    picture, unread = data.thumbnail(reader, data.TISSUE_UM / downsample)
+    picture[unread] = 128
+    if unread.any():
+        log(f"{reader.path}: {unread.mean():.1%} of it cannot be read and is drawn grey")
+    return picture.mean(axis=2)
+
+
+def draw_attention(path, table: AttentionTable, k: int, picture, size, bounds, title: str) -> None:
+    """A map of magnification k: the rank of each token, in its place on a slide of `size`.
+
+    picture: of the whole slide, or None. bounds: what is shown. Nothing is smoothed.
+    """
+    from matplotlib.collections import PolyCollection
+
+    um = table.slide.meta["mpp"]  # the axes are in um, for the scale bar
+    left, top, width, height = np.array(bounds) * um
+    inches = 7 / max(width, height)
+    figure, axis = plot(max(5, inches * width + 1.2), inches * height + 1)
+    if picture is not None:  # pale, so that the colours keep their meaning
+        extent = (0, size[0] * um, size[1] * um, 0)
+        axis.imshow(picture, cmap="gray", vmin=-255, vmax=255, extent=extent)
+    here = table.k == k
+    shapes = table.outlines()[here] * um
+    squares = PolyCollection(
+        shapes, array=table.rank[here], cmap="inferno", alpha=0.7, lw=0, antialiased=False
     )
-    step, bands = max(1, round(512 * reader.downsamples[level] * width / (right - left))), []
-    for start in range(0, height, step):
-        rows = min(step, height - start)
-        band = (
-            left,
-            top + (bottom - top) * start / height,
-            right,
-            top + (bottom - top) * (start + rows) / height,
-        )
-        try:
-            part, within = reader.read(level, band)
-            bands.append(
-                np.asarray(part.resize((width, rows), data.Image.Resampling.BOX, box=within))
-            )
-        except data.openslide.OpenSlideError as error:
-            log(
-                f"{reader.path}: rows {band[1]:.0f} to {band[3]:.0f} cannot be read and are drawn grey ({error})"
-            )
-            bands.append(np.full((rows, width, 3), 128, np.uint8))
-    return np.concatenate(bands)
-
-
-def lattice(
-    meta: dict, place: np.ndarray, side: float, value, empty: float
-) -> tuple[np.ndarray, tuple]:
-    """A picture of one pixel per place (n, 2) of a lattice, `empty` elsewhere, and its extent (left, right, bottom, top) in level-0 px."""
-    first = place.min(axis=0)
-    grid = np.full((place.max(axis=0) - first + 1)[::-1], empty)
-    grid[tuple((place - first).T[::-1])] = value
-    left, top = np.array(meta["origin"]) + first * side
-    return grid, (left, left + grid.shape[1] * side, top + grid.shape[0] * side, top)
-
-
-def draw_attention(path, table, level: int, slide, ground: tuple, view, title: str) -> None:
-    """One map: the rank of each token of a level (of each region, on its cells) over `ground`, a grey picture and its extent. No blur, and nothing
-    where the slide has no cell."""
-    here, meta, um = table.level == level, slide.meta, slide.meta["mpp"]  # axes in um
-    place, side, rank = table.place[here], table.side[here][0], table.rank[here]
-    if side > meta["cell_px"]:
-        inside = table.cells >= 0
-        place, side, rank = (
-            slide.cells[table.cells[inside]],
-            meta["cell_px"],
-            np.repeat(rank, inside.sum(axis=1)),
-        )
-    (left, top, right, bottom), size = np.array(view) * um, np.array(view[2:]) - view[:2]
-    inches = (
-        np.clip(4 * size.max() / side / 130, 6, 24) * size / size.max()
-    )  # about four pixels per token, within reason
-    figure, axis = plot(max(inches[0] + 1.2, 5), inches[1] + 1)
-    axis.imshow(
-        ground[0], cmap="gray", vmin=-255, vmax=255, extent=np.array(ground[1]) * um
-    )  # pale, so that the colours keep their meaning
-    grid, extent = lattice(meta, place, side, rank, np.nan)
-    shown = axis.imshow(
-        grid,
-        cmap="inferno",
-        vmin=0,
-        vmax=1,
-        alpha=0.7,
-        interpolation="nearest",
-        extent=np.array(extent) * um,
-    )
-    figure.colorbar(shown, shrink=0.8, label="rank percentile of attention")
-    axis.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[])
-    data.scale_bar(axis, right - left)
+    squares.set_clim(0, 1)
+    axis.add_collection(squares)
+    axis.set(xlim=(left, left + width), ylim=(top + height, top), aspect="equal")
+    axis.set(xticks=[], yticks=[])
+    figure.colorbar(squares, shrink=0.8, label="rank percentile of attention")
+    data.scale_bar(axis, width)
     axis.set_title(title, fontsize=8, parse_math=False)
     figure.supxlabel(REMARK, fontsize=7)
     save_figure(figure, path)
 
 
-def draw_regions(path, table, labels: list, slide, reader, side: float) -> None:
-    """The six regions of the highest summed attention, a column each: the region, and for each magnification its tile of most attention, marked
-    in the region. side: of a region, level-0 px."""
+def show_crop(axis, reader, box, title: str, colour: str) -> None:
+    """A box (left, top, right, bottom in level-0 px) of the slide, in a frame of that colour."""
+    left, top, right, bottom = np.clip(box, 0, reader.size * 2)
+    try:
+        level = reader.level_for((right - left) / 400)
+        picture, within = reader.read(level, (left, top, right, bottom))
+        axis.imshow(picture.crop(within), extent=(left, right, bottom, top))
+    except data.SlideReadError as error:
+        log(f"{reader.path}: {title} cannot be read ({error})")
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(title, fontsize=8)
+    axis.spines[:].set(visible=True, color=colour, linewidth=2)
+
+
+def draw_regions(path, table: AttentionTable, reader, side: float) -> None:
+    """The six regions of most attention, each of `side` level-0 px, in a column each.
+
+    Below a region stands its tile of most attention of each magnification, outlined in the region.
+    """
     total = np.bincount(table.window, table.weight)
     best = np.argsort(-total, kind="stable")[:6]
-    levels = np.unique(table.level) if labels else []
-    figure, axes = plot(
-        2.3 * len(best) + 0.3,
-        2.5 * (len(levels) + 1),
-        nrows=len(levels) + 1,
-        ncols=len(best),
-        squeeze=False,
-    )
-
-    def show(axis, box, title, colour):
-        box = np.clip(box, 0, [slide.meta["width"], slide.meta["height"]] * 2)
-        axis.imshow(slide_picture(reader, box, 400), extent=(box[0], box[2], box[3], box[1]))
-        axis.set(xticks=[], yticks=[])
-        axis.set_title(title, fontsize=8, parse_math=False)
-        axis.spines[:].set(visible=True, color=colour, linewidth=2)
-
-    for column, window in zip(axes.T, best):
-        here = np.flatnonzero(table.window == window)
-        start = np.array(slide.meta["origin"]) + table.region[here[0]] * side
-        show(
-            column[0],
-            np.round([*start, *(start + side)]),
-            f"region {table.region[here[0]].tolist()}: {total[window]:.2%} of attention",
-            "grey",
-        )
-        for axis, level, colour in zip(
-            column[1:], levels, itertools.cycle(("tab:cyan", "yellow", "black", "white"))
-        ):
-            tokens = here[table.level[here] == level]
+    shown = [] if table.labels == ["regions"] else np.unique(table.k).tolist()
+    count = 1 + len(shown)
+    grid = {"nrows": count, "ncols": len(best), "squeeze": False}
+    figure, axes = plot(2.3 * len(best) + 0.3, 2.5 * count, **grid)
+    for column, window in zip(axes.T, best, strict=True):
+        here = table.window == window
+        region = table.region[here][0]
+        start = table.slide.meta["origin"] + region * side
+        title = f"region {region.tolist()}: {total[window]:.2%} of attention"
+        show_crop(column[0], reader, [*start, *(start + side)], title, "grey")
+        for axis, k in zip(column[1:], shown, strict=True):
+            tokens = np.flatnonzero(here & (table.k == k))
             if not len(tokens):
                 axis.axis("off")
                 continue
             token = tokens[table.weight[tokens].argmax()]
-            left, top, right, bottom = table.box[token]
-            show(axis, table.box[token], f"{labels[level]}: {table.weight[token]:.3%}", colour)
-            column[0].plot(
-                [left, right, right, left, left],
-                [top, top, bottom, bottom, top],
-                color=colour,
-                lw=1.5,
-            )
+            title = f"{table.labels[k]}: {table.weight[token]:.3%}"
+            colour = COLOURS[k % len(COLOURS)]
+            show_crop(axis, reader, table.box[token], title, colour)
+            column[0].plot(*table.outlines()[token].T, color=colour, lw=1.5)
     save_figure(figure, path)
 
 
-def qupath_features(table, level: int, label: str, slide_id: str, run: str, offset) -> dict:
-    """GeoJSON that QuPath draws as detections: one closed rectangle per token, in pixels of the image less `offset`, because QuPath cuts a slide
-    to its openslide.bounds; weight and rank as measurements and the rank as colour. Ids follow from run, slide and place."""
-    import matplotlib
+def heatmap(run, slide, folder=None, image=None, out=None, device: str = "auto") -> int:
+    """Where a fine-tuned model looks on a slide: a CSV, GeoJSON for QuPath, and pictures.
 
-    colours = (255 * matplotlib.colormaps["inferno"](table.rank)[:, :3]).round().astype(int)
-    features = []
-    for i in np.flatnonzero(table.level == level):
-        (left, top, right, bottom), (col, row) = (
-            (table.box[i] - [*offset, *offset]).tolist(),
-            table.place[i].tolist(),
-        )
-        features.append(
-            {
-                "type": "Feature",
-                "id": str(
-                    uuid.uuid5(uuid.NAMESPACE_URL, f"mixmag:{run}:{slide_id}:{label}:{col}:{row}")
-                ),
-                "geometry": {
-                    "type": "Polygon",
-                    "coordinates": [
-                        [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
-                    ],
-                },
-                "properties": {
-                    "objectType": "detection",
-                    "name": f"{label} {col}, {row}",
-                    "color": colours[i].tolist(),
-                    "classification": {"name": f"mixmag {label}", "color": [128, 128, 128]},
-                    "measurements": {
-                        "attention": float(table.weight[i]),
-                        "attention rank": float(table.rank[i]),
-                        "region column": int(table.region[i, 0]),
-                        "region row": int(table.region[i, 1]),
-                    },
-                },
-            }
-        )
-    return {
-        "type": "FeatureCollection",
-        "features": features,
-        "metadata": {
-            "made_by": "mixmag heatmap",
-            "run": run,
-            "slide_id": slide_id,
-            "map": label,
-            "bounds_subtracted": list(offset),
-            "coordinates": "level-0 pixels less bounds_subtracted (openslide.bounds-x, -y)",
-            "remark": REMARK,
-        },
-    }
-
-
-REMARK = "attention says what the model weighed in its sum, not why: it is no evidence of causality"
-
-
-def draw_maps(
-    out: Path, table, slide, labels: list, reader, bounds: tuple, side: float, title: str
-) -> None:
-    """A picture per magnification, and of the top regions where the slide itself (`reader`) is at hand. bounds: what is drawn, side: of a
-    region, level-0 px. labels: the names of the levels, "regions" where regions were pooled."""
-    left, top, right, bottom = bounds
-    tokens = labels != ["regions"]
-    ground = lattice(slide.meta, slide.cells, slide.meta["cell_px"], 120, 255)
-    if reader:
-        ground = slide_picture(reader, bounds, 1600).mean(axis=2), (left, right, bottom, top)
-    for k in np.unique(table.level):
-        draw_attention(
-            out / f"attention-{labels[k]}.png",
-            table,
-            k,
-            slide,
-            ground,
-            bounds,
-            f"{slide.slide_id}\n{labels[k]}: rank percentile of attention within slide{' and magnification' * tokens}\n{title}",
-        )
-    if reader:
-        draw_regions(out / "regions.png", table, labels if tokens else [], slide, reader, side)
-
-
-def check_same_image(reader, slide, table) -> None:
-    """Raises MixmagError for an image that cannot be this slide's; a log line for another file that may be."""
-    meta, size, (mpp, *_, words) = (
-        slide.meta,
-        reader.slide.dimensions,
-        data.stated_mpp(reader.slide.properties),
-    )
-    made_by, said = (
-        meta.get("settings", {}),
-        f"--image {reader.path} has {size} pixels, {slide.slide_id} ",
-    )
-    if meta.get("size_known", True):
-        if size != (meta["width"], meta["height"]):
-            raise MixmagError(
-                f"{said}was tiled from {(meta['width'], meta['height'])}: not the same slide"
-            )
-    elif (table.box[:, :2] >= size).any():
-        raise MixmagError(
-            f"{said}has a tile at {table.box[:, :2].max(axis=0).tolist()}: not the same slide, or imported with another --mpp"
-        )
-    if (
-        made_by.get("tool") == "stamp" and mpp and abs(mpp - meta["mpp"]) > 0.02 * mpp
-    ):  # micrometres became pixels by it
-        raise MixmagError(
-            f"{said}was imported at {meta['mpp']:.4g} um/px, the image says {words}: import it with --mpp {mpp:.4g}"
-        )
-    if made_by.get("source_bytes", reader.path.stat().st_size) != reader.path.stat().st_size:
-        log(
-            f"WARNING: {reader.path} has the right size but is another file than {slide.slide_id} was tiled from: a copy, or another slide"
-        )
-
-
-def heatmap_command(args) -> int:
-    """CSV and GeoJSON come first: they need no pixel, so that an image that cannot be read costs nothing but the pictures."""
-    model, config, dataset, compute = open_run(args, [args.slide])
+    The tables come first, so an image that cannot be read costs only the pictures.
+    """
+    model, config, dataset, machine = open_run(run, folder, [slide], device)
     if dataset.dropped:
-        raise MixmagError(
-            f"{args.slide} has no cells (no tissue, or in no window as much as --min-tissue asks): there is nothing to draw"
-        )
-    slide, run, out = (
-        dataset.slides[args.slide],
-        Path(args.run).resolve().name,
-        Path(args.out or Path(args.run) / "heatmap" / args.slide),
-    )
-    meta, reader = slide.meta, data.Reader(args.image) if args.image else None
-    table, score = attention_table(model, dataset, compute)
+        raise MixmagError(f"{slide} has no cells with a valid token: there is nothing to draw")
+    table, score = attention_table(model, dataset, machine)
+    meta = table.slide.meta
+    magnifications = meta["magnifications"]
+    if model.tokens == "cls":
+        magnifications = [config["magnification"]]
+    reader = None
+    size = (meta["width"], meta["height"])
+    bounds = (0, 0, *size)
+    offset = [round(edge) for edge in meta["origin"]]  # the lattice begins where the bounds do
+    if image:
+        reader = data.Reader(image)
+        check_same_image(reader, table)
+        size = reader.size
+        bounds = reader.bounds
+        offset = list(bounds[:2])
+    path = Path(out or Path(run) / "heatmap" / slide)
+    name = Path(run).resolve().name
+    shown = np.unique(table.k)
+    write_attention(path / "attention.csv", table, magnifications)
+    for k in shown:
+        text = json.dumps(qupath_features(table, k, name, offset), allow_nan=False)
+        data.write_text(path / f"attention-{table.labels[k]}.geojson", text)
+    rule = data.read_json(Path(run) / "result.json")["case_score"]
+    print(f"{slide}: score {score:.4f}; a case's score is the {rule} over its slides")
+    print(f"{len(table.k)} weights in {path}/attention.csv, with .geojson and .png\n{REMARK}")
+    picture = None if reader is None else slide_picture(reader)
+    for k in shown:
+        label = table.labels[k]
+        title = f"{slide}\n{label}, run {name}, score {score:.3f}"
+        draw_attention(path / f"attention-{label}.png", table, k, picture, size, bounds, title)
     if reader:
-        check_same_image(reader, slide, table)
-        meta["width"], meta["height"] = reader.slide.dimensions  # import may not have known them
-    whole, said = (0, 0, meta["width"], meta["height"]), reader.slide.properties if reader else {}
-    x, y, width, height = (
-        int(said.get(f"openslide.bounds-{k}", v))
-        for k, v in zip(("x", "y", "width", "height"), whole)
-    )
-    names = [config["magnification"]] if config["tokens"] == "cls" else meta["magnifications"]
-    labels, levels = (
-        ["regions"] if config["tokens"] == "cls" else [f"{m}x" for m in names],
-        np.unique(table.level),
-    )
-    write_csv(
-        out / "attention.csv",
-        (
-            "magnification",
-            "col",
-            "row",
-            "x",
-            "y",
-            "side",
-            "region_col",
-            "region_row",
-            "attention",
-            "rank",
-        ),
-        (
-            (names[k], *place, *box[:2], side, *region, weight, rank)
-            for k, place, box, side, region, weight, rank in zip(
-                table.level,
-                table.place,
-                table.box,
-                table.side,
-                table.region,
-                table.weight,
-                table.rank,
-            )
-        ),
-    )
-    for k in levels:
-        features = qupath_features(
-            table,
-            k,
-            labels[k],
-            args.slide,
-            run,
-            (x, y) if reader else [round(v) for v in meta["origin"]],
-        )
-        write_text(out / f"attention-{labels[k]}.geojson", json.dumps(features, allow_nan=False))
-    rule = data.read_json(Path(args.run) / "result.json")["case_score"]
-    print(
-        f"{args.slide}: score {score:.4f}; a case's score is the {rule} over its slides\n"
-        f"{len(table.weight)} weights in {out}/attention.csv; .geojson and .png of "
-        + ", ".join(labels[k] for k in levels)
-        + ("" if reader else "; no --image, so no top regions")
-        + f"\n{REMARK}"
-    )
-    draw_maps(
-        out,
-        table,
-        slide,
-        labels,
-        reader,
-        (x, y, x + width, y + height),
-        model.config.region * meta["cell_px"],
-        f"run {run}, score {score:.3f}",
-    )
+        draw_regions(path / "regions.png", table, reader, model.config.region * meta["cell_px"])
     return 0
 
 
@@ -2270,7 +1773,7 @@ TASK_TITLES = {
     "lung_egfr": "Lung EGFR",
     "skin_braf": "Skin BRAF",
 }
-PAPER = {  # AUROC x 100 as printed in tables 1 (Patch, and AB-MIL) and 2 (CLS): seven tasks in TASK_TITLES' order, and the average
+PAPER = {  # AUROC x 100 as printed: the tasks in the order of TASK_TITLES, then their average
     "abmil-5": (94.7, 82.8, 96.6, 81.9, 79.5, 79.2, 86.5, 85.9),
     "abmil-10": (95.7, 84.4, 97.3, 81.6, 82.5, 80.0, 63.4, 83.6),
     "abmil-20": (93.1, 83.0, 97.8, 83.6, 82.3, 79.2, 85.5, 86.3),
@@ -2296,887 +1799,387 @@ PAPER = {  # AUROC x 100 as printed in tables 1 (Patch, and AB-MIL) and 2 (CLS):
     "cmem-7-cls": (95.0, 83.4, 98.3, 85.4, 76.5, 80.1, 83.2, 86.0),
     "cmem-11-cls": (91.8, 83.7, 97.2, 85.7, 74.7, 80.4, 89.5, 86.1),
 }
-
-
-def train_row(row: str, task: str, seed: int, args) -> dict:
-    """One cell of a table: the two commands that make it, run here, each skipped where it is done. Returns finetune's result."""
-
-    def flag(name):  # where the table was given one
-        return (
-            []
-            if getattr(args, name) is None
-            else [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-        )
-
-    method, setting, *tokens = row.split("-")
-    base = [
-        "--data",
-        args.data,
-        "--seed",
-        str(seed),
-        "--device",
-        args.device,
-        "--preset",
-        args.preset,
-    ]
-    seed_folder, init, magnification = Path(args.out) / f"seed-{seed}", method, "all"
-    if method in ("mem", "cmem"):
-        init = str(seed_folder / f"{method}-{setting}")
-        mask = ["--mask", setting] if method == "mem" else ["--mask", "0.5", "--source", setting]
-        pretrain(parse(["pretrain", *base, *mask, "--out", init, *flag("steps")]))
-    else:
-        init, magnification = ("none" if method == "abmil" else "random"), setting
-    return finetune(
-        parse(
-            [
-                "finetune",
-                *base,
-                "--task",
-                task,
-                "--init",
-                init,
-                "--magnification",
-                magnification,
-                "--tokens",
-                *(tokens or ["patch"]),
-                "--out",
-                str(seed_folder / f"{task}-{row}"),
-                *flag("epochs"),
-                *flag("frozen_epochs"),
-                *flag("starts"),
-            ]
-        )
-    )
-
-
-def full_title(row: str) -> str:
-    return row_title(row) + {"cls": ", CLS", "patch": ", Patch"}.get(row.split("-")[-1], "")
+ROW_WORDS = {"abmil": "AB-MIL", "random": "Random", "mem": "MEM", "cmem": "CMEM", "cls": "CLS"}
+ROW_WORDS |= {"5": "5x", "10": "10x", "20": "20x", "3": "3x3", "7": "7x7", "11": "11x11"}
+RESULTS = ("auroc", "low", "high", "average_precision", "tune_auroc", "best_epoch", "case_score")
 
 
 def row_title(row: str) -> str:
-    method, setting, *_ = row.split("-")
-    x = "" if setting == "all" else "x"
-    return {
-        "abmil": f"AB-MIL {setting}{x}",
-        "random": f"Random {setting}{x}",
-        "mem": f"MEM {setting}",
-        "cmem": f"CMEM {setting}x{setting}",
-    }[method]
+    """For example AB-MIL 20x, MEM 0.50 patch, CMEM 7x7 CLS."""
+    return " ".join(ROW_WORDS.get(word, word) for word in row.split("-"))
 
 
-def read_results(folder) -> SimpleNamespace:
-    """What `table` wrote: .rows, .tasks, .seeds, .runs {(row, task): results.csv's lines, by seed}, .labels {task: (cases,)}, .scores {(row, task):
-    (seeds, cases)} of the test cases, nan where a run left one out, .machine. Everything that the tables say follows from these."""
-    folder = Path(folder)
-    lines = [
-        {
-            **line,
-            "auroc": float(line["auroc"]) if line["auroc"] else None,
-            "seed": int(line["seed"]),
-        }
-        for line in data.read_csv(folder / "results.csv", RESULTS)
-    ]
-    rows, tasks, seeds = (
-        list(dict.fromkeys(line[k] for line in lines)) for k in ("row", "task", "seed")
-    )
-    runs = {
-        (row, task): [line for line in lines if (line["row"], line["task"]) == (row, task)]
-        for row in rows
-        for task in tasks
-    }
-    columns = [f"{row} {seed}" for row in rows for seed in seeds]
-    cases = data.read_csv(folder / "scores.csv", ("task", "label", *columns))
-    labels = {
-        task: np.array([int(c["label"]) for c in cases if c["task"] == task]) for task in tasks
-    }
-    scores = {
-        (row, task): np.array(
-            [
-                [float(c[f"{row} {seed}"] or "nan") for c in cases if c["task"] == task]
-                for seed in seeds
-            ]
-        )
-        for row in rows
-        for task in tasks
-    }
-    machine = data.read_json(folder / "machine.json")
-    return SimpleNamespace(
-        rows=rows,
-        tasks=tasks,
-        seeds=seeds,
-        runs=runs,
-        labels=labels,
-        scores=scores,
-        machine=machine,
-    )
+def table(folder, out, rows, tasks, seeds, preset, steps, epochs, frozen_epochs, device, seed):
+    """Tables 1 and 2 of the paper: run what is missing of rows x tasks x seeds, and sum it up.
+
+    Returns the exit code: 3 where a cell was refused, which the tables show as n/a. Raises
+    OtherSettings, and writes no table, where `out` holds runs with other settings.
+    """
+    began = time.time()
+    ensure_data(folder, start_machine(device))
+    names = data.task_names(folder)
+    rows = rows or list(PAPER)
+    tasks = tasks or sorted(names, key=[*TASK_TITLES, *names].index)
+    for name in (*rows, *tasks):
+        if name not in (*PAPER, *names):
+            known = ", ".join((*PAPER, *names))
+            raise MixmagError(f"{name}: no such row or task; there are {known}")
+    settings = {"data": str(folder), "preset": preset, "steps": steps, "epochs": epochs}
+    settings["frozen_epochs"] = frozen_epochs
+    pretraining = PretrainConfig(data=folder, device=device, preset=preset, steps=steps)
+    finetuning = FinetuneConfig(data=folder, device=device, preset=preset, epochs=epochs, task="")
+    finetuning.frozen_epochs = frozen_epochs
+    cells = {}
+    for cell in itertools.product(range(seed, seed + seeds), rows, tasks):
+        cells[cell] = {}
+        try:
+            cells[cell] = train_cell(*cell, Path(out), pretraining, finetuning)
+        except MixmagError as error:
+            if isinstance(error, OtherSettings) or data.process_rank()[1] > 1:
+                raise  # of several processes some may have gone on
+            log(f"{cell}: {error}")
+    if data.process_rank()[0] == 0:
+        write_results(Path(out), cells)
+        write_machine(Path(out) / "machine.json", settings, began)
+        text = format_results(read_results(out))
+        data.write_text(Path(out) / "SUMMARY.md", text)
+        print(text)
+    return 0 if all(cells.values()) else 3
 
 
-def resampled(labels, scores, number: int) -> tuple:
-    """labels (cases,), scores (seeds, cases) of a row on a task -> the mean AUROC over seeds, (resamples,) times with the cases drawn again,
-    and which cases have a score. Seeded by the task's number, so that all rows and seeds share the resamples and differences are paired.
-    None for no AUROC."""
-    known = ~np.isnan(scores).any(axis=0)
-    samples = [bootstrap_aurocs(labels[known], s[known], number) for s in scores]
-    return (None if any(s is None for s in samples) else np.mean(samples, axis=0)), known.tolist()
+def train_cell(seed: int, row: str, task: str, out: Path, pretraining, finetuning) -> dict:
+    """Pretrain where the row needs it, then fine-tune. Returns result.json of the fine-tuning."""
+    method, setting, *tokens = row.split("-")
+    folder = out / f"seed-{seed}"
+    finetuning = dataclasses.replace(finetuning, seed=seed, task=task)
+    finetuning.out = str(folder / f"{task}-{row}")
+    if tokens:
+        finetuning.tokens = tokens[0]
+    if method in ("abmil", "random"):
+        finetuning.init = {"abmil": "none", "random": "random"}[method]
+        finetuning.magnification = magnification(setting)
+        return finetune(finetuning)
+    finetuning.init = str(folder / f"{method}-{setting}")
+    pretraining = dataclasses.replace(pretraining, seed=seed, out=finetuning.init)
+    if method == "mem":
+        pretraining.mask = float(setting)
+    else:
+        pretraining.source = int(setting)
+    pretrain(pretraining)
+    return finetune(finetuning)
 
 
-def format_table(rows, tasks, runs: dict, draws: dict) -> str:
-    """A Markdown table of mean AUROC x 100 over seeds; runs as in `read_results`, draws[row, task] of `resampled`."""
-    titles = [
-        "",
-        *(TASK_TITLES.get(t, t) for t in tasks),
-        "average, 95 % over cases",
-        "spread over seeds",
-        "average precision",
-        "tasks",
-        "paper, these tasks",
-    ]
+def write_results(out: Path, cells: dict) -> None:
+    """results.csv, and scores.csv of the test cases. cells: (seed, row, task) -> result or {}."""
     lines = []
-    title = (
-        row_title if len({row.endswith("-cls") for row in rows}) == 1 else full_title
-    )  # say the outputs where they differ
+    scores: dict = {}  # (task, case, label) -> column -> score
+    for (seed, row, task), result in cells.items():
+        low, high = result.get("interval") or ("", "")
+        values = {**result, "low": low, "high": high}
+        lines.append([row, task, seed, *(values.get(name) for name in RESULTS)])
+        if not result:
+            continue
+        path = out / f"seed-{seed}" / f"{task}-{row}" / "predictions.csv"
+        for case in data.read_csv(path, ("case_id", "label", "score", "split")):
+            if case["split"] == "test":
+                of_case = scores.setdefault((task, case["case_id"], case["label"]), {})
+                of_case[f"{row} {seed}"] = f"{float(case['score']):.9g}"
+    if not scores:
+        raise MixmagError(f"{out}: no cell of the table has a score of a test case")
+    data.write_csv(out / "results.csv", ("row", "task", "seed", *RESULTS), lines)
+    columns = list(dict.fromkeys(f"{row} {seed}" for seed, row, _ in cells))
+    cases = [[*case, *(of_case.get(name) for name in columns)] for case, of_case in scores.items()]
+    data.write_csv(out / "scores.csv", ("task", "case_id", "label", *columns), cases)
+
+
+def write_machine(path: Path, settings: dict, began: float) -> None:
+    """machine.json: the settings of a table, and where its numbers come from."""
+    facts = {**settings, "processor": platform.processor(), "torch": torch.__version__}
+    facts["threads"] = torch.get_num_threads()
+    cohort = data.synthetic_facts(settings["data"])
+    if cohort:
+        facts["data"] = f"synthetic cohort, seed {cohort['seed']}"
+    if shutil.which("git"):
+        asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        facts["commit"] = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    if Path("/proc/cpuinfo").exists():
+        models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        facts["processor"] = ", ".join(sorted(set(models)))
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    facts["seconds"] = round(time.time() - began)
+    if path.exists():
+        facts["seconds"] += data.read_json(path)["seconds"]  # of starts before this one
+    data.write_json(path, facts)
+
+
+@dataclass
+class Results:
+    """What `table` wrote. NaN stands for a score or an AUROC that is missing."""
+
+    rows: list[str]
+    tasks: list[str]
+    seeds: list[str]
+    aurocs: dict  # (row, task) -> (seeds,)
+    labels: dict  # task -> (cases,), of the test cases
+    scores: dict  # (row, task) -> (cases, seeds)
+    machine: dict
+
+
+def read_results(folder) -> Results:
+    folder = Path(folder)
+    lines = data.read_csv(folder / "results.csv", ("row", "task", "seed", "auroc"))
+    rows = list(dict.fromkeys(line["row"] for line in lines))
+    tasks = list(dict.fromkeys(line["task"] for line in lines))
+    seeds = list(dict.fromkeys(line["seed"] for line in lines))
+    aurocs = defaultdict(list)
+    for line in lines:
+        aurocs[line["row"], line["task"]].append(float(line["auroc"] or "nan"))
+    labels = defaultdict(list)
+    scores = defaultdict(list)
+    columns = [f"{row} {seed}" for row in rows for seed in seeds]
+    for case in data.read_csv(folder / "scores.csv", ("task", "label", *columns)):
+        labels[case["task"]].append(int(case["label"]))
+        for row in rows:
+            of_seeds = [float(case[f"{row} {seed}"] or "nan") for seed in seeds]
+            scores[row, case["task"]].append(of_seeds)
+    machine = data.read_json(folder / "machine.json")
+    return Results(rows, tasks, seeds, aurocs, labels, scores, machine)
+
+
+def resampled_average(results: Results, row: str) -> np.ndarray | None:
+    """(resamples,) averages over tasks and seeds, with the test cases drawn again; or None.
+
+    All rows share the draws, so the difference of two rows is paired.
+    """
+    samples = []
+    for number, task in enumerate(results.tasks):
+        labels = np.array(results.labels[task])
+        for scores in np.array(results.scores[row, task]).T:  # (cases,)
+            known = ~np.isnan(scores)
+            drawn = bootstrap_aurocs(labels[known], scores[known], number)
+            if drawn is None:
+                return None
+            samples.append(drawn)
+    return np.mean(samples, axis=0)
+
+
+def percent(value) -> str:
+    return "n/a" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def format_table(results: Results, rows: list[str]) -> str:
+    """Markdown of AUROC x 100, mean over seeds. An average is over all tasks, or n/a."""
+    tasks = [TASK_TITLES.get(task, task) for task in results.tasks]
+    titles = ["", *tasks, "average, 95 % over cases", "spread over seeds", "paper, these tasks"]
+    lines = []
     for row in rows:
-        found = {t: [r["auroc"] for r in runs[row, t]] for t in tasks}
-        known = {t: v for t, v in found.items() if None not in v}
-        values, drawn = (
-            100 * np.array(list(known.values())),
-            [draws[row, t][0] for t in known],
-        )  # (tasks, seeds)
-        average = f"**{values.mean():.1f}**" if known else "n/a"
-        if known and all(d is not None for d in drawn):
-            average += " ({:.1f} to {:.1f})".format(
-                *(100 * v for v in interval(np.mean(drawn, axis=0)))
-            )
-        spread = f"{values.mean(axis=0).std(ddof=1):.1f}" if known and values.shape[1] > 1 else "-"
-        precision = [100 * float(r["average_precision"]) for t in known for r in runs[row, t]]
-        printed = [PAPER[row][list(TASK_TITLES).index(t)] for t in tasks if t in TASK_TITLES]
-        lines.append(
-            [
-                title(row),
-                *(f"{100 * np.mean(known[t]):.1f}" if t in known else "n/a" for t in tasks),
-                average,
-                spread,
-                f"{np.mean(precision):.1f}" if precision else "n/a",
-                f"{len(known)} of {len(tasks)}",
-                f"{np.mean(printed):.1f}" if len(printed) == len(tasks) else "-",
-            ]
-        )
+        aurocs = np.array([results.aurocs[row, task] for task in results.tasks])  # (tasks, seeds)
+        average = f"**{percent(aurocs.mean())}**"
+        bounds = interval(resampled_average(results, row))
+        if bounds:
+            average += f" ({percent(bounds[0])} to {percent(bounds[1])})"
+        spread = "-"
+        if len(results.seeds) > 1:
+            spread = percent(aurocs.mean(axis=0).std(ddof=1))
+        printed = dict(zip(TASK_TITLES, PAPER[row][:-1], strict=True))
+        paper = np.mean([printed.get(task, math.nan) for task in results.tasks]) / 100
+        of_tasks = [percent(value) for value in aurocs.mean(axis=1)]
+        lines.append([row_title(row), *of_tasks, average, spread, percent(paper)])
     return markdown(titles, lines)
 
 
-PAIRS = (
-    ("mem-0.50-patch", "abmil-20"),
-    ("mem-0.50-patch", "random-all-patch"),
-    ("mem-0.50-cls", "abmil-20"),
-    ("mem-0.50-cls", "random-all-cls"),
-    ("mem-0.50-patch", "mem-0.50-cls"),
-    ("cmem-7-patch", "mem-0.50-patch"),
-    ("random-all-patch", "abmil-20"),
-    ("abmil-all", "abmil-20"),
-)
-
-
-def two_sided(differences: np.ndarray) -> float:
-    """The chance, by bootstrap, of a difference this far from nothing."""
-    return min(
-        1.0,
-        2 * (1 + min((differences <= 0).sum(), (differences >= 0).sum())) / (1 + len(differences)),
-    )
-
-
-def holm(p: dict) -> dict:
-    """The p-values of a family, corrected for its size (Holm 1979)."""
-    corrected, limit = {}, 0.0
-    for place, i in enumerate(sorted(p, key=p.get)):
-        limit = corrected[i] = max(limit, min(1.0, p[i] * (len(p) - place)))
-    return corrected
-
-
-def mean_auroc(runs: list) -> float:
-    """Over the seeds."""
-    return np.mean([r["auroc"] for r in runs])
-
-
-def format_pairs(rows, tasks, runs: dict, draws: dict) -> str:
-    """A Markdown table of differences in AUROC x 100 between rows on the same test cases, by paired bootstrap over cases; p-values of a pair are
-    corrected over its tasks by Holm's method. A star says that the two can be told apart."""
-    titles = [
-        "difference",
-        *(TASK_TITLES.get(t, t) for t in tasks),
-        "mean, 95 % over cases",
-        "told apart",
-    ]
-    lines = []
-    for one, other in PAIRS:
-        pairs = (
-            {t: (draws[one, t], draws[other, t]) for t in tasks}
-            if {one, other} <= set(rows)
-            else {}
-        )
-        drawn = {
-            t: 100 * (a - b)
-            for t, ((a, cases), (b, same)) in pairs.items()
-            if a is not None and b is not None and cases == same
-        }
-        if drawn:
-            p = holm({t: two_sided(d) for t, d in drawn.items()})
-            found = {
-                t: 100 * (mean_auroc(runs[one, t]) - mean_auroc(runs[other, t])) for t in drawn
-            }
-            cells = [
-                f"{found[t]:+.1f}" + ("*" if p[t] < 0.05 else "") if t in p else "n/a"
-                for t in tasks
-            ]
-            mean = np.mean(list(drawn.values()), axis=0)
-            low, high = interval(mean)
-            average = f"{np.mean(list(found.values())):+.1f} ({low:+.1f} to {high:+.1f})"
-            told = f"on {sum(v < 0.05 for v in p.values())} of {len(p)} tasks; the mean: "
-            told += "yes" if two_sided(mean) < 0.05 else "not distinguishable"
-            lines.append([f"{full_title(one)} - {full_title(other)}", *cells, average, told])
-    return markdown(titles, lines) if lines else ""
-
-
-RESULTS = (
-    "row",
-    "task",
-    "seed",
-    "auroc",
-    "low",
-    "high",
-    "average_precision",
-    "tune_auroc",
-    "best_epoch",
-    "case_score",
-)
-
-
-def tables(args, rows, tasks) -> tuple[str, int]:
-    """Run what is missing, write OUT/results.csv, scores.csv and machine.json -> what they say as Markdown, and how many cells there is nothing of.
-    Raises MixmagError, and writes nothing, where runs of other settings are in the way, or no cell could be had."""
-    path, out, began = Path(args.data), Path(args.out), time.time()
-    results, scores, rows, tasks, refused = (
-        [],
-        {},
-        list(dict.fromkeys(rows)),
-        list(dict.fromkeys(tasks)),
-        None,
-    )
-    for seed, row, task in itertools.product(range(args.seed, args.seed + args.seeds), rows, tasks):
-        try:
-            result = train_row(row, task, seed, args)
-        except (
-            MixmagError
-        ) as error:  # the other cells do not suffer for this one, which the table shows as n/a
-            if (
-                isinstance(error, OtherSettings) or process_rank()[1] > 1
-            ):  # of several processes some may have gone on
-                raise
-            log(f"{task} {row}: {error}")
-            result, refused = {}, error
-        low, high = result.get("interval") or (None, None)
-        results.append({**result, "row": row, "task": task, "seed": seed, "low": low, "high": high})
-        if result and process_rank()[0] == 0:
-            for case in data.read_csv(
-                out / f"seed-{seed}" / f"{task}-{row}" / "predictions.csv",
-                ("case_id", "label", "score", "split"),
-            ):
-                if case["split"] == "test":
-                    scores.setdefault((task, case["case_id"], case["label"]), {})[
-                        f"{row} {seed}"
-                    ] = f"{float(case['score']):.9g}"
-    missing = sum("kind" not in r for r in results)
-    if process_rank()[0]:
-        return "", 0  # the first one says it
-    if not scores:
-        raise MixmagError(
-            f"no cell of the table could be had; the last one: {refused or 'its test split has no case'}"
-        )
-    write_csv(out / "results.csv", RESULTS, [[r.get(k) for k in RESULTS] for r in results])
-    columns = list(dict.fromkeys(f"{r['row']} {r['seed']}" for r in results))
-    write_csv(
-        out / "scores.csv",
-        ("task", "case_id", "label", *columns),
-        [(*case, *(found.get(c) for c in columns)) for case, found in scores.items()],
-    )
-    earlier = (
-        data.read_json(out / "machine.json")["seconds"] if (out / "machine.json").exists() else 0
-    )  # of starts before this one
-    write_json(
-        out / "machine.json",
-        {**machine_facts(args, path), "seconds": round(time.time() - began + earlier)},
-    )
-    return format_results(out), missing
-
-
-def machine_facts(args, path) -> dict:
-    """Where a table's figures come from."""
-    import platform
-    import subprocess
-
-    asked = ["git", "rev-parse", "--short", "HEAD"]
-    commit = (
-        subprocess.run(
-            asked, cwd=Path(__file__).parent, capture_output=True, text=True
-        ).stdout.strip()
-        if shutil.which("git")
-        else ""
-    )
-    cpu = (
-        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        if Path("/proc/cpuinfo").exists()
-        else None
-    )
-    facts = data.synthetic_facts(path)
-    return {
-        "data": f"synthetic cohort, seed {facts['seed']}" if facts else str(path),
-        "preset": args.preset,
-        "steps": args.steps,
-        "epochs": args.epochs,
-        "frozen_epochs": args.frozen_epochs,
-        "starts": args.starts,
-        "commit": commit or None,
-        "processor": cpu[1] if cpu else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-    }
-
-
-def format_results(folder) -> str:
-    """Both tables and their paired comparisons as Markdown, from the files that `tables` wrote."""
-    found = read_results(folder)
-    draws = {
-        (row, task): resampled(found.labels[task], found.scores[row, task], i)
-        for row in found.rows
-        for i, task in enumerate(found.tasks)
-    }
-    count, m = len(found.seeds), found.machine
+def format_results(results: Results) -> str:
+    """Tables 1 and 2 as Markdown."""
+    machine = results.machine
     text = (
-        f"AUROC x 100 on the test cases, {m['data']}, {m['preset']} preset, mean over {count} seed{'s' * (count > 1)}. "
-        "The last column is the paper's, on its own (private) data."
+        "# The paper's tables, run here\n\n"
+        f"AUROC x 100 on the test cases: {machine['data']}, preset {machine['preset']}, mean over "
+        f"seeds {', '.join(results.seeds)}. The last column is the paper's, on its private data.\n"
     )
-    for title, wanted in (
-        (
-            "Table 1: contextualized outputs (Patch)",
-            [r for r in found.rows if not r.endswith("-cls")],
-        ),
-        ("Table 2: compressed outputs (CLS)", [r for r in found.rows if r.endswith("-cls")]),
-    ):
-        if wanted:
-            text += f"\n\n## {title}\n\n" + format_table(wanted, found.tasks, found.runs, draws)
-    if pairs := format_pairs(found.rows, found.tasks, found.runs, draws):
-        text += (
-            "\n\n## Differences on the same test cases\n\nPaired bootstrap over cases; * told apart at 0.05 after Holm's correction over "
-            f"the tasks.\n\n{pairs}"
-        )
-    return text + "\n"
+    table_1 = [row for row in results.rows if not row.endswith("-cls")]
+    table_2 = [row for row in results.rows if row.endswith("-cls")]
+    if table_1:
+        text += f"\n## Table 1: contextualized outputs\n\n{format_table(results, table_1)}\n"
+    if table_2:
+        text += f"\n## Table 2: compressed outputs\n\n{format_table(results, table_2)}\n"
+    return text
 
 
-def table_command(args) -> int:
-    path = ensure_data(args.data, machine(args))
-    here = {"all", *map(str, data.read_slides(path)[0].meta["magnifications"])}
-    rows = args.rows or [
-        r for r in PAPER if not r.startswith(("abmil", "random")) or r.split("-")[1] in here
-    ]
-    tasks = args.tasks or sorted(
-        data.task_names(path), key=lambda t: [*TASK_TITLES, t].index(t)
-    )  # the paper's in its order, then others
-    if unknown := [r for r in rows if r not in PAPER] or [
-        t for t in tasks if t not in data.task_names(path)
-    ]:
-        raise MixmagError(
-            f"{unknown[0]}: no such row or task; rows are {', '.join(PAPER)}; tasks are {', '.join(data.task_names(path))}"
-        )
-    text, missing = tables(args, rows, tasks)
-    if process_rank()[0] == 0:
-        write_text(Path(args.out) / "SUMMARY.md", "# The paper's tables, run here\n\n" + text)
-        print(text)
-    return 3 if missing else 0
+DEMO_ROWS = ("abmil-20", "abmil-all", "random-all-patch", "mem-0.50-patch", "mem-0.50-cls")
+DEMO_TASK = "gastric_her2"  # learned in 1400 steps, which the others are not
 
 
-DEMO_ROWS, DEMO_TASK = (
-    ("abmil-20", "abmil-all", "random-all-patch", "mem-0.50-patch", "mem-0.50-cls"),
-    "gastric_her2",
-)  # learned in 1400 steps
-
-
-def demo_command(args) -> int:
-    """The story in small: a cohort, one pretraining run, five rows of the tables on one task, a table and a figure."""
-    began, out = time.time(), Path(args.out)
-    args = parse(
-        [
-            "table",
-            "--data",
-            args.data,
-            "--out",
-            args.out,
-            "--seed",
-            str(args.seed),
-            "--device",
-            args.device,
-            "--steps",
-            "1400",
-            "--epochs",
-            "14",
-        ]
-    )
-    data.read_task(ensure_data(args.data, machine(args)), DEMO_TASK)
-    text, _ = tables(args, DEMO_ROWS, [DEMO_TASK])
-    if process_rank()[0]:
-        return 0
-    pretraining = (out / f"seed-{args.seed}" / "mem-0.50" / "SUMMARY.md").read_text("utf-8")
-    write_text(out / "SUMMARY.md", f"# Demo\n\n{text}\n{pretraining.replace('# ', '## ', 1)}")
-    draw_demo(out)
-    print(text)
-    print(
-        f"{pretraining}\nin {time.time() - began:.0f} s; see {out}/SUMMARY.md, {out}/demo.png and {out}/seed-{args.seed}/mem-0.50/curve.png"
-    )
-    return 0
-
-
-def draw_demo(out: Path) -> None:
-    """demo.png: test AUROC and its interval over cases, method by method."""
-    (figure, axis), runs = plot(6.8, 2.6), read_results(out).runs
-    known = [
-        line for row in DEMO_ROWS for line in runs[row, DEMO_TASK] if line["low"]
-    ]  # few test cases have no interval
-    value, low, high = (
-        np.array([[float(line[k]) for k in ("auroc", "low", "high")] for line in known])
-        .reshape(-1, 3)
-        .T
-    )
-    axis.errorbar(value, range(len(value)), xerr=[value - low, high - value], fmt="o", capsize=3)
-    axis.set(
-        yticks=range(len(known)),
-        yticklabels=[full_title(line["row"]) for line in known],
-        xlabel="test AUROC, 95 % interval over cases",
-        title=f"{TASK_TITLES[DEMO_TASK]}, synthetic cohort, one seed",
-    )
-    axis.axvline(0.5, color="grey", lw=1, ls=":")
-    axis.invert_yaxis()
-    save_figure(figure, out / "demo.png")
+def demo(folder, out, seed: int, device: str) -> int:
+    """The story in small: a synthetic cohort, one pretraining, five rows of the tables, one task."""
+    began = time.time()
+    code = table(folder, out, DEMO_ROWS, [DEMO_TASK], 1, "small", 1400, 14, 1, device, seed)
+    if data.process_rank()[0] == 0:
+        print(f"in {time.time() - began:.0f} s; the tables: {out}/SUMMARY.md")
+        print(f"the loss of pretraining: {out}/seed-{seed}/mem-0.50/curve.png")
+    return code
 
 
 # ------------------------------------------------------------------------------------------- doctor
 
 
-def packages() -> list[str]:
-    """A line for each package that the project needs, a WARNING for one that is not there."""
-    import importlib.metadata
-
-    lines = []
-    for package in (
-        "torch",
-        "numpy",
-        "openslide-python",
-        "openslide-bin",
-        "scikit-learn",
-        "scipy",
-        "safetensors",
-        "h5py",
-        "tifffile",
-        "simplejpeg",
-        "matplotlib",
-        "tqdm",
-    ):
+def doctor() -> int:
+    """Versions, device, threads, precision, free disk. A WARNING says what to mend."""
+    print(f"{'python':18s} {sys.version.split()[0]}")
+    requirements = Path(__file__).with_name("requirements.txt").read_text("utf-8")
+    for package in re.findall(r"^[\w-]+", requirements, re.MULTILINE):
         try:
-            lines.append(f"{package:18s} {importlib.metadata.version(package)}")
+            print(f"{package:18s} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
-            lines.append(
-                f"WARNING            {package} is not installed: pip install -r requirements.txt"
-            )
-    return lines
-
-
-def doctor_command(args) -> int:
-    """What there is, one line each; a line that starts with WARNING says what will go wrong and what mends it."""
-    print("\n".join(packages()))
-    library = data.openslide.__library_version__
-    print(f"{'python':18s} {sys.version.split()[0]}\n{'OpenSlide library':18s} {library}")
-    if tuple(map(int, library.split(".")[:3])) < (4, 0, 1):
-        print(
-            "WARNING            OpenSlide below 4.0.1 has known security faults: pip install -U openslide-bin"
-        )
-    native = torch.cpu._is_avx512_bf16_supported()
-    print(
-        f"{'processor':18s} {os.cpu_count()} cores, {torch.get_num_threads()} threads in use, bf16 instructions {'yes' if native else 'no'}"
-    )
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            print(
-                f"{f'GPU {i}':18s} {torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB"
-            )
-    else:
-        print(f"{'GPU':18s} none that torch sees: training runs on the processor")
+            print(f"WARNING: {package} is missing: pip install -r requirements.txt")
+    print(f"{'OpenSlide library':18s} {data.openslide_version()}")
     for preset in PRESETS:
-        dtype = amp_dtype(
-            "auto", data.find_device("auto"), getattr(mixmag.Config, preset)(64).width
-        )
-        print(f"{'precision, ' + preset:18s} {dtype or 'fp32'}")
-    free = shutil.disk_usage(".").free / 2**30
-    print(
-        f"{'free disk':18s} {free:.1f} GiB"
-        if free >= 2
-        else f"WARNING            only {free:.1f} GiB of disk are free: checkpoints and slide files may not fit"
-    )
-    shared = Path("/dev/shm")
-    if shared.exists() and shutil.disk_usage(shared).total < 2**30:
-        print(
-            "WARNING            /dev/shm is below 1 GiB: several GPUs under torchrun may fail, for NCCL talks through it"
-        )
-    if not os.access(".", os.W_OK):
-        print("WARNING            this folder is not writable: give --out elsewhere")
+        machine = start_machine(width=preset_width(preset))
+        print(f"{'preset ' + preset:18s} {machine}, {torch.get_num_threads()} threads")
+    print(f"{'bf16 instructions':18s} {torch.cpu._is_avx512_bf16_supported()}")
+    free = data.free_bytes(Path.cwd()) / 2**30
+    print(f"{'free disk':18s} {free:.1f} GiB")
+    if free < 2:
+        print("WARNING: checkpoints and slide files may not fit on this disk")
     return 0
 
 
-# --------------------------------------------------------------------------------- the command line
+# ---------------------------------------------------------------------------------- the command line
+
+
+def pretrain_command(**options) -> int:
+    pretrain(PretrainConfig(**options))
+    return 0
+
+
+def finetune_command(**options) -> int:
+    result = finetune(FinetuneConfig(**options))
+    if not result or data.process_rank()[0]:
+        return 0
+    if result["auroc"] is None:
+        print(f"{result['task']}: no AUROC, for the test split lacks a class")
+        return 0
+    over = "too few cases for an interval"
+    if result["interval"]:
+        over = "95 % over cases: {:.3f} to {:.3f}".format(*result["interval"])
+    print(
+        f"{result['task']}: test AUROC {result['auroc']:.3f} ({over}), average precision "
+        f"{result['average_precision']:.3f}, {result['cases']['test']} cases; "
+        f"tune AUROC {result['tune_auroc']:.3f} after epoch {result['best_epoch'] + 1}"
+    )
+    return 0
+
+
+def add_config_flags(parser, config_class) -> None:
+    """A flag for each field of a config that `add_command` has not added."""
+    for setting in dataclasses.fields(config_class):
+        if setting.name in ("seed", "device"):
+            continue
+        flag = dict(setting.metadata)
+        numbers = {preset: flag.pop(preset) for preset in PRESETS}
+        for preset, number in numbers.items():
+            if number is not None:
+                flag["help"] += f" ({preset}: {number:g})"
+        if setting.default is dataclasses.MISSING:
+            flag["required"] = True
+        elif setting.default is False:
+            flag["action"] = "store_true"
+        else:
+            flag["default"] = setting.default
+        parser.add_argument("--" + setting.name.replace("_", "-"), **flag)
+
+
+def add_command(commands, name: str, function, summary: str, example: str):
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"example: python train.py {name} {example}",
+        formatter_class=data.HelpFormatter,
+    )
+    parser.set_defaults(function=function)
+    parser.add_argument("--seed", type=NATURAL, default=0, help="everything random follows from it")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
+    return parser
 
 
 def parse(argv=None) -> argparse.Namespace:
-    def within(kind, low, high):
-        def number(text):
-            if not low <= kind(text) <= high:  # NaN is not
-                raise argparse.ArgumentTypeError(f"{text} is not within {low:g} to {high:g}")
-            return kind(text)
-
-        return number
-
-    natural, positive, share, rate = (
-        within(int, 0, 2**32 - 1),
-        within(int, 1, 2**32 - 1),
-        within(float, 0, 1),
-        within(float, 1e-30, 1e3),
-    )
-
-    def magnification(text):  # STAMP's may be 8.75
-        return text if text == "all" else float(text) if float(text) % 1 else positive(text)
-
-    class Help(argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action):
-            return action.help if action.default is None else super()._get_help_string(action)
-
     parser = argparse.ArgumentParser(
         prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name, summary, example):
-        p = commands.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            epilog=f"example: {example}",
-            formatter_class=Help,
-        )
-        p.add_argument("--seed", type=natural, default=0, help="everything random follows from it")
-        p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
-        return p
+    summary = "masked embedding modelling, without labels"
+    p = add_command(commands, "pretrain", pretrain_command, summary, "--mask 0.5 --source 7")
+    add_config_flags(p, PretrainConfig)
 
-    def training(p, steps, taken_over=""):
-        p.add_argument(
-            "--data",
-            default=DEFAULT_DATA,
-            help="DATA folder; the default is made first if it is not there",
-        )
-        p.add_argument(
-            "--out", help="run folder (default: a name made of the settings, under runs/)"
-        )
-        p.add_argument(
-            "--preset",
-            choices=PRESETS,
-            default="small",
-            help="small: 1 M parameters, for two CPU cores; "
-            f"paper: its sizes, as assumed in README{taken_over}",
-        )
-        p.add_argument(
-            "--region",
-            type=positive,
-            default=3,
-            help=f"cells per region side (assumed: 3){taken_over}",
-        )
-        p.add_argument(
-            "--batch-size", type=positive, help="global batch size (default: the preset's)"
-        )
-        p.add_argument(
-            "--epochs", type=positive, help="passes over the data (default: the preset's)"
-        )
-        if steps:
-            p.add_argument(
-                "--steps",
-                type=positive,
-                help="optimizer steps, instead of epochs (default: the preset's)",
-            )
-        p.add_argument("--lr", type=rate, help="peak learning rate (default: the preset's)")
-        if steps:
-            p.add_argument(
-                "--blr",
-                type=rate,
-                help="base rate, instead of lr: lr = blr * batch / 256 (default: the preset's)",
-            )
-        p.add_argument(
-            "--warmup",
-            type=share,
-            default=0.05,
-            help="share of the steps in which the rate rises (assumed)",
-        )
-        p.add_argument(
-            "--weight-decay",
-            type=within(float, 0, 1e3),
-            help="on matrices only (default: the preset's)",
-        )
-        p.add_argument("--clip", type=rate, default=1.0, help="largest gradient norm (assumed)")
-        p.add_argument(
-            "--amp",
-            choices=("auto", "off", "fp16", "bf16"),
-            default="auto",
-            help="auto: bf16 where the device computes it, else fp16 on a GPU",
-        )
-        p.add_argument(
-            "--workers", type=natural, default=1, help="threads that load the next batches"
-        )
-        p.add_argument(
-            "--resume",
-            choices=("auto", "off"),
-            default="auto",
-            help="auto: go on where a run of the same settings stopped",
-        )
+    summary = "train the prediction of a biomarker and score its test split once"
+    example = "--task skin_braf --init runs/mem-0.50 --tokens cls"
+    p = add_command(commands, "finetune", finetune_command, summary, example)
+    add_config_flags(p, FinetuneConfig)
 
-    p = command(
-        "pretrain",
-        "masked embedding modelling, without labels",
-        "python train.py pretrain --mask 0.5 --source 7",
-    )
-    training(p, steps=True)
-    p.add_argument(
-        "--mask", type=share, default=0.5, help="removal ratio (paper: 0.25, 0.50, 0.75)"
-    )
-    p.add_argument(
-        "--source",
-        type=positive,
-        metavar="S",
-        help="add the contrastive term on two views of an S x S source window (paper: 3, 7, 11)",
-    )
-    p.add_argument(
-        "--micro-batch",
-        type=positive,
-        default=64,
-        help="regions per forward pass; gradients accumulate to the batch",
-    )
-    p.add_argument(
-        "--min-cover", type=share, default=1.0, help="share of its cells that a window must hold"
-    )
-    p.add_argument(
-        "--holdout",
-        type=within(float, 0, 0.9),
-        default=0.05,
-        help="share of cases kept out, to measure the loss on",
-    )
-    p.add_argument("--save-every", type=positive, default=100, help="steps between checkpoints")
-    p.add_argument(
-        "--in-memory",
-        action="store_true",
-        help="hold all embeddings in the device's memory and gather there",
-    )
-    p.add_argument(
-        "--compile",
-        action="store_true",
-        help="torch.compile the model; the first step then takes minutes",
-    )
-
-    p = command(
-        "finetune",
-        "train slide-level prediction of a biomarker and score its test set once",
-        "python train.py finetune --task skin_braf --init runs/mem-0.50 --tokens cls",
-    )
-    training(p, steps=False, taken_over=" (default: the encoder's)")
-    p.set_defaults(preset=None, region=None)
-    p.add_argument("--task", required=True, help="name of a table in DATA/tasks")
-    p.add_argument(
-        "--init",
-        metavar="RUN|random|none",
-        help="pretraining run, random weights, or none: AB-MIL on the tile embeddings "
-        "(default: the newest pretraining run)",
-    )
-    p.add_argument(
-        "--tokens",
-        choices=("patch", "cls"),
-        default="patch",
-        help="contextualized (table 1) or compressed (table 2) outputs",
-    )
-    p.add_argument(
-        "--magnification",
-        type=magnification,
-        default="all",
-        help="all, or the only one whose embeddings are read",
-    )
-    p.add_argument(
-        "--hidden", type=positive, help="width of the AB-MIL attention (default: the preset's)"
-    )
-    p.add_argument(
-        "--dropout",
-        type=within(float, 0, 0.99),
-        default=0.2,
-        help="on what is pooled and on the pooled vector (assumed)",
-    )
-    p.add_argument("--smoothing", type=share, default=0.1, help="label smoothing (assumed)")
-    p.add_argument(
-        "--layer-decay",
-        type=share,
-        default=0.75,
-        help="each layer's rate against the one above (paper 4.3)",
-    )
-    p.add_argument(
-        "--frozen-epochs",
-        type=natural,
-        default=1,
-        help="epochs before the encoder learns (paper 4.3: 1); with more than one its outputs are held in memory meanwhile",
-    )
-    p.add_argument(
-        "--starts",
-        type=positive,
-        default=1,
-        help="random starts of the aggregator, each tried for all epochs on the frozen encoder's "
-        "outputs; the tune split chooses with which to go on",
-    )
-    p.add_argument(
-        "--encoder-rate",
-        type=share,
-        help="the encoder's rate against the aggregator's (assumed) (default: the preset's)",
-    )
-    p.add_argument(
-        "--case-score",
-        choices=("auto", "max", "mean"),
-        default="auto",
-        help="a case's score from its slides'; auto: whichever ranks the tune split better, max on a tie",
-    )
-    p.add_argument(
-        "--min-cover", type=share, default=0.5, help="share of its cells that a region must hold"
-    )
-    p.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="plan only: cases, tokens, bytes per epoch and the memory that the largest batch will take",
-    )
-
-    p = command(
-        "predict",
-        "score slides with a fine-tuned run",
-        "python train.py predict --run runs/skin_braf-mem-0.50-patch-all --data data/mine",
-    )
+    summary = "score slides with a fine-tuned run"
+    example = "--run runs/skin_braf-mem-0.50-patch-all --data data/mine"
+    p = add_command(commands, "predict", predict, summary, example)
     p.add_argument("--run", required=True, help="fine-tuning run")
-    p.add_argument("--data", required=True, help="DATA folder")
+    p.add_argument("--data", dest="folder", metavar="DATA", required=True, help="DATA folder")
     p.add_argument("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
     p.add_argument("--out", help="CSV to write (default: RUN/predict.csv)")
 
-    p = command(
-        "embed",
-        "write contextualized or compressed outputs as HDF5 that MIL tools read",
-        "python train.py embed --init runs/mem-0.50 --tokens cls --out embeddings",
-    )
-    p.add_argument(
-        "--init",
-        required=True,
-        metavar="RUN",
-        help="pretraining run, or an exported encoder folder",
-    )
-    p.add_argument(
-        "--tokens",
-        choices=("patch", "cls"),
-        default="cls",
-        help="contextualized: one row per tile; compressed: one row per region",
-    )
-    p.add_argument("--data", default=DEFAULT_DATA, help="DATA folder")
-    p.add_argument("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
+    summary = "write contextualized or compressed outputs as HDF5 files that MIL tools read"
+    example = "--init runs/mem-0.50 --tokens cls --out embeddings"
+    p = add_command(commands, "embed", embed, summary, example)
+    p.add_argument("--init", required=True, metavar="RUN", help="pretraining run or encoder folder")
     p.add_argument("--out", required=True, help="folder to write")
     p.add_argument(
-        "--layout",
-        choices=("trident", "clam"),
-        default="trident",
-        help="folders as TRIDENT names them, or CLAM's h5_files/ and pt_files/",
+        "--data", dest="folder", metavar="DATA", default=DEFAULT_DATA, help="DATA folder"
     )
     p.add_argument(
-        "--min-cover", type=share, default=0.5, help="share of its cells that a region must hold"
+        "--tokens", choices=("patch", "cls"), default="cls", help="a row per tile, or per region"
     )
+    p.add_argument("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
+    p.add_argument("--min-cover", type=SHARE, default=0.5, help="share of cells in a region")
 
-    p = command(
-        "heatmap",
-        "where a fine-tuned run looks on a slide: a picture per magnification, CSV, GeoJSON for QuPath",
-        "python train.py heatmap --run runs/skin_braf-mem-0.50-patch-all --slide S1 --image slides/S1.svs",
-    )
+    summary = "where a fine-tuned run looks on a slide: pictures, CSV, GeoJSON for QuPath"
+    example = "--run runs/skin_braf-mem-0.50-patch-all --slide S1 --image slides/S1.svs"
+    p = add_command(commands, "heatmap", heatmap, summary, example)
     p.add_argument("--run", required=True, help="fine-tuning run")
     p.add_argument("--slide", required=True, metavar="ID", help="slide id")
-    p.add_argument("--data", help="DATA folder (default: the run's)")
-    p.add_argument(
-        "--image",
-        metavar="SLIDE",
-        help="the slide itself, to draw on and to cut the top regions from (default: a grey ground)",
-    )
+    p.add_argument("--data", dest="folder", metavar="DATA", help="DATA folder (default: the run's)")
+    p.add_argument("--image", metavar="SLIDE", help="the slide itself, to draw on (default: grey)")
     p.add_argument("--out", help="folder to write (default: RUN/heatmap/ID)")
 
-    p = command(
-        "table",
-        "run rows x tasks x seeds of the paper's tables 1 and 2, skipping what is done",
-        "python train.py table --rows abmil-20 mem-0.50-patch --tasks skin_braf",
-    )
+    summary = "run rows x tasks x seeds of the paper's tables 1 and 2, skipping what is done"
+    example = "--rows abmil-20 mem-0.50-patch --tasks skin_braf"
+    p = add_command(commands, "table", table, summary, example)
     p.add_argument(
-        "--data",
-        default=DEFAULT_DATA,
-        help="DATA folder; the default is made first if it is not there",
+        "--data", dest="folder", metavar="DATA", default=DEFAULT_DATA, help="DATA folder"
     )
     p.add_argument("--out", default="runs/table", help="folder of the runs and of SUMMARY.md")
-    p.add_argument(
-        "--rows",
-        nargs="+",
-        help="such as abmil-20, random-all-patch, mem-0.50-cls, cmem-7-patch (default: all 24)",
-    )
+    p.add_argument("--rows", nargs="+", help="such as abmil-20, cmem-7-patch (default: all 24)")
     p.add_argument("--tasks", nargs="+", help="tables in DATA/tasks (default: all)")
-    p.add_argument("--seeds", type=positive, default=1, help="number of seeds, from --seed on")
-    p.add_argument("--preset", choices=PRESETS, default="small", help="for every run")
-    p.add_argument("--steps", type=positive, help="pretraining steps (default: the preset's)")
-    p.add_argument("--epochs", type=positive, help="fine-tuning epochs (default: the preset's)")
-    p.add_argument(
-        "--frozen-epochs",
-        type=natural,
-        default=1,
-        help="as in finetune; as many as --epochs is quickest",
-    )
-    p.add_argument("--starts", type=positive, default=1, help="as in finetune")
+    p.add_argument("--seeds", type=POSITIVE, default=1, help="number of seeds, from --seed on")
+    p.add_argument("--preset", choices=PRESETS, default="small", help="sizes of every run")
+    p.add_argument("--steps", type=POSITIVE, help="pretraining steps (default: the preset's)")
+    p.add_argument("--epochs", type=POSITIVE, help="fine-tuning epochs (default: the preset's)")
+    p.add_argument("--frozen-epochs", type=NATURAL, default=1, help="as in finetune")
 
-    p = command(
-        "demo",
-        "a synthetic cohort, MEM pretraining, fine-tuning, a small table and a figure, in minutes on two cores",
-        "python train.py demo",
-    )
+    summary = "a synthetic cohort, MEM pretraining, fine-tuning, a small table, in minutes"
+    p = add_command(commands, "demo", demo, summary, "")
     p.add_argument(
-        "--data",
-        default=DEFAULT_DATA,
-        help="DATA folder; the default is made first if it is not there",
+        "--data", dest="folder", metavar="DATA", default=DEFAULT_DATA, help="DATA folder"
     )
     p.add_argument("--out", default="runs/demo", help="folder of the runs, SUMMARY.md and demo.png")
 
-    command(
-        "doctor",
-        "versions, device, threads, bf16, disk: what this machine offers and what will go wrong",
-        "python train.py doctor",
-    )
+    add_command(commands, "doctor", doctor, "what this machine offers, and what will go wrong", "")
     return parser.parse_args(argv)
 
 
-COMMANDS = {
-    "pretrain": pretrain_command,
-    "finetune": finetune_command,
-    "predict": predict_command,
-    "embed": embed_command,
-    "heatmap": heatmap_command,
-    "table": table_command,
-    "demo": demo_command,
-    "doctor": doctor_command,
-}
-
-
-def main() -> int:
-    args = parse()
-    return data.run_command(COMMANDS[args.command], args)
+def main(argv=None) -> int:
+    options = vars(parse(argv))
+    options.pop("command")
+    function = options.pop("function")
+    return data.run_command(function, **options)
 
 
 if __name__ == "__main__":

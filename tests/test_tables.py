@@ -1,0 +1,160 @@
+"""Tables, demo, doctor and their statistics.     python -m pytest tests/test_tables.py"""
+
+import importlib.metadata
+import itertools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, run
+from sklearn.metrics import roc_auc_score
+
+import data
+import train
+
+RESULTS = ROOT / "notebooks" / "results"
+ONE_CELL = "train.py table --rows abmil-20 --epochs 1"
+
+
+def data_folder(folder, cohort, tasks: dict) -> None:
+    """DATA with the cohort's slides and the tables `tasks`: name -> lines of the CSV."""
+    (folder / "tasks").mkdir(parents=True)
+    os.symlink(cohort / "slides", folder / "slides")
+    for name, lines in tasks.items():
+        (folder / "tasks" / f"{name}.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_bootstrap_interval_covers_the_true_value():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], [60, 30])
+    covered = 0
+    for trial in range(60):
+        scores = rng.standard_normal(90) + labels  # true AUROC: Phi(1 / sqrt 2)
+        low, high = train.interval(train.bootstrap_aurocs(labels, scores, trial, 400))
+        assert low <= roc_auc_score(labels, scores) <= high
+        covered += low <= 0.7602 <= high
+    assert covered >= 50  # 57 are expected; fewer than 50 have a chance of about 1e-4
+
+
+def test_bootstrap_areas_are_those_of_scikit_learn():
+    """With so few cases every resample can be listed."""
+    labels = [1, 0, 0, 1, 0]
+    scores = [0.9, 0.1, 0.5, 0.5, 0.7]
+    possible = set()
+    for positive in itertools.product([0.9, 0.5], repeat=2):
+        for negative in itertools.product([0.1, 0.5, 0.7], repeat=3):
+            possible.add(round(roc_auc_score([1, 1, 0, 0, 0], positive + negative), 9))
+    samples = {round(float(s), 9) for s in train.bootstrap_aurocs(labels, scores, 0, 200)}
+    assert samples <= possible
+    assert len(samples) > 4
+    assert train.bootstrap_aurocs([1, 0, 0], [0.1, 0.2, 0.3], 0) is None
+
+
+def test_the_papers_averages_are_those_of_its_columns_but_for_two():
+    means = {row: np.mean(values[:7]) for row, values in train.PAPER.items()}
+    differ = {row for row, mean in means.items() if abs(mean - train.PAPER[row][7]) > 0.051}
+    assert len(means) == 24
+    assert differ == {"abmil-20", "cmem-7-patch"}
+
+
+@pytest.mark.parametrize("name, rows, seeds", [("longer", 7, 3), ("quick", 24, 1)])
+def test_committed_results_can_be_read(name, rows, seeds):
+    results = train.read_results(RESULTS / name)
+    assert (len(results.rows), len(results.tasks), len(results.seeds)) == (rows, 7, seeds)
+    check_aurocs(results)
+
+
+def check_aurocs(results) -> None:
+    for (row, task), scores in results.scores.items():
+        areas = [roc_auc_score(results.labels[task], of_seed) for of_seed in np.transpose(scores)]
+        assert results.aurocs[row, task] == pytest.approx(areas, abs=1e-9)
+
+
+def test_rows_share_the_resamples():
+    """Two rows that order the cases alike are equal in each resample; missing scores count not."""
+    results = train.read_results(RESULTS / "longer")
+    row = "abmil-20"
+    for task in results.tasks:
+        results.scores["other", task] = 3 * np.array(results.scores[row, task]) + 1
+    samples = train.resampled_average(results, row)
+    assert np.array_equal(samples, train.resampled_average(results, "other"))
+    aurocs = [results.aurocs[row, task] for task in results.tasks]
+    assert samples.mean() == pytest.approx(np.mean(aurocs), abs=0.005)
+    results.scores["other", "skin_braf"][0] = np.nan  # a case that this row left out
+    assert np.isfinite(train.resampled_average(results, "other")).all()
+    results.scores["other", "skin_braf"][:] = np.nan  # a refused cell
+    assert train.resampled_average(results, "other") is None
+
+
+def test_table_runs_skips_and_prints(cohort, tmp_path):
+    command = "train.py table --rows abmil-20 mem-0.25-cls --steps 4 --epochs 1 --seeds 2 --out t"
+    out, _ = run(command, "--data", cohort, cwd=tmp_path)
+    paper = np.mean([train.PAPER["abmil-20"][i] for i in (4, 6)])
+    for text in ("## Table 1", "## Table 2", "| MEM 0.25 CLS |", f"| {paper:.1f} |"):
+        assert text in out
+    assert (tmp_path / "t" / "SUMMARY.md").read_text() in out
+    results = train.read_results(tmp_path / "t")
+    assert (results.tasks, results.seeds) == (["gastric_her2", "skin_braf"], ["0", "1"])
+    check_aurocs(results)
+    assert results.machine["data"] == "synthetic cohort, seed 3"
+    again, err = run(command, "--data", cohort, cwd=tmp_path)
+    assert out.endswith(again)
+    assert err.count("this run is finished") == 12
+
+
+def test_other_settings_replace_nothing(cohort, tmp_path):
+    command = f"{ONE_CELL} --tasks skin_braf --out t --data"
+    run(command, cohort, cwd=tmp_path)
+    before = {path: path.read_bytes() for path in (tmp_path / "t").glob("*.*")}
+    _, err = run(command, cohort, "--epochs", 2, cwd=tmp_path, code=1)
+    assert "epochs 1 there, 2 now" in err
+    assert {path: path.read_bytes() for path in (tmp_path / "t").glob("*.*")} == before
+
+
+def test_a_refused_cell_costs_itself(cohort, tmp_path):
+    lines = (cohort / "tasks" / "skin_braf.csv").read_text().splitlines()
+    no_test = [line for line in lines if not line.endswith(",test")]
+    one_class = [line.replace(",1,", ",0,") for line in lines]
+    tasks = {"own": lines, "skin_braf": lines, "one_class": one_class, "no_test": no_test}
+    data_folder(tmp_path / "mine", cohort, tasks)
+    out, _ = run(f"{ONE_CELL} --data mine --out u", cwd=tmp_path, code=3)
+    assert "|  | Skin BRAF | no_test | one_class | own | average" in out
+    assert "| n/a | n/a |" in out
+    _, err = run(f"{ONE_CELL} --data mine --tasks no_test --out v", cwd=tmp_path, code=1)
+    assert "no cell of the table has a score" in err
+
+
+def test_a_table_of_several_processes(cohort, tmp_path):
+    command = f"-m torch.distributed.run --standalone --nproc-per-node 2 {ROOT}/{ONE_CELL}"
+    command += f" --tasks skin_braf --data {cohort} --epochs "
+    for epochs in (1, 2):
+        asked = [sys.executable, *f"{command}{epochs}".split()]
+        done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert (done.returncode == 0) == (epochs == 1), done.stderr
+    assert "holds a run with other settings" in done.stderr
+    assert len(train.read_results(tmp_path / "runs" / "table").scores) == 1
+
+
+def test_demo_wants_its_own_task(cohort, tmp_path):
+    data_folder(tmp_path / "d", cohort, {})
+    _, err = run("train.py demo --data d", cwd=tmp_path, code=1)
+    assert "gastric_her2: no such row or task" in err
+
+
+def test_machine_facts_want_no_git(cohort, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    train.write_machine(tmp_path / "machine.json", {"data": str(cohort)}, 0.0)
+    assert "commit" not in data.read_json(tmp_path / "machine.json")
+
+
+def test_doctor_names_what_is_there_and_what_is_missing(monkeypatch, capsys):
+    versions = {"torch": "1.2.3"}
+    monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
+    monkeypatch.setattr(importlib.metadata, "PackageNotFoundError", KeyError)
+    monkeypatch.setattr(data, "free_bytes", lambda folder: 2**30)
+    assert train.doctor() == 0
+    out = capsys.readouterr().out
+    for text in ("1.2.3", "WARNING: h5py is missing", "1.0 GiB", "WARNING: checkpoints"):
+        assert text in out
