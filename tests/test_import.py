@@ -138,7 +138,7 @@ def table(path):
 # ------------------------------------------------------------------------------------ joining tiles
 def by_hand(corners, features, sides, magnifications):
     """{(cell, entry): embedding} by the definition: in which cell's box, and in which of its 4^k boxes, a tile's corner lies."""
-    entries = Geometry(1, magnifications).cell_table().tolist()
+    entries = Geometry(1, magnifications).token_table().tolist()
     placed = {}
     for k, side in enumerate(sides):
         for (x, y), embedding in zip(corners[k], features[k], strict=True):
