@@ -2016,7 +2016,6 @@ def tile_one(path: Path, encoder, dim: int, args) -> tuple[str, int]:
     size = plan.cells * Geometry(1, args.magnifications).tokens_per_cell * dim * 2
     report = plan_report(reader, plan, args.region) + f"; {size / 1e6:.2f} MB"
     if not args.dry_run:
-        require_room(out, size)
         draw_qc(out.parents[1] / "qc" / f"{path.stem}.png", reader, plan)
         features, cells, bad = tile_slide(reader, plan, encoder, dim, args)
         width, height = reader.slide.dimensions
@@ -2092,7 +2091,7 @@ def tile_command(args) -> int:
     ).shape[1]
     args.weights_sha256 = args.weights and file_sha256(args.weights)
     failed, needed = [], 0
-    sweep(listed.parent / "slides")
+
     for path in progress(paths, desc="slides"):
         try:
             report, size = tile_one(path, encoder, dim, args)
@@ -2234,6 +2233,19 @@ def read_feature_file(path: Path, tool: str) -> FeatureFile:
     return found
 
 
+def settle_trident_sides(files: list[FeatureFile]) -> None:
+    """TRIDENT cuts tiles of a rounded side but states its floor, so one more may be the true side."""
+    stated = files[-1].side
+    for finest in (stated, stated + 1):
+        sides = [finest * 2**k for k in reversed(range(len(files)))]
+        pairs = list(zip(files, sides, strict=True))
+        nested = all(0 <= side - file.side <= 1 for file, side in pairs)
+        if nested and not any((file.corners % side).any() for file, side in pairs):
+            for file, side in pairs:
+                file.side = side
+            return
+
+
 def check_same_slide(files: list[FeatureFile]) -> None:
     """Raises MixmagError unless the files are of one slide, one encoder and a run of doublings."""
     for low, high in itertools.pairwise(files):
@@ -2318,6 +2330,8 @@ def import_slide(job: ImportJob) -> str:
     if already_done(job.out, {"encoder": job.encoder, "settings": settings}, job.mpp):
         return "done before"
     files = [read_feature_file(path, job.tool) for path in job.paths]
+    if job.tool == "trident":
+        settle_trident_sides(files)
     check_same_slide(files)
     first = files[0]
     encoder = job.encoder if first.encoder is None else first.encoder
