@@ -4,9 +4,7 @@ python -m pytest tests/test_faults.py            MIXMAG_LONG=1 kills and mutates
 """
 
 import contextlib
-import csv
 import inspect
-import itertools
 import json
 import math
 import os
@@ -29,7 +27,6 @@ import torch
 from conftest import ROOT, Command, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from safetensors import safe_open
 from test_data import META, content, make_slide, task
 from test_import import slide_of_three
@@ -75,20 +72,13 @@ def comparable(path):
     if path.suffix == ".pt":
         return plain(torch.load(path, weights_only=True))
     if path.suffix == ".safetensors":
-        if path.parent.name == "slides":
-            assert not data.slide_findings(path)[1]
-        with safe_open(path, "pt") as file:
-            tensors = {name: plain(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-            return file.metadata(), tensors
+        with safe_open(path, "pt") as file:  # the library writes metadata in random order
+            return file.metadata(), plain({k: file.get_tensor(k) for k in file.keys()})  # noqa: SIM118
     if path.suffix == ".json":
-        value = json.loads(path.read_text("utf-8"))
-        value.pop("seconds", None)
-        return value
-    if path.suffix == ".png":
-        with Image.open(path) as picture:
-            return picture.size, picture.tobytes()
-    assert path.read_bytes().endswith(b"\n")
-    return path.read_bytes()
+        return {**json.loads(path.read_text("utf-8")), "seconds": None}
+    raw = path.read_bytes()
+    assert raw.endswith((b"\n", b"IEND\xaeB`\x82")), path
+    return raw
 
 
 def whole(folder):
@@ -104,12 +94,10 @@ def whole(folder):
     return found
 
 
-def assert_same(found, expected, but=()):
-    differing = set()
-    for name in expected.keys() | found.keys():
-        if found.get(name) != expected.get(name) and Path(name).name not in but:
-            differing.add(name)
-    assert not differing
+def assert_same(found, expected):
+    names = expected.keys() | found.keys()
+    differing = {name for name in names if found.get(name) != expected.get(name)}
+    assert not {name for name in differing if not name.endswith("prev.pt")}
 
 
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 75, signal.SIGINT: 130}
@@ -141,9 +129,8 @@ def test_killed_anywhere_it_goes_on_and_ends_the_same(cohort, tmp_path, command)
     flags = ("--data", cohort, "--out", "out")
     if command == TILE:
         for i in range(3):
-            (tmp_path / "slides").mkdir(exist_ok=True)
-            write_tiff(tmp_path / "slides" / f"{i}.tiff", pink(1000, 1000, i), 0.5)
-        flags = ("--slides", tmp_path / "slides", "--out", "out", "--batch-size", 16)
+            write_tiff(tmp_path / f"{i}.tiff", pink(1000, 1000, i), 0.5)
+        flags = ("--slides", tmp_path, "--out", "out", "--batch-size", 16)
     (tmp_path / "whole").mkdir()
     began = time.time()
     run(command, *flags, cwd=tmp_path / "whole")
@@ -154,12 +141,10 @@ def test_killed_anywhere_it_goes_on_and_ends_the_same(cohort, tmp_path, command)
     rng = np.random.default_rng(len(command))
     signals = TIMES * [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
     rng.shuffle(signals)
-    for attempt in itertools.count():
-        folder = tmp_path / f"broken-{attempt}"
+    while signals:  # one that came too late is for the next folder
+        folder = tmp_path / f"broken-{time.time()}"
         found = start_until_done(command, flags, folder, signals, seconds, rng)
-        assert_same(found, expected, but=("prev.pt",))
-        if not signals:
-            break
+        assert_same(found, expected)
 
 
 def test_no_loop_is_deaf(cohort, tmp_path, monkeypatch):
@@ -167,38 +152,36 @@ def test_no_loop_is_deaf(cohort, tmp_path, monkeypatch):
     slides = data.read_slides(cohort)
     cases = [case for case in data.read_task(cohort, "skin_braf") if case.split == "tune"]
     reader = data.Reader(write_tiff(tmp_path / "s.tiff", pink(1000, 1000), 0.5))
-    tiling = data.TileSettings(region=1, batch_size=16)
+    tiling = data.TileSettings(region=1)
     plan = data.plan_slide(reader, tiling)
     config = mixmag.Config.small(64)
-    geometry = config.geometry()
     mem = mixmag.MaskedEmbeddingModel(config)
     model = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config))
-    bags = data.CaseDataset({s.slide_id: s for s in slides}, cases, geometry, model.index)
-    regions = data.RegionDataset(slides[:6], geometry, 0, 0.5)
+    by_id = {slide.slide_id: slide for slide in slides}
+    bags = data.CaseDataset(by_id, cases, config.geometry(), model.index)
+    regions = data.RegionDataset(slides[:6], config.geometry(), 0, 0.5)
     machine = train.start_machine("cpu", "off")
-    finetuning = train.FinetuneConfig(task="skin_braf", batch_size=4, epochs=1, lr=1e-3)
+    tuning = train.FinetuneConfig(task="skin_braf", batch_size=4, epochs=1, lr=1e-3)
     optimizer = torch.optim.AdamW(train.parameter_groups(model, 0.0))
     a_run = types.SimpleNamespace(machine=machine, folder=tmp_path)
-    directions = torch.zeros(3, 64)
-    bar = train.progress(total=4)
-    calls = {
-        "synth": (data.synth_cohort, tmp_path / "c"),
-        "images": (data.synth_images, tmp_path / "i", 1, 0),
-        "read": (data.read_slides, cohort),
-        "verify": (data.verify, cohort),
-        "statistics": (data.feature_statistics, slides),
-        "thumbnail": (data.thumbnail, reader, 0.5),
-        "tile": (data.tile_slide, reader, plan, data.texture, 46, tiling),
-        "cache": (train.update_cache, model, bags, True, machine),
-        "held-out": (train.held_out_losses, mem, regions, directions, machine),
-        "score": (train.score_cases, model, bags, machine, 4),
-        "epoch": (train.finetune_epoch, finetuning, model, optimizer, bags, 0, a_run, bar),
-    }
+    calls = [
+        (data.synth_cohort, tmp_path / "c"),
+        (data.synth_images, tmp_path / "i", 1, 0),
+        (data.read_slides, cohort),
+        (data.verify, cohort),
+        (data.feature_statistics, slides),
+        (data.thumbnail, reader, 0.5),
+        (data.tile_slide, reader, plan, data.texture, 46, tiling),
+        (train.update_cache, model, bags, True, machine),
+        (train.held_out_losses, mem, regions, torch.zeros(3, 64), machine),
+        (train.score_cases, model, bags, machine, 4),
+        (train.finetune_epoch, tuning, model, optimizer, bags, 0, a_run, train.progress(total=4)),
+    ]
     monkeypatch.setattr(data, "STOP_SIGNALS", [signal.SIGTERM])
-    for name, (function, *arguments) in calls.items():
+    for function, *arguments in calls:
         with pytest.raises(data.Stopped):
             function(*arguments)
-            pytest.fail(f"{name} went on")
+            pytest.fail(f"{function.__name__} went on")
     files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert files == {"s.tiff", "synthetic.json"}
 
@@ -209,14 +192,8 @@ def two_processes(cohort, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(ROOT / "train.py"), "pretrain", "--data", str(cohort), "--out", "r"]
     command += ["--batch-size=4", "--steps=100000", "--save-every=100000", "--holdout=0"]
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    quiet = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command, cwd=tmp_path, **quiet)
     metrics = tmp_path / "r" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
         time.sleep(0.05)
@@ -234,18 +211,15 @@ def test_a_signal_to_all_of_several_processes_is_one_signal(two_processes, tmp_p
     assert torch.load(tmp_path / "r" / "last.pt", weights_only=True)["done"] >= 10
 
 
-def children(pid) -> list[int]:
-    found = []
-    for thread in Path(f"/proc/{pid}/task").iterdir():
-        found += map(int, (thread / "children").read_text().split())
-    return found
+def rank_of(pid):
+    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next((int(item[5:]) for item in environment if item.startswith(b"RANK=")), None)
 
 
 def test_a_process_that_dies_ends_all(two_processes):
-    ranks = {}
-    for pid in children(two_processes.pid):
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        ranks |= {rank: pid for rank in (0, 1) if f"RANK={rank}".encode() in environment}
+    pid = two_processes.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    ranks = {rank_of(child): int(child) for child in children}
     os.kill(ranks[1], signal.SIGKILL)
     two_processes.communicate(timeout=60)
     assert two_processes.returncode
@@ -302,12 +276,8 @@ def test_a_folder_that_cannot_be_written_is_said(cohort, tmp_path, place):
 def test_nobody_reads_the_output(tmp_path):
     """`| head`: no traceback."""
     script = f"{sys.executable} {ROOT / 'data.py'} verify {tmp_path} | true"
-    done = subprocess.run(
-        ["bash", "-c", f"{script}; exit ${{PIPESTATUS[0]}}"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "LANG": "C", "LC_ALL": "C"},
-    )
+    command = ["bash", "-c", f"{script}; exit ${{PIPESTATUS[0]}}"]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "LC_ALL": "C"})
     assert done.returncode in (1, 141)
     assert not done.stderr
 
@@ -321,40 +291,32 @@ sys.exit(data.main(sys.argv[1:]))
 
 
 def tile_in(environment, folder, name):
-    """A slide, tiled in a process of this environment: its stdout and what the file holds."""
-    usual = {key: value for key, value in os.environ.items() if key != "SOURCE_DATE_EPOCH"}
+    """Tile a slide in a process of this environment: one half as its locale writes it, the file."""
+    environment = {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
+    del environment["SOURCE_DATE_EPOCH"]
     command = f"{TILE} --slides S.tiff --out {name} --mpp 0.5".split()[1:]
     began = datetime.now(UTC).replace(microsecond=0)
-    done = subprocess.run(
-        [sys.executable, "-c", TILE_IN_LOCALE, *command],
-        cwd=folder,
-        env={**usual, **environment, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert "1 slides done, 0 failed" in done.stdout, done.stdout + done.stderr
-    half, report = done.stdout.replace(name, "").split("\n", 1)
-    meta, tensors = content(folder / name / "slides" / "S.safetensors")
-    meta.pop("sha256")
+    command = [sys.executable, "-c", TILE_IN_LOCALE, *command]
+    out = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True)
+    meta, tensors = comparable(folder / name / "slides" / "S.safetensors")
     created = meta.pop("created")
     assert created.endswith("+00:00")
     assert began <= datetime.fromisoformat(created) <= datetime.now(UTC)
-    return half, (report, meta, {key: value.tobytes() for key, value in tensors.items()})
+    del meta["sha256"]
+    return out.stdout.split()[0], (meta, tensors)
 
 
 def test_zone_and_locale_change_nothing(tmp_path):
     """Times are UTC, and numbers have a point, also where the locale's decimals have a comma."""
     write_tiff(tmp_path / "S.tiff", pink(1000, 1000), 0.5)
-    place = tmp_path / "de_DE.UTF-8"
-    if shutil.which("localedef"):
-        subprocess.run(["localedef", "-i", "de_DE", "-f", "UTF-8", place], capture_output=True)
     half, expected = tile_in({"TZ": "UTC", "LC_ALL": "C"}, tmp_path, "plain")
-    assert half == "0.5"
+    assert half == b"0.5"
     other = {"TZ": "Asia/Tokyo", "LC_ALL": "C"}
-    if place.exists():
+    comma = ["localedef", "-i", "de_DE", "-f", "UTF-8", tmp_path / "de_DE.UTF-8"]
+    if shutil.which("localedef") and subprocess.run(comma).returncode == 0:
         other |= {"LOCPATH": str(tmp_path), "LC_ALL": "de_DE.UTF-8"}
     half, found = tile_in(other, tmp_path, "other")
-    assert half == ("0,5" if place.exists() else "0.5")
+    assert half == (b"0,5" if "LOCPATH" in other else b"0.5")
     assert found == expected
 
 
@@ -376,11 +338,11 @@ def with_value(cohort, folder, slide_id, value):
     for path in (cohort / "slides").iterdir():
         if path.stem != slide_id:
             os.symlink(path, folder / "slides" / path.name)
-    slide = data.read_slide(cohort / "slides" / f"{slide_id}.safetensors")
-    slide.features[0, 7, 3] = value
-    path = folder / "slides" / f"{slide_id}.safetensors"
-    data.write_slide(path, slide.features.copy(), slide.cells, slide.valid, slide.meta)
-    data.map_features.cache_clear()
+    name = f"slides/{slide_id}.safetensors"
+    slide = data.read_slide(cohort / name)
+    features = slide.features.copy()
+    features[0, 7, 3] = value
+    data.write_slide(folder / name, features, slide.cells, slide.valid, slide.meta)
     return folder
 
 
@@ -394,12 +356,11 @@ def with_value(cohort, folder, slide_id, value):
     ],
 )
 def test_values_that_are_no_numbers_are_named(cohort, tmp_path, command, split, value):
-    """Of a training slide before the first step, of others when they are scored first."""
+    """In a training slide before the first step, in others when they are first scored."""
     slide_id = data.pretraining_ids(cohort)[0]
     if split != "none":
         cases = data.read_task(cohort, "skin_braf")
         slide_id = next(case.slide_ids[0] for case in cases if case.split == split)
-    command = f"{command} --magnification all" if "finetune" in command else command
     folder = with_value(cohort, tmp_path / "d", slide_id, value)
     _, err = run(command, "--data", folder, "--out", "r", cwd=tmp_path, code=1)
     assert slide_id in one_error(err)
@@ -426,7 +387,7 @@ def test_gradients_that_are_not_finite(cohort, tmp_path, monkeypatch, command, a
 
     monkeypatch.setattr(train, "optimizer_step", spoiled)
     common = {"data": str(cohort), "out": str(tmp_path), "amp": amp, "batch_size": 8}
-    with pytest.raises(MixmagError, match="at step (1|21) the loss is .*norm inf, with slides s"):
+    with pytest.raises(MixmagError, match="at step (1|21) the loss is .*norm inf"):
         if command == "pretrain":
             train.pretrain(train.PretrainConfig(**common, steps=20))
         else:
@@ -457,23 +418,16 @@ def test_bags_of_one_and_of_many_regions(regions):
 def test_smallest_batches_and_splits(cohort, tmp_path):
     """Also the contrastive term, which then has no negatives; a tune split of one class."""
     for command in (PRETRAIN, f"{PRETRAIN} --source 5", f"{FINETUNE} --epochs 1"):
-        out = f"out-{len(command)}"
-        if "pretrain" in command:
-            command += " --steps 2 --holdout 0"
-        run(f"{command} --batch-size 1", "--data", cohort, "--out", out, cwd=tmp_path)
-    columns = ("case_id", "slide_id", "label", "split")
-    rows = []
-    for row in data.read_csv(cohort / "tasks" / "skin_braf.csv", columns):
-        if row["split"] == "tune":
-            row["label"] = 0
-        rows.append([row[name] for name in columns])
-    (tmp_path / "one").mkdir()
+        flags = ("--batch-size", 1, "--data", cohort, "--out", f"out-{len(command)}")
+        run(command, *flags, cwd=tmp_path)
+    table = (cohort / "tasks" / "skin_braf.csv").read_text()
+    (tmp_path / "one" / "tasks").mkdir(parents=True)
     os.symlink(cohort / "slides", tmp_path / "one" / "slides")
-    task(tmp_path / "one", rows, "skin_braf")
+    table = table.replace(",1,tune", ",0,tune")
+    (tmp_path / "one" / "tasks" / "skin_braf.csv").write_text(table)
     _, err = run(FINETUNE, "--data", "one", "--out", "x", cwd=tmp_path, code=1)
     assert re.search(r"the tune split has .* labels \[0\]; two classes", one_error(err))
-    findings = data.verify(tmp_path / "one")
-    assert any("split tune does not hold both classes" in line for line in findings)
+    assert "split tune does not hold both classes" in str(data.verify(tmp_path / "one"))
 
 
 def test_an_encoder_of_unknown_slides_is_flagged(cohort, tmp_path):
@@ -509,21 +463,14 @@ def test_ids_are_no_paths(tmp_path, name):
 
 
 def test_tables_are_text(tmp_path):
-    """Formulas, leading zeros, spaces, unicode and ids that differ in case only are kept, also
-    with CRLF and a byte order mark; long tables are read."""
+    """Formulas, leading zeros, spaces, unicode, ids that differ in case only; long tables."""
     ids = ["=cmd|' C calc'!A0", "+1", "@SUM(A1)", "001", "1", "1.0", "a b", "ü", "S1", "s1"]
     ids += ["x,y", 'q"q', "n\nl", "日本"]
-    table = tmp_path / "tasks" / "t.csv"
-    table.parent.mkdir()
-    with open(table, "w", newline="", encoding="utf-8-sig") as file:
-        writer = csv.writer(file)  # it ends lines with CRLF
-        writer.writerow(("case_id", "slide_id", "label", "split"))
-        for number, name in enumerate(ids):
-            writer.writerow((name, name, number % 2, "train"))
-            make_slide(tmp_path, name, cells=[(0, 0)])
+    task(tmp_path, [(name, name, 1, "train") for name in ids])
+    for name in ids:
+        make_slide(tmp_path, name, cells=[(0, 0)])
     cases = data.read_task(tmp_path, "t")
-    assert [case.case_id for case in cases] == ids
-    assert [case.slide_ids for case in cases] == [[name] for name in ids]
+    assert [(case.case_id, case.slide_ids) for case in cases] == [(name, [name]) for name in ids]
     assert {slide.slide_id for slide in data.read_slides(tmp_path, ids)} == set(ids)
     count = 50_000 * TIMES
     task(tmp_path, [(i // 2, i, i // 2 % 2, "train") for i in range(2 * count)])
@@ -553,11 +500,10 @@ def test_any_table_is_read_or_refused(tmp_path, rows):
     cases, findings = data.task_findings(tmp_path / "tasks" / "t.csv")
     rows = [tuple(value.strip() for value in row) for row in rows]
     good = [row for row in rows if is_good(*row)]
-    slide_ids = {slide_id for _, slide_id, _, _ in good}
-    assert {slide_id for case in cases for slide_id in case.slide_ids} == slide_ids
-    case_ids = {case_id for case_id, _, _, _ in good}
+    slide_ids = {row[1] for row in good}
+    assert set().union(*(case.slide_ids for case in cases)) == slide_ids
     facts = {(case_id, label, split) for case_id, _, label, split in good}
-    consistent = len(slide_ids) == len(good) == len(rows) and len(facts) == len(case_ids)
+    consistent = len(slide_ids) == len(rows) and len(facts) == len({row[0] for row in good})
     assert bool(findings) != consistent
 
 
@@ -584,22 +530,23 @@ def test_any_slide_comes_back_as_it_was_written(tmp_path, cells, dim, seed, extr
     """Also by the library, which knows nothing of the project."""
     rng = np.random.default_rng(seed)
     bits = rng.integers(0, 2**16, (len(cells), 21, dim), np.uint16)
-    valid = rng.random((len(cells), 21)) > 0.5
-    cells = np.array(cells, np.int32).reshape(-1, 2)
+    tensors = {
+        "features": bits.view(np.float16),
+        "cells": np.array(cells, np.int32).reshape(-1, 2),
+        "valid": rng.random((len(cells), 21)) > 0.5,
+    }
     meta = {**META, "slide_id": "a", "encoder": "é"}
     meta |= {f"x-{name}": text for name, text in extra.items()}
     path = tmp_path / "a.safetensors"
-    data.write_slide(path, bits.view(np.float16), cells, valid, meta)
+    data.write_slide(path, **tensors, meta=meta)
     slide = data.read_slide(path)
-    assert {name: slide.meta[name] for name in meta} == meta
-    assert not [line for line in data.slide_findings(path)[1] if "NaN" not in line]
-    text, tensors = content(path)
+    assert meta.items() <= slide.meta.items()
+    assert all("NaN" in line for line in data.slide_findings(path)[1])
+    text, found = content(path)
     assert text["encoder"] == "é"
-    for found in (slide.features, tensors["features"]):
-        assert found.tobytes() == bits.tobytes()
-    for found in (vars(slide), tensors):
-        assert np.array_equal(found["cells"], cells)
-        assert np.array_equal(found["valid"], valid)
+    for name, expected in tensors.items():
+        assert found[name].tobytes() == expected.tobytes()
+        assert getattr(slide, name).tobytes() == expected.tobytes()
 
 
 JSON_PARTS = [b"9", b"-", b"[", b'"', b"e9", b"null", b"{}", b"\\u0000", b"1e999", b"NaN"]
@@ -676,30 +623,23 @@ def test_verify_finds_every_flipped_byte_of_a_cohort(cohort, tmp_path):
         copy.write_bytes(raw)
 
 
-def exact(path):
-    """The bytes of a file, or its content where bytes hold a time or a random order."""
-    if path.suffix in (".safetensors", ".json"):
-        return comparable(path)
-    return path.read_bytes()
-
-
 def test_the_same_seed_twice_is_the_same(cohort, tmp_path):
-    """Checkpoints, tables and pictures byte for byte, slide files and weights value for value, on
-    one machine with one number of threads."""
+    """Tables, pictures and checkpoints byte for byte, slide files and weights value for value."""
     write_tiff(tmp_path / "s.tiff", pink(2000, 2000), 0.5)
     found = []
+    checkpoints = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         folder = tmp_path / name
         folder.mkdir()
         run(f"{TILE} --slides ../s.tiff --out d", cwd=folder)
         run(f"{TABLE} --seed {seed} --out t", "--data", cohort, cwd=folder)
-        paths = [path for path in folder.rglob("*") if path.is_file()]
-        found.append({str(path.relative_to(folder)): exact(path) for path in paths})
+        found.append(whole(folder))
+        checkpoints.append([path.read_bytes() for path in sorted(folder.rglob("*.pt"))])
     first, same, other = found
     assert len(first) > 20
     assert_same(same, first)
-    slide = str(Path("d", "slides", "s.safetensors"))
-    assert first[slide] == other[slide]
+    assert checkpoints[0] == checkpoints[1]
+    assert first["d/slides/s.safetensors"] == other["d/slides/s.safetensors"]
     assert first["t/results.csv"] != other["t/results.csv"]
 
 
