@@ -2303,8 +2303,8 @@ def embedding_width(width: int, encoder: str, class_token: bool | None) -> int:
 
 
 def import_mpp(files: list[FeatureFile], job: ImportJob) -> tuple[float, str]:
-    """um per level-0 pixel, and who says so: the user, else the size of TRIDENT's tiles. STAMP
-    says nothing of pixels: the default is those of its finest magnification."""
+    """um per level-0 pixel, and who says so: the user, else the size of TRIDENT's tiles. STAMP's
+    files know no pixels: there a pixel is by default one of the finest magnification."""
     nominal = 10 / files[-1].magnification
     if job.tool == "trident":
         nominal *= files[-1].tile_px / files[-1].side
@@ -2355,7 +2355,7 @@ def assemble_cells(files: list, positions: list) -> tuple[np.ndarray, np.ndarray
 
 
 def import_slide(job: ImportJob) -> str:
-    """Write one slide file. What was done."""
+    """Writes the slide file. Returns what was done."""
     sources = [file_sha256(path) for path in job.paths]
     settings = {"tool": job.tool, "class_token": job.class_token, "sources": sources}
     if already_done(job.out, {"encoder": job.encoder, "settings": settings}, job.mpp):
@@ -2393,6 +2393,7 @@ def import_slide(job: ImportJob) -> str:
         "n_bad": 0,
         "residual_um": round(residual, 2),
         "settings": settings,
+        "size_known": None not in first.slide_size,
     }
     write_slide(job.out, features[..., :width], cells, valid, meta)
     return "imported"
@@ -2400,7 +2401,7 @@ def import_slide(job: ImportJob) -> str:
 
 def import_facts(slide: Slide, region: int) -> dict:
     """What import.csv says of a slide file: its tiles, and those that have no partner."""
-    facts = {"dim": slide.dim, "cells": len(slide.cells)}
+    facts: dict = {"dim": slide.dim, "cells": len(slide.cells)}
     for name in ("encoder", "magnifications", "mpp", "mpp_source", "residual_um"):
         facts[name] = slide.meta[name]
     magnifications = slide.meta["magnifications"]
@@ -2416,7 +2417,7 @@ def import_facts(slide: Slide, region: int) -> dict:
 
 
 def import_worker(job: ImportJob) -> dict:
-    """Import a slide in a process of its own. Its row of import.csv."""
+    """Imports a slide in a process of its own. Returns its row of import.csv."""
     for signum in SIGNALS:  # the parent receives them too, and lets the slide be finished
         signal.signal(signum, signal.SIG_IGN)
     size = sum(path.stat().st_size for path in job.paths)
