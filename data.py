@@ -2455,6 +2455,8 @@ def find_feature_files(folder: Path, pattern: str) -> dict[str, Path]:
     """slide id -> file."""
     files: dict[str, Path] = {}
     for path in visible_files(folder, pattern):
+        if not path.stem.isprintable():  # such as bytes that are no UTF-8
+            raise MixmagError(f"{path.stem!r} in {folder} is not a printable name; rename it")
         same = files.setdefault(path.stem, path)
         if same != path:
             raise MixmagError(f"two files of one slide: {same}, {path}; rename one")

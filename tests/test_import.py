@@ -402,6 +402,9 @@ def test_folders_that_cannot_be_meant(tmp_path):
         data.find_feature_files(tmp_path, "*.h5")
     with pytest.raises(MixmagError, match="two files of one slide"):
         data.find_feature_files(tmp_path, "**/*.h5")
+    (tmp_path / "p" / "s\udcae.h5").touch()
+    with pytest.raises(MixmagError, match=r"'s\\udcae' in .* is not a printable name"):
+        data.find_feature_files(tmp_path / "p", "*.h5")
     for flags in ((), ("--trident", "a", "--stamp", "b")):
         run("data.py", "import", *flags, "--out", "d", cwd=tmp_path, code=2)
 
