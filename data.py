@@ -31,7 +31,7 @@ import textwrap
 import time
 from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -2272,8 +2272,8 @@ def embedding_width(width: int, encoder: str, class_token: bool | None) -> int:
 
 
 def import_mpp(files: list[FeatureFile], job: ImportJob) -> tuple[float, str]:
-    """um per level-0 pixel, and who says so: the user, else the size of TRIDENT's tiles. STAMP
-    says nothing of pixels: the default is those of its finest magnification."""
+    """um per level-0 pixel, and who says so: the user, else the size of TRIDENT's tiles. STAMP's
+    files know no pixels: there a pixel is by default one of the finest magnification."""
     nominal = 10 / files[-1].magnification
     if job.tool == "trident":
         nominal *= files[-1].tile_px / files[-1].side
@@ -2324,7 +2324,7 @@ def assemble_cells(files: list, positions: list) -> tuple[np.ndarray, np.ndarray
 
 
 def import_slide(job: ImportJob) -> str:
-    """Write one slide file. What was done."""
+    """Writes the slide file. Returns what was done."""
     sources = [file_sha256(path) for path in job.paths]
     settings = {"tool": job.tool, "class_token": job.class_token, "sources": sources}
     if already_done(job.out, {"encoder": job.encoder, "settings": settings}, job.mpp):
@@ -2364,6 +2364,7 @@ def import_slide(job: ImportJob) -> str:
         "n_bad": 0,
         "residual_um": round(residual, 2),
         "settings": settings,
+        "size_known": None not in first.slide_size,
     }
     write_slide(job.out, features[..., :width], cells, valid, meta)
     return "imported"
@@ -2371,7 +2372,7 @@ def import_slide(job: ImportJob) -> str:
 
 def import_facts(slide: Slide, region: int) -> dict:
     """What import.csv says of a slide file: its tiles, and those that have no partner."""
-    facts = {"dim": slide.dim, "cells": len(slide.cells)}
+    facts: dict = {"dim": slide.dim, "cells": len(slide.cells)}
     for name in ("encoder", "magnifications", "mpp", "mpp_source", "residual_um"):
         facts[name] = slide.meta[name]
     magnifications = slide.meta["magnifications"]
@@ -2387,7 +2388,7 @@ def import_facts(slide: Slide, region: int) -> dict:
 
 
 def import_worker(job: ImportJob) -> dict:
-    """Import a slide in a process of its own. Its row of import.csv."""
+    """Imports a slide in a process of its own. Returns its row of import.csv."""
     for signum in SIGNALS:  # the parent receives them too, and lets the slide be finished
         signal.signal(signum, signal.SIG_IGN)
     size = sum(path.stat().st_size for path in job.paths)
@@ -2425,6 +2426,8 @@ def find_feature_files(folder: Path, pattern: str) -> dict[str, Path]:
     """slide id -> file."""
     files: dict[str, Path] = {}
     for path in visible_files(folder, pattern):
+        if not path.stem.isprintable():  # such as bytes that are no UTF-8
+            raise MixmagError(f"{path.stem!r} in {folder} is not a printable name; rename it")
         same = files.setdefault(path.stem, path)
         if same != path:
             raise MixmagError(f"two files of one slide: {same}, {path}; rename one")

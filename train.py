@@ -2071,10 +2071,8 @@ def finetune_command(**options) -> int:
 
 
 def add_config_flags(parser, config_class) -> None:
-    """A flag for each field of a config that `add_command` has not added."""
+    """A flag for each field of a config."""
     for setting in dataclasses.fields(config_class):
-        if setting.name in ("seed", "device"):
-            continue
         flag = dict(setting.metadata)
         numbers = {preset: flag.pop(preset) for preset in PRESETS}
         for preset, number in numbers.items():
@@ -2098,8 +2096,6 @@ def add_command(commands, name: str, function, summary: str, example: str):
         formatter_class=data.HelpFormatter,
     )
     parser.set_defaults(function=function)
-    parser.add_argument("--seed", type=NATURAL, default=0, help="everything random follows from it")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
     return parser
 
 
@@ -2125,6 +2121,7 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--data", dest="folder", metavar="DATA", required=True, help="DATA folder")
     p.add_argument("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
     p.add_argument("--out", help="CSV to write (default: RUN/predict.csv)")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
 
     summary = "write contextualized or compressed outputs as HDF5 files that MIL tools read"
     example = "--init runs/mem-0.50 --tokens cls --out embeddings"
@@ -2139,6 +2136,7 @@ def parse(argv=None) -> argparse.Namespace:
     )
     p.add_argument("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
     p.add_argument("--min-cover", type=SHARE, default=0.5, help="share of cells in a region")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
 
     summary = "where a fine-tuned run looks on a slide: pictures, CSV, GeoJSON for QuPath"
     example = "--run runs/skin_braf-mem-0.50-patch-all --slide S1 --image slides/S1.svs"
@@ -2148,6 +2146,7 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--data", dest="folder", metavar="DATA", help="DATA folder (default: the run's)")
     p.add_argument("--image", metavar="SLIDE", help="the slide itself, to draw on (default: grey)")
     p.add_argument("--out", help="folder to write (default: RUN/heatmap/ID)")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
 
     summary = "run rows x tasks x seeds of the paper's tables 1 and 2, skipping what is done"
     example = "--rows abmil-20 mem-0.50-patch --tasks skin_braf"
@@ -2163,6 +2162,8 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--steps", type=POSITIVE, help="pretraining steps (default: the preset's)")
     p.add_argument("--epochs", type=POSITIVE, help="fine-tuning epochs (default: the preset's)")
     p.add_argument("--frozen-epochs", type=NATURAL, default=1, help="as in finetune")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
+    p.add_argument("--seed", type=NATURAL, default=0, help="everything random follows from it")
 
     summary = "a synthetic cohort, MEM pretraining, fine-tuning, a small table, in minutes"
     p = add_command(commands, "demo", demo, summary, "")
@@ -2170,6 +2171,8 @@ def parse(argv=None) -> argparse.Namespace:
         "--data", dest="folder", metavar="DATA", default=DEFAULT_DATA, help="DATA folder"
     )
     p.add_argument("--out", default="runs/demo", help="folder of the runs, SUMMARY.md and demo.png")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
+    p.add_argument("--seed", type=NATURAL, default=0, help="everything random follows from it")
 
     add_command(commands, "doctor", doctor, "what this machine offers, and what will go wrong", "")
     return parser.parse_args(argv)
