@@ -3198,6 +3198,7 @@ POSITIVE = number_in(int, 1, 2**32 - 1)
 
 def add_synth_flags(parser) -> None:
     """make a synthetic cohort: embeddings with seven planted biomarkers"""
+    parser.set_defaults(function=synth_command)
     parser.epilog = "example: python data.py synth --out data/synthetic --scale quick"
     add = parser.add_argument
     add("--out", default="data/synthetic", help="folder to write")
@@ -3218,6 +3219,7 @@ def add_output_flags(parser) -> None:
 
 def add_tile_flags(parser) -> None:
     """turn whole-slide images into slide files: tissue, cells on one lattice, embeddings"""
+    parser.set_defaults(function=tile_command)
     parser.epilog = "example: python data.py tile --slides slides/ --out data/mine --mpp 0.5"
     add = parser.add_argument
     add("--slides", nargs="+", required=True, metavar="DIR|FILE", help="slides, or their folders")
@@ -3246,6 +3248,7 @@ def add_tile_flags(parser) -> None:
 
 def add_import_flags(parser) -> None:
     """join the embeddings that TRIDENT or STAMP made at each magnification into slide files"""
+    parser.set_defaults(function=import_command)
     parser.description += """. Each magnification is twice the one before, with the same patch size
         in pixels and no overlap. import.csv says which tiles have no parent or children."""
     parser.epilog = "example: python data.py import --stamp 5x 10x 20x --mpp 0.25 --out data/mine"
@@ -3269,36 +3272,33 @@ def add_import_flags(parser) -> None:
 
 def add_verify_flags(parser) -> None:
     """check slide files and task tables; print every finding; exit 1 if there is any"""
+    parser.set_defaults(function=verify_command)
     parser.epilog = "example: python data.py verify data/mine"
     parser.add_argument("data", help="DATA folder")
 
 
 COMMANDS = {
-    "synth": synth_command,
-    "tile": tile_command,
-    "import": import_command,
-    "verify": verify_command,
+    "synth": add_synth_flags,
+    "tile": add_tile_flags,
+    "import": add_import_flags,
+    "verify": add_verify_flags,
 }
-FLAGS = (add_synth_flags, add_tile_flags, add_import_flags, add_verify_flags)
 
 
-def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, add_flags in zip(COMMANDS, FLAGS, strict=True):
-        summary = add_flags.__doc__
-        command = commands.add_parser(
-            name, help=summary, description=summary, formatter_class=HelpFormatter
-        )
-        add_flags(command)
+def parse_command(argv, script: str, summary, commands: dict) -> argparse.Namespace:
+    """The flags of a command, and as `function` what runs it. commands: name -> adds its flags."""
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=script, description=summary, formatter_class=plain)
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, add_flags in commands.items():
+        words = {"help": add_flags.__doc__, "description": add_flags.__doc__}
+        add_flags(subparsers.add_parser(name, formatter_class=HelpFormatter, **words))
     return parser.parse_args(argv)
 
 
 def main(argv=None) -> int:
-    args = parse(argv)
-    return run_command(COMMANDS[args.command], args)
+    args = parse_command(argv, "data.py", __doc__, COMMANDS)
+    return run_command(args.function, args)
 
 
 if __name__ == "__main__":
