@@ -334,22 +334,17 @@ def as_batch(x: np.ndarray, valid: np.ndarray, device="cpu") -> tuple:
 
 
 def to_device(batch: dict, device) -> dict:
-    moved = dict(batch)
-    for key, value in batch.items():
-        if torch.is_tensor(value):
-            moved[key] = value.to(device, non_blocking=True)
-    return moved
+    tensors = {key: value for key, value in batch.items() if torch.is_tensor(value)}
+    moved = {key: value.to(device, non_blocking=True) for key, value in tensors.items()}
+    return {**batch, **moved}
 
 
 def pinned(batch: dict, device) -> dict:
     """Where the device is a GPU: the batch in memory that the GPU can copy from by itself."""
     if torch.device(device).type != "cuda":
         return batch
-    moved = dict(batch)
-    for key, value in batch.items():
-        if torch.is_tensor(value):
-            moved[key] = value.pin_memory()
-    return moved
+    tensors = {key: value for key, value in batch.items() if torch.is_tensor(value)}
+    return {**batch, **{key: value.pin_memory() for key, value in tensors.items()}}
 
 
 class RegionDataset(torch.utils.data.Dataset):
@@ -578,10 +573,11 @@ def feature_statistics(slides, magnifications=None, limit: int = 20000) -> tuple
             raise MixmagError(f"{slide.path}: NaN or infinite features; data.py verify says where")
         total += tokens.sum(axis=0)
         squares += (tokens**2).sum(axis=0)
-        length = np.linalg.norm(tokens, axis=1, keepdims=True).clip(min=1e-12)
-        k = np.broadcast_to(magnification_of, valid.shape)[valid]  # (n,)
-        count += np.bincount(k, minlength=len(count))
-        np.add.at(directions, k, tokens / length)
+        unit = tokens / np.linalg.norm(tokens, axis=1, keepdims=True).clip(min=1e-12)
+        magnification = np.broadcast_to(magnification_of, valid.shape)[valid]  # (n,)
+        for k in range(len(count)):
+            count[k] += (magnification == k).sum()
+            directions[k] += unit[magnification == k].sum(axis=0)
     tokens_total = max(count.sum(), 1)
     mean = total / tokens_total
     std = np.sqrt((squares / tokens_total - mean**2).clip(min=0))
@@ -702,10 +698,11 @@ def read_task(data, task) -> list[Case]:
 
 
 def evaluation_slides(data) -> set:
-    """`evaluation_slides_of` all tasks. Pretraining sees them only where pretrain.csv names them."""
-    return evaluation_slides_of(
-        [case for task in task_names(data) for case in read_task(data, task)]
-    )
+    """`evaluation_slides_of` all tasks; only pretrain.csv can give them to pretraining."""
+    cases = []
+    for task in task_names(data):
+        cases += read_task(data, task)
+    return evaluation_slides_of(cases)
 
 
 def evaluation_slides_of(cases: list) -> set:
@@ -2019,7 +2016,6 @@ def tile_one(path: Path, encoder, dim: int, args) -> tuple[str, int]:
     size = plan.cells * Geometry(1, args.magnifications).tokens_per_cell * dim * 2
     report = plan_report(reader, plan, args.region) + f"; {size / 1e6:.2f} MB"
     if not args.dry_run:
-        require_room(out, size)
         draw_qc(out.parents[1] / "qc" / f"{path.stem}.png", reader, plan)
         features, cells, bad = tile_slide(reader, plan, encoder, dim, args)
         width, height = reader.slide.dimensions
@@ -2095,7 +2091,7 @@ def tile_command(args) -> int:
     ).shape[1]
     args.weights_sha256 = args.weights and file_sha256(args.weights)
     failed, needed = [], 0
-    sweep(listed.parent / "slides")
+
     for path in progress(paths, desc="slides"):
         try:
             report, size = tile_one(path, encoder, dim, args)
@@ -2237,6 +2233,19 @@ def read_feature_file(path: Path, tool: str) -> FeatureFile:
     return found
 
 
+def settle_trident_sides(files: list[FeatureFile]) -> None:
+    """TRIDENT cuts tiles of a rounded side but states its floor, so one more may be the true side."""
+    stated = files[-1].side
+    for finest in (stated, stated + 1):
+        sides = [finest * 2**k for k in reversed(range(len(files)))]
+        pairs = list(zip(files, sides, strict=True))
+        nested = all(0 <= side - file.side <= 1 for file, side in pairs)
+        if nested and not any((file.corners % side).any() for file, side in pairs):
+            for file, side in pairs:
+                file.side = side
+            return
+
+
 def check_same_slide(files: list[FeatureFile]) -> None:
     """Raises MixmagError unless the files are of one slide, one encoder and a run of doublings."""
     for low, high in itertools.pairwise(files):
@@ -2321,6 +2330,8 @@ def import_slide(job: ImportJob) -> str:
     if already_done(job.out, {"encoder": job.encoder, "settings": settings}, job.mpp):
         return "done before"
     files = [read_feature_file(path, job.tool) for path in job.paths]
+    if job.tool == "trident":
+        settle_trident_sides(files)
     check_same_slide(files)
     first = files[0]
     encoder = job.encoder if first.encoder is None else first.encoder

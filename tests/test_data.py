@@ -698,7 +698,7 @@ def test_statistics_equal_the_definition(tmp_path, magnifications):
     for seed, holes in ((0, valid), (1, None)):
         slides.append(data.read_slide(make_slide(tmp_path, str(seed), seed=seed, valid=holes)))
     mean, std, directions = data.feature_statistics(slides, magnifications)
-    magnification_of = Geometry(1).cell_table()[:, 0].numpy()
+    magnification_of = Geometry(1).token_table()[:, 0].numpy()
     parts = []
     for k in magnifications or range(3):
         at = [slide.features[:, magnification_of == k] for slide in slides]

@@ -138,7 +138,7 @@ def table(path):
 # ------------------------------------------------------------------------------------ joining tiles
 def by_hand(corners, features, sides, magnifications):
     """{(cell, entry): embedding} by the definition: in which cell's box, and in which of its 4^k boxes, a tile's corner lies."""
-    entries = Geometry(1, magnifications).cell_table().tolist()
+    entries = Geometry(1, magnifications).token_table().tolist()
     placed = {}
     for k, side in enumerate(sides):
         for (x, y), embedding in zip(corners[k], features[k], strict=True):
@@ -250,6 +250,22 @@ def test_2560_numbers_are_cut_by_rule_only(tmp_path, encoder, flag, width):
     slide, _ = import_files(tmp_path, [path], class_token=flag)
     expected = by_hand([grid(4, 3, 1792)], [wide[:, :width]], [1792], (5,))
     assert_holds(slide, expected)
+
+
+@pytest.mark.parametrize("power", [39.99, 40.005, 35])
+def test_floored_sides_are_settled_by_the_coordinates(tmp_path, power):
+    """A scan at 39.99x is cut at round(447.888) = 448 px; the attribute says 447."""
+    paths = []
+    for k, magnification in enumerate((5, 10, 20)):
+        side = 224 * power / magnification
+        path = tmp_path / f"{magnification}x" / "s.h5"
+        trident_file(path, grid(4 * 2**k, 3 * 2**k, round(side)), magnification, side // 1)
+        paths.append(path)
+    slide, _ = import_files(tmp_path, paths)
+    assert slide.meta["cell_px"] == round(224 * power / 5)
+    assert slide.meta["mpp"] == pytest.approx(10 / power, rel=1e-3)
+    assert slide.valid.all()
+    assert len(slide.cells) == 12
 
 
 def test_import_says_where_mpp_and_encoder_are_from(tmp_path):

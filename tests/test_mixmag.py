@@ -1,7 +1,4 @@
-"""The model, its losses and its pooling, against plain oracles.
-
-python -m pytest tests/test_mixmag.py
-"""
+"""The model, its losses and its pooling, against plain oracles."""
 
 import json
 import math
@@ -17,37 +14,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mixmag
-from mixmag import (
-    Config,
-    GatedABMIL,
-    Geometry,
-    MaskedEmbeddingModel,
-    MixingEncoder,
-    SlideClassifier,
-)
+from mixmag import Config, Geometry, MaskedEmbeddingModel, MixingEncoder
 
-GEOMETRIES = [
-    Geometry(3, (5, 10, 20)),
-    Geometry(2, (2.5, 5, 10, 20)),
-    Geometry(1, (20,)),
-    Geometry(4, (10, 20)),
-    Geometry(2, (5, 10, 20, 40)),
-]
-SMALLEST = {
-    "width": 32,
-    "depth": 2,
-    "heads": 4,
-    "decoder_width": 48,
-    "decoder_heads": 4,
-    "projector_hidden": 24,
-    "projector_dim": 8,
-}
+GEOMETRIES = [Geometry(3), Geometry(1, (20,)), Geometry(4, (10, 20)), Geometry(2, (2.5, 5, 10, 20))]
 DOUBLE = torch.float64
 
 
 def tiny(region=2) -> Config:
     torch.manual_seed(0)
-    return Config(10, region, **SMALLEST)
+    return Config.small(10, region=region, width=32, depth=2, heads=4, decoder_width=48)
 
 
 def spoil(x, valid):
@@ -71,11 +46,6 @@ def test_tokens_are_counted_and_placed(g):
         weight = g.level_weights()[g.select(magnification)]
         assert weight.sum().item() == pytest.approx(1 / g.levels)
         assert weight.min() == weight.max()
-
-
-def test_three_by_three_region_has_189_tokens():
-    assert Geometry().num_tokens == 189
-    assert Geometry().tokens_per_cell == 21
 
 
 @pytest.mark.parametrize("g", GEOMETRIES)
@@ -106,33 +76,10 @@ def test_dihedral_agrees_with_turning_the_picture(g):
         assert torch.allclose(tokens(turned), tokens(picture)[permutation], atol=1e-12)
 
 
-@pytest.mark.parametrize("g", GEOMETRIES)
-def test_dihedral_is_a_group(g):
-    permutations = g.dihedral()
-    rows = {tuple(p) for p in permutations.tolist()}
-    assert permutations[0].tolist() == list(range(g.num_tokens))
-    for p in permutations:
-        assert sorted(p.tolist()) == list(range(g.num_tokens))
-        assert {tuple(q) for q in permutations[:, p].tolist()} == rows
-
-
-def test_relatives_are_mutual_and_counted():
-    relatives = Geometry().relatives()
-    level = Geometry().token_table()[:, 0]
-    assert torch.equal(relatives["parent"], relatives["children"].T)
-    assert torch.equal(relatives["neighbours"], relatives["neighbours"].T)
-    assert torch.equal(relatives["parent"].sum(1), (level > 0).long())
-    assert torch.equal(relatives["children"].sum(1), 4 * (level < 2))
-    assert relatives["neighbours"].sum(1).unique().tolist() == [3, 5, 8]
-
-
-@pytest.mark.parametrize(
-    "region, magnifications",
-    [(0, (5, 10, 20)), (3, (5, 20)), (3, ()), (3, (20, 10)), (2, (-5, -10))],
-)
-def test_geometry_refuses_what_does_not_nest(region, magnifications):
+@pytest.mark.parametrize("magnifications", [(5, 20), (), (20, 10), (-5, -10)])
+def test_geometry_refuses_what_does_not_nest(magnifications):
     with pytest.raises(ValueError, match="double"):
-        Geometry(region, magnifications)
+        Geometry(3, magnifications)
     with pytest.raises(ValueError, match="magnification 3 is not among"):
         Geometry().select(3)
 
@@ -141,15 +88,14 @@ def test_geometry_refuses_what_does_not_nest(region, magnifications):
 
 
 class ReferenceEncoder(nn.Module):
-    """The mixing encoder on the same weights, written with nn.MultiheadAttention and functions."""
+    """The mixing encoder on the same weights, with attention by torch.nn."""
 
     def __init__(self, encoder):
         super().__init__()
         self.encoder = encoder
         self.attentions = nn.ModuleList()
         for block in encoder.blocks:
-            width = encoder.config.width
-            attention = nn.MultiheadAttention(width, encoder.config.heads, batch_first=True)
+            attention = nn.MultiheadAttention(32, 4, batch_first=True)
             attention.in_proj_weight = block.attn.qkv.weight
             attention.in_proj_bias = block.attn.qkv.bias
             attention.out_proj = block.attn.proj
@@ -157,17 +103,15 @@ class ReferenceEncoder(nn.Module):
 
     def forward(self, x, index, valid):
         e = self.encoder
-        x = F.linear(x, e.input.weight, e.input.bias) + torch.stack([e.pos[i] for i in index])
+        x = e.input(x) + torch.stack([e.pos[i] for i in index])
         x = torch.cat([e.cls[None].repeat(len(x), 1, 1), x], 1)
         ignore = torch.cat([torch.zeros(len(x), len(e.cls), dtype=torch.bool), ~valid], 1)
         for attention, block in zip(self.attentions, e.blocks, strict=True):
-            h = F.layer_norm(x, x.shape[-1:], block.norm1.weight, block.norm1.bias)
+            h = block.norm1(x)
             x = x + attention(h, h, h, key_padding_mask=ignore, need_weights=False)[0]
-            h = F.layer_norm(x, x.shape[-1:], block.norm2.weight, block.norm2.bias)
-            gate = F.silu(F.linear(h, block.mlp.w1.weight, block.mlp.w1.bias))
-            h = gate * F.linear(h, block.mlp.w2.weight, block.mlp.w2.bias)
-            x = x + F.linear(h, block.mlp.w3.weight, block.mlp.w3.bias)
-        return F.layer_norm(x, x.shape[-1:], e.norm.weight, e.norm.bias)
+            h = block.norm2(x)
+            x = x + block.mlp.w3(F.silu(block.mlp.w1(h)) * block.mlp.w2(h))
+        return e.norm(x)
 
 
 def test_encoder_equals_a_reference_of_torch_parts():
@@ -183,20 +127,7 @@ def test_encoder_equals_a_reference_of_torch_parts():
     assert torch.allclose(tokens[valid], expected[:, 4:][valid], atol=1e-5)
 
 
-def test_encoder_takes_any_subset_and_its_order_means_nothing():
-    encoder = MixingEncoder(tiny()).eval()
-    x = torch.randn(2, 84, 10)
-    cls, tokens = encoder(x)
-    shuffled = torch.rand(2, 84).argsort(1)
-    cls2, tokens2 = encoder(mixmag.take(x, shuffled), shuffled)
-    assert torch.allclose(cls, cls2, atol=1e-5)
-    assert torch.allclose(mixmag.take(tokens, shuffled), tokens2, atol=1e-5)
-    cls, tokens = encoder(x[:, :5], shuffled[:, :5])
-    assert cls.shape == (2, 4, 32)
-    assert tokens.shape == (2, 5, 32)
-
-
-def test_invalid_tokens_change_no_valid_output():
+def test_order_and_invalid_tokens_have_no_effect():
     encoder = MixingEncoder(tiny()).eval()
     x = torch.randn(2, 84, 10)
     valid = torch.rand(2, 84) > 0.4
@@ -204,9 +135,10 @@ def test_invalid_tokens_change_no_valid_output():
     cls2, tokens2 = encoder(spoil(x, valid), valid=valid)
     assert torch.equal(cls, cls2)
     assert torch.equal(tokens[valid], tokens2[valid])
-    cls3, tokens3 = encoder(x[:1, valid[0]], valid[0].nonzero().T)  # absent instead of masked
+    shuffled = valid[0].nonzero()[torch.randperm(int(valid[0].sum()))].T  # absent, not masked
+    cls3, tokens3 = encoder(x[:1, shuffled[0]], shuffled)
     assert torch.allclose(cls3, cls[:1], atol=1e-5)
-    assert torch.allclose(tokens3[0], tokens[0, valid[0]], atol=1e-5)
+    assert torch.allclose(tokens3, tokens[:1, shuffled[0]], atol=1e-5)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -244,14 +176,9 @@ def test_encoder_refuses_wrong_shapes(shape, index):
 
 
 def test_standardize_survives_constant_dimensions():
-    """A dimension that hardly varies keeps the typical scale."""
-    x = torch.randn(1000, 4) * torch.tensor([1.0, 2.0, 3.0, 0.0]) + 5
     layer = mixmag.Standardize(4)
-    layer.fit(x.mean(0), x.std(0))
-    assert layer(x)[:, :3].std(0).tolist() == pytest.approx([1, 1, 1])
-    assert torch.isfinite(layer(x)).all()
-    layer.fit(torch.zeros(4), torch.tensor([2.0, 2.0, 2.0, 0.0]))
-    assert layer(torch.ones(1, 4)).tolist() == [[0.5] * 4]
+    layer.fit(torch.full((4,), 5.0), torch.tensor([2.0, 2.0, 2.0, 0.0]))
+    assert layer(torch.full((1, 4), 6.0)).tolist() == [[0.5] * 4]
     layer.fit(torch.zeros(4), torch.zeros(4))
     assert layer(torch.ones(1, 4)).tolist() == [[1.0] * 4]
     assert layer(torch.ones(1, 4, dtype=DOUBLE)).dtype == DOUBLE
@@ -273,7 +200,7 @@ def test_positions_start_close_in_a_family():
     assert size == pytest.approx(mixmag.POSITION_SIZE, rel=0.3)
 
 
-# ------------------------------------------------------------------------------------------ losses
+# ------------------------------------------------------------------------------------ MEM and CMEM
 
 
 @pytest.mark.parametrize("mask", [0.25, 0.5, 0.75])
@@ -298,10 +225,6 @@ def test_removal_weights_count_only_valid_tokens():
     assert (weight[~valid[0]] == 0).all()
     for magnification, share in ((5, 0), (10, 0.5), (20, 0.5)):
         assert weight[g.select(magnification)].sum().item() == pytest.approx(share)
-    everything = torch.ones(3, g.num_tokens, dtype=torch.bool)
-    removed = mixmag.random_removal(3, g.num_tokens, 0.5)
-    weight = mixmag.removal_weights(g, removed, everything)
-    assert torch.allclose(weight, mixmag.removal_weights(g, removed))
 
 
 def test_mem_loss_equals_the_loop():
@@ -310,14 +233,10 @@ def test_mem_loss_equals_the_loop():
     target = torch.randn(3, 7, 5, dtype=DOUBLE)
     weight = torch.rand(3, 7, dtype=DOUBLE)
     total = 0.0
-    for b in range(3):
-        for i in range(7):
-            p = pred[b, i].tolist()
-            t = target[b, i].tolist()
-            dot = sum(u * v for u, v in zip(p, t, strict=True))
-            cosine = dot / (math.hypot(*p) * math.hypot(*t))
-            total += weight[b, i].item() * (1 - cosine) / 3
-    assert mixmag.mem_loss(pred, target, weight).item() == pytest.approx(total, abs=1e-12)
+    pairs = zip(pred.view(21, 5), target.view(21, 5), weight.view(21), strict=True)
+    for p, t, w in pairs:
+        total += w * (1 - p @ t / (p.norm() * t.norm())) / 3
+    assert mixmag.mem_loss(pred, target, weight).item() == pytest.approx(total.item(), abs=1e-12)
     assert torch.autograd.gradcheck(lambda p: mixmag.mem_loss(p, target, weight), pred)
 
 
@@ -381,30 +300,21 @@ def test_trivial_predictions_equal_the_loop():
                 assert torch.allclose(found[name][b, j], value, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------ MEM and CMEM
-
-
-def test_mem_predicts_what_was_removed_and_reads_nothing_else():
+def test_mem_reads_kept_tokens_and_predicts_removed_ones():
+    """It reads and computes nothing else."""
     model = MaskedEmbeddingModel(tiny()).eval()
+    shapes = []
+    for layer in (model.encoder.input, model.decoder.head):
+        layer.register_forward_hook(lambda layer, inputs, out: shapes.append(inputs[0].shape))
     x = torch.randn(3, 84, 10)
-    out = model(x, 0.5, generator=torch.Generator().manual_seed(0))
-    assert out.pred.shape == (3, 42, 10)
-    assert out.removed.shape == (3, 42)
-    assert out.per_level.shape == (3,)
+    out = model(x, 0.75, generator=torch.Generator().manual_seed(0))
+    assert shapes == [(3, 21, 10), (3, 63, 48)]
+    assert out.pred.shape == (3, 63, 10)
     spoiled = x.scatter(1, out.removed[..., None].expand(-1, -1, 10), math.nan)
     assert torch.equal(model(spoiled, out.removed).pred, out.pred)
     weight = mixmag.removal_weights(model.encoder.geometry, out.removed)
     expected = mixmag.mem_loss(out.pred, mixmag.take(x, out.removed), weight)
     assert torch.equal(out.loss, expected)
-
-
-def test_mem_computes_kept_inputs_and_removed_outputs_only():
-    model = MaskedEmbeddingModel(tiny())
-    seen = []
-    for layer in (model.encoder.input, model.decoder.head):
-        layer.register_forward_hook(lambda layer, inputs, out: seen.append(inputs[0].shape))
-    model(torch.randn(3, 84, 10), 0.75)
-    assert seen == [(3, 21, 10), (3, 63, 48)]
 
 
 def test_mem_loss_ignores_invalid_tokens():
@@ -459,7 +369,7 @@ def test_mem_learns_a_region_whose_tokens_repeat():
 
 def test_gated_abmil_equals_the_loop_over_ragged_bags():
     torch.manual_seed(3)
-    pool = GatedABMIL(5, 7).double()
+    pool = mixmag.GatedABMIL(5, 7).double()
     lengths = torch.tensor([4, 1, 6])
     x = torch.randn(11, 5, dtype=DOUBLE, requires_grad=True)
     pooled, attention = pool(x, lengths)
@@ -467,8 +377,8 @@ def test_gated_abmil_equals_the_loop_over_ragged_bags():
     for bag, tokens in enumerate(x.split(lengths.tolist())):
         scores = []
         for h in tokens:
-            tanh = [math.tanh(v) for v in pool.V.weight @ h + pool.V.bias]
-            sigmoid = [1 / (1 + math.exp(-u)) for u in pool.U.weight @ h + pool.U.bias]
+            tanh = [math.tanh(v) for v in pool.V(h).tolist()]
+            sigmoid = [1 / (1 + math.exp(-u)) for u in pool.U(h).tolist()]
             gates = zip(tanh, sigmoid, pool.w.weight[0].tolist(), strict=True)
             scores.append(math.exp(sum(t * s * w for t, s, w in gates) + pool.w.bias.item()))
         weights = [score / sum(scores) for score in scores]
@@ -479,7 +389,7 @@ def test_gated_abmil_equals_the_loop_over_ragged_bags():
 
 
 def test_gated_abmil_stays_finite_where_a_plain_softmax_would_not():
-    pool = GatedABMIL(2, 4)
+    pool = mixmag.GatedABMIL(2, 4)
     pool.w.weight.data.fill_(1e5)
     pooled, attention = pool(torch.randn(50, 2), torch.tensor([49, 1]))
     assert torch.isfinite(pooled).all()
@@ -490,7 +400,7 @@ def test_gated_abmil_stays_finite_where_a_plain_softmax_would_not():
 @pytest.mark.parametrize("lengths", [[5, 0, 6], [5, 5], [12], []])
 def test_gated_abmil_refuses_empty_or_misfit_bags(lengths):
     with pytest.raises(ValueError, match="one token or more, 11 in all"):
-        GatedABMIL(5, 7)(torch.randn(11, 5), torch.tensor(lengths, dtype=torch.long))
+        mixmag.GatedABMIL(5, 7)(torch.randn(11, 5), torch.tensor(lengths, dtype=torch.long))
 
 
 def test_min_slide_loss_equals_the_loop_and_sends_the_gradient_to_one_slide():
@@ -505,31 +415,22 @@ def test_min_slide_loss_equals_the_loop_and_sends_the_gradient_to_one_slide():
     assert torch.autograd.gradcheck(lambda x: mixmag.min_slide_loss(x, case), loss)
 
 
-@pytest.mark.parametrize(
-    "mixing, tokens, magnification",
-    [
-        (False, "patch", 20),
-        (False, "patch", "all"),
-        (True, "patch", 5),
-        (True, "patch", "all"),
-        (True, "cls", 10),
-        (True, "cls", "all"),
-    ],
-)
-def test_classifier_serves_every_row(mixing, tokens, magnification):
+@pytest.mark.parametrize("region", [1, 2])
+@pytest.mark.parametrize("magnification", [5, "all"])
+@pytest.mark.parametrize("mixing, tokens", [(False, "patch"), (True, "patch"), (True, "cls")])
+def test_classifier_serves_every_row(mixing, tokens, magnification, region):
     """One pass over ragged slides equals slide by slide. A region without a valid token is absent.
     Another number of tokens is refused."""
-    config = tiny()
+    config = tiny(region)
     encoder = MixingEncoder(config) if mixing else None
-    model = SlideClassifier(config, encoder, tokens, magnification, 16, chunk=2).eval()
+    model = mixmag.SlideClassifier(config, encoder, tokens, magnification, 16, chunk=2).eval()
     n = len(model.index)
     x = torch.randn(6, n, 10)
     valid = torch.rand(6, n) > 0.3
     valid[:, 0] = True
     valid[1] = False
     logit, attention = model(x, torch.tensor([3, 1, 2]), valid)
-    assert logit.shape == (3,)
-    assert attention.sum().item() == pytest.approx(3, abs=1e-5)
+    assert len(attention) == (5 if tokens == "cls" else valid.sum())
     model.chunk = 64
     kept = torch.tensor([0, 2, 3, 4, 5])
     expected = []
@@ -543,18 +444,9 @@ def test_classifier_serves_every_row(mixing, tokens, magnification):
         model(torch.randn(6, n + 1, 10), torch.tensor([6]))
 
 
-def test_one_token_per_region_is_no_class_token():
-    """R = 1 at the lowest magnification: an invalid token must not be pooled."""
-    config = tiny(region=1)
-    model = SlideClassifier(config, MixingEncoder(config), "patch", 5, 16).eval()
-    valid = torch.tensor([[True], [False], [True]])
-    _, attention = model(torch.randn(3, 1, 10), torch.tensor([3]), valid)
-    assert len(attention) == 2
-
-
 def test_chunked_gradient_equals_the_whole():
     config = tiny()
-    model = SlideClassifier(config, MixingEncoder(config))
+    model = mixmag.SlideClassifier(config, MixingEncoder(config))
     x = torch.randn(7, 84, 10)
 
     def gradients(chunk):
@@ -578,7 +470,9 @@ class MeanPooling(nn.Module):
 
 def test_classifier_takes_another_pool_and_more_outputs():
     config = tiny()
-    model = SlideClassifier(config, MixingEncoder(config), pool=MeanPooling(), outputs=3).eval()
+    model = mixmag.SlideClassifier(
+        config, MixingEncoder(config), pool=MeanPooling(), outputs=3
+    ).eval()
     x = torch.randn(5, 84, 10)
     logit, attention = model(x, torch.tensor([2, 3]))
     assert logit.shape == (2, 3)
@@ -588,10 +482,9 @@ def test_classifier_takes_another_pool_and_more_outputs():
     assert torch.allclose(logit, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("tokens", ["cls", "tokens"])
-def test_classifier_refuses_tokens_that_it_cannot_pool(tokens):
+def test_classifier_refuses_class_tokens_without_an_encoder():
     with pytest.raises(ValueError, match="cls with an encoder"):
-        SlideClassifier(tiny(), None, tokens)
+        mixmag.SlideClassifier(tiny(), None, "cls")
 
 
 # ------------------------------------------------------------------------------------ config, disk
@@ -632,26 +525,23 @@ def test_load_encoder_is_strict(tmp_path):
         mixmag.load_encoder(tmp_path)
 
 
-def test_config_round_trip_and_strictness():
+def test_config_round_trip():
     config = Config.small(64, region=2)
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    with pytest.raises(ValueError, match="unknown keys .*colour"):
-        Config.from_dict({**config.to_dict(), "colour": 1})
     with pytest.raises(ValueError, match="missing keys .*depth"):
         Config.from_dict({"dim": 3})
 
 
-@pytest.mark.parametrize("name, value", [("width", "96"), ("heads", 0), ("depth", 1.5)])
-def test_sizes_are_whole_numbers(name, value):
-    with pytest.raises(ValueError, match=f"config: {name} is"):
+@pytest.mark.parametrize("name, value", [("depth", 1.5), ("heads", 0), ("heads", 5), ("hue", 1)])
+def test_config_refuses_what_cannot_work(name, value):
+    with pytest.raises(ValueError, match=name):
         Config.from_dict({**Config.small(8).to_dict(), name: value})
-    with pytest.raises(ValueError, match="do not divide"):
-        Config.small(8, heads=5)
 
 
 def test_presets_have_the_sizes_they_promise():
     parameters = sum(p.numel() for p in MaskedEmbeddingModel(Config.small(64)).parameters())
     assert 0.7e6 < parameters < 1.3e6
+    assert Geometry().num_tokens == 189
     paper = Config.paper()
     assert (paper.dim, paper.width, paper.depth, paper.heads) == (1280, 768, 6, 12)
     assert (paper.decoder_width, paper.decoder_depth, paper.cls_tokens) == (1024, 2, 4)
