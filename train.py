@@ -420,11 +420,8 @@ def add_to_sums(sums: dict, out: mixmag.Outputs, weight: float) -> None:
 
 
 def magnification(text: str) -> str | float:
-    """all, or a number that is whole where it can be; STAMP's may be 8.75."""
-    if text == "all":
-        return text
-    number = float(text)
-    return int(number) if number.is_integer() else number
+    """all, or a number; STAMP's may be 8.75."""
+    return text if text == "all" else data.whole_if_possible(float(text))
 
 
 @dataclass(kw_only=True)
@@ -447,18 +444,14 @@ class FinetuneConfig(TrainingConfig):
     hidden: int = setting(None, "width of AB-MIL's attention", 64, 256, type=POSITIVE)
     dropout: float = setting(0.2, "before and after pooling", type=BELOW_ONE)
     smoothing: float = setting(0.1, "label smoothing", type=SHARE)
-    case_score: str = setting(
-        "auto", "a case's score from its slides'", choices=("auto", "max", "mean")
-    )
+    case_score: str = setting("auto", "of a case's slides", choices=("auto", "max", "mean"))
     min_cover: float = setting(0.5, "share of its cells that a region must hold", type=SHARE)
     dry_run: bool = setting(False, "only count cases, regions and tokens")
 
 
+# Eq. 9 needs the label, so it cannot choose a slide at test time
+CASE_SCORES: dict[str, Callable] = {"max": np.max, "mean": np.mean}
 ABMIL_EPOCHS = {"small": 60, "paper": 20}  # without an encoder few tokens learn late, but cheaply
-CASE_SCORES: dict[str, Callable] = {
-    "max": np.max,
-    "mean": np.mean,
-}  # Eq. 9 needs the label, so it cannot be used here
 
 
 def finetune(config: FinetuneConfig) -> dict:
