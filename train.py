@@ -11,7 +11,6 @@ config.json, metrics.jsonl, last.pt and prev.pt (checkpoints), its results, and 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -39,12 +38,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from scipy import stats
-from sklearn.metrics import average_precision_score
 from torch import distributed
 
 import data
 import mixmag
-from data import OUTCOME, MixmagError, OtherSettings, Stopped, progress, whole_file
+from data import (
+    NATURAL,
+    OUTCOME,
+    POSITIVE,
+    MixmagError,
+    OtherSettings,
+    Stopped,
+    progress,
+    whole_file,
+)
 
 # ------------------------------------------------------ schedule, parameter groups, AMP, one step
 
@@ -130,8 +137,6 @@ def setting(default, help: str, small=None, paper=None, **flag):
     return field(default=default, metadata={"help": help, "small": small, "paper": paper, **flag})
 
 
-NATURAL = data.number_in(int, 0, 2**32 - 1)
-POSITIVE = data.number_in(int, 1, 2**32 - 1)
 SHARE = data.number_in(float, 0, 1)
 BELOW_ONE = data.number_in(float, 0, 0.99)
 RATE = data.number_in(float, 1e-30, 1e3)
@@ -195,10 +200,7 @@ def pretrain(config: PretrainConfig) -> dict:
     folder = ensure_data(config.data, machine)
     train_ids, held_out_ids = pretraining_split(folder, config.holdout)
     if not train_ids:
-        raise MixmagError(
-            f"{folder}: no slide is left to train on; all are in a tune or test split or held out "
-            f"(--holdout {config.holdout:g})"
-        )
+        raise MixmagError(f"{folder}: no slide is left to train on; see tasks/ and --holdout")
     slides = data.read_slides(folder, train_ids)
     model_config = make_model_config(config, slides[0])
     dataset = pretraining_windows(config, slides, model_config.geometry(), machine)
@@ -207,9 +209,8 @@ def pretrain(config: PretrainConfig) -> dict:
     if run.result():
         return run.result()
     torch.manual_seed(config.seed)
-    if config.source is None:
-        model = mixmag.MaskedEmbeddingModel(model_config)
-    else:
+    model = mixmag.MaskedEmbeddingModel(model_config)
+    if config.source:
         model = mixmag.ContrastiveEmbeddingModel(model_config)
     mean, std, directions = data.feature_statistics(slides)
     model.encoder.standardize.fit(mean, std)
@@ -217,16 +218,16 @@ def pretrain(config: PretrainConfig) -> dict:
     seconds = pretrain_loop(config, run, model, dataset, total, peak)
     if run.writes:
         export_encoder(run, model.encoder, slides[0], config.preset, train_ids, held_out_ids)
-        finish_pretraining(config, run, model, directions, held_out_ids, total, seconds)
+        facts = {"steps": total, "seconds": round(seconds, 1)}
+        finish_pretraining(config, run, model, directions, held_out_ids, facts)
     machine.barrier()
     return run.result()
 
 
 def pretraining_split(folder: Path, holdout: float) -> tuple[list, list]:
-    """Slide ids to train on, and to measure the loss on.
+    """Slide ids to train on, and to measure the loss on. Whole cases are held out.
 
-    Whole cases are held out. A hash of the case's name chooses them, so that the choice depends on
-    nothing else.
+    A hash of a case's name decides, so the choice depends on nothing else.
     """
     case_of = {}
     for task in data.task_names(folder):
@@ -236,36 +237,27 @@ def pretraining_split(folder: Path, holdout: float) -> tuple[list, list]:
     cases = {case_of.get(i, i) for i in ids}
     ordered = sorted(cases, key=lambda case: hashlib.sha256(case.encode("utf-8")).digest())
     held_out = set(ordered[: round(holdout * len(cases))])
-    train_ids = [i for i in ids if case_of.get(i, i) not in held_out]
     held_out_ids = [i for i in ids if case_of.get(i, i) in held_out]
-    return train_ids, held_out_ids
+    return [i for i in ids if i not in set(held_out_ids)], held_out_ids
 
 
 def pretraining_windows(config, slides, geometry, machine) -> data.RegionDataset:
     """The windows to train on. Raises MixmagError for settings that do not fit them."""
-    try:
-        mixmag.removal_count(geometry.num_tokens, config.mask)
-    except ValueError as error:
-        raise MixmagError(f"--mask: {error}") from None
     if config.source is not None and config.source < config.region:
         raise MixmagError(f"--source {config.source} is smaller than --region {config.region}")
     if config.batch_size % machine.world:
-        raise MixmagError(
-            f"--batch-size {config.batch_size} does not divide into {machine.world} processes"
+        raise MixmagError(f"--batch-size does not divide into {machine.world} processes")
+    views = {"views": 2, "source": config.source} if config.source else {}
+    try:
+        dataset = data.RegionDataset(
+            slides, geometry, config.seed, config.mask, min_cover=config.min_cover, **views
         )
-    dataset = data.RegionDataset(
-        slides,
-        geometry,
-        config.seed,
-        config.mask,
-        views=1 if config.source is None else 2,
-        source=config.source or 0,
-        min_cover=config.min_cover,
-    )
+    except ValueError as error:
+        raise MixmagError(f"--mask: {error}") from None
     if len(dataset) == 0:
         raise MixmagError(
-            f"none of {len(slides)} slides has a window of {config.region} x {config.region} cells "
-            f"that is {config.min_cover:.0%} covered; try --min-cover 0.5 or a smaller --region"
+            f"no slide has a window of {config.region} x {config.region} cells that is "
+            f"{config.min_cover:.0%} covered; try --min-cover 0.5 or a smaller --region"
         )
     return dataset
 
@@ -414,11 +406,8 @@ def add_to_sums(sums: dict, out: mixmag.Outputs, weight: float) -> None:
 
 
 def magnification(text: str) -> str | float:
-    """all, or a number that is whole where it can be; STAMP's may be 8.75."""
-    if text == "all":
-        return text
-    number = float(text)
-    return int(number) if number.is_integer() else number
+    """all, or a number; STAMP's may be 8.75."""
+    return text if text == "all" else data.whole_if_possible(float(text))
 
 
 @dataclass(kw_only=True)
@@ -441,18 +430,14 @@ class FinetuneConfig(TrainingConfig):
     hidden: int = setting(None, "width of AB-MIL's attention", 64, 256, type=POSITIVE)
     dropout: float = setting(0.2, "before and after pooling", type=BELOW_ONE)
     smoothing: float = setting(0.1, "label smoothing", type=SHARE)
-    case_score: str = setting(
-        "auto", "a case's score from its slides'", choices=("auto", "max", "mean")
-    )
+    case_score: str = setting("auto", "of a case's slides", choices=("auto", "max", "mean"))
     min_cover: float = setting(0.5, "share of its cells that a region must hold", type=SHARE)
     dry_run: bool = setting(False, "only count cases, regions and tokens")
 
 
+# Eq. 9 needs the label, so it cannot choose a slide at test time
+CASE_SCORES: dict[str, Callable] = {"max": np.max, "mean": np.mean}
 ABMIL_EPOCHS = {"small": 60, "paper": 20}  # without an encoder few tokens learn late, but cheaply
-CASE_SCORES: dict[str, Callable] = {
-    "max": np.max,
-    "mean": np.mean,
-}  # Eq. 9 needs the label, so it cannot be used here
 
 
 def finetune(config: FinetuneConfig) -> dict:
@@ -547,15 +532,10 @@ def make_classifier(config, slides: dict, cases: list, machine) -> mixmag.SlideC
         model_config = make_model_config(config, any_slide)
         if config.init == "random":
             encoder = mixmag.MixingEncoder(model_config)
+    sizes = {"hidden": config.hidden, "dropout": config.dropout, "outputs": OUTCOME.outputs}
     try:
         model = mixmag.SlideClassifier(
-            model_config,
-            encoder,
-            config.tokens,
-            config.magnification,
-            config.hidden,
-            config.dropout,
-            outputs=OUTCOME.outputs,
+            model_config, encoder, config.tokens, config.magnification, **sizes
         )
     except ValueError as error:
         raise MixmagError(f"--tokens or --magnification: {error}") from None
@@ -627,7 +607,8 @@ def finetune_loop(config, run: Run, model, sets: dict) -> dict:
         rule, tune = best_case_score(sets["tune"], scores, config.case_score)
         if tune >= best["tune_auroc"]:  # of equals the later one has learned longer
             state = {name: value.cpu().clone() for name, value in model.state_dict().items()}
-            best = {"model_state": state, "tune_auroc": tune, "epoch": epoch, "case_score": rule}
+            best = {"model_state": state, "tune_auroc": tune}
+            best |= {"best_epoch": epoch, "case_score": rule}
         run.note(epoch=epoch, loss=loss, norm=norm, tune_auroc=tune, case_score=rule)
         bar.set_postfix(loss=f"{loss:.3f}", tune=f"{tune:.3f}")
         run.save(epoch + 1, model, optimizer, **best)
@@ -767,29 +748,17 @@ def finish_finetuning(config, run: Run, model, sets: dict, best: dict) -> None:
     with whole_file(run.folder / "model.safetensors") as temporary:
         save_file(best["model_state"], temporary)
     data.write_csv(run.folder / "predictions.csv", ("case_id", "label", "score", "split"), rows)
-    result = {name: getattr(config, name) for name in ("task", "init", "tokens", "magnification")}
-    result |= {
-        "kind": "finetune",
-        "seed": config.seed,
-        "cases": {split: len(dataset) for split, dataset in sets.items()},
-        "slides_left_out": sorted(i for dataset in sets.values() for i in dataset.dropped),
-        "best_epoch": best["epoch"],
-        "tune_auroc": best["tune_auroc"],
-        "case_score": best["case_score"],
-        **test_results(sets["test"].labels, scores, config.seed),
-    }
+    names = ("task", "init", "tokens", "magnification", "seed")
+    result = {"kind": "finetune", **{name: getattr(config, name) for name in names}}
+    result["cases"] = {split: len(dataset) for split, dataset in sets.items()}
+    result["slides_left_out"] = sorted(i for dataset in sets.values() for i in dataset.dropped)
+    for name in ("best_epoch", "tune_auroc", "case_score"):
+        result[name] = best[name]
+    labels = sets["test"].labels
+    if len(set(labels)) > 1:
+        result["auroc"] = OUTCOME.metric(labels, scores)
+        result["interval"] = interval(bootstrap_aurocs(labels, scores, config.seed))
     data.write_json(run.folder / "result.json", result)
-
-
-def test_results(labels: list, scores: list, seed: int) -> dict:
-    """AUROC with its 95 % interval over cases, and average precision; None with one class."""
-    if len(set(labels)) < 2:
-        return {"auroc": None, "interval": None, "average_precision": None}
-    return {
-        "auroc": OUTCOME.metric(labels, scores),
-        "interval": interval(bootstrap_aurocs(labels, scores, seed)),
-        "average_precision": float(average_precision_score(labels, scores)),
-    }
 
 
 def bootstrap_aurocs(labels, scores, seed: int, resamples: int = 1000) -> np.ndarray | None:
@@ -1144,10 +1113,11 @@ def note_pretraining(run: Run, step, sums: dict, rate, norm, magnifications, bar
 def held_out_losses(model, dataset, mean, machine, batch_size: int = 64) -> dict:
     """predictor -> (K,) mean of 1 - cosine on the removed tokens of every window of `dataset`.
 
-    The model stands beside the predictions that need no network. There is no parent at the lowest
-    magnification and there are no children at the highest: NaN.
+    The model stands beside the predictions that need no network. None: the lowest magnification
+    has no parents, the highest no children.
     """
     geometry = model.encoder.geometry
+    mean = mean.to(machine.device)
     sums: dict = {}
     model.eval()
     for start in progress(range(0, len(dataset), batch_size), desc="held-out", leave=False):
@@ -1166,8 +1136,8 @@ def held_out_losses(model, dataset, mean, machine, batch_size: int = 64) -> dict
             sums[name] = sums.get(name, 0) + torch.stack([total, count]).double().cpu()
     model.train()
     losses = {name: (total / count).tolist() for name, (total, count) in sums.items()}
-    losses["parent"][0] = math.nan
-    losses["children"][-1] = math.nan
+    losses["parent"][0] = None
+    losses["children"][-1] = None
     return losses
 
 
@@ -1188,15 +1158,16 @@ PREDICTORS = {
 
 def format_losses(losses: dict, magnifications, least: dict | None) -> str:
     """A Markdown table of `held_out_losses`, with the least loss of a synthetic cohort."""
-    named = [(title, losses[name]) for name, title in PREDICTORS.items()]
+    named = {title: losses[name] for name, title in PREDICTORS.items()}
     if least:
-        named.append(("least possible (synthetic)", [least[str(m)] for m in magnifications]))
+        named["least possible (synthetic)"] = [least[str(m)] for m in magnifications]
     rows = []
-    for title, values in named:
-        cells = [f"{v:.3f}" for v in (*values, sum(values) / len(values))]
+    for title, values in named.items():
+        average = None if None in values else np.mean(values)
+        cells = ["-" if value is None else f"{value:.3f}" for value in (*values, average)]
         rows.append([title, *cells])
     titles = ["predictor of the removed tokens", *(f"{m}x" for m in magnifications), "all"]
-    return markdown(titles, rows).replace("nan", "-")
+    return markdown(titles, rows)
 
 
 def export_encoder(run: Run, encoder, slide, preset: str, train_ids, held_out_ids) -> None:
@@ -1247,41 +1218,29 @@ def check_same_encoder(run, tile_encoder: str, config: mixmag.Config, slide) -> 
         raise MixmagError(f"{run} was trained on {trained_on}, the slides hold {found}")
 
 
-def finish_pretraining(
-    config, run: Run, model, directions, held_out_ids: list, steps: int, seconds: float
-) -> None:
+def finish_pretraining(config, run: Run, model, directions, held_out_ids, facts: dict) -> None:
     """Measure the loss on held-out slides, draw the curve, write SUMMARY.md and result.json."""
     folder = Path(config.data)
     cohort = data.synthetic_facts(folder)
     least = cohort.get("least_mem_loss")
     title = "synthetic cohort" if cohort else str(folder)
     magnifications = model.config.magnifications
+    text = "no held-out window: the loss was not measured on unseen slides"
     losses: dict = {}
     if held_out_ids:
+        slides = data.read_slides(folder, held_out_ids)
+        every_window = {"stride": config.region, "min_cover": config.min_cover, "turn": False}
         held_out = data.RegionDataset(
-            data.read_slides(folder, held_out_ids),
-            model.config.geometry(),
-            config.seed,
-            config.mask,
-            stride=config.region,
-            min_cover=config.min_cover,
-            turn=False,
+            slides, model.config.geometry(), config.seed, config.mask, **every_window
         )
         if len(held_out):
-            losses = held_out_losses(
-                model, held_out, directions.to(run.machine.device), run.machine
-            )
-    text = "no held-out window: the loss was not measured on unseen slides"
-    if losses:
-        text = format_losses(losses, magnifications, least)
+            losses = held_out_losses(model, held_out, directions, run.machine)
+            text = format_losses(losses, magnifications, least)
     heading = f"# {run.folder.name}: loss (1 - cosine) on held-out slides, {title}"
     data.write_text(run.folder / "SUMMARY.md", f"{heading}\n\n{text}\n")
     draw_curve(run, losses, magnifications, least, title)
-    plain = {}
-    for name, values in losses.items():
-        plain[name] = [None if math.isnan(v) else v for v in values]
-    result = {"kind": "pretrain", "steps": steps, "seconds": round(seconds, 1)}
-    data.write_json(run.folder / "result.json", {**result, "held_out": plain or None})
+    result = {"kind": "pretrain", **facts, "held_out": losses or None}
+    data.write_json(run.folder / "result.json", result)
     print(text)
 
 
@@ -2056,16 +2015,16 @@ def finetune_command(**options) -> int:
     result = finetune(FinetuneConfig(**options))
     if not result or data.process_rank()[0]:
         return 0
-    if result["auroc"] is None:
-        print(f"{result['task']}: no AUROC, for the test split lacks a class")
+    if "auroc" not in result:
+        print(f"{result['task']}: no AUROC, because the test split lacks a class")
         return 0
     over = "too few cases for an interval"
     if result["interval"]:
         over = "95 % over cases: {:.3f} to {:.3f}".format(*result["interval"])
     print(
-        f"{result['task']}: test AUROC {result['auroc']:.3f} ({over}), average precision "
-        f"{result['average_precision']:.3f}, {result['cases']['test']} cases; "
-        f"tune AUROC {result['tune_auroc']:.3f} after epoch {result['best_epoch'] + 1}"
+        f"{result['task']}: test AUROC {result['auroc']:.3f} ({over}), "
+        f"{result['cases']['test']} cases; tune AUROC {result['tune_auroc']:.3f} after epoch "
+        f"{result['best_epoch'] + 1}"
     )
     return 0
 
@@ -2087,100 +2046,111 @@ def add_config_flags(parser, config_class) -> None:
         parser.add_argument("--" + setting.name.replace("_", "-"), **flag)
 
 
-def add_command(commands, name: str, function, summary: str, example: str):
-    parser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary,
-        epilog=f"example: python train.py {name} {example}",
-        formatter_class=data.HelpFormatter,
-    )
-    parser.set_defaults(function=function)
-    return parser
+# The docstrings of these functions are the summaries that --help shows.
 
 
-def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
+def add_pretrain_flags(parser) -> None:
+    """masked embedding modelling, without labels"""
+    parser.set_defaults(function=pretrain_command)
+    parser.epilog = "example: python train.py pretrain --mask 0.5 --source 7"
+    add_config_flags(parser, PretrainConfig)
 
-    summary = "masked embedding modelling, without labels"
-    p = add_command(commands, "pretrain", pretrain_command, summary, "--mask 0.5 --source 7")
-    add_config_flags(p, PretrainConfig)
 
-    summary = "train the prediction of a biomarker and score its test split once"
-    example = "--task skin_braf --init runs/mem-0.50 --tokens cls"
-    p = add_command(commands, "finetune", finetune_command, summary, example)
-    add_config_flags(p, FinetuneConfig)
+def add_finetune_flags(parser) -> None:
+    """train the prediction of a biomarker, and score its test split once"""
+    parser.set_defaults(function=finetune_command)
+    parser.epilog = "example: python train.py finetune --task skin_braf --init runs/mem-0.50"
+    add_config_flags(parser, FinetuneConfig)
 
-    summary = "score slides with a fine-tuned run"
-    example = "--run runs/skin_braf-mem-0.50-patch-all --data data/mine"
-    p = add_command(commands, "predict", predict, summary, example)
-    p.add_argument("--run", required=True, help="fine-tuning run")
-    p.add_argument("--data", dest="folder", metavar="DATA", required=True, help="DATA folder")
-    p.add_argument("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
-    p.add_argument("--out", help="CSV to write (default: RUN/predict.csv)")
-    p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
 
-    summary = "write contextualized or compressed outputs as HDF5 files that MIL tools read"
-    example = "--init runs/mem-0.50 --tokens cls --out embeddings"
-    p = add_command(commands, "embed", embed, summary, example)
-    p.add_argument("--init", required=True, metavar="RUN", help="pretraining run or encoder folder")
-    p.add_argument("--out", required=True, help="folder to write")
-    p.add_argument(
-        "--data", dest="folder", metavar="DATA", default=DEFAULT_DATA, help="DATA folder"
-    )
-    p.add_argument(
-        "--tokens", choices=("patch", "cls"), default="cls", help="a row per tile, or per region"
-    )
-    p.add_argument("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
-    p.add_argument("--min-cover", type=SHARE, default=0.5, help="share of cells in a region")
-    p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
+def add_data_flags(parser, default=DEFAULT_DATA, required=False) -> None:
+    add = parser.add_argument
+    folder = {"dest": "folder", "metavar": "DATA", "default": default, "required": required}
+    add("--data", help="DATA folder", **folder)
+    add("--device", default="auto", help="auto, cpu or cuda[:i]")
 
-    summary = "where a fine-tuned run looks on a slide: pictures, CSV, GeoJSON for QuPath"
-    example = "--run runs/skin_braf-mem-0.50-patch-all --slide S1 --image slides/S1.svs"
-    p = add_command(commands, "heatmap", heatmap, summary, example)
-    p.add_argument("--run", required=True, help="fine-tuning run")
-    p.add_argument("--slide", required=True, metavar="ID", help="slide id")
-    p.add_argument("--data", dest="folder", metavar="DATA", help="DATA folder (default: the run's)")
-    p.add_argument("--image", metavar="SLIDE", help="the slide itself, to draw on (default: grey)")
-    p.add_argument("--out", help="folder to write (default: RUN/heatmap/ID)")
-    p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
 
-    summary = "run rows x tasks x seeds of the paper's tables 1 and 2, skipping what is done"
-    example = "--rows abmil-20 mem-0.50-patch --tasks skin_braf"
-    p = add_command(commands, "table", table, summary, example)
-    p.add_argument(
-        "--data", dest="folder", metavar="DATA", default=DEFAULT_DATA, help="DATA folder"
-    )
-    p.add_argument("--out", default="runs/table", help="folder of the runs and of SUMMARY.md")
-    p.add_argument("--rows", nargs="+", help="such as abmil-20, cmem-7-patch (default: all 24)")
-    p.add_argument("--tasks", nargs="+", help="tables in DATA/tasks (default: all)")
-    p.add_argument("--seeds", type=POSITIVE, default=1, help="number of seeds, from --seed on")
-    p.add_argument("--preset", choices=PRESETS, default="small", help="sizes of every run")
-    p.add_argument("--steps", type=POSITIVE, help="pretraining steps (default: the preset's)")
-    p.add_argument("--epochs", type=POSITIVE, help="fine-tuning epochs (default: the preset's)")
-    p.add_argument("--frozen-epochs", type=NATURAL, default=1, help="as in finetune")
-    p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
-    p.add_argument("--seed", type=NATURAL, default=0, help="everything random follows from it")
+def add_predict_flags(parser) -> None:
+    """score slides with a fine-tuned run"""
+    parser.set_defaults(function=predict)
+    parser.epilog = "example: python train.py predict --run runs/msi --data data/mine"
+    add = parser.add_argument
+    add("--run", required=True, help="fine-tuning run")
+    add_data_flags(parser, None, required=True)
+    add("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
+    add("--out", help="CSV to write (default: RUN/predict.csv)")
 
-    summary = "a synthetic cohort, MEM pretraining, fine-tuning, a small table, in minutes"
-    p = add_command(commands, "demo", demo, summary, "")
-    p.add_argument(
-        "--data", dest="folder", metavar="DATA", default=DEFAULT_DATA, help="DATA folder"
-    )
-    p.add_argument("--out", default="runs/demo", help="folder of the runs, SUMMARY.md and demo.png")
-    p.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
-    p.add_argument("--seed", type=NATURAL, default=0, help="everything random follows from it")
 
-    add_command(commands, "doctor", doctor, "what this machine offers, and what will go wrong", "")
-    return parser.parse_args(argv)
+def add_embed_flags(parser) -> None:
+    """write contextualized or compressed outputs as HDF5 files that MIL tools read"""
+    parser.set_defaults(function=embed)
+    parser.epilog = "example: python train.py embed --init runs/mem-0.50 --out embeddings"
+    add = parser.add_argument
+    add("--init", required=True, metavar="RUN", help="pretraining run or encoder folder")
+    add("--out", required=True, help="folder to write")
+    add_data_flags(parser)
+    tokens = "patch: a row per tile; cls: a row per region"
+    add("--tokens", choices=("patch", "cls"), default="cls", help=tokens)
+    add("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
+    add("--min-cover", type=SHARE, default=0.5, help="share of its cells that a region must hold")
+
+
+def add_heatmap_flags(parser) -> None:
+    """where a fine-tuned run looks on a slide: pictures, CSV, GeoJSON for QuPath"""
+    parser.set_defaults(function=heatmap)
+    parser.epilog = "example: python train.py heatmap --run runs/msi --slide S1 --image S1.svs"
+    add = parser.add_argument
+    add("--run", required=True, help="fine-tuning run")
+    add("--slide", required=True, metavar="ID", help="slide id")
+    add_data_flags(parser, None)
+    add("--image", metavar="SLIDE", help="the slide itself, to draw on (default: a white ground)")
+    add("--out", help="folder to write (default: RUN/heatmap/ID)")
+
+
+def add_table_flags(parser) -> None:
+    """run rows x tasks x seeds of the paper's tables 1 and 2, skipping what is done"""
+    parser.set_defaults(function=table)
+    parser.epilog = "example: python train.py table --rows abmil-20 mem-0.50-patch"
+    add = parser.add_argument
+    add_data_flags(parser)
+    add("--out", default="runs/table", help="folder of the runs and of SUMMARY.md")
+    add("--rows", nargs="+", help="such as abmil-20, cmem-7-patch (default: all 24)")
+    add("--tasks", nargs="+", help="tables in DATA/tasks (default: all)")
+    add("--seeds", type=POSITIVE, default=1, help="number of seeds, from --seed on")
+    add("--seed", type=NATURAL, default=0, help="the first seed")
+    add("--preset", choices=PRESETS, default="small", help="sizes of every run")
+    add("--steps", type=POSITIVE, help="pretraining steps (default: the preset's)")
+    add("--epochs", type=POSITIVE, help="fine-tuning epochs (default: the preset's)")
+    add("--frozen-epochs", type=NATURAL, default=1, help="as in finetune")
+
+
+def add_demo_flags(parser) -> None:
+    """a synthetic cohort, MEM pretraining, fine-tuning, a small table, in minutes"""
+    parser.set_defaults(function=demo)
+    add_data_flags(parser)
+    parser.add_argument("--out", default="runs/demo", help="folder of the runs and of SUMMARY.md")
+    parser.add_argument("--seed", type=NATURAL, default=0, help="everything random follows from it")
+
+
+def add_doctor_flags(parser) -> None:
+    """what this machine offers, and what will go wrong"""
+    parser.set_defaults(function=doctor)
+
+
+COMMANDS = {
+    "pretrain": add_pretrain_flags,
+    "finetune": add_finetune_flags,
+    "predict": add_predict_flags,
+    "embed": add_embed_flags,
+    "heatmap": add_heatmap_flags,
+    "table": add_table_flags,
+    "demo": add_demo_flags,
+    "doctor": add_doctor_flags,
+}
 
 
 def main(argv=None) -> int:
-    options = vars(parse(argv))
-    options.pop("command")
+    options = vars(data.parse_command(argv, "train.py", __doc__, COMMANDS))
     function = options.pop("function")
     return data.run_command(function, **options)
 

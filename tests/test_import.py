@@ -562,7 +562,7 @@ def test_mutated_hdf5_is_refused_or_read_as_it_is(tmp_path):
 @pytest.mark.parametrize("words", ["5 10 30", "20 10", "nan", "0 0", "x"])
 def test_magnifications_that_are_no_run_of_doublings_are_a_usage_error(words, capsys):
     with pytest.raises(SystemExit) as ended:
-        data.parse(["tile", "--slides", "s", "--out", "d", "--magnifications", *words.split()])
+        data.main(["tile", "--slides", "s", "--out", "d", "--magnifications", *words.split()])
     assert ended.value.code == 2 and "--magnifications" in capsys.readouterr().err
 
 
