@@ -1,12 +1,13 @@
-"""mixmag data: slide files, the synthetic cohort, the tiler, and the data sets that training reads.
+"""mixmag data: slide files, the data sets that training reads, the tiler, the synthetic cohort.
 
-    python data.py synth  --out data/synthetic                                 a cohort with seven planted biomarkers
-    python data.py tile   --slides slides/ --out data/mine --encoder texture   whole-slide images -> slide files
-    python data.py import --trident 5x 10x 20x --out data/mine                 other tools' embeddings -> slide files
-    python data.py verify data/mine                                            checksums, values, tasks, leakage
+    python data.py synth  --out data/synthetic                    seven planted biomarkers
+    python data.py tile   --slides slides/ --out data/mine        whole-slide images -> slide files
+    python data.py import --trident 5x 10x 20x --out data/mine    other tools' embeddings
+    python data.py verify data/mine                               checksums, values, tasks, leakage
 
-Shape letters as in mixmag.py, and C cells of a slide, W windows (regions) of it. Lengths in `_px` are level-0 pixels unless
-the comment says otherwise; mpp is micrometres per pixel; a place on a lattice is (col, row).
+Shape letters as in mixmag.py, and C cells of a slide, W windows (regions) of it. Lengths in `_px`
+are level-0 pixels unless the comment says otherwise; mpp is micrometres per pixel; a place on a
+lattice is (col, row). A level is one of the slide's pyramid; a magnification's index is k.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import operator
 import os
 import re
 import shutil
@@ -31,7 +33,7 @@ import textwrap
 import time
 from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ import safetensors
 import safetensors.numpy
 import safetensors.torch
 import simplejpeg
+import tifffile
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -733,94 +736,90 @@ def pretraining_ids(data) -> list[str]:
 # ---------------------------------------------------------- the slide reader, micrometres per pixel
 
 CACHE_BYTES = 2**26  # of decoded tiles, shared by neighbouring reads of a level (assumed)
-SLIDE_SUFFIXES = (
-    ".svs",
-    ".tif",
-    ".tiff",
-    ".ndpi",
-    ".vms",
-    ".vmu",
-    ".scn",
-    ".mrxs",
-    ".svslide",
-    ".bif",
-    ".dcm",
-    ".czi",
-)
+SLIDE_SUFFIXES = [".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu"]
+SLIDE_SUFFIXES += [".scn", ".mrxs", ".svslide", ".bif", ".dcm", ".czi"]
+MPP_TOLERANCE = 0.02  # the share by which two values of one slide may differ (assumed)
+RESOLUTION_UM = {"inch": 25400.0, "centimeter": 10000.0}  # by tiff.ResolutionUnit
 
 
 class Reader:
-    """A slide behind OpenSlide, for any number of threads. Raises MixmagError where the file is no slide."""
+    """A slide, read by OpenSlide, for any number of threads. Level 0 of its pyramid is the finest.
+
+    Raises SlideReadError for a file that is no slide, and later for pixels that cannot be read.
+    """
 
     def __init__(self, path):
-        self.path, self.cache = Path(path), openslide.OpenSlideCache(CACHE_BYTES)
+        self.path = Path(path)
+        self.cache = openslide.OpenSlideCache(CACHE_BYTES)
         if not self.path.is_file() or self.path.stat().st_size == 0:
-            raise MixmagError(
-                f"{path}: " + ("is empty (0 bytes)" if self.path.is_file() else "no such file")
-            )
+            raise SlideReadError(f"{path}: no such file, or an empty one (0 bytes)")
         try:
-            if openslide.OpenSlide.detect_format(self.path) is None:
-                raise MixmagError(
-                    f"{path}: OpenSlide knows no slide in its {self.path.stat().st_size} bytes: another format, cut short, a "
-                    "TIFF in strips or big-endian, or an index without the files that it names"
-                )
-            self.slide = self.open()
-            self.downsamples, self.sizes = (
-                self.slide.level_downsamples,
-                self.slide.level_dimensions,
-            )  # a failed handle would not even tell these
-            self.jpeg = jpeg_levels(self)
+            self.handle = self.open()
+            # All is asked for now: a handle that has failed once gives no more answers.
+            self.properties = dict(self.handle.properties)
+            self.downsamples = self.handle.level_downsamples
+            self.level_sizes = self.handle.level_dimensions  # (width, height) of each level
         except openslide.OpenSlideError as error:
-            raise MixmagError(f"{path}: OpenSlide cannot open it ({error})") from None
+            reasons = "another format, a TIFF in strips, a part of a slide, or cut short?"
+            raise SlideReadError(f"{path}: OpenSlide cannot open it ({error}); {reasons}") from None
+        self.size = self.level_sizes[0]
+        self.jpeg: dict[int, JpegLevel] = {}  # while it is empty, OpenSlide reads all levels
+        self.jpeg = jpeg_levels(self)
 
     def open(self) -> openslide.OpenSlide:
-        slide = openslide.OpenSlide(self.path)
-        slide.set_cache(self.cache)
-        return slide
+        handle = openslide.OpenSlide(self.path)
+        handle.set_cache(self.cache)
+        return handle
+
+    @property
+    def bounds(self) -> tuple:
+        """(x, y, width, height) of the scanned part, level-0 px; of all if the slide says none."""
+        names = (f"openslide.bounds-{side}" for side in ("x", "y", "width", "height"))
+        return tuple(map(int, map(self.properties.get, names, (0, 0, *self.size))))
 
     def fits(self, level: int) -> bool:
-        """Whether a level is level 0 shrunk by a whole number, to two of its pixels. One that is padded to whole tiles is not, and OpenSlide's
-        downsample, the mean of the sides' ratios, is wrong for it."""
-        d = self.downsamples[level]
-        return all(
-            abs(side * round(d) - whole) <= 2 * d
-            for side, whole in zip(self.sizes[level], self.sizes[0])
-        )
+        """Whether a level is level 0 shrunk by a whole number, to two of its pixels. A level padded
+        to whole tiles is not; OpenSlide's downsample, a mean of two ratios, is wrong for it."""
+        downsample = self.downsamples[level]
+        sides = np.multiply(self.level_sizes[level], round(downsample))
+        return bool((np.abs(sides - self.size) <= 2 * downsample).all())
 
     def level_for(self, downsample: float) -> int:
-        """The coarsest level that is still at least as fine, and fits; pyramids are often 4.0001 or 3.9998 where 4 is meant."""
-        return max(
-            i
-            for i, d in enumerate(self.downsamples)
-            if i == 0 or (d <= downsample * 1.001 and self.fits(i))
-        )
+        """The coarsest level that fits and is at least as fine as the downsample asks."""
+        best = 0
+        for level, found in enumerate(self.downsamples):
+            # Pyramids often say 4.0001 or 3.9998 where 4 is meant.
+            if found <= downsample * 1.001 and self.fits(level):
+                best = level
+        return best
 
     def region(self, level: int, left: int, top: int, right: int, bottom: int) -> np.ndarray:
-        """(h, w, 4) uint8 RGBA of a rectangle in the level's own pixels. After a failed read OpenSlide refuses every other one on that
-        handle, in whichever thread: so all go on with a new handle, and a last one of its own tells whether these pixels are
-        to blame. Raises openslide.OpenSlideError if they are."""
+        """(h, w, 4) uint8 RGBA of a rectangle in the level's own pixels."""
         if level in self.jpeg:
             with contextlib.suppress(ValueError, OSError):
                 return self.jpeg[level].region(left, top, right, bottom)
         scale = self.downsamples[level]
-        place = (round(left * scale), round(top * scale)), level, (right - left, bottom - top)
+        corner = (round(left * scale), round(top * scale))
+        place = (corner, level, (right - left, bottom - top))
+        with contextlib.suppress(openslide.OpenSlideError):
+            return np.asarray(self.handle.read_region(*place))
+        # A handle that has failed refuses all further reads, in every thread. The others go on with
+        # a new one. Another one, for this read alone, tells whether these pixels are to blame.
         try:
-            return np.asarray(self.slide.read_region(*place))
-        except openslide.OpenSlideError:
-            self.slide = self.open()
+            self.handle = self.open()
             return np.asarray(self.open().read_region(*place))
+        except openslide.OpenSlideError as error:
+            raise SlideReadError(f"level {level} cannot be read at {corner}: {error}") from None
 
     def read(self, level: int, box: tuple) -> tuple[Image.Image, tuple]:
-        """box (left, top, right, bottom) in level-0 px, floats -> the RGB picture of the level's pixels that cover it, over
-        white, and where in that picture the box lies. Raises openslide.OpenSlideError if it cannot be read."""
-        scale = self.downsamples[level]
-        left, top = int(box[0] / scale), int(box[1] / scale)
-        right, bottom = (
-            min(-int(-edge // scale), size) for edge, size in zip(box[2:], self.sizes[level])
-        )
-        rgb = over_white(self.region(level, left, top, right, bottom))
-        within = np.divide(box, scale) - (left, top, left, top)
-        return rgb, tuple(within.clip(0, (*rgb.size, *rgb.size)))
+        """box (left, top, right, bottom) in level-0 px, floats -> the RGB picture, over white, of
+        the level's pixels that cover it, and the box in pixels of that picture."""
+        edges = np.divide(box, self.downsamples[level])
+        left, top = edges[:2].astype(int).tolist()
+        right, bottom = np.ceil(edges[2:]).clip(max=self.level_sizes[level]).astype(int).tolist()
+        picture = over_white(self.region(level, left, top, right, bottom))
+        within = edges - (left, top, left, top)
+        return picture, tuple(within.clip(0, picture.size * 2))
 
 
 def over_white(rgba: np.ndarray) -> Image.Image:
@@ -831,299 +830,296 @@ def over_white(rgba: np.ndarray) -> Image.Image:
     return rgb
 
 
-RESOLUTION_UM = {
-    "inch": 25400.0,
-    "centimeter": 10000.0,
-}  # what tiff.ResolutionUnit says; "none" is no scale
+def dicom_series(path: Path) -> str | None:
+    """What all files of one DICOM slide have in common; None for other files."""
+    with contextlib.suppress(openslide.OpenSlideError, OSError):  # Reader says why when it comes
+        if path.suffix.lower() == ".dcm":
+            return openslide.OpenSlide(path).properties.get("openslide.quickhash-1")
+    return None
+
+
+def openslide_version() -> str:
+    return openslide.__library_version__
 
 
 def number(text) -> float:
-    """The number that a text holds, with a decimal point or comma; NaN where it holds none."""
+    """The number in a text, with a decimal point or comma; NaN if there is none, or 0."""
     try:
-        return float(str(text).replace(",", "."))
+        return float(str(text).replace(",", ".")) or math.nan
     except ValueError:
-        return float("nan")
+        return math.nan
+
+
+def plausible_mpp(x: float, y: float) -> float:
+    """The mean of both; NaN if it is not within 0.1 to 4 um/px, or if x and y differ."""
+    mean = (x + y) / 2
+    return mean if 0.1 <= mean <= 4 and abs(x - y) <= MPP_TOLERANCE * mean else math.nan
 
 
 def stated_mpp(properties) -> tuple:
-    """What a slide says of itself: um/px in x and y (NaN where that is no number), the property's name, and its words; all None where
-    it says nothing. TIFF resolution counts only where OpenSlide makes no mpp of it."""
-    names = openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y
-    unit = (
-        None
-        if any(n in properties for n in names)
-        else RESOLUTION_UM.get(properties.get("tiff.ResolutionUnit"))
-    )
-    names = ("tiff.XResolution", "tiff.YResolution") if unit else names
-    texts = [properties.get(n) for n in names]
-    if texts == [None, None]:
-        return None, None, None, None
-    x, y = (unit / (number(t) or float("nan")) if unit else number(t) for t in texts)
-    words = ", ".join(f"{n} {t!r}" for n, t in zip(names, texts))
-    return (
-        x,
-        y,
-        names[0],
-        words
-        + (
-            f" per {properties['tiff.ResolutionUnit']}, which is {x:.4g} and {y:.4g} um/px"
-            if unit
-            else ""
-        ),
-    )
+    """(mpp, name, words): what a slide says of itself, NaN if it is not plausible; the property
+    that says it; its text. OpenSlide's mpp, else the TIFF's resolution, else (NaN, None, None)."""
+    name = "openslide.mpp-x"
+    texts = [properties.get(name), properties.get("openslide.mpp-y")]
+    if texts != [None, None]:
+        x, y = map(number, texts)
+        return plausible_mpp(x, y), name, f"{name} {texts[0]!r}, mpp-y {texts[1]!r}"
+    name = "tiff.XResolution"
+    texts = [properties.get(name), properties.get("tiff.YResolution")]
+    unit = properties.get("tiff.ResolutionUnit")
+    if texts == [None, None] or unit not in RESOLUTION_UM:
+        return math.nan, None, None
+    x, y = (RESOLUTION_UM[unit] / number(text) for text in texts)
+    words = f"{name} {texts[0]!r}, YResolution {texts[1]!r} per {unit}"
+    return plausible_mpp(x, y), name, f"{words}, which is {x:.4g} and {y:.4g} um/px"
 
 
-def slide_mpp(
-    slide, given: float | None = None, giver: str = "--mpp", from_power: bool = False
-) -> tuple[float, str]:
-    """Micrometres per level-0 pixel and who says so: what the user gives, else the slide's mpp, else its TIFF resolution, else, only
-    with from_power, 10 / objective power. A given value mends an implausible one of the slide, and never overrules a plausible
-    one. Raises MixmagError: nothing is guessed."""
+def slide_mpp(properties, given: float | None = None, giver: str = "--mpp", from_power=False):
+    """Micrometres per level-0 pixel, and who says so (a flag, or a property of the slide).
 
-    def plausible(x, y):
-        return (
-            min(x, y) >= 0.1 and max(x, y) <= 4 and abs(x - y) <= 0.02 * (x + y) / 2
-        )  # False for NaN
-
-    x, y, name, words = stated_mpp(slide.properties)
+    The order: `given`, what the user gives by the flag `giver`; the slide's mpp; its TIFF
+    resolution; with from_power, 10 / objective power. A given value mends an implausible one of the
+    slide, and never overrules a plausible one. Nothing is guessed: raises MixmagError.
+    """
+    mpp, name, words = stated_mpp(properties)
     if given is not None:
-        if not plausible(given, given):
+        if math.isnan(plausible_mpp(given, given)):
             raise MixmagError(f"{giver} says {given:g} um/px, expected 0.1 to 4; correct it there")
-        if name and plausible(x, y) and abs(given - (x + y) / 2) > 0.02 * (x + y) / 2:
-            raise MixmagError(
-                f"{giver} says {given:g} um/px, the slide says {words}, more than 2 % apart; leave {giver} out for this slide"
-            )
+        if abs(given - mpp) > MPP_TOLERANCE * mpp:
+            both = f"{giver} says {given:g} um/px, the slide says {words}"
+            raise MixmagError(f"{both}, more than 2 % apart; leave {giver} out for this slide")
         return given, giver
+    advice = "give the true value with --mpp or --manifest"
+    if name and math.isnan(mpp):
+        expected = "expected 0.1 to 4 um/px and the same in x and y (2 %)"
+        raise MixmagError(f"the slide says {words}; {expected}; {advice}")
     if name:
-        if not plausible(x, y):
-            raise MixmagError(
-                f"the slide says {words}; expected 0.1 to 4 um/px and the same in x and y (2 %); give the true value with "
-                "--mpp or --manifest"
-            )
-        return (x + y) / 2, name
-    power = slide.properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER)
-    mpp = 10 / (number(power) or float("nan"))
-    if from_power and plausible(mpp, mpp):
-        return mpp, openslide.PROPERTY_NAME_OBJECTIVE_POWER
-    raise MixmagError(
-        f"the slide says no mpp ({openslide.PROPERTY_NAME_MPP_X} and the TIFF resolution are missing; "
-        f"{openslide.PROPERTY_NAME_OBJECTIVE_POWER} is {power!r}); give the true value with --mpp or --manifest"
-        + ("" if power is None or from_power else ", or take 10 / power with --mpp-from-power")
-    )
+        return mpp, name
+    power = properties.get("openslide.objective-power")
+    mpp = 10.0 / number(power)  # 20x is 0.5 um/px
+    if from_power and not math.isnan(plausible_mpp(mpp, mpp)):
+        return mpp, "openslide.objective-power"
+    if power and not from_power:
+        advice += ", or take 10 / power with --mpp-from-power"
+    raise MixmagError(f"the slide says no mpp (openslide.objective-power is {power!r}); {advice}")
 
 
 def read_manifest(path) -> dict:
-    """{slide: mpp} from a CSV with columns slide (file name or id) and mpp; an empty mpp leaves the slide to its own properties. Nothing without a
-    path. Raises MixmagError listing every row that is no number or comes twice."""
-    if path is None:
-        return {}
-    rows = [(Path(r["slide"]).name, r["mpp"]) for r in read_csv(path, ("slide", "mpp")) if r["mpp"]]
-    count = Counter(name for name, _ in rows)
-    bad = [
-        f"{name!r} {mpp!r}" + " (more than one row)" * (count[name] > 1)
-        for name, mpp in rows
-        if count[name] > 1 or np.isnan(number(mpp))
-    ]
+    """{slide id: mpp} of a CSV with the columns slide (an id or a file) and mpp; {} without a path.
+    Rows without an mpp are skipped. Raises MixmagError for a slide with two rows or no number."""
+    found: dict[str, float] = {}
+    bad = []
+    for row in read_csv(path, ("slide", "mpp")) if path else ():
+        file = Path(row["slide"])
+        slide_id = file.stem if file.suffix.lower() in SLIDE_SUFFIXES else file.name
+        mpp = number(row["mpp"])
+        if row["mpp"] and (slide_id in found or math.isnan(mpp)):
+            bad.append(f"line {row['line']}: {slide_id!r} {row['mpp']!r}")
+        elif row["mpp"]:
+            found[slide_id] = mpp
     if bad:
-        raise MixmagError(
-            f"{path}: expected one number of um/px for each slide; found {', '.join(bad)}"
-        )
-    return {name: number(mpp) for name, mpp in rows}
-
-
-def possible_slide_ids(name: str) -> set:
-    """The slides that a row of a manifest may mean: an id may have dots in it."""
-    return {name, Path(name).stem} if Path(name).suffix.lower() in SLIDE_SUFFIXES else {name}
+        raise MixmagError(f"{path}: expected one number of um/px for each slide: {', '.join(bad)}")
+    return found
 
 
 def warn_unmatched_rows(manifest: dict, slide_ids: set) -> None:
-    strangers = [name for name in manifest if not possible_slide_ids(name) & slide_ids]
-    if strangers:
-        print(
-            f"--manifest: {len(strangers)} of {len(manifest)} rows name no slide here, such as {min(strangers)}",
-            file=sys.stderr,
-        )
+    unmatched = sorted(manifest.keys() - slide_ids)
+    if unmatched:
+        rows = f"{len(unmatched)} of {len(manifest)} rows name no slide here"
+        print(f"--manifest: {rows}, such as {unmatched[0]}", file=sys.stderr)
 
 
 def user_mpp(slide_id: str, manifest: dict, mpp: float | None) -> tuple[float | None, str]:
-    """What the user says of a slide, and where: its row of the manifest, by its id or its file's name, else --mpp."""
-    rows = sorted(name for name in manifest if slide_id in possible_slide_ids(name))
-    if len(rows) > 1:
-        raise MixmagError(f"--manifest has two rows for this slide, {' and '.join(rows)}; keep one")
-    if rows:
-        return manifest[rows[0]], f"--manifest row {rows[0]}"
+    """What the user says of a slide, and where: its row of the manifest, else --mpp."""
+    if slide_id in manifest:
+        return manifest[slide_id], f"--manifest row {slide_id}"
     return mpp, "--mpp"
 
 
 # ------------------------------------------------------------------------- JPEG tiles read directly
 
 MAX_TILE_BYTES = 2**30  # that a TIFF may claim for one of its tiles (assumed)
-ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0"  # by this marker and the byte after it libjpeg knows YCbCr (1) from RGB (0)
+START = b"\xff\xd8"  # of every JPEG picture
+ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0"  # the byte after it tells libjpeg YCbCr (1) or RGB (0)
+RESTART_INTERVAL = b"\xff\xdd"
 
 
 class JpegLevel:
-    """A level of a TIFF (a page of tifffile's) whose tiles are JPEG pictures, for any number of threads. OpenSlide spends most of such a read
-    on drawing in floating point what it has decoded (its issue 440), where laying the tiles side by side is enough. A tile that is absent, or
-    anything but a sound picture of the page's size and colours, raises ValueError and is OpenSlide's to judge."""
+    """A level of a TIFF whose tiles are JPEG pictures, for any number of threads. page: tifffile's.
+
+    OpenSlide spends most of such a read on drawing in floating point (its issue 440); here tiles
+    are laid side by side. ValueError: a tile is absent, damaged or not as the page says.
+    """
 
     def __init__(self, path, page):
-        self.size, w, h = (page.imagewidth, page.imagelength), page.tilewidth, page.tilelength
-        self.tile_size, self.across, self.starts, self.lengths = (
-            (w, h),
-            -(-page.imagewidth // w),
-            page.dataoffsets,
-            page.databytecounts,
-        )
-        file, wanted = open(path, "rb"), (h, w, "YCbCr" if page.photometric == 6 else "RGB")
-        head = (
-            b"\xff\xd8" + ADOBE + bytes([page.photometric == 6]) + (page.jpegtables or b"")[2:-2]
-        )  # the tables without their start and end
-
-        @functools.lru_cache(CACHE_BYTES // (4 * w * h))
-        def tile(start: int, length: int) -> np.ndarray:
-            """(h, w, 4) uint8 RGBA. It knows nothing of self, so that no cycle of references keeps the cache alive."""
-            found = os.pread(file.fileno(), length, start)
-            jpeg = head + found[2:]
-            if found[:2] != head[:2] or simplejpeg.decode_jpeg_header(jpeg)[:3] != wanted:
-                raise ValueError
-            return simplejpeg.decode_jpeg(jpeg, "RGBA")
-
-        self.tile = tile
+        self.tile_size = (page.tilewidth, page.tilelength)
+        self.tiles_across = math.ceil(page.imagewidth / page.tilewidth)
+        self.starts = page.dataoffsets
+        self.lengths = page.databytecounts
+        is_ycbcr = page.photometric == tifffile.PHOTOMETRIC.YCBCR
+        tables = (page.jpegtables or b"")[2:-2]  # of all tiles, without their own start and end
+        head = START + ADOBE + bytes([is_ycbcr]) + tables
+        expected = (page.tilelength, page.tilewidth, "YCbCr" if is_ycbcr else "RGB")
+        # The cached function does not know self: no cycle of references keeps the cache alive.
+        decode = functools.partial(decode_tile, io.FileIO(path), head, expected)
+        self.tile = functools.lru_cache(CACHE_BYTES // decoded_bytes(page))(decode)
 
     def region(self, left: int, top: int, right: int, bottom: int) -> np.ndarray:
         """(bottom - top, right - left, 4) uint8 RGBA of a rectangle inside the level."""
-        (w, h), pixels = self.tile_size, np.empty((bottom - top, right - left, 4), np.uint8)
-        for y in range(top - top % h, bottom, h):
-            for x in range(left - left % w, right, w):
-                i = y // h * self.across + x // w
-                part = self.tile(self.starts[i], self.lengths[i])[
-                    max(0, top - y) : bottom - y, max(0, left - x) : right - x
-                ]
-                pixels[max(0, y - top) : y - top + h, max(0, x - left) : x - left + w] = (
-                    part  # numpy cuts what ends beyond the end
-                )
+        width, height = self.tile_size
+        pixels = np.empty((bottom - top, right - left, 4), np.uint8)
+        for y in range(top - top % height, bottom, height):
+            for x in range(left - left % width, right, width):
+                i = y // height * self.tiles_across + x // width
+                tile = self.tile(self.starts[i], self.lengths[i])
+                part = tile[max(0, top - y) : bottom - y, max(0, left - x) : right - x]
+                row = max(0, y - top)
+                column = max(0, x - left)
+                pixels[row : row + part.shape[0], column : column + part.shape[1]] = part
         return pixels
 
-    def agrees(self, slide: openslide.OpenSlide, level: int) -> bool:
-        """Whether OpenSlide makes the same of its first tile; may break the handle."""
-        corner = [min(pair) for pair in zip(self.size, self.tile_size)]
-        try:
-            return np.array_equal(
-                self.region(0, 0, *corner), slide.read_region((0, 0), level, corner)
-            )
-        except (ValueError, OSError, openslide.OpenSlideError):
-            return False
+
+def decode_tile(file, head: bytes, expected: tuple, start: int, length: int) -> np.ndarray:
+    """(h, w, 4) uint8 RGBA of the tile at `start`, whose first two bytes `head` replaces."""
+    found = os.pread(file.fileno(), length, start)
+    jpeg = head + found[2:]
+    if found[:2] != START or simplejpeg.decode_jpeg_header(jpeg)[:3] != expected:
+        raise ValueError("no JPEG picture of the size and colours that the page says")
+    return simplejpeg.decode_jpeg(jpeg, "RGBA")
 
 
-def jpeg_levels(reader) -> dict[int, JpegLevel]:
-    """Those of a slide's levels, by number, that can be read without OpenSlide. Raises MixmagError for a level with a tile so large that
-    OpenSlide would end the process for want of memory, or with more or fewer tiles than its size wants, which it would mix up."""
-    vendor, pages, damage, absent = reader.slide.properties["openslide.vendor"], {}, None, False
-    if vendor not in ("aperio", "generic-tiff"):
+def decoded_bytes(page) -> int:
+    """Of a tile."""
+    return 4 * page.tilewidth * page.tilelength
+
+
+def check_tiles(path, page) -> None:
+    """Raises SlideReadError for a tile so large that OpenSlide would end the process for want of
+    memory, and for more or fewer tiles than the level has, which OpenSlide would mix up."""
+    largest = max(decoded_bytes(page), max(page.databytecounts))
+    if largest > MAX_TILE_BYTES:
+        raise SlideReadError(f"{path}: is damaged: one of its tiles would have {largest} bytes")
+    if len(page.dataoffsets) != math.prod(page.chunked):  # in each direction, and colour planes
+        tiles = f"{len(page.dataoffsets)} tiles of {page.tilewidth} x {page.tilelength} px"
+        level = f"{page.imagewidth} x {page.imagelength} px"
+        raise SlideReadError(f"{path}: is damaged: its {tiles} do not make a level of {level}")
+
+
+def is_plain_jpeg(page, file_bytes: int) -> bool:
+    """Whether all tiles are JPEG pictures of three 8-bit colours that lie within the file."""
+    form = (page.compression, page.planarconfig, page.bitspersample, page.samplesperpixel)
+    if form != (tifffile.COMPRESSION.JPEG, tifffile.PLANARCONFIG.CONTIG, 8, 3):
+        return False
+    if decoded_bytes(page) > CACHE_BYTES:
+        return False
+    if RESTART_INTERVAL in (page.jpegtables or b""):  # it would hold for the tables alone
+        return False
+    ends = map(operator.add, page.dataoffsets, page.databytecounts)
+    return len(page.dataoffsets) == len(page.databytecounts) and max(ends) <= file_bytes
+
+
+def same_first_tile(reader: Reader, level: int, jpeg: JpegLevel) -> bool:
+    """Whether OpenSlide makes the same of it."""
+    right, bottom = np.minimum(reader.level_sizes[level], jpeg.tile_size).tolist()
+    try:
+        ours = jpeg.region(0, 0, right, bottom)
+        return np.array_equal(ours, reader.region(level, 0, 0, right, bottom))
+    except (ValueError, OSError, SlideReadError):
+        return False
+
+
+def plain_jpeg_pages(reader: Reader, tiff: tifffile.TiffFile) -> dict:
+    """{level: page} of the levels whose tiles are plain JPEG pictures."""
+    pages: dict = defaultdict(list)  # by size
+    for page in map(tifffile.TiffPage.aspage, tiff.pages):
+        if page.is_tiled:
+            pages[page.imagewidth, page.imagelength].append(page)
+    found = {}
+    has_absent_tile = False
+    for level, size in enumerate(reader.level_sizes):
+        for page in pages[size]:
+            check_tiles(reader.path, page)
+            has_absent_tile |= 0 in page.databytecounts
+        # Either of two pages of one size may be OpenSlide's.
+        if len(pages[size]) == 1 and is_plain_jpeg(pages[size][0], tiff.filehandle.size):
+            found[level] = pages[size][0]
+    # OpenSlide draws what lies over an absent tile of Aperio's from the finer level.
+    is_aperio = reader.properties["openslide.vendor"] == "aperio"
+    return {} if is_aperio and has_absent_tile else found
+
+
+def jpeg_levels(reader: Reader) -> dict[int, JpegLevel]:
+    """Those levels, by number, that can be read without OpenSlide; SlideReadError as
+    check_tiles."""
+    if reader.properties["openslide.vendor"] not in ("aperio", "generic-tiff"):
         return {}
-    import tifffile
-
+    levels = {}
     try:
         with tifffile.TiffFile(reader.path) as tiff:
-            for page in [page for page in tiff.pages if page.is_tiled]:
-                size, (w, h), lengths = (
-                    (page.imagewidth, page.imagelength),
-                    (page.tilewidth, page.tilelength),
-                    page.databytecounts,
-                )
-                absent, most, grid = (
-                    absent or 0 in lengths,
-                    max(4 * w * h, *lengths),
-                    -(-size[0] // w) * -(-size[1] // h),
-                )
-                one_plane = page.planarconfig == tifffile.PLANARCONFIG.CONTIG
-                if size in reader.sizes and most > MAX_TILE_BYTES:
-                    damage = f"one of its tiles would have {most} bytes"
-                elif size in reader.sizes and one_plane and len(page.dataoffsets) != grid:
-                    damage = f"its {len(page.dataoffsets)} tiles of {w} x {h} px do not make a level of {size[0]} x {size[1]} px"
-                usual = (
-                    one_plane
-                    and (page.compression, page.bitspersample, page.samplesperpixel)
-                    == (tifffile.COMPRESSION.JPEG, 8, 3)
-                    and len(page.dataoffsets) == len(lengths) == grid
-                    and 4 * w * h <= CACHE_BYTES
-                    and max(map(sum, zip(page.dataoffsets, lengths))) <= tiff.filehandle.size
-                    and b"\xff\xdd" not in (page.jpegtables or b"")
-                )  # a restart interval, which holds for the tables alone
-                pages[size] = (
-                    JpegLevel(reader.path, page) if usual and size not in pages else None
-                )  # which of two is OpenSlide's?
-    except Exception:  # of all kinds, where a file has tags that OpenSlide does not look at
-        pages = {}
-    if damage:
-        raise MixmagError(f"{reader.path}: is damaged: {damage}")
-    if (
-        vendor == "aperio" and absent
-    ):  # OpenSlide draws what lies over an absent tile from the finer level
+            for level, page in plain_jpeg_pages(reader, tiff).items():
+                levels[level] = JpegLevel(reader.path, page)
+    except SlideReadError:
+        raise
+    except Exception:  # tifffile has all kinds for tags that OpenSlide does not look at
         return {}
-    return {
-        i: level
-        for i, size in enumerate(reader.sizes)
-        if (level := pages.get(size)) and level.agrees(reader.open(), i)
-    }
+    return {level: jpeg for level, jpeg in levels.items() if same_first_tile(reader, level, jpeg)}
 
 
 # --------------------------------------------------------------------------------- tissue and masks
 
-
-def otsu(values: np.ndarray) -> int:
-    """The threshold of uint8 values that parts them into two classes of the largest variance between (Otsu 1979): the upper
-    class is > threshold. 0 where all values are the same."""
-    count = np.bincount(values.reshape(-1), minlength=256).astype(np.float64)
-    below, total = count.cumsum(), (count * np.arange(256)).cumsum()
-    above = below[-1] - below
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = below * above * (total / below - (total[-1] - total) / above) ** 2
-    return int(np.nan_to_num(between).argmax())
-
-
-TISSUE_UM = 16.0  # resolution of thumbnail and mask; all that follows was set at it
+TISSUE_UM = 16.0  # um per pixel of thumbnail and mask; all that follows was set at it
 TISSUE_CHROMA = (40, 60)  # assumed: haze is below, stained tissue above, Otsu decides between
 TEXTURE = 4.0  # assumed: glass and haze vary less within 80 um, pale tissue and fat more
-SPECK, HOLE = 25, 200  # mask pixels (0.006 and 0.05 mm2) below which they are dropped and filled
-STROKE, RIM, HALO = (
-    8,
-    2,
-    32,
-)  # mask pixels: half a pen's least width, what is cut around it, how far it fades
+SPECK = 25  # mask pixels (0.006 mm2): smaller pieces are dropped
+HOLE = 200  # mask pixels (0.05 mm2): smaller holes are filled
+STROKE = 8  # mask pixels: half of the least width of a pen
+RIM = 2  # mask pixels that are cut around ink
+HALO = 32  # mask pixels over which ink may fade
+
+
+def otsu(values: np.ndarray) -> int:
+    """The threshold that parts uint8 values into two classes of the largest variance between them
+    (Otsu 1979); the upper class is > threshold. 0 if all values are the same."""
+    count = np.bincount(values.reshape(-1), minlength=256).astype(np.float64)
+    below = count.cumsum()
+    above = below[-1] - below
+    total = (count * np.arange(256)).cumsum()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        distance = total / below - (total[-1] - total) / above
+    return int(np.nan_to_num(below * above * distance**2).argmax())
 
 
 def thumbnail(reader: Reader, mpp: float) -> tuple[np.ndarray, np.ndarray]:
-    """(h, w, 3) uint8 of the whole slide at TISSUE_UM, box-averaged over white, and (h, w) bool where it could not be read. Read in
-    blocks, so memory does not grow with the slide; a block that fails is quartered, down to 1/64 of it, and then read from a finer level."""
-    width, height = reader.slide.dimensions
-    w, h = (max(1, round(side * mpp / TISSUE_UM)) for side in (width, height))
-    coarsest = reader.level_for(TISSUE_UM / mpp)
-    step = max(1, int(2048 * reader.downsamples[coarsest] * mpp / TISSUE_UM))
-    rgb, unread = np.full((h, w, 3), 255, np.uint8), np.zeros((h, w), bool)
-    blocks = [(x, y, step, coarsest) for y in range(0, h, step) for x in range(0, w, step)]
+    """(h, w, 3) uint8 of the whole slide at TISSUE_UM, box-averaged over white, and (h, w) bool
+    where it cannot be read. Memory does not grow with the slide, because it is read in blocks. A
+    block that fails is quartered, down to an eighth of its side, and then read from a finer
+    level."""
+    width, height = reader.size
+    w = max(1, round(width * mpp / TISSUE_UM))
+    h = max(1, round(height * mpp / TISSUE_UM))
+    level = reader.level_for(TISSUE_UM / mpp)
+    step = max(1, int(2048 * reader.downsamples[level] * mpp / TISSUE_UM))
+    rgb = np.full((h, w, 3), 255, np.uint8)
+    unread = np.zeros((h, w), bool)
+    blocks = [(x, y, step, level) for y in range(0, h, step) for x in range(0, w, step)]
     while blocks:
-        if STOP_SIGNALS:
-            raise Stopped
+        stop_if_asked()
         x, y, side, level = blocks.pop()
-        right, bottom = min(x + side, w), min(y + side, h)
+        right = min(x + side, w)
+        bottom = min(y + side, h)
+        if x >= w or y >= h:
+            continue
+        box = (x * width / w, y * height / h, right * width / w, bottom * height / h)
         try:
-            picture, within = reader.read(
-                level, (x * width / w, y * height / h, right * width / w, bottom * height / h)
-            )
-            rgb[y:bottom, x:right] = picture.resize(
-                (right - x, bottom - y), Image.Resampling.BOX, box=within
-            )
-        except openslide.OpenSlideError:
-            half = -(-side // 2)
+            picture, within = reader.read(level, box)
+            size = (right - x, bottom - y)
+            rgb[y:bottom, x:right] = picture.resize(size, Image.Resampling.BOX, box=within)
+        except SlideReadError:
             if side > max(1, step // 8):
-                blocks += [
-                    (a, b, half, level)
-                    for a in (x, x + half)
-                    for b in (y, y + half)
-                    if a < right and b < bottom
-                ]
-            elif level:
+                half = math.ceil(side / 2)
+                corners = itertools.product((x, x + half), (y, y + half))
+                blocks += [(*corner, half, level) for corner in corners]
+            elif level > 0:
                 blocks.append((x, y, side, level - 1))
             else:
                 unread[y:bottom, x:right] = True
@@ -1133,29 +1129,31 @@ def thumbnail(reader: Reader, mpp: float) -> tuple[np.ndarray, np.ndarray]:
 def ink_mask(colour: np.ndarray, textured: np.ndarray) -> np.ndarray:
     """Pens and black borders. colour (3, h, w) on white glass, textured (h, w) -> (h, w) bool.
 
-    At 16 um a pixel averages nuclei with what lies between them, so over a stroke's width (a quarter of a millimetre) H&E and DAB are
-    never green, as blue or as red as ink, or black. Ink on bare glass is smooth besides: there less colour is enough.
+    A pixel of 16 um averages nuclei with what lies between them. Over a stroke's width, a quarter
+    of a millimetre, H&E and DAB are therefore never green, as blue or as red as ink, or black. Ink
+    on bare glass is also smooth; there less colour is enough.
     """
-    red, green, blue = colour = ndimage.uniform_filter(colour, (1, 5, 5))
+    colour = ndimage.uniform_filter(colour, (1, 5, 5))
+    red, green, blue = colour
     high = colour.max(0)
     saturation = 1 - colour.min(0) / high.clip(min=1)
     hue = np.degrees(np.arctan2(3**0.5 * (green - blue), 2 * red - green - blue)) % 360
-    cool, warm = (hue > 60) & (hue < 245), (hue > 340) | (hue < 10)
-    strong = (high < 90) | (red < 80) & (
-        (blue - red > 40) | (green - red > 15)
-    )  # black; ink over tissue
-    strong |= cool & (
-        saturation > np.where(hue < 190, 0.2, np.where(textured, 0.5, 0.25))
-    )  # green; blue
-    strong |= (
-        warm & (saturation > np.where(textured, 0.78, np.where(high > 200, 0.5, 0.65)))
-        | (hue > 345) & (saturation > 0.3) & ~textured
-    )
-    core = ndimage.distance_transform_edt(strong) > STROKE
+    cool = (hue > 60) & (hue < 245)
+    warm = (hue > 340) | (hue < 10)
+    black = high < 90
+    over_tissue = (red < 80) & ((blue - red > 40) | (green - red > 15))
+    least_blue = np.where(textured, 0.5, 0.25)
+    green_or_blue = cool & (saturation > np.where(hue < 190, 0.2, least_blue))
+    least_smooth_red = np.where(high > 200, 0.5, 0.65)
+    strong_red = warm & (saturation > np.where(textured, 0.78, least_smooth_red))
+    smooth_red = (hue > 345) & (saturation > 0.3) & ~textured
+    ink = black | over_tissue | green_or_blue | strong_red | smooth_red
+    core = ndimage.distance_transform_edt(ink) > STROKE
     if not core.any():
         return core
-    away = ndimage.distance_transform_edt(~core) - STROKE
-    return (away <= RIM) | (away <= HALO) & (cool & (saturation > 0.1) | warm & (saturation > 0.35))
+    distance = ndimage.distance_transform_edt(~core) - STROKE
+    faded = cool & (saturation > 0.1) | warm & (saturation > 0.35)
+    return (distance <= RIM) | (distance <= HALO) & faded
 
 
 def large_components(mask: np.ndarray, least: int) -> np.ndarray:
@@ -1164,141 +1162,132 @@ def large_components(mask: np.ndarray, least: int) -> np.ndarray:
     return mask & (np.bincount(labels.reshape(-1))[labels] >= least)
 
 
+def on_white_glass(colour: np.ndarray) -> np.ndarray:
+    """(3, h, w) with its colours scaled so that glass, if there is any, is white."""
+    high = colour.max(0)
+    low = colour.min(0)
+    # Pure white is where nothing was scanned.
+    glass = colour[:, (low >= 180) & (low < 254) & (high - low < 40)]
+    if glass.shape[1] <= 0.01 * low.size:
+        return colour
+    darkest = glass.min(0)
+    white = np.median(glass[:, darkest >= np.quantile(darkest, 0.75)], axis=1)
+    return np.minimum(colour * (255 / white[:, None, None]), 255)
+
+
 def find_tissue(rgb: np.ndarray) -> np.ndarray:
-    """(h, w, 3) uint8 at TISSUE_UM -> (h, w) bool, for H&E and DAB. Tissue is what is coloured more strongly than haze, or coloured and
-    textured (pale stains; fat, which is tissue, by its walls); it is no ink, not black and no speck. Grey (dust, shadow) has no colour."""
-    colour = rgb.transpose(2, 0, 1).astype(np.float32, order="C")  # (3, h, w)
-    high, low = colour.max(0), colour.min(0)
-    glass = colour[
-        :, (low >= 180) & (low < 254) & (high - low < 40)
-    ]  # pure white is where nothing was scanned
-    if glass.shape[1] > 0.01 * low.size:
-        white = np.median(glass[:, glass.min(0) >= np.quantile(glass.min(0), 0.75)], axis=1)
-        colour = np.minimum(colour * (255 / white[:, None, None]), 255)
-    chroma, drop = colour.max(0) - colour.min(0), 255 - colour.min(0)
+    """(h, w, 3) uint8 at TISSUE_UM -> (h, w) bool, for H&E and DAB.
+
+    Tissue is coloured more strongly than haze, or coloured and textured (pale stains; fat, by its
+    walls). It is no ink, not black and no speck. Grey, as of dust or shadow, has no colour.
+    """
+    colour = on_white_glass(rgb.transpose(2, 0, 1).astype(np.float32, order="C"))  # (3, h, w)
+    chroma = colour.max(0) - colour.min(0)
+    drop = 255 - colour.min(0)
     mean = functools.partial(ndimage.uniform_filter, size=5)
     textured = (mean(drop**2) - mean(drop) ** 2 > TEXTURE**2) & (mean(chroma) > 5)
     ink = ink_mask(colour, textured)
     chroma[ink] = 0
-    inner = ndimage.binary_erosion(
-        textured & ~ink, np.ones((5, 5)), border_value=1
-    )  # no edges of haze, which are thinner
-    mask = inner | (chroma > np.clip(otsu(chroma.astype(np.uint8)), *TISSUE_CHROMA))
-    mask = large_components(mask, SPECK)
+    # Without the edges of haze, which are textured but thin.
+    inner = ndimage.binary_erosion(textured & ~ink, np.ones((5, 5)), border_value=1)
+    threshold = np.clip(otsu(chroma.astype(np.uint8)), *TISSUE_CHROMA)
+    mask = large_components(inner | (chroma > threshold), SPECK)
     holes = ndimage.binary_fill_holes(mask) & ~mask
     return (mask | holes & ~large_components(holes, HOLE)) & ~ink
 
 
 def find_mask(path: Path, place) -> Path | None:
-    """The user's own mask of a slide: the file that --mask names, or <slide_id>.png or .geojson in the folder that it names."""
+    """The user's mask of a slide: the file `place`, or <slide_id>.png or .geojson in that
+    folder."""
     if place is None:
         return None
-    place = Path(place)
-    files = (
-        [place / f"{path.stem}{suffix}" for suffix in (".png", ".geojson")]
-        if place.is_dir()
-        else [place]
-    )
-    found = [f for f in files if f.is_file()]
+    files = [Path(place)]
+    if files[0].is_dir():
+        files = [Path(place, f"{path.stem}{suffix}") for suffix in (".png", ".geojson")]
+    found = [file for file in files if file.is_file()]
     if len(found) != 1:
-        raise MixmagError(
-            f"--mask: expected one of {' or '.join(map(str, files))}; found {len(found)} of them"
-        )
+        expected = " or ".join(map(str, files))
+        raise MixmagError(f"--mask: expected one of {expected}; found {len(found)} of them")
     return found[0]
 
 
+def png_mask(path: Path, reader: Reader, size: tuple) -> np.ndarray:
+    """A picture of the whole slide, whose non-zero pixels are tissue -> (h, w) bool."""
+    with Image.open(path) as image:
+        colours = [band != "A" for band in image.getbands()]
+        pixels = np.asarray(image).reshape(image.height, image.width, -1)
+    h, w, _ = pixels.shape
+    width, height = reader.size
+    if abs(w / h / (width / height) - 1) > 0.02:
+        raise MixmagError(f"{path}: {w} x {h} is another shape than the slide's {width} x {height}")
+    tissue = Image.fromarray(pixels[..., colours].any(axis=2).astype(np.uint8) * 255)
+    return np.asarray(tissue.resize(size, Image.Resampling.BOX)) > 127
+
+
 def polygon_rings(node) -> list:
-    """The rings of every polygon of a GeoJSON text: [[outer ring, hole, ...], ...]."""
-    if node is None:  # a feature without a geometry
-        return []
-    if isinstance(node, list):
-        return [p for part in node for p in polygon_rings(part)]
+    """[[outer ring, hole, ...], ...] of all polygons in a GeoJSON text."""
     inside = {
         "FeatureCollection": "features",
         "Feature": "geometry",
         "GeometryCollection": "geometries",
     }
+    if node is None:  # a feature without a geometry
+        return []
+    if isinstance(node, list):
+        return [rings for part in node for rings in polygon_rings(part)]
     if node["type"] in inside:
         return polygon_rings(node[inside[node["type"]]])
-    if node["type"] not in (
-        "Polygon",
-        "MultiPolygon",
-    ):  # points and lines, which annotations hold beside them, have no area
-        return []
-    return [node["coordinates"]] if node["type"] == "Polygon" else node["coordinates"]
+    if node["type"] == "Polygon":
+        return [node["coordinates"]]
+    if node["type"] == "MultiPolygon":
+        return node["coordinates"]
+    return []  # points and lines have no area
 
 
-def read_mask(path: Path, slide, shape: tuple) -> np.ndarray:
-    """(h, w) bool from one's own mask: a PNG of any size over the whole slide, non-zero is tissue; or GeoJSON polygons in level-0
-    pixels, counted from the corner of the slide's bounds as QuPath does (for most formats the slide's corner), or from the slide's own corner
-    where the file has a `crs`, as TRIDENT's have.
-    Raises MixmagError for a file that is neither, has another shape than the slide or leaves it (2 %), or holds no tissue."""
-    (width, height), (h, w) = slide.dimensions, shape
+def geojson_mask(path: Path, reader: Reader, size: tuple) -> np.ndarray:
+    """Polygons in level-0 px -> (h, w) bool. They are counted from the corner of the slide's
+    bounds, as QuPath does, or, in a file with a `crs`, as TRIDENT's, from the slide's corner."""
+    drawn = json.loads(path.read_text("utf-8-sig"))
+    corner = reader.bounds[:2]
+    if "crs" in drawn:
+        corner = (0, 0)
+    canvas = Image.new("1", size)
+    for rings in polygon_rings(drawn):
+        layer = canvas
+        if len(rings) > 1:  # a hole cuts its own polygon only
+            layer = Image.new("1", size)
+        for i, ring in enumerate(rings):
+            points = (np.array(ring, float)[:, :2] + corner) * np.divide(size, reader.size)
+            if (np.abs(points - np.divide(size, 2)) > np.multiply(size, 0.52) + 1).any():
+                limit = f"{reader.size[0]} x {reader.size[1]} level-0 px"
+                raise MixmagError(f"{path}: a polygon leaves the slide's {limit}")
+            ImageDraw.Draw(layer).polygon(points.reshape(-1).tolist(), fill=int(i == 0))
+        canvas.paste(layer, mask=layer)
+    return np.asarray(canvas)
+
+
+def read_mask(path: Path, reader: Reader, shape: tuple) -> np.ndarray:
+    """(h, w) bool of a PNG or GeoJSON file. Raises MixmagError for a file that is neither, has
+    another shape than the slide or leaves it (by 2 %), or holds no tissue."""
+    read = png_mask if path.suffix.lower() == ".png" else geojson_mask
     try:
-        if path.suffix.lower() == ".png":
-            with Image.open(path) as image:
-                colours = [band != "A" for band in image.getbands()]
-                pixels = (
-                    np.asarray(image)
-                    .reshape(image.height, image.width, -1)[..., colours]
-                    .any(axis=2)
-                )
-            if abs(pixels.shape[1] / pixels.shape[0] / (width / height) - 1) > 0.02:
-                raise MixmagError(
-                    f"{path}: {pixels.shape[1]} x {pixels.shape[0]} is another shape than the slide's {width} x {height}"
-                )
-            mask = (
-                np.asarray(
-                    Image.fromarray(pixels.astype(np.uint8) * 255).resize(
-                        (w, h), Image.Resampling.BOX
-                    )
-                )
-                > 127
-            )
-        else:
-            drawn, canvas = json.loads(path.read_text("utf-8-sig")), Image.new("1", (w, h))
-            corner = [
-                0 if "crs" in drawn else int(slide.properties.get(f"openslide.bounds-{k}", 0))
-                for k in "xy"
-            ]
-            for rings in polygon_rings(drawn):
-                layer = (
-                    Image.new("1", (w, h)) if len(rings) > 1 else canvas
-                )  # a hole cuts its own polygon only
-                for i, ring in enumerate(rings):
-                    points = (np.array(ring, float)[:, :2] + corner) * (w / width, h / height)
-                    if (np.abs(points - (w / 2, h / 2)) > np.array([w, h]) * 0.52 + 1).any():
-                        raise MixmagError(
-                            f"{path}: a polygon leaves the slide's {width} x {height} px; expected level-0 pixels"
-                        )
-                    ImageDraw.Draw(layer).polygon(points.reshape(-1).tolist(), fill=int(i == 0))
-                canvas.paste(layer, mask=layer)
-            mask = np.asarray(canvas)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        IndexError,
-        Image.DecompressionBombError,
-    ) as error:
-        raise MixmagError(
-            f"{path}: cannot be read as a mask, PNG or GeoJSON ({type(error).__name__}: {error})"
-        ) from None
+        mask = read(path, reader, shape[::-1])
+    except MixmagError:
+        raise
+    except Exception as error:  # Pillow and broken JSON have many kinds
+        words = f"{type(error).__name__}: {error}"
+        raise MixmagError(f"{path}: cannot be read as a mask, PNG or GeoJSON ({words})") from None
     if not mask.any():
         raise MixmagError(f"{path}: holds no tissue")
     return mask
 
 
-def tissue_mask(
-    reader: Reader, mpp: float, own: Path | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(h, w, 3) uint8 and (h, w) bool at TISSUE_UM: the thumbnail and where tissue is, by the user's mask or by its looks. What cannot
-    be read counts as tissue (grey in the picture), so that its windows are tried, found unreadable and counted."""
+def tissue_mask(reader: Reader, mpp: float, own: Path | None = None) -> tuple:
+    """The thumbnail, (h, w, 3) uint8 at TISSUE_UM, and where tissue is, (h, w) bool, by the user's
+    mask or by its looks. What cannot be read is grey, and counts as tissue, so that its windows are
+    tried, found unreadable and counted."""
     picture, unread = thumbnail(reader, mpp)
-    mask = (
-        find_tissue(picture) | unread if own is None else read_mask(own, reader.slide, unread.shape)
-    )
+    mask = read_mask(own, reader, unread.shape) if own else find_tissue(picture) | unread
     picture[unread] = 128
     return picture, mask
 
@@ -1307,12 +1296,15 @@ def tissue_mask(
 
 MAX_STRETCH = 1.02  # assumed: a mpp is not known better than this, so 0.51 um/px are still 20x
 MAX_DRIFT = 1.0  # px of the finest magnification that an edge may lie off the lattice
+MAX_LOST = 0.01  # share of a cell that may be missing where the mask sees tissue (assumed)
 
 
 @dataclass
 class TilePlan:
-    """What will be read of a slide: one lattice of cells, float in level-0 pixels, whose lines are rounded once, to whole pixels of the
-    one level that is read. A tile is an equal part of its cell, so children tile their parent whatever the mpp."""
+    """What will be read of a slide: one lattice of cells. Its lines, floats in level-0 px, are
+    rounded once, to whole pixels of the one level that is read. A tile is an equal part of its
+    cell, so that children tile their parent whatever the mpp. Windows are (col, row, cols, rows) in
+    cells."""
 
     mpp: float
     mpp_source: str
@@ -1322,421 +1314,356 @@ class TilePlan:
     level: int  # the coarsest one that is fine enough for every magnification
     downsample: float
     lines: tuple  # (cols + 1,), (rows + 1,) int: the lattice in the level's pixels
-    windows: list  # (col, row, cols, rows) in cells
-    candidates: int  # windows looked at
     thumbnail: np.ndarray  # (h, w, 3) at TISSUE_UM
     mask: np.ndarray  # (h, w) where its tissue is
-    share: np.ndarray  # (2,) pixels of the mask per level-0 pixel, in x and y
-    unscanned: set = field(
-        default_factory=set
-    )  # cells (col, row) read so far that hold pixels which the file does not have
+    mask_scale: np.ndarray  # (2,) pixels of the mask per level-0 pixel, in x and y
+    windows: list = field(default_factory=list)  # those with enough tissue
+    candidates: int = 0  # windows looked at
+    unscanned: set = field(default_factory=set)  # cells read so far with pixels that do not exist
+
+    def choose_windows(self, R: int, min_tissue: float) -> None:
+        cols, rows = (len(lines) - 1 for lines in self.lines)
+        for row, col in itertools.product(range(0, rows, R), range(0, cols, R)):
+            window = (col, row, min(R, cols - col), min(R, rows - row))
+            self.candidates += 1
+            if self.patch(self.mask, *window).mean() >= min_tissue:
+                self.windows.append(window)
 
     @property
-    def cells(self) -> int:
-        return sum(w[2] * w[3] for w in self.windows)
+    def cell_count(self) -> int:
+        return sum(cols * rows for _, _, cols, rows in self.windows)
 
     @property
-    def held(self) -> float:
-        """The share of the mask's tissue that lies in the windows; the rest is in windows with too little of it, or beyond the last whole cell."""
-        return sum(self.patch(self.mask, *w).sum() for w in self.windows) / max(1, self.mask.sum())
+    def covered(self) -> float:
+        """The share of the mask's tissue in the windows. The rest is in windows with too little of
+        it, or beyond the last whole cell."""
+        inside = sum(self.patch(self.mask, *window).sum() for window in self.windows)
+        return inside / max(1, self.mask.sum())
 
     @property
     def shrink(self) -> int:
-        """How many of the level's pixels, to the nearest whole number, a pixel of the finest magnification is the mean of."""
+        """The level's pixels, rounded, along a pixel of the finest magnification."""
         return max(1, round(10.0 / self.magnifications[-1] / self.mpp / self.downsample))
 
-    def patch(
-        self, mask: np.ndarray, col: int, row: int, cols: int = 1, rows: int = 1
-    ) -> np.ndarray:
+    def patch(self, mask: np.ndarray, col: int, row: int, cols: int = 1, rows: int = 1):
         """The part of a mask that these cells cover, at least one pixel of it."""
         corners = np.array([[col, row], [col + cols, row + rows]]) * self.cell_px + self.origin
-        (x0, y0), (x1, y1) = np.round(corners * self.share).astype(int)
+        (x0, y0), (x1, y1) = np.round(corners * self.mask_scale).astype(int)
         return mask[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
 
     @functools.cached_property
     def inside(self) -> np.ndarray:
-        """Where tissue is for certain: the mask without its rim, with its small holes, which a lost tile makes, but without its large ones, which
-        are lumen or were not scanned."""
+        """(h, w) where tissue is for certain: the mask without its rim, and with its small holes,
+        as a lost tile makes them, but not with large ones, which are lumen or were not scanned."""
         holes = ndimage.binary_fill_holes(self.mask) & ~self.mask
-        return ndimage.binary_erosion(
-            self.mask | holes & ~large_components(holes, 4 * HOLE), iterations=2
-        )
+        small_holes = holes & ~large_components(holes, 4 * HOLE)
+        return ndimage.binary_erosion(self.mask | small_holes, iterations=2)
+
+    def edges(self, axis: int, k: int) -> np.ndarray:
+        """Where the tiles of magnification index k begin and end, in the level's pixels: every
+        interval of the lattice in 2^k equal parts. Axis 0 is x."""
+        lines = self.lines[axis]
+        places = np.arange((len(lines) - 1) * 2**k + 1) / 2**k
+        return np.interp(places, np.arange(len(lines)), lines)
+
+    def drift(self) -> float:
+        """The largest distance of an edge of a tile from the unrounded lattice, um."""
+        distances = []
+        for k in range(len(self.magnifications)):
+            for axis in range(2):
+                edges = self.edges(axis, k) * self.downsample
+                exact = self.origin[axis] + self.cell_px / 2**k * np.arange(len(edges))
+                distances.append(np.abs(edges - exact).max() * self.mpp)
+        return max(distances)
+
+    def effective_mpp(self, k: int) -> tuple[float, float]:
+        """The least and the largest um/px of the tiles of magnification index k."""
+        sides = np.concatenate([np.diff(self.edges(axis, k)) for axis in range(2)])
+        sides = sides * self.downsample * self.mpp / TILE_PX
+        return sides.min(), sides.max()
 
 
-def tile_edges(lines: np.ndarray, k: int) -> np.ndarray:
-    """Where the tiles of magnification k (0 is the lowest) begin and end: every interval of the lattice in 2^k equal parts."""
-    return np.interp(np.arange((len(lines) - 1) * 2**k + 1) / 2**k, np.arange(len(lines)), lines)
+def check_fine_enough(mpp: float, magnifications) -> None:
+    """Raises MixmagError for a slide that would have to be upsampled."""
+    finest = 10.0 / magnifications[-1]  # 20x is 0.5 um/px, 5x is 2.0
+    coarser = [str(m) for m in magnifications if mpp <= MAX_STRETCH * 10.0 / m]
+    if len(coarser) == len(magnifications):
+        return
+    found = f"its {mpp:g} um/px are coarser than {magnifications[-1]}x ({finest:g} um/px)"
+    advice = f"--magnifications {' '.join(coarser)} tiles it at what it has"
+    if not coarser:
+        advice = "it has none of the magnifications"
+    raise MixmagError(f"{found}, and nothing is upsampled; {advice}")
 
 
-def lattice_error(plan: TilePlan) -> tuple[float, float, list]:
-    """How well the tiles keep to the lattice: the largest difference between a parent's and its children's edges, and between any
-    edge and the unrounded lattice, in um; and for each magnification the (smallest, largest) um/px of its tiles."""
-    nesting, off, sizes = [0.0], [], []
-    for lines, start in zip(plan.lines, plan.origin):
-        edges = [
-            tile_edges(lines, k) * plan.downsample * plan.mpp
-            for k in range(len(plan.magnifications))
-        ]  # um
-        nesting += [np.abs(child[::2] - parent).max() for parent, child in zip(edges, edges[1:])]
-        off += [
-            np.abs(e - (start + plan.cell_px / 2**k * np.arange(len(e))) * plan.mpp).max()
-            for k, e in enumerate(edges)
-        ]
-        sizes.append([np.diff(e) / TILE_PX for e in edges])
-    return (
-        max(nesting),
-        max(off),
-        [(min(x.min(), y.min()), max(x.max(), y.max())) for x, y in zip(*sizes)],
-    )
-
-
-def plan_slide(reader: Reader, args) -> TilePlan:
-    """Lattice of cells in exact mpp from the slide's (or its bounds') corner; windows of region x region cells on a lattice of
-    that stride; a window is accepted by its tissue, with those of its cells that lie wholly on the slide."""
-    slide, R, finest = (
-        reader.slide,
-        args.region,
-        10.0 / args.magnifications[-1],
-    )  # 20x is 0.5 um/px, 5x is 2.0
-    given, giver = user_mpp(reader.path.stem, args.manifest, args.mpp)
-    mpp, source = slide_mpp(slide, given, giver, args.mpp_from_power)
-    if mpp > MAX_STRETCH * finest:
-        coarser = [str(m) for m in args.magnifications if mpp <= MAX_STRETCH * 10.0 / m]
-        raise MixmagError(
-            f"its {mpp:g} um/px are coarser than {args.magnifications[-1]}x ({finest:g} um/px), and nothing is upsampled; "
-            + (
-                f"--magnifications {' '.join(coarser)} tiles it at what it has"
-                if coarser
-                else "it has none of the magnifications"
-            )
-        )
-    cell_px = TILE_PX * 10.0 / args.magnifications[0] / mpp
-    left, top, width, height = (
-        int(slide.properties.get(f"openslide.bounds-{k}", default))
-        for k, default in zip(("x", "y", "width", "height"), (0, 0, *slide.dimensions))
-    )
-    cols, rows = (
-        int((width + 1) / cell_px),
-        int((height + 1) / cell_px),
-    )  # a last line may be rounded, too
-    if not cols or not rows:
-        raise MixmagError(
-            f"its {width} x {height} px are less than one cell of {cell_px:g} px ({cell_px * mpp:g} um)"
-        )
+def plan_slide(reader: Reader, settings: TileSettings) -> TilePlan:
+    """The lattice of cells, in exact mpp, from the corner of the slide's bounds, and the windows of
+    region x region cells, on a lattice of that stride, with enough tissue. A window at the border
+    has those of its cells that lie wholly on the slide."""
+    given, giver = user_mpp(reader.path.stem, settings.manifest, settings.mpp)
+    mpp, source = slide_mpp(reader.properties, given, giver, settings.mpp_from_power)
+    check_fine_enough(mpp, settings.magnifications)
+    finest = 10.0 / settings.magnifications[-1]
+    cell_px = TILE_PX * 10.0 / settings.magnifications[0] / mpp
+    bounds = reader.bounds
     level = reader.level_for(finest / mpp)
-    downsample = reader.downsamples[level]
-    lines = tuple(
-        np.round((start + cell_px * np.arange(count + 1)) / downsample).clip(max=size).astype(int)
-        for start, count, size in zip((left, top), (cols, rows), reader.sizes[level])
-    )
-    picture, mask = tissue_mask(reader, mpp, find_mask(reader.path, args.mask))
-    candidates = [
-        (col, row, min(R, cols - col), min(R, rows - row))
-        for row in range(0, rows, R)
-        for col in range(0, cols, R)
-    ]
+    lines = []
+    for start, side, size in zip(bounds[:2], bounds[2:], reader.level_sizes[level], strict=True):
+        cells = int((side + 1) / cell_px)  # a last line may be rounded, too
+        if cells == 0:
+            cell = f"one cell of {cell_px:g} px ({cell_px * mpp:g} um)"
+            raise MixmagError(f"its {bounds[2]} x {bounds[3]} px are less than {cell}")
+        exact = (start + cell_px * np.arange(cells + 1)) / reader.downsamples[level]
+        lines.append(np.round(exact).clip(max=size).astype(int))
+    picture, mask = tissue_mask(reader, mpp, find_mask(reader.path, settings.mask))
     plan = TilePlan(
-        mpp,
-        source,
-        args.magnifications,
-        cell_px,
-        (float(left), float(top)),
-        level,
-        downsample,
-        lines,
-        [],
-        len(candidates),
-        picture,
-        mask,
-        np.array(mask.shape[::-1]) / reader.sizes[0],
+        mpp=mpp,
+        mpp_source=source,
+        magnifications=settings.magnifications,
+        cell_px=cell_px,
+        origin=(float(bounds[0]), float(bounds[1])),
+        level=level,
+        downsample=reader.downsamples[level],
+        lines=tuple(lines),
+        thumbnail=picture,
+        mask=mask,
+        mask_scale=np.divide(mask.shape[::-1], reader.size),
     )
-    off = lattice_error(plan)[1]
-    if off > MAX_DRIFT * finest:
-        raise MixmagError(
-            f"level {level} ({reader.sizes[level]} px) does not fit level 0 ({reader.sizes[0]} px): edges would lie "
-            f"{off:.3g} um off, more than {MAX_DRIFT * finest:g} um"
-        )
-    plan.windows = [
-        window for window in candidates if plan.patch(mask, *window).mean() >= args.min_tissue
-    ]
+    plan.choose_windows(settings.region, settings.min_tissue)
+    if plan.drift() > MAX_DRIFT * finest:
+        found = f"edges would lie {plan.drift():.3g} um off, more than {MAX_DRIFT * finest:g} um"
+        sizes = f"{reader.level_sizes[level]} px) does not fit level 0 ({reader.size} px)"
+        raise MixmagError(f"level {level} ({sizes}: {found}")
     return plan
 
 
-MAX_LOST = 0.01  # share of a cell that may be missing where the mask sees tissue (assumed)
+def check_nothing_lost(plan: TilePlan, alpha: np.ndarray, col: int, row: int) -> None:
+    """Notes a cell that has pixels which the file does not have, alpha (h, w) = 0. Raises
+    SlideReadError if there was tissue."""
+    plan.unscanned.add((col, row))
+    inside = plan.patch(plan.inside, col, row)
+    size = inside.shape[::-1]
+    absent = np.asarray(Image.fromarray(alpha).resize(size, Image.Resampling.BOX)) == 0
+    lost = (inside & absent).mean()
+    if lost > MAX_LOST:
+        cell = f"{lost:.0%} of the cell at (col, row) ({col}, {row})"
+        where = "where the thumbnail shows tissue"
+        raise SlideReadError(f"level {plan.level} has no pixels for {cell}, {where}")
 
 
 def read_cell(reader: Reader, plan: TilePlan, col: int, row: int) -> np.ndarray:
-    """(T, 224, 224, 3) uint8: a cell's tiles in the slide file's token order. Its pixels are decoded once. They are resampled once, by
-    a factor near 1; means of whole pixels do the rest, which together is area averaging: a tile is the mean of its children.
-    Raises openslide.OpenSlideError or MixmagError for pixels that cannot be read, or are missing where there was tissue."""
-    (left, right), (top, bottom) = (
-        lines[i : i + 2].tolist() for lines, i in zip(plan.lines, (col, row))
-    )
-    pixels = reader.region(
-        plan.level, left, top, right, bottom
-    )  # (h, w, 4): torch and Pillow work faster on four bytes a pixel than on three
-    least = (
-        pixels.view(np.uint32).min() >> 24
-    )  # the least alpha: the highest byte of a little-endian word
-    if least == 0:
-        plan.unscanned.add((col, row))
-        inside = plan.patch(plan.inside, col, row)
-        lost = (
-            inside
-            & (
-                np.asarray(
-                    Image.fromarray(pixels[..., 3]).resize(inside.shape[::-1], Image.Resampling.BOX)
-                )
-                == 0
-            )
-        ).mean()
-        if lost > MAX_LOST:
-            raise MixmagError(
-                f"level {plan.level} has no pixels for {lost:.0%} of the cell at (col, row) ({col}, {row}), where the thumbnail "
-                "shows tissue"
-            )
-    if least < 255:
+    """(T, 224, 224, 3) uint8: a cell's tiles in the slide file's token order.
+
+    Pixels are decoded once and resampled once, by a factor near 1. Means of whole pixels do the
+    rest. Together this is area averaging, and a tile is the mean of its children. Raises
+    SlideReadError for pixels that cannot be read, or are missing where there was tissue.
+    """
+    left, right = plan.lines[0][col : col + 2].tolist()
+    top, bottom = plan.lines[1][row : row + 2].tolist()
+    # Four bytes a pixel: torch and Pillow work faster on them than on three.
+    pixels = reader.region(plan.level, left, top, right, bottom)  # (h, w, 4)
+    least_alpha = pixels[..., 3].min()
+    if least_alpha == 0:
+        check_nothing_lost(plan, pixels[..., 3], col, row)
+    if least_alpha < 255:
         pixels = np.asarray(over_white(pixels).convert("RGBX"))
     K = len(plan.magnifications)
     side = TILE_PX * 2 ** (K - 1) * plan.shrink
     if pixels.shape[:2] != (side, side):
-        planes = torch.from_numpy(np.require(pixels, requirements="W"))[None].permute(0, 3, 1, 2)
-        pixels = (
-            F.interpolate(planes, size=(side, side), mode="bilinear", antialias=True)[0]
-            .permute(1, 2, 0)
-            .numpy()
-        )
-    picture, tiles = (
-        Image.frombuffer("RGBX", (side, side), pixels, "raw", "RGBX", 0, 1),
-        np.empty(((4**K - 1) // 3, TILE_PX, TILE_PX, 3), np.uint8),
-    )
-    for k, shrink in zip(range(K - 1, -1, -1), (plan.shrink, *[2] * K)):
-        picture, n = picture.reduce(shrink) if shrink > 1 else picture, 2**k
-        rgb = np.frombuffer(picture.tobytes("raw", "RGB"), np.uint8).reshape(
-            n, TILE_PX, n, TILE_PX, 3
-        )
-        tiles[magnification_entries(k)].reshape(n, n, TILE_PX, TILE_PX, 3)[:] = rgb.swapaxes(1, 2)
+        pixels = np.require(pixels, requirements="W")  # torch takes no read-only array
+        planes = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # (1, 4, h, w)
+        planes = F.interpolate(planes, size=(side, side), mode="bilinear", antialias=True)
+        pixels = planes[0].permute(1, 2, 0).numpy()
+    picture = Image.frombuffer("RGBX", (side, side), pixels, "raw", "RGBX", 0, 1)
+    tiles = np.empty(((4**K - 1) // 3, TILE_PX, TILE_PX, 3), np.uint8)
+    shrink = plan.shrink
+    for k in reversed(range(K)):
+        if shrink > 1:
+            picture = picture.reduce(shrink)
+        shrink = 2
+        n = 2**k
+        rgb = np.frombuffer(picture.tobytes("raw", "RGB"), np.uint8)
+        rgb = rgb.reshape(n, TILE_PX, n, TILE_PX, 3).swapaxes(1, 2)  # (n, n, 224, 224, 3)
+        tiles[magnification_entries(k)].reshape(rgb.shape)[:] = rgb
     return tiles
+
+
+def cells_of(window: tuple) -> list:
+    """[(col, row), ...] of the cells in a window, row-major."""
+    col, row, cols, rows = window
+    return [(col + c, row + r) for r in range(rows) for c in range(cols)]
 
 
 def read_window(reader: Reader, plan: TilePlan, window: tuple) -> np.ndarray:
     """(cells, T, 224, 224, 3) uint8: the tiles of a window, cell-major."""
-    col, row, cols, rows = window
-    return np.stack(
-        [read_cell(reader, plan, col + c, row + r) for r in range(rows) for c in range(cols)]
-    )
+    return np.stack([read_cell(reader, plan, *cell) for cell in cells_of(window)])
 
 
 def read_cells(reader: Reader, plan: TilePlan):
-    """Yields (number of the window, (col, row), tiles or the error that says why there are none) in the plan's order, while threads
-    read a few cells ahead."""
+    """Yields (number of the window, (col, row), tiles or the SlideReadError) in the plan's order,
+    while threads read a few cells ahead."""
 
-    def read(place):
+    def read(item):
+        number, cell = item
         try:
-            return *place, read_cell(reader, plan, *place[1])
-        except (openslide.OpenSlideError, MixmagError) as error:
-            return *place, error
+            return number, cell, read_cell(reader, plan, *cell)
+        except SlideReadError as error:
+            return number, cell, error
 
-    cells = [
-        (i, (col + c, row + r))
-        for i, (col, row, cols, rows) in enumerate(plan.windows)
-        for r in range(rows)
-        for c in range(cols)
-    ]
+    cells = [(i, cell) for i, window in enumerate(plan.windows) for cell in cells_of(window)]
     return prefetch(read, cells, torch.get_num_threads())
 
 
 def scale_bar(axis, across: float) -> None:
-    """A bar of a round length at the lower left of a picture whose axis is in um and shows `across` of them."""
-    length = max(
-        n * 10.0**k for n in (1, 2, 5) for k in range(6) if n * 10.0**k <= max(across / 3, 1)
-    )
-    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
-    x, y = left + 0.04 * (right - left), bottom + 0.04 * (top - bottom)
+    """A bar of a round length at the lower left of a picture whose axis is in um and shows
+    `across`."""
+    lengths = [n * 10.0**k for n in (1, 2, 5) for k in range(6)]
+    length = max(n for n in lengths if n <= max(across / 3, 1))
+    left, right = axis.get_xlim()
+    bottom, top = axis.get_ylim()
+    x = left + 0.04 * (right - left)
+    y = bottom + 0.04 * (top - bottom)
     for colour, thick in (("white", 5), ("black", 3)):
         axis.plot([x, x + length], [y, y], color=colour, lw=thick, solid_capstyle="butt")
-    axis.annotate(
-        f"{length:g} um" if length < 1000 else f"{length / 1000:g} mm",
-        (x, y),
-        (0, 5),
-        textcoords="offset points",
-        fontsize=8,
-        bbox={"facecolor": "white", "alpha": 0.7, "lw": 0, "pad": 1},
-    )
+    label = f"{length:g} um" if length < 1000 else f"{length / 1000:g} mm"
+    box = {"facecolor": "white", "alpha": 0.7, "lw": 0, "pad": 1}
+    axis.annotate(label, (x, y), (0, 5), textcoords="offset points", fontsize=8, bbox=box)
 
 
 def draw_qc(path, reader: Reader, plan: TilePlan) -> None:
-    """A PNG to look at: the thumbnail with the contours of its tissue and the kept windows; and of the window that holds most tissue (red)
-    and of the fullest cell in it the tiles, as they go to the encoder, each magnification at the same physical size."""
-    from matplotlib.collections import PatchCollection
+    """A PNG to look at: the thumbnail with the contours of its tissue and the kept windows; beside
+    it the tiles of the window with most tissue (red), each magnification at the same size in um."""
     from matplotlib.figure import Figure  # without pyplot: nothing global, no display
-    from matplotlib.patches import Rectangle
 
-    (width, height), K, mpp = reader.slide.dimensions, len(plan.magnifications), plan.mpp
-    figure = Figure((5 + 2.6 * K, 5.8), dpi=130, layout="constrained")
-    grid = figure.add_gridspec(2, K + 2)
-    axis = figure.add_subplot(grid[:, : 2 if plan.windows else K + 2])
-    shrink = -(-max(plan.mask.shape) // 1500)
-    extent = 0, width * mpp, height * mpp, 0  # of the slide in um: left, right, bottom, top
-    axis.imshow(Image.fromarray(plan.thumbnail).reduce(shrink), extent=extent)
-    if plan.mask.any() and not plan.mask.all():
-        axis.contour(
-            plan.mask[::shrink, ::shrink],
-            levels=[0.5],
-            colors="lime",
-            linewidths=0.7,
-            origin="upper",
-            extent=extent,
-        )
-    (left, top), side = np.array(plan.origin) * mpp, plan.cell_px * mpp
-    frames = [
-        Rectangle((left + col * side, top + row * side), cols * side, rows * side)
-        for col, row, cols, rows in plan.windows
-    ]
-    axis.add_collection(PatchCollection(frames, facecolor="none", edgecolor="tab:blue", lw=0.7))
-    axis.set_title(
-        "\n".join(
-            [
-                *textwrap.wrap(reader.path.stem, 60),
-                f"{mpp:.4g} um/px ({plan.mpp_source}); tissue {plan.mask.mean():.1%}",
-                f"{len(frames)} of {plan.candidates} windows kept, {plan.held:.0%} of the tissue",
-            ]
-        ),
-        fontsize=9,
-        parse_math=False,
-    )
-    axis.set(xticks=[], yticks=[])
-    scale_bar(axis, width * mpp)
-    if plan.windows:
-        col, row, cols, rows = best = max(
-            plan.windows, key=lambda window: plan.patch(plan.mask, *window).sum()
-        )
-        axis.add_collection(
-            PatchCollection(
-                [frames[plan.windows.index(best)]], facecolor="none", edgecolor="red", lw=1.5
-            )
-        )
-        fullest = max(
-            ((c, r) for r in range(rows) for c in range(cols)),
-            key=lambda cell: plan.patch(plan.mask, col + cell[0], row + cell[1]).sum(),
-        )
-        draw_window(figure, grid, reader, plan, best, fullest)
+    K = len(plan.magnifications)
+    figure = Figure((5 + 4 * K, 5), dpi=130, layout="constrained")
+    axes = figure.subplots(1, K + 1, squeeze=False)[0]
+    best = sorted(plan.windows, key=lambda window: -plan.patch(plan.mask, *window).sum())[:1]
+    draw_overview(axes[0], reader, plan, best)
+    try:
+        for window in best:
+            draw_tiles(axes[1:], plan, window, read_window(reader, plan, window))
+    except SlideReadError as error:
+        figure.suptitle(f"the red window cannot be read: {error}", fontsize=8, wrap=True)
+    for axis in axes:
+        axis.set(xticks=[], yticks=[])
+        axis.set_visible(bool(axis.images))
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png")
 
 
-def draw_window(figure, grid, reader: Reader, plan: TilePlan, window: tuple, cell: tuple) -> None:
-    """The right part of draw_qc: a window's tiles above, those of one of its cells (col, row) below; white lines are the tiles' edges."""
-    try:
-        tiles = read_window(reader, plan, window)
-    except (openslide.OpenSlideError, MixmagError) as error:
-        axis = figure.add_subplot(grid[:, 2:], frame_on=False, xticks=[], yticks=[])
-        axis.text(
-            0.5,
-            0.5,
-            f"the window with most tissue cannot be read:\n{error}",
-            ha="center",
-            wrap=True,
-            parse_math=False,
-        ).set_in_layout(False)
-        return
-    tiles, side = (
-        tiles.reshape(window[3], window[2], *tiles.shape[1:]),
-        plan.cell_px * plan.mpp,
-    )  # (rows, cols, T, 224, 224, 3), um
-    for line, (name, part) in enumerate(
-        (("window", tiles), ("one cell", tiles[cell[1] : cell[1] + 1, cell[0] : cell[0] + 1]))
-    ):
-        for k, m in enumerate(plan.magnifications):
-            rows, cols, n = *part.shape[:2], 2**k
-            picture = (
-                part[:, :, magnification_entries(k)]
-                .reshape(rows, cols, n, n, TILE_PX, TILE_PX, 3)
-                .transpose(0, 2, 4, 1, 3, 5, 6)
-            )
-            picture = Image.fromarray(picture.reshape(rows * n * TILE_PX, cols * n * TILE_PX, 3))
-            axis = figure.add_subplot(grid[line, 2 + k])
-            axis.imshow(
-                picture.reduce(max(1, max(picture.size) // 900)),
-                extent=(0, cols * side, rows * side, 0),
-            )
-            axis.vlines(np.arange(1, cols * n) * side / n, 0, rows * side, color="white", lw=0.4)
-            axis.hlines(np.arange(1, rows * n) * side / n, 0, cols * side, color="white", lw=0.4)
-            axis.set(xticks=[], yticks=[])
-            axis.set_title(f"{name}, {m}x: {cols * n} x {rows * n} tiles", fontsize=8)
-            scale_bar(axis, cols * side)
+def draw_overview(axis, reader: Reader, plan: TilePlan, best: list) -> None:
+    """The thumbnail, in um, its tissue and its windows, those of `best` in red."""
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
+    width, height = np.multiply(reader.size, plan.mpp)
+    extent = (0, width, height, 0)
+    shrink = math.ceil(max(plan.mask.shape) / 1500)
+    axis.imshow(Image.fromarray(plan.thumbnail).reduce(shrink), extent=extent)
+    if plan.mask.any() and not plan.mask.all():
+        look = {"levels": [0.5], "colors": "lime", "linewidths": 0.7}
+        axis.contour(plan.mask[::shrink, ::shrink], origin="upper", extent=extent, **look)
+    side = plan.cell_px * plan.mpp
+    for windows, colour, thick in ((plan.windows, "tab:blue", 0.7), (best, "red", 1.5)):
+        frames = []
+        for col, row, cols, rows in windows:
+            corner = np.multiply(plan.origin, plan.mpp) + (col * side, row * side)
+            frames.append(Rectangle(corner, cols * side, rows * side))
+        axis.add_collection(PatchCollection(frames, facecolor="none", edgecolor=colour, lw=thick))
+    lines = [
+        *textwrap.wrap(reader.path.stem, 60),
+        f"{plan.mpp:.4g} um/px ({plan.mpp_source}); tissue {plan.mask.mean():.1%}",
+        f"{len(plan.windows)} of {plan.candidates} windows kept, {plan.covered:.0%} of the tissue",
+    ]
+    axis.set_title("\n".join(lines), fontsize=9, parse_math=False)
+    scale_bar(axis, width)
+
+
+def draw_tiles(axes, plan: TilePlan, window: tuple, tiles: np.ndarray) -> None:
+    """Tiles (C, T, 224, 224, 3) of a window, a picture per magnification, their edges in white."""
+    _, _, cols, rows = window
+    side = plan.cell_px * plan.mpp
+    for k, axis in enumerate(axes):
+        n = 2**k
+        picture = tiles[:, magnification_entries(k)]  # (C, n * n, 224, 224, 3)
+        picture = picture.reshape(rows, cols, n, n, TILE_PX, TILE_PX, 3)
+        picture = picture.transpose(0, 2, 4, 1, 3, 5, 6)  # (rows, n, 224, cols, n, 224, 3)
+        picture = Image.fromarray(picture.reshape(rows * n * TILE_PX, cols * n * TILE_PX, 3))
+        shrink = max(1, max(picture.size) // 900)
+        axis.imshow(picture.reduce(shrink), extent=(0, cols * side, rows * side, 0))
+        axis.vlines(np.arange(1, cols * n) * side / n, 0, rows * side, color="white", lw=0.4)
+        axis.hlines(np.arange(1, rows * n) * side / n, 0, cols * side, color="white", lw=0.4)
+        axis.set_title(f"{plan.magnifications[k]}x: {cols * n} x {rows * n} tiles", fontsize=8)
+        scale_bar(axis, cols * side)
 
 
 def plan_report(reader: Reader, plan: TilePlan, region: int) -> str:
     """Two lines about what will be read, and how exactly."""
-    whole = sum(w[2] * w[3] == region**2 for w in plan.windows)
-    nesting, off, kept = lattice_error(plan)
-    tokens = [plan.cells * 4**k for k in range(len(kept))]
-    finest, native = 10.0 / plan.magnifications[-1], plan.mpp * plan.downsample
-    return (
-        f"{reader.path.stem}: {plan.mpp:.4g} um/px ({plan.mpp_source}), level {plan.level} of {len(reader.sizes)} "
-        f"(downsample {plan.downsample:.6g}), {len(plan.windows)} of {plan.candidates} windows hold tissue "
-        f"({whole} with all {region**2} cells) and {plan.held:.0%} of it, {plan.cells} cells, {sum(tokens)} tokens ("
-        + ", ".join(f"{m}x {n}" for m, n in zip(plan.magnifications, tokens))
-        + ")\n"
-        f"    drift: children meet their parents within {nesting:.2g} um, edges keep to the lattice within {off:.2g} um; "
-        "um/px asked (effective): "
-        + ", ".join(
-            f"{m}x {10 / m:g} ({low:.4g} to {high:.4g})"
-            for m, (low, high) in zip(plan.magnifications, kept)
-        )
-        + (
-            f"; the slide's {native:.4g} um/px are interpolated by {native / finest - 1:.1%}"
-            if native > 1.0005 * finest
-            else ""
-        )
+    tokens = []
+    effective = []
+    for k, magnification in enumerate(plan.magnifications):
+        low, high = plan.effective_mpp(k)
+        tokens.append(f"{magnification}x {plan.cell_count * 4**k}")
+        effective.append(f"{magnification}x {10 / magnification:g} ({low:.4g} to {high:.4g})")
+    whole = sum(cols * rows == region**2 for _, _, cols, rows in plan.windows)
+    total = plan.cell_count * (4 ** len(tokens) - 1) // 3
+    report = (
+        f"{reader.path.stem}: {plan.mpp:.4g} um/px ({plan.mpp_source}), level {plan.level} of "
+        f"{len(reader.level_sizes)} (downsample {plan.downsample:.6g}), {len(plan.windows)} of "
+        f"{plan.candidates} windows hold tissue ({whole} with all {region**2} cells) and "
+        f"{plan.covered:.0%} of it, {plan.cell_count} cells, {total} tokens ({', '.join(tokens)})\n"
+        f"    drift: edges keep to the lattice within {plan.drift():.2g} um; "
+        f"um/px asked (effective): {', '.join(effective)}"
     )
+    finest = 10.0 / plan.magnifications[-1]
+    native = plan.mpp * plan.downsample
+    if native > 1.0005 * finest:
+        report += f"; the slide's {native:.4g} um/px are interpolated by {native / finest - 1:.1%}"
+    return report
 
 
 # ------------------------------------------------------------------------------------ tile encoders
 
 
 def texture(tiles: torch.Tensor) -> torch.Tensor:
-    """A stand-in for a tile foundation model: 46 fixed colour and texture statistics, no weights, the same for a turned tile.
+    """A stand-in for a tile foundation model: 46 fixed statistics of colour and texture, no
+    weights, the same for a turned tile. tiles (B, 224, 224, 3) uint8 RGB -> (B, 46) float32.
 
-    tiles (B, 224, 224, 3) uint8 RGB -> (B, 46) float32: it makes the whole chain runnable anywhere; it is no substitute for a
-    trained encoder.
+    It makes the whole chain run anywhere; it is no substitute for a trained encoder.
     """
     rgb = tiles.permute(0, 3, 1, 2).float()  # (B, 3, 224, 224)
     density = -torch.log10((rgb + 1) / 256)  # optical density, Beer-Lambert
-    stains = torch.tensor(
+    stains = torch.tensor(  # Ruifrok & Johnston 2001
         [[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]]
-    )  # Ruifrok & Johnston 2001
+    )
     stained = torch.einsum("sc,bchw->bshw", stains.to(density), density)  # (B, 3, 224, 224)
     flat = stained.flatten(2)
     ordered = F.avg_pool2d(stained, 4).flatten(2).sort().values  # (B, 3, 56 * 56)
-    quantiles = ordered[
-        ..., (torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]) * ordered.shape[-1]).long()
-    ]  # (B, 3, 5)
-    features = [flat.mean(2), flat.std(2), quantiles.flatten(1)]  # 3 + 3 + 15
+    at = (torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]) * ordered.shape[-1]).long()
+    features = [flat.mean(2), flat.std(2), ordered[..., at].flatten(1)]  # 3 + 3 + 15
     for scale in (1, 2, 4, 8, 16):  # how much varies between neighbours, and within, at each scale
         coarse = F.avg_pool2d(stained[:, :2], scale)
-        steps = coarse.diff(dim=2).abs().mean((2, 3)) + coarse.diff(dim=3).abs().mean(
-            (2, 3)
-        )  # (B, 2)
-        features += [2 * steps, coarse.std((2, 3))]  # 5 * 4
+        down = coarse.diff(dim=2).abs().mean((2, 3))
+        across = coarse.diff(dim=3).abs().mean((2, 3))
+        features += [2 * (down + across), coarse.std((2, 3))]  # 5 * 4
     chroma = (rgb.amax(1) - rgb.amin(1)) / 255
-    features += [chroma.mean((1, 2))[:, None], chroma.std((1, 2))[:, None]]  # 2
     centred = flat[:, :2] - flat[:, :2].mean(2, keepdim=True)
-    features += [
-        10 * centred.prod(1).mean(1, keepdim=True),
-        (rgb.mean(1) > 220).float().mean((1, 2))[:, None],
-        rgb.mean((2, 3))[:, :1] / 255,
-    ]  # 3
-    return torch.cat(features, dim=1)
+    single = [
+        chroma.mean((1, 2)),
+        chroma.std((1, 2)),
+        10 * centred.prod(1).mean(1),
+        (rgb.mean(1) > 220).float().mean((1, 2)),
+        rgb[:, 0].mean((1, 2)) / 255,
+    ]
+    return torch.cat([*features, torch.stack(single, dim=1)], dim=1)
 
 
 def tile_encoder(name: str, device, weights=None):
-    """The callable (B, 224, 224, 3) uint8 -> (B, D) that `name` stands for; tiles come to it on `device`. Raises MixmagError if there is none."""
+    """The callable (B, 224, 224, 3) uint8, on `device`, -> (B, D) of a name (texture, virchow2 or
+    module:factory). Raises MixmagError if it cannot be had."""
     if weights and name != "virchow2":
-        raise MixmagError(
-            f"--weights {weights}: only --encoder virchow2 takes weights from a file, not {name}"
-        )
+        raise MixmagError(f"--weights {weights}: only --encoder virchow2 takes them, not {name}")
     if name == "texture":
         return texture
     if name == "virchow2":
@@ -1750,49 +1677,50 @@ def tile_encoder(name: str, device, weights=None):
     except Exception as error:  # whatever the user's module raises
         raise MixmagError(f"--encoder {name}: {type(error).__name__}: {error}") from None
     if not callable(encoder):
-        raise MixmagError(
-            f"--encoder {name}: {factory}() returned {type(encoder).__name__}, expected a callable (B, 224, 224, 3) uint8 -> (B, D)"
-        )
+        found = f"{factory}() returned {type(encoder).__name__}"
+        expected = "a callable (B, 224, 224, 3) uint8 -> (B, D)"
+        raise MixmagError(f"--encoder {name}: {found}, expected {expected}")
     return encoder.to(device).eval() if isinstance(encoder, torch.nn.Module) else encoder
 
 
-def encode_tiles(
-    encoder, tiles: np.ndarray, batch_size: int, device, dim: int | None = None
-) -> np.ndarray:
-    """tiles (..., 224, 224, 3) uint8 -> (..., D) float16. Raises MixmagError for an output that is no (B, D) of finite floating-point
-    numbers in float16's range, or whose width is not the same in every batch (and `dim`, if given)."""
-    flat, made = torch.from_numpy(tiles.reshape(-1, *tiles.shape[-3:])), []
+def encode_tiles(encoder, tiles: np.ndarray, batch_size: int, device, dim: int | None = None):
+    """tiles (..., 224, 224, 3) uint8 -> (..., D) float16. Raises MixmagError for an output that is
+    no (B, D) of finite floats in float16's range, or has not the width `dim`, if given, in each
+    batch."""
+    made = []
     with torch.inference_mode():
-        for batch in flat.split(batch_size):
+        for batch in torch.from_numpy(tiles.reshape(-1, *tiles.shape[-3:])).split(batch_size):
             out = encoder(batch.to(device))
-            is_tensor = isinstance(out, torch.Tensor)
-            if (
-                not is_tensor
-                or not out.is_floating_point()
-                or out.ndim != 2
-                or len(out) != len(batch)
-                or out.shape[1] != (dim or out.shape[1])
-            ):
-                raise MixmagError(
-                    f"the encoder made {f'{out.dtype} {tuple(out.shape)}' if is_tensor else type(out).__name__} of {len(batch)} tiles, "
-                    f"expected floating-point numbers ({len(batch)}, {dim or 'D'})"
-                )
+            check_encoded(out, len(batch), dim)
             dim = out.shape[1]
             made.append(out.half().cpu())
     half = torch.cat(made)
-    if not torch.isfinite(half).all():
-        raise MixmagError(
-            f"the encoder returned NaN, or values beyond float16, for {int((~half.isfinite()).any(1).sum())} of {len(half)} tiles"
-        )
+    bad = int((~half.isfinite()).any(1).sum())
+    if bad:
+        values = "NaN, or values beyond float16"
+        raise MixmagError(f"the encoder returned {values}, for {bad} of {len(half)} tiles")
     return half.numpy().reshape(*tiles.shape[:-3], -1)
 
 
-class Virchow2(torch.nn.Module):
-    """tiles (B, 224, 224, 3) uint8 -> (B, 1280) float32: the class token of Virchow2 (Zimmermann et al. 2024), a ViT-H/14 of 631 M
-    parameters; fp16 autocast on a GPU.
+def check_encoded(out, tiles: int, dim: int | None) -> None:
+    """Raises MixmagError for an encoder's output that is no (tiles, dim) of floats."""
+    found = type(out).__name__
+    if isinstance(out, torch.Tensor):
+        found = f"{out.dtype} {tuple(out.shape)}"
+        is_table = out.is_floating_point() and out.ndim == 2 and len(out) == tiles
+        if is_table and dim in (None, out.shape[1]):
+            return
+    expected = f"floating-point numbers ({tiles}, {dim or 'D'})"
+    raise MixmagError(f"the encoder made {found} of {tiles} tiles, expected {expected}")
 
-    The model's tokens are class, 4 registers, 256 patches; paper 4.1 uses the class token alone. The constants are ImageNet's, written
-    out: the configuration that timm attaches to a locally built model says 0.5. At 224 px nothing is resized or cropped.
+
+class Virchow2(torch.nn.Module):
+    """tiles (B, 224, 224, 3) uint8 -> (B, 1280) float32: the class token of Virchow2 (Zimmermann et
+    al. 2024), a ViT-H/14 of 631 M parameters; fp16 autocast on a GPU.
+
+    The tokens are class, 4 registers, 256 patches; paper 4.1 uses the class token alone. The
+    constants are ImageNet's. They are written out, because timm's configuration of a local model
+    says 0.5.
     """
 
     def __init__(self, model):
@@ -1803,34 +1731,21 @@ class Virchow2(torch.nn.Module):
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
         pictures = ((tiles / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
-        with torch.autocast(tiles.device.type, torch.float16, enabled=tiles.device.type == "cuda"):
+        with torch.autocast(tiles.device.type, torch.float16, enabled=tiles.is_cuda):
             return self.model(pictures)[:, 0].float()
 
 
 def load_virchow2(device, weights=None) -> Virchow2:
-    """With the weights of the file, else of the Hugging Face hub. Raises MixmagError saying what to do where it cannot be had."""
+    """With the weights of a file, else of the Hugging Face hub. Raises MixmagError with what to
+    do."""
     try:
         import timm
         from timm.layers import SwiGLUPacked
-    except (
-        ImportError,
-        RuntimeError,
-    ) as error:  # RuntimeError: a torchvision that was built for another torch
-        absent = isinstance(error, ModuleNotFoundError) and error.name == "timm"
-        raise MixmagError(
-            "--encoder virchow2 needs timm, and "
-            + (
-                "it is not installed"
-                if absent
-                else f"the torchvision beside it does not match torch {torch.__version__} ({error})"
-            )
-            + ": pip install timm torchvision==0.28.0, the one that matches torch 2.13, "
-            "for the same device (CPU or CUDA) as torch"
-        ) from None
-    layers = {
-        "mlp_layer": SwiGLUPacked,
-        "act_layer": torch.nn.SiLU,
-    }  # no configuration file can say these
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision for another torch
+        needed = f"timm, and a torchvision that matches torch {torch.__version__}"
+        advice = "pip install timm torchvision==0.28.0, the one for torch 2.13, on the same device"
+        raise MixmagError(f"--encoder virchow2 needs {needed} ({error}): {advice}") from None
+    layers = {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU}
     if weights:
         with torch.device("meta"):  # 2.5 GB that need not be drawn at random first
             model = timm.create_model(
@@ -1848,16 +1763,12 @@ def load_virchow2(device, weights=None) -> Virchow2:
     else:
         try:
             model = timm.create_model("hf-hub:paige-ai/Virchow2", pretrained=True, **layers)
-        except (
-            OSError
-        ) as error:  # all that the hub and the network raise; its text may hold a token
-            refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
+        except OSError as error:  # all that the hub and the network raise
+            reason = error.strerror or type(error).__name__  # the full text may hold a token
             raise MixmagError(
-                "Virchow2 is a gated repository that refused: accept its terms at huggingface.co/paige-ai/Virchow2 and set "
-                "HF_TOKEN to a token of that account, or give --weights FILE"
-                if refused
-                else f"Virchow2 cannot be fetched ({error.strerror or type(error).__name__}): without a network give "
-                "--weights FILE"
+                f"Virchow2 cannot be fetched ({reason}): accept its terms at "
+                "huggingface.co/paige-ai/Virchow2 and set HF_TOKEN to a token of that account, "
+                "or, without a network, give --weights FILE"
             ) from None
     encoder = Virchow2(model).to(device).eval()
     encode_tiles(encoder, np.full((2, TILE_PX, TILE_PX, 3), 200, np.uint8), 2, device, 1280)
@@ -1865,32 +1776,22 @@ def load_virchow2(device, weights=None) -> Virchow2:
 
 
 def load_weights(model: torch.nn.Module, path) -> None:
-    """Give a model on the meta device the weights of a file, all of them and no others, as fp32. Raises MixmagError naming what does not fit."""
+    """Give a model on the meta device all weights of a file, and no others, as fp32. Raises
+    MixmagError with what does not fit."""
     try:
-        state = (
-            safetensors.torch.load_file(path)
-            if str(path).endswith(".safetensors")
-            else torch.load(path, "cpu", weights_only=True, mmap=True)
-        )
-        found = {k: tuple(v.shape) for k, v in state.items()}
+        if str(path).endswith(".safetensors"):
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, "cpu", weights_only=True, mmap=True)
+        state = {name: tensor.float() for name, tensor in state.items()}
     except Exception as error:  # each of the two libraries has half a dozen ways to say it
-        raise MixmagError(
-            f"--weights {path}: cannot be read as a file of named tensors ({type(error).__name__})"
-        ) from None
-    wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    wrong = {
-        "missing": wanted.keys() - found.keys(),
-        "unexpected": found.keys() - wanted.keys(),
-        "of another shape": {k for k in wanted.keys() & found.keys() if wanted[k] != found[k]},
-    }
-    if any(wrong.values()):
-        said = "; ".join(
-            f"{len(keys)} {what}, such as {', '.join(sorted(keys)[:3])}"
-            for what, keys in wrong.items()
-            if keys
-        )
-        raise MixmagError(f"--weights {path}: does not fit Virchow2: {said}")
-    model.load_state_dict({k: v.float() for k, v in state.items()}, strict=True, assign=True)
+        kind = type(error).__name__
+        raise MixmagError(f"--weights {path}: no file of named tensors ({kind})") from None
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:500]
+        raise MixmagError(f"--weights {path}: does not fit Virchow2: {reason}") from None
 
 
 # --------------------------------------------------------------------------------- the tile command
@@ -1898,242 +1799,245 @@ def load_weights(model: torch.nn.Module, path) -> None:
 MAX_BAD_WINDOWS = 0.01  # a slide of which more cannot be read has failed
 
 
-def tile_slide(reader: Reader, plan: TilePlan, encoder, dim: int, args) -> tuple:
-    """features (C, T, D), cells (C, 2), and how many windows were dropped because their pixels could not be read."""
-    kept, bad = [], set()  # (window, cell) of what was read, in its order; windows that are dropped
+@dataclass(frozen=True)
+class TileSettings:
+    """How slides are tiled: the flags of `data.py tile`, their files read."""
 
-    def readable():
-        for i, cell, tiles in progress(
-            read_cells(reader, plan), total=plan.cells, desc=reader.path.stem[:24], leave=False
-        ):
-            if isinstance(tiles, Exception):
-                bad.add(i)
-                if len(bad) > MAX_BAD_WINDOWS * len(plan.windows):
-                    raise MixmagError(
-                        f"{len(bad)} of {len(plan.windows)} windows cannot be read, more than {MAX_BAD_WINDOWS:.0%}: {tiles}"
-                    )
-            elif i not in bad:
-                kept.append((i, cell))
-                yield tiles
+    out: Path = Path("data")
+    encoder: str = "texture"
+    weights_sha256: str | None = None
+    mpp: float | None = None
+    manifest: dict = field(default_factory=dict)  # slide id -> mpp
+    mpp_from_power: bool = False
+    magnifications: tuple = (5, 10, 20)
+    region: int = 3
+    min_tissue: float = 0.25
+    mask: str | None = None  # a file or a folder
+    batch_size: int = 256
+    device: torch.device = torch.device("cpu")
+    dry_run: bool = False
 
-    T, cells = Geometry(1, args.magnifications).tokens_per_cell, readable()
-    groups = iter(
-        lambda: list(itertools.islice(cells, max(1, args.batch_size // T))), []
-    )  # as many whole cells as a batch holds
-    features = [
-        encode_tiles(encoder, np.stack(group), args.batch_size, args.device, dim)
-        for group in groups
-    ]  # each (cells, T, D)
-    features = np.concatenate([np.zeros((0, T, dim), np.float16), *features])
-    good = np.array([i not in bad for i, _ in kept], bool)
-    cells = np.array([cell for _, cell in kept], np.int32).reshape(-1, 2)
-    return (features[good], cells[good], len(bad)) if bad else (features, cells, 0)
+
+def tile_slide(reader: Reader, plan: TilePlan, encoder, dim: int, settings: TileSettings) -> tuple:
+    """features (C, T, D) float16, cells (C, 2) int32, and the number of windows that are left out
+    because their pixels cannot be read."""
+    T = Geometry(1, plan.magnifications).tokens_per_cell
+    cells_per_batch = max(1, settings.batch_size // T)
+    batch = []  # tiles of cells, each (T, 224, 224, 3)
+    features = [np.zeros((0, T, dim), np.float16)]
+    done = []  # (window, (col, row)) of each cell, in the order of the features
+    unreadable = set()  # windows
+
+    def encode():
+        tiles = np.stack(batch)
+        features.append(encode_tiles(encoder, tiles, settings.batch_size, settings.device, dim))
+        batch.clear()
+
+    name = reader.path.stem[:24]
+    reads = read_cells(reader, plan)
+    for window, cell, tiles in progress(reads, total=plan.cell_count, desc=name, leave=False):
+        if isinstance(tiles, SlideReadError):
+            unreadable.add(window)
+            if len(unreadable) > MAX_BAD_WINDOWS * len(plan.windows):
+                share = f"{len(unreadable)} of {len(plan.windows)}"
+                limit = f"{MAX_BAD_WINDOWS:.0%}"
+                raise MixmagError(f"{share} windows cannot be read, more than {limit}: {tiles}")
+        elif window not in unreadable:
+            done.append((window, cell))
+            batch.append(tiles)
+        if len(batch) == cells_per_batch:
+            encode()
+    if batch:
+        encode()
+    good = np.array([window not in unreadable for window, _ in done], bool)
+    cells = np.array([cell for _, cell in done], np.int32).reshape(-1, 2)
+    return np.concatenate(features)[good], cells[good], len(unreadable)
 
 
 def slide_files_below(folder: Path):
-    """Slide files in a folder and those below it, also by links, but not in hidden ones; each folder once."""
-    seen = set()
+    """Slide files in a folder and those below it, also by links, but not in hidden ones."""
+    seen = set()  # real folders, each of which is searched once
     for place, folders, files in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(place))
-        folders[:] = sorted(
-            f
-            for f in folders
-            if not f.startswith(".") and os.path.realpath(os.path.join(place, f)) not in seen
-        )
-        yield from (
-            Path(place, f)
-            for f in sorted(files)
-            if not f.startswith(".") and Path(f).suffix.lower() in SLIDE_SUFFIXES
-        )
-
-
-def one_per_series(paths: list) -> list:
-    """Without the further files of a DICOM slide: any of a series opens all of it."""
-    seen, kept = {}, []
-    for path in paths:
-        try:
-            series = (
-                path.parent,
-                openslide.OpenSlide(path).properties["openslide.quickhash-1"]
-                if path.suffix.lower() == ".dcm"
-                else path.name,
-            )
-        except (openslide.OpenSlideError, OSError, KeyError):
-            series = path.parent, path.name  # what cannot be opened says so when its turn comes
-        if seen.setdefault(series, path) == path:
-            kept.append(path)
-        else:
-            print(f"{path}: the same DICOM series as {seen[series].name}", file=sys.stderr)
-    return kept
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in sorted(files):
+            if Path(name).suffix.lower() in SLIDE_SUFFIXES and not name.startswith("."):
+                yield Path(place, name)
 
 
 def find_slide_files(places) -> list[Path]:
-    """Slide files, named or found in folders. Raises MixmagError where two would have the same slide id."""
-    paths = [
-        path
-        for place in map(Path, places)
-        for path in (slide_files_below(place) if place.is_dir() else [place])
-    ]
-    paths, by_id = (
-        one_per_series(list({(path.resolve(), path.name): path for path in paths}.values())),
-        defaultdict(list),
-    )
+    """Slide files, named or found in folders, one for each DICOM series. Raises MixmagError if two
+    have the same slide id."""
+    paths = []
+    for place in map(Path, places):
+        paths += slide_files_below(place) if place.is_dir() else [place]
+    first: dict = {}  # by what makes a file another slide
     for path in paths:
+        series = dicom_series(path)
+        key = (path.parent.resolve(), series) if series else (path.resolve(), path.name)
+        if series and key in first:
+            print(f"{path}: the same DICOM series as {first[key].name}", file=sys.stderr)
+        first.setdefault(key, path)
+    by_id = defaultdict(list)
+    for path in first.values():
         by_id[path.stem.lower()].append(str(path))
     clashes = [" and ".join(same) for same in by_id.values() if len(same) > 1]
-    if clashes or not paths:
-        raise MixmagError(
-            f"slides with one id: {'; '.join(clashes)}: rename them"
-            if clashes
-            else f"no slides in {', '.join(map(str, places))} (suffixes: {' '.join(SLIDE_SUFFIXES)})"
-        )
-    return paths
+    if clashes:
+        raise MixmagError(f"slides with one id: {'; '.join(clashes)}: rename them")
+    if not paths:
+        suffixes = " ".join(SLIDE_SUFFIXES)
+        raise MixmagError(f"no slides in {', '.join(map(str, places))} (suffixes: {suffixes})")
+    return list(first.values())
 
 
-def tile_one(path: Path, encoder, dim: int, args) -> tuple[str, int]:
-    """Tile one slide into its file; the report, and the bytes that it takes. Raises MixmagError if it cannot be done."""
-    if not path.exists():
-        raise MixmagError(f"{path}: no such file")
+def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> tuple[str, int]:
+    """Tile one slide into its file; a report, and the bytes of its features. Raises MixmagError."""
     if path.stem.encode("utf-8", "ignore").decode("utf-8") != path.stem:
         raise MixmagError(f"{ascii(path.stem)}: the name is no UTF-8; rename the file")
-    out = Path(args.out).resolve() / "slides" / f"{path.stem}.safetensors"
-    mask = find_mask(path, args.mask)
-    settings = {
-        "region": args.region,
-        "min_tissue": args.min_tissue,
+    out = settings.out / "slides" / f"{path.stem}.safetensors"
+    mask = find_mask(path, settings.mask)
+    made_with = {
+        "region": settings.region,
+        "min_tissue": settings.min_tissue,
         "source_bytes": path.stat().st_size,
-        "mask": mask and file_sha256(mask),
-        "weights": args.weights_sha256,
+        "mask": file_sha256(mask) if mask else None,
+        "weights": settings.weights_sha256,
     }
-    if already_done(
-        out,
-        {"encoder": args.encoder, "magnifications": args.magnifications, "settings": settings},
-        user_mpp(path.stem, args.manifest, args.mpp)[0],
-    ):
+    wanted = {
+        "encoder": settings.encoder,
+        "magnifications": list(settings.magnifications),
+        "settings": made_with,
+    }
+    mpp, _ = user_mpp(path.stem, settings.manifest, settings.mpp)
+    if already_done(out, wanted, mpp):
         return f"{path.stem}: done before", 0
     reader = Reader(path)
-    plan = plan_slide(reader, args)
-    size = plan.cells * Geometry(1, args.magnifications).tokens_per_cell * dim * 2
-    report = plan_report(reader, plan, args.region) + f"; {size / 1e6:.2f} MB"
-    if not args.dry_run:
-        draw_qc(out.parents[1] / "qc" / f"{path.stem}.png", reader, plan)
-        features, cells, bad = tile_slide(reader, plan, encoder, dim, args)
-        width, height = reader.slide.dimensions
-        write_slide(
-            out,
-            features,
-            cells,
-            np.ones(features.shape[:2], bool),
-            {
-                "slide_id": path.stem,
-                "encoder": args.encoder,
-                "magnifications": args.magnifications,
-                "tile_px": TILE_PX,
-                "mpp": plan.mpp,
-                "cell_px": plan.cell_px,
-                "origin": plan.origin,
-                "width": width,
-                "height": height,
-                "n_bad": bad,
-                "n_unscanned": len(plan.unscanned),
-                "settings": settings,
-            },
-        )
-        report += f"; {bad} windows dropped as unreadable" if bad else ""
-        report += (
-            f"; {len(plan.unscanned)} cells hold pixels that the file does not have, taken for glass"
-            if plan.unscanned
-            else ""
-        )
-    nothing = f"; nothing to embed: tissue is {plan.mask.mean():.1%} of the slide, and of no window as much as --min-tissue {args.min_tissue:.0%}"
-    return report + ("" if plan.windows else nothing), size
+    plan = plan_slide(reader, settings)
+    size = plan.cell_count * Geometry(1, plan.magnifications).tokens_per_cell * dim * 2
+    report = f"{plan_report(reader, plan, settings.region)}; {size / 1e6:.2f} MB"
+    if not settings.dry_run:
+        draw_qc(settings.out / "qc" / f"{path.stem}.png", reader, plan)
+        features, cells, bad = tile_slide(reader, plan, encoder, dim, settings)
+        meta = wanted | slide_meta(reader, plan) | {"n_bad": bad}
+        write_slide(out, features, cells, np.ones(features.shape[:2], bool), meta)
+        if bad:
+            report += f"; {bad} windows dropped as unreadable"
+        if plan.unscanned:
+            report += f"; {len(plan.unscanned)} cells hold pixels that the file does not have"
+            report += ", taken for glass"
+    if not plan.windows:
+        report += f"; nothing to embed: tissue is {plan.mask.mean():.1%} of the slide, and of no "
+        report += f"window as much as --min-tissue {settings.min_tissue:.0%}"
+    return report, size
 
 
-def slides_to_tile(args) -> tuple[list[Path], Path]:
-    """The slides of this share, after everything that can be refused before any work, and where those that fail are to be listed. args.manifest
-    becomes what it says."""
+def slide_meta(reader: Reader, plan: TilePlan) -> dict:
+    """What a slide file says of the slide."""
+    return {
+        "slide_id": reader.path.stem,
+        "tile_px": TILE_PX,
+        "mpp": plan.mpp,
+        "cell_px": plan.cell_px,
+        "origin": plan.origin,
+        "width": reader.size[0],
+        "height": reader.size[1],
+        "n_unscanned": len(plan.unscanned),
+    }
+
+
+def share_of_slides(shard: str | None) -> tuple[int, int]:
+    """(i, n): this process does the i-th of n shares, as --shard says, or torchrun."""
+    rank, world = process_rank()
+    if shard is None:
+        return rank, world
+    if world > 1:
+        raise MixmagError(f"--shard {shard}: torchrun shares the slides out already; leave out one")
+    numbers = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if not numbers or int(numbers[1]) >= int(numbers[2]):
+        raise MixmagError(f"--shard {shard}: expected i/n with 0 <= i < n")
+    return int(numbers[1]), int(numbers[2])
+
+
+def check_tile_flags(args, paths: list) -> None:
+    """Raises MixmagError for what can be refused before any work."""
     try:
         Geometry(args.region, args.magnifications)
     except ValueError as error:
         raise MixmagError(str(error)) from None
-    if args.shard and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise MixmagError(
-            f"--shard {args.shard}: torchrun shares the slides out already; leave out one of the two"
-        )
-    shard = args.shard or f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
-    share, shares = (
-        (int(part) for part in shard.split("/")) if re.fullmatch(r"\d+/\d+", shard) else (1, 0)
-    )
-    if share >= shares:
-        raise MixmagError(f"--shard {shard}: expected i/n with 0 <= i < n")
-    paths, args.manifest = find_slide_files(args.slides), read_manifest(args.manifest)
-    warn_unmatched_rows(args.manifest, {path.stem for path in paths})
     if args.mask and not Path(args.mask).exists():
         raise MixmagError(f"--mask {args.mask}: no such file or folder")
     if args.mask and Path(args.mask).is_file() and len(paths) > 1:
-        raise MixmagError(
-            f"--mask {args.mask} is one file for {len(paths)} slides; give a folder of <slide_id>.png or .geojson"
-        )
-    paths, out = paths[share::shares], Path(args.out).resolve()
+        advice = "give a folder of <slide_id>.png or .geojson"
+        raise MixmagError(f"--mask {args.mask} is one file for {len(paths)} slides; {advice}")
+    out = Path(args.out).resolve()
     if any(path.resolve().parent in (out, out / "slides") for path in paths):
-        raise MixmagError(
-            f"--out {args.out} would write among the slides themselves; name another folder"
-        )
-    return paths, out / ("failed.csv" if shares == 1 else f"failed-{share}-of-{shares}.csv")
+        raise MixmagError(f"--out {args.out} is a folder of slides; name another folder")
 
 
-def tile_command(args) -> int:
-    paths, listed = slides_to_tile(args)
-    args.device = find_device(args.device)
-    encoder = tile_encoder(args.encoder, args.device, args.weights)
-    dim = encode_tiles(
-        encoder, np.full((1, TILE_PX, TILE_PX, 3), 255, np.uint8), 1, args.device
-    ).shape[1]
-    args.weights_sha256 = args.weights and file_sha256(args.weights)
-    failed, needed = [], 0
-
-    for path in progress(paths, desc="slides"):
-        try:
-            report, size = tile_one(path, encoder, dim, args)
-        except Stopped:
-            raise
-        except Exception as error:  # whatever a slide, or the user's encoder, raises
-            reason = " ".join(
-                (
-                    str(error)
-                    if isinstance(error, MixmagError)
-                    else f"{type(error).__name__}: {error}"
-                ).split()
-            )
-            failed.append((path.stem, "tile", reason))
-            print(f"{path.stem}: FAILED: {reason}", file=sys.stderr)
-        else:
-            needed += size
-            print(report, flush=True)
-    if (
-        int(os.environ.get("WORLD_SIZE", 1)) > 1
-    ):  # torchrun ends all processes with the first that ends with a code such as 3
+def wait_for_other_processes() -> None:
+    """torchrun ends all processes with the first that ends with a code other than 0."""
+    if process_rank()[1] > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def tile_command(args) -> int:
+    share, shares = share_of_slides(args.shard)
+    paths = find_slide_files(args.slides)
+    check_tile_flags(args, paths)
+    manifest = read_manifest(args.manifest)
+    warn_unmatched_rows(manifest, {path.stem for path in paths})
+    device = find_device(args.device)
+    encoder = tile_encoder(args.encoder, device, args.weights)
+    white = np.full((1, TILE_PX, TILE_PX, 3), 255, np.uint8)
+    dim = encode_tiles(encoder, white, 1, device).shape[1]
+    flags = vars(args) | {"manifest": manifest, "device": device}
+    flags["out"] = Path(args.out).resolve()
+    flags["weights_sha256"] = file_sha256(args.weights) if args.weights else None
+    settings = TileSettings(**{name: flags[name] for name in TileSettings.__dataclass_fields__})
+    paths = paths[share::shares]
+    failed, needed = tile_all(paths, encoder, dim, settings)
+    wait_for_other_processes()
+    done = len(paths) - len(failed)
     if args.dry_run:
-        free = free_bytes(listed.parent)
-        print(
-            f"{len(paths) - len(failed)} slides can be tiled, {len(failed)} cannot; {needed / 1e9:.3f} GB are needed, {free / 1e9:.3f} GB free "
-            f"under {args.out}"
-        )
+        free = free_bytes(settings.out)
+        room = f"{needed / 1e9:.3f} GB are needed, {free / 1e9:.3f} GB free under {args.out}"
+        print(f"{done} slides can be tiled, {len(failed)} cannot; {room}")
         if needed > free:
             raise MixmagError(f"the slides do not fit under --out {args.out}")
         return 3 if failed else 0
-    print(
-        f"{len(paths) - len(failed)} slides done, {len(failed)} failed"
-        + (f" (see {listed})" if failed else "")
-    )
-    for old in (
-        listed.parent.glob("failed-*-of-*.csv") if listed.name == "failed.csv" else ()
-    ):  # of shares, done again as a whole
-        old.unlink()
-    return report_failed(listed, failed)
+    table = settings.out / f"failed-{share}-of-{shares}.csv"
+    if shares == 1:
+        for old in settings.out.glob("failed-*-of-*.csv"):  # of shares, now done again as a whole
+            old.unlink()
+        table = settings.out / "failed.csv"
+    print(f"{done} slides done, {len(failed)} failed" + f" (see {table})" * bool(failed))
+    return report_failed(table, failed)
+
+
+def tile_all(paths: list, encoder, dim: int, settings: TileSettings) -> tuple[list, int]:
+    """The (slide_id, stage, reason) of each slide that fails, and the bytes of all features."""
+    failed = []
+    total = 0
+    for path in progress(paths, desc="slides"):
+        try:
+            report, size = tile_one(path, encoder, dim, settings)
+        except Stopped:
+            raise
+        except Exception as error:  # whatever a slide, or the user's encoder, raises
+            kind = "" if isinstance(error, MixmagError) else f"{type(error).__name__}: "
+            reason = " ".join(f"{kind}{error}".split())
+            failed.append((path.stem, "tile", reason))
+            print(f"{path.stem}: FAILED: {reason}", file=sys.stderr)
+        else:
+            total += size
+            print(report, flush=True)
+    return failed, total
 
 
 # --------------------------------------------------------------------- import of other tools' files
@@ -2272,8 +2176,8 @@ def embedding_width(width: int, encoder: str, class_token: bool | None) -> int:
 
 
 def import_mpp(files: list[FeatureFile], job: ImportJob) -> tuple[float, str]:
-    """um per level-0 pixel, and who says so: the user, else the size of TRIDENT's tiles. STAMP
-    says nothing of pixels: the default is those of its finest magnification."""
+    """um per level-0 pixel, and who says so: the user, else the size of TRIDENT's tiles. STAMP's
+    files know no pixels: there a pixel is by default one of the finest magnification."""
     nominal = 10 / files[-1].magnification
     if job.tool == "trident":
         nominal *= files[-1].tile_px / files[-1].side
@@ -2324,7 +2228,7 @@ def assemble_cells(files: list, positions: list) -> tuple[np.ndarray, np.ndarray
 
 
 def import_slide(job: ImportJob) -> str:
-    """Write one slide file. What was done."""
+    """Writes the slide file. Returns what was done."""
     sources = [file_sha256(path) for path in job.paths]
     settings = {"tool": job.tool, "class_token": job.class_token, "sources": sources}
     if already_done(job.out, {"encoder": job.encoder, "settings": settings}, job.mpp):
@@ -2364,6 +2268,7 @@ def import_slide(job: ImportJob) -> str:
         "n_bad": 0,
         "residual_um": round(residual, 2),
         "settings": settings,
+        "size_known": None not in first.slide_size,
     }
     write_slide(job.out, features[..., :width], cells, valid, meta)
     return "imported"
@@ -2371,7 +2276,7 @@ def import_slide(job: ImportJob) -> str:
 
 def import_facts(slide: Slide, region: int) -> dict:
     """What import.csv says of a slide file: its tiles, and those that have no partner."""
-    facts = {"dim": slide.dim, "cells": len(slide.cells)}
+    facts: dict = {"dim": slide.dim, "cells": len(slide.cells)}
     for name in ("encoder", "magnifications", "mpp", "mpp_source", "residual_um"):
         facts[name] = slide.meta[name]
     magnifications = slide.meta["magnifications"]
@@ -2387,7 +2292,7 @@ def import_facts(slide: Slide, region: int) -> dict:
 
 
 def import_worker(job: ImportJob) -> dict:
-    """Import a slide in a process of its own. Its row of import.csv."""
+    """Imports a slide in a process of its own. Returns its row of import.csv."""
     for signum in SIGNALS:  # the parent receives them too, and lets the slide be finished
         signal.signal(signum, signal.SIG_IGN)
     size = sum(path.stat().st_size for path in job.paths)
@@ -2425,6 +2330,8 @@ def find_feature_files(folder: Path, pattern: str) -> dict[str, Path]:
     """slide id -> file."""
     files: dict[str, Path] = {}
     for path in visible_files(folder, pattern):
+        if not path.stem.isprintable():  # such as bytes that are no UTF-8
+            raise MixmagError(f"{path.stem!r} in {folder} is not a printable name; rename it")
         same = files.setdefault(path.stem, path)
         if same != path:
             raise MixmagError(f"two files of one slide: {same}, {path}; rename one")
@@ -3195,6 +3102,7 @@ POSITIVE = number_in(int, 1, 2**32 - 1)
 
 def add_synth_flags(parser) -> None:
     """make a synthetic cohort: embeddings with seven planted biomarkers"""
+    parser.set_defaults(function=synth_command)
     parser.epilog = "example: python data.py synth --out data/synthetic --scale quick"
     add = parser.add_argument
     add("--out", default="data/synthetic", help="folder to write")
@@ -3215,6 +3123,7 @@ def add_output_flags(parser) -> None:
 
 def add_tile_flags(parser) -> None:
     """turn whole-slide images into slide files: tissue, cells on one lattice, embeddings"""
+    parser.set_defaults(function=tile_command)
     parser.epilog = "example: python data.py tile --slides slides/ --out data/mine --mpp 0.5"
     add = parser.add_argument
     add("--slides", nargs="+", required=True, metavar="DIR|FILE", help="slides, or their folders")
@@ -3243,6 +3152,7 @@ def add_tile_flags(parser) -> None:
 
 def add_import_flags(parser) -> None:
     """join the embeddings that TRIDENT or STAMP made at each magnification into slide files"""
+    parser.set_defaults(function=import_command)
     parser.description += """. Each magnification is twice the one before, with the same patch size
         in pixels and no overlap. import.csv says which tiles have no parent or children."""
     parser.epilog = "example: python data.py import --stamp 5x 10x 20x --mpp 0.25 --out data/mine"
@@ -3266,36 +3176,33 @@ def add_import_flags(parser) -> None:
 
 def add_verify_flags(parser) -> None:
     """check slide files and task tables; print every finding; exit 1 if there is any"""
+    parser.set_defaults(function=verify_command)
     parser.epilog = "example: python data.py verify data/mine"
     parser.add_argument("data", help="DATA folder")
 
 
 COMMANDS = {
-    "synth": synth_command,
-    "tile": tile_command,
-    "import": import_command,
-    "verify": verify_command,
+    "synth": add_synth_flags,
+    "tile": add_tile_flags,
+    "import": add_import_flags,
+    "verify": add_verify_flags,
 }
-FLAGS = (add_synth_flags, add_tile_flags, add_import_flags, add_verify_flags)
 
 
-def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, add_flags in zip(COMMANDS, FLAGS, strict=True):
-        summary = add_flags.__doc__
-        command = commands.add_parser(
-            name, help=summary, description=summary, formatter_class=HelpFormatter
-        )
-        add_flags(command)
+def parse_command(argv, script: str, summary, commands: dict) -> argparse.Namespace:
+    """The flags of a command, and as `function` what runs it. commands: name -> adds its flags."""
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=script, description=summary, formatter_class=plain)
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, add_flags in commands.items():
+        words = {"help": add_flags.__doc__, "description": add_flags.__doc__}
+        add_flags(subparsers.add_parser(name, formatter_class=HelpFormatter, **words))
     return parser.parse_args(argv)
 
 
 def main(argv=None) -> int:
-    args = parse(argv)
-    return run_command(COMMANDS[args.command], args)
+    args = parse_command(argv, "data.py", __doc__, COMMANDS)
+    return run_command(args.function, args)
 
 
 if __name__ == "__main__":

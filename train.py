@@ -11,7 +11,6 @@ config.json, metrics.jsonl, last.pt and prev.pt (checkpoints), its results, and 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -44,7 +43,16 @@ from torch import distributed
 
 import data
 import mixmag
-from data import OUTCOME, MixmagError, OtherSettings, Stopped, progress, whole_file
+from data import (
+    NATURAL,
+    OUTCOME,
+    POSITIVE,
+    MixmagError,
+    OtherSettings,
+    Stopped,
+    progress,
+    whole_file,
+)
 
 # ------------------------------------------------------ schedule, parameter groups, AMP, one step
 
@@ -130,8 +138,6 @@ def setting(default, help: str, small=None, paper=None, **flag):
     return field(default=default, metadata={"help": help, "small": small, "paper": paper, **flag})
 
 
-NATURAL = data.number_in(int, 0, 2**32 - 1)
-POSITIVE = data.number_in(int, 1, 2**32 - 1)
 SHARE = data.number_in(float, 0, 1)
 BELOW_ONE = data.number_in(float, 0, 0.99)
 RATE = data.number_in(float, 1e-30, 1e3)
@@ -414,11 +420,8 @@ def add_to_sums(sums: dict, out: mixmag.Outputs, weight: float) -> None:
 
 
 def magnification(text: str) -> str | float:
-    """all, or a number that is whole where it can be; STAMP's may be 8.75."""
-    if text == "all":
-        return text
-    number = float(text)
-    return int(number) if number.is_integer() else number
+    """all, or a number; STAMP's may be 8.75."""
+    return text if text == "all" else data.whole_if_possible(float(text))
 
 
 @dataclass(kw_only=True)
@@ -441,18 +444,14 @@ class FinetuneConfig(TrainingConfig):
     hidden: int = setting(None, "width of AB-MIL's attention", 64, 256, type=POSITIVE)
     dropout: float = setting(0.2, "before and after pooling", type=BELOW_ONE)
     smoothing: float = setting(0.1, "label smoothing", type=SHARE)
-    case_score: str = setting(
-        "auto", "a case's score from its slides'", choices=("auto", "max", "mean")
-    )
+    case_score: str = setting("auto", "of a case's slides", choices=("auto", "max", "mean"))
     min_cover: float = setting(0.5, "share of its cells that a region must hold", type=SHARE)
     dry_run: bool = setting(False, "only count cases, regions and tokens")
 
 
+# Eq. 9 needs the label, so it cannot choose a slide at test time
+CASE_SCORES: dict[str, Callable] = {"max": np.max, "mean": np.mean}
 ABMIL_EPOCHS = {"small": 60, "paper": 20}  # without an encoder few tokens learn late, but cheaply
-CASE_SCORES: dict[str, Callable] = {
-    "max": np.max,
-    "mean": np.mean,
-}  # Eq. 9 needs the label, so it cannot be used here
 
 
 def finetune(config: FinetuneConfig) -> dict:
@@ -2071,10 +2070,8 @@ def finetune_command(**options) -> int:
 
 
 def add_config_flags(parser, config_class) -> None:
-    """A flag for each field of a config that `add_command` has not added."""
+    """A flag for each field of a config."""
     for setting in dataclasses.fields(config_class):
-        if setting.name in ("seed", "device"):
-            continue
         flag = dict(setting.metadata)
         numbers = {preset: flag.pop(preset) for preset in PRESETS}
         for preset, number in numbers.items():
@@ -2089,95 +2086,111 @@ def add_config_flags(parser, config_class) -> None:
         parser.add_argument("--" + setting.name.replace("_", "-"), **flag)
 
 
-def add_command(commands, name: str, function, summary: str, example: str):
-    parser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary,
-        epilog=f"example: python train.py {name} {example}",
-        formatter_class=data.HelpFormatter,
-    )
-    parser.set_defaults(function=function)
+# The docstrings of these functions are the summaries that --help shows.
+
+
+def add_pretrain_flags(parser) -> None:
+    """masked embedding modelling, without labels"""
+    parser.set_defaults(function=pretrain_command)
+    parser.epilog = "example: python train.py pretrain --mask 0.5 --source 7"
+    add_config_flags(parser, PretrainConfig)
+
+
+def add_finetune_flags(parser) -> None:
+    """train the prediction of a biomarker, and score its test split once"""
+    parser.set_defaults(function=finetune_command)
+    parser.epilog = "example: python train.py finetune --task skin_braf --init runs/mem-0.50"
+    add_config_flags(parser, FinetuneConfig)
+
+
+def add_data_flags(parser, default=DEFAULT_DATA, required=False) -> None:
+    add = parser.add_argument
+    folder = {"dest": "folder", "metavar": "DATA", "default": default, "required": required}
+    add("--data", help="DATA folder", **folder)
+    add("--device", default="auto", help="auto, cpu or cuda[:i]")
+
+
+def add_predict_flags(parser) -> None:
+    """score slides with a fine-tuned run"""
+    parser.set_defaults(function=predict)
+    parser.epilog = "example: python train.py predict --run runs/msi --data data/mine"
+    add = parser.add_argument
+    add("--run", required=True, help="fine-tuning run")
+    add_data_flags(parser, None, required=True)
+    add("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
+    add("--out", help="CSV to write (default: RUN/predict.csv)")
+
+
+def add_embed_flags(parser) -> None:
+    """write contextualized or compressed outputs as HDF5 files that MIL tools read"""
+    parser.set_defaults(function=embed)
+    parser.epilog = "example: python train.py embed --init runs/mem-0.50 --out embeddings"
+    add = parser.add_argument
+    add("--init", required=True, metavar="RUN", help="pretraining run or encoder folder")
+    add("--out", required=True, help="folder to write")
+    add_data_flags(parser)
+    tokens = "patch: a row per tile; cls: a row per region"
+    add("--tokens", choices=("patch", "cls"), default="cls", help=tokens)
+    add("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
+    add("--min-cover", type=SHARE, default=0.5, help="share of its cells that a region must hold")
+
+
+def add_heatmap_flags(parser) -> None:
+    """where a fine-tuned run looks on a slide: pictures, CSV, GeoJSON for QuPath"""
+    parser.set_defaults(function=heatmap)
+    parser.epilog = "example: python train.py heatmap --run runs/msi --slide S1 --image S1.svs"
+    add = parser.add_argument
+    add("--run", required=True, help="fine-tuning run")
+    add("--slide", required=True, metavar="ID", help="slide id")
+    add_data_flags(parser, None)
+    add("--image", metavar="SLIDE", help="the slide itself, to draw on (default: a white ground)")
+    add("--out", help="folder to write (default: RUN/heatmap/ID)")
+
+
+def add_table_flags(parser) -> None:
+    """run rows x tasks x seeds of the paper's tables 1 and 2, skipping what is done"""
+    parser.set_defaults(function=table)
+    parser.epilog = "example: python train.py table --rows abmil-20 mem-0.50-patch"
+    add = parser.add_argument
+    add_data_flags(parser)
+    add("--out", default="runs/table", help="folder of the runs and of SUMMARY.md")
+    add("--rows", nargs="+", help="such as abmil-20, cmem-7-patch (default: all 24)")
+    add("--tasks", nargs="+", help="tables in DATA/tasks (default: all)")
+    add("--seeds", type=POSITIVE, default=1, help="number of seeds, from --seed on")
+    add("--seed", type=NATURAL, default=0, help="the first seed")
+    add("--preset", choices=PRESETS, default="small", help="sizes of every run")
+    add("--steps", type=POSITIVE, help="pretraining steps (default: the preset's)")
+    add("--epochs", type=POSITIVE, help="fine-tuning epochs (default: the preset's)")
+    add("--frozen-epochs", type=NATURAL, default=1, help="as in finetune")
+
+
+def add_demo_flags(parser) -> None:
+    """a synthetic cohort, MEM pretraining, fine-tuning, a small table, in minutes"""
+    parser.set_defaults(function=demo)
+    add_data_flags(parser)
+    parser.add_argument("--out", default="runs/demo", help="folder of the runs and of SUMMARY.md")
     parser.add_argument("--seed", type=NATURAL, default=0, help="everything random follows from it")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
-    return parser
 
 
-def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
+def add_doctor_flags(parser) -> None:
+    """what this machine offers, and what will go wrong"""
+    parser.set_defaults(function=doctor)
 
-    summary = "masked embedding modelling, without labels"
-    p = add_command(commands, "pretrain", pretrain_command, summary, "--mask 0.5 --source 7")
-    add_config_flags(p, PretrainConfig)
 
-    summary = "train the prediction of a biomarker and score its test split once"
-    example = "--task skin_braf --init runs/mem-0.50 --tokens cls"
-    p = add_command(commands, "finetune", finetune_command, summary, example)
-    add_config_flags(p, FinetuneConfig)
-
-    summary = "score slides with a fine-tuned run"
-    example = "--run runs/skin_braf-mem-0.50-patch-all --data data/mine"
-    p = add_command(commands, "predict", predict, summary, example)
-    p.add_argument("--run", required=True, help="fine-tuning run")
-    p.add_argument("--data", dest="folder", metavar="DATA", required=True, help="DATA folder")
-    p.add_argument("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
-    p.add_argument("--out", help="CSV to write (default: RUN/predict.csv)")
-
-    summary = "write contextualized or compressed outputs as HDF5 files that MIL tools read"
-    example = "--init runs/mem-0.50 --tokens cls --out embeddings"
-    p = add_command(commands, "embed", embed, summary, example)
-    p.add_argument("--init", required=True, metavar="RUN", help="pretraining run or encoder folder")
-    p.add_argument("--out", required=True, help="folder to write")
-    p.add_argument(
-        "--data", dest="folder", metavar="DATA", default=DEFAULT_DATA, help="DATA folder"
-    )
-    p.add_argument(
-        "--tokens", choices=("patch", "cls"), default="cls", help="a row per tile, or per region"
-    )
-    p.add_argument("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
-    p.add_argument("--min-cover", type=SHARE, default=0.5, help="share of cells in a region")
-
-    summary = "where a fine-tuned run looks on a slide: pictures, CSV, GeoJSON for QuPath"
-    example = "--run runs/skin_braf-mem-0.50-patch-all --slide S1 --image slides/S1.svs"
-    p = add_command(commands, "heatmap", heatmap, summary, example)
-    p.add_argument("--run", required=True, help="fine-tuning run")
-    p.add_argument("--slide", required=True, metavar="ID", help="slide id")
-    p.add_argument("--data", dest="folder", metavar="DATA", help="DATA folder (default: the run's)")
-    p.add_argument("--image", metavar="SLIDE", help="the slide itself, to draw on (default: grey)")
-    p.add_argument("--out", help="folder to write (default: RUN/heatmap/ID)")
-
-    summary = "run rows x tasks x seeds of the paper's tables 1 and 2, skipping what is done"
-    example = "--rows abmil-20 mem-0.50-patch --tasks skin_braf"
-    p = add_command(commands, "table", table, summary, example)
-    p.add_argument(
-        "--data", dest="folder", metavar="DATA", default=DEFAULT_DATA, help="DATA folder"
-    )
-    p.add_argument("--out", default="runs/table", help="folder of the runs and of SUMMARY.md")
-    p.add_argument("--rows", nargs="+", help="such as abmil-20, cmem-7-patch (default: all 24)")
-    p.add_argument("--tasks", nargs="+", help="tables in DATA/tasks (default: all)")
-    p.add_argument("--seeds", type=POSITIVE, default=1, help="number of seeds, from --seed on")
-    p.add_argument("--preset", choices=PRESETS, default="small", help="sizes of every run")
-    p.add_argument("--steps", type=POSITIVE, help="pretraining steps (default: the preset's)")
-    p.add_argument("--epochs", type=POSITIVE, help="fine-tuning epochs (default: the preset's)")
-    p.add_argument("--frozen-epochs", type=NATURAL, default=1, help="as in finetune")
-
-    summary = "a synthetic cohort, MEM pretraining, fine-tuning, a small table, in minutes"
-    p = add_command(commands, "demo", demo, summary, "")
-    p.add_argument(
-        "--data", dest="folder", metavar="DATA", default=DEFAULT_DATA, help="DATA folder"
-    )
-    p.add_argument("--out", default="runs/demo", help="folder of the runs, SUMMARY.md and demo.png")
-
-    add_command(commands, "doctor", doctor, "what this machine offers, and what will go wrong", "")
-    return parser.parse_args(argv)
+COMMANDS = {
+    "pretrain": add_pretrain_flags,
+    "finetune": add_finetune_flags,
+    "predict": add_predict_flags,
+    "embed": add_embed_flags,
+    "heatmap": add_heatmap_flags,
+    "table": add_table_flags,
+    "demo": add_demo_flags,
+    "doctor": add_doctor_flags,
+}
 
 
 def main(argv=None) -> int:
-    options = vars(parse(argv))
-    options.pop("command")
+    options = vars(data.parse_command(argv, "train.py", __doc__, COMMANDS))
     function = options.pop("function")
     return data.run_command(function, **options)
 

@@ -1,10 +1,10 @@
-"""Speeds, each as a ratio to a limit or to a peer measured in the same run.
+"""Speeds, each as a ratio to a limit or to a peer that is measured in the same run.
 
-    python tests/bench.py [--only tiling] [--json FILE]          MIXMAG_REAL=folder adds the real slides
+    python tests/bench.py [--only tiling] [--json FILE]      MIXMAG_REAL=folder adds real slides
 
-A line is a function that yields rows; BENCHES at the end names it. Whatever is compared runs in turn, several times over: the ratio is
-the median of the pairs, which a busy machine disturbs least. Models are timed by the wall clock, but with one thread (OMP_NUM_THREADS=1) by
-processor time, which other work on the machine hardly lengthens. `pretraining` wants `pip install transformers` for its peer.
+Whatever is compared runs in turn, several times. The ratio is the median over the rounds: a busy
+machine disturbs it least. Models are timed by the wall clock, or with OMP_NUM_THREADS=1 by
+processor time, which other work hardly changes. The peer ViTMAE needs `pip install transformers`.
 """
 
 import argparse
@@ -31,23 +31,20 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
-import mixmag  # noqa: E402
-import train  # noqa: E402
+import data
+import mixmag
+import train
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def machine() -> str:
-    try:
-        model = next(
-            line.split(":")[1].strip()
-            for line in open("/proc/cpuinfo")
-            if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        model = platform.processor()
-    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    processor = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and "model name" in cpuinfo.read_text():
+        processor = cpuinfo.read_text().split("model name")[1].splitlines()[0].strip("\t :")
+    threads = torch.get_num_threads()
+    return f"{processor}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}"
 
 
 def in_turn(repeats: int, clock=time.perf_counter, **functions) -> dict:
@@ -64,30 +61,36 @@ def in_turn(repeats: int, clock=time.perf_counter, **functions) -> dict:
 def model_clock() -> float:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-    return (
-        time.process_time()
-        if DEVICE.type == "cpu" and torch.get_num_threads() == 1
-        else time.perf_counter()
-    )
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
 
 
 def row(
     line: str, work: float, unit: str, seconds: dict, peer: str, target: float, share: float = 1.0
 ) -> dict:
-    """How much work per second `ours` does, and how many times faster than the peer it is, which did 1/share as much."""
-    return {
-        "line": line,
-        "value": work / statistics.median(seconds["ours"]),
-        "unit": unit,
-        "peer": peer,
-        "target": target,
-        "ratio": share
-        * statistics.median(theirs / ours for ours, theirs in zip(seconds["ours"], seconds[peer])),
-    }
+    """The work per second of "ours", and how many times as fast as the peer it is.
+
+    share: our work / the peer's work.
+    """
+    rounds = zip(seconds["ours"], seconds[peer], strict=True)
+    ratio = share * statistics.median(theirs / ours for ours, theirs in rounds)
+    value = work / statistics.median(seconds["ours"])
+    return result(line, value, unit, ratio, peer, target)
+
+
+def result(line: str, value: float, unit: str, ratio: float, peer: str, target: float) -> dict:
+    names = ("line", "value", "unit", "ratio", "peer", "target")
+    return dict(zip(names, (line, value, unit, ratio, peer, target), strict=True))
+
+
+def peak_memory() -> int:
+    """The most bytes that this process held. Linux only; ru_maxrss would count the parent's."""
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
 def in_child(function, *arguments):
-    """What it returns in a process of its own, whose memory nothing else has touched."""
+    """Its result in a process of its own, whose memory nothing else has touched."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -360,90 +363,85 @@ def memory():
         }
 
 
-# ---------------------------------------------------------------------------------------------------------- pretraining
+# ------------------------------------------------------------------------------------- pretraining
 
 
 def block_flops(width: int, n: int, wanted: int) -> int:
-    """Forward, for `wanted` of n tokens that look at all n: keys and values of all, queries, scores, values, output and SwiGLU of the wanted."""
+    """Forward FLOPs of a block whose outputs at `wanted` of n tokens are used."""
     hidden = mixmag.SwiGLU(width).w1.out_features
-    return (
-        2 * n * 2 * width**2
-        + 2 * wanted * (2 * width**2 + 3 * width * hidden)
-        + 4 * wanted * n * width
-    )
+    keys_values = 2 * n * 2 * width**2
+    attention = 2 * wanted * (2 * width**2 + 2 * n * width)
+    return keys_values + attention + 2 * wanted * 3 * width * hidden
 
 
 def step_flops(config, M: int) -> int:
-    """Useful FLOPs of a MEM step, per region: matrix products forward and twice that backward (once for the input layer, whose input needs no
-    gradient). The encoder sees the kept tokens, the decoder all, its last block and head are wanted at the M removed ones."""
-    N, cls = config.geometry().num_tokens, config.cls_tokens
-    n, d = N - M + cls, config.decoder_width
+    """Useful FLOPs of a MEM step on one region: matrix products forward, and twice that backward.
+
+    The input layer goes backward once, as its input needs no gradient.
+    """
+    N = config.geometry().num_tokens
+    n = N - M + config.cls_tokens
+    d = config.decoder_width
+    all_tokens = N + config.cls_tokens
     encoder = config.depth * block_flops(config.width, n, n)
-    decoder = (
-        (config.decoder_depth - 1) * block_flops(d, N + cls, N + cls)
-        + block_flops(d, N + cls, M)
-        + 2 * n * config.width * d
-        + 2 * M * d * config.dim
-    )
+    decoder = (config.decoder_depth - 1) * block_flops(d, all_tokens, all_tokens)
+    decoder += block_flops(d, all_tokens, M)  # the last block
+    decoder += 2 * n * config.width * d + 2 * M * d * config.dim  # its first and last layers
     return 3 * (encoder + decoder) + 2 * 2 * (N - M) * config.dim * config.width
 
 
-def products(flops: float, dtype) -> callable:
-    """As many FLOPs in plain matrix products, of the size that is fastest."""
+def products(flops: float, dtype):
+    """As many FLOPs in plain matrix products of the size that is fastest."""
     side = 1024 if DEVICE.type == "cpu" else 8192
-    count = math.ceil(flops / 2 / side**3)
-    a, b = (
-        torch.randn(round(flops / 2 / side**2 / count), side, device=DEVICE, dtype=dtype),
-        torch.randn(side, side, device=DEVICE, dtype=dtype),
-    )
-    return lambda: [a @ b for _ in range(count)] and None
+    count = math.ceil(flops / (2 * side**3))
+    rows = round(flops / (2 * side**2 * count))
+    a = torch.randn(rows, side, device=DEVICE, dtype=dtype)
+    b = torch.randn(side, side, device=DEVICE, dtype=dtype)
+
+    def multiply():
+        for _ in range(count):
+            a @ b
+
+    return multiply
 
 
 def mem_step(model, x, removed, dtype=None):
-    compute = SimpleNamespace(
-        autocast=lambda: torch.autocast(
-            DEVICE.type, dtype or torch.float32, enabled=dtype is not None
-        ),
-        world=1,
-        scaler=torch.amp.GradScaler(DEVICE.type, enabled=False),
-    )
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
+    machine = train.Machine(DEVICE, dtype, rank=0, world=1, scaler=scaler)
+    slide = torch.zeros(len(x), device=DEVICE)
+    part = {"x": x, "removed": removed, "valid": None, "slide": slide}
 
     def step():
         model.zero_grad(set_to_none=True)
-        train.pretrain_step(
-            model, [{"x": x, "removed": removed, "valid": None}], len(x), len(x), compute
-        )
+        train.mem_step(model, [part], len(x), machine)
 
     return step
 
 
 def vit_mae(config, B: int, dtype):
-    """transformers' masked autoencoder of the same sizes over 14 x 14 patches of one pixel with 1280 channels. None where it is not installed."""
-    try:
-        from transformers import ViTMAEConfig, ViTMAEForPreTraining
-    except ImportError:
-        return None
-    model = ViTMAEForPreTraining(
-        ViTMAEConfig(
-            hidden_size=config.width,
-            num_hidden_layers=config.depth,
-            num_attention_heads=config.heads,
-            intermediate_size=4 * config.width,
-            image_size=14,
-            patch_size=1,
-            num_channels=config.dim,
-            decoder_hidden_size=config.decoder_width,
-            decoder_num_hidden_layers=config.decoder_depth,
-            decoder_num_attention_heads=config.decoder_heads,
-            decoder_intermediate_size=4 * config.decoder_width,
-            mask_ratio=0.5,
-        )
-    ).to(DEVICE)
+    """transformers' masked autoencoder of the same sizes, on 14 x 14 patches of one pixel each."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    settings = ViTMAEConfig(
+        hidden_size=config.width,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.heads,
+        intermediate_size=4 * config.width,
+        image_size=14,
+        patch_size=1,
+        num_channels=config.dim,
+        decoder_hidden_size=config.decoder_width,
+        decoder_num_hidden_layers=config.decoder_depth,
+        decoder_num_attention_heads=config.decoder_heads,
+        decoder_intermediate_size=4 * config.decoder_width,
+        mask_ratio=0.5,
+    )
+    model = ViTMAEForPreTraining(settings).to(DEVICE)
     x = torch.randn(B, config.dim, 14, 14, device=DEVICE)
 
     def step():
         model.zero_grad(set_to_none=True)
-        with torch.autocast(DEVICE.type, dtype or torch.float32, enabled=dtype is not None):
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype is not None):
             loss = model(x).loss
         loss.backward()
 
@@ -451,250 +449,222 @@ def vit_mae(config, B: int, dtype):
 
 
 def pretraining(repeats: int = 5):
-    """Forward and backward of one part of a batch. `products`: the useful FLOPs as plain matrix products in the same precision; `ViTMAE`: per token."""
+    """Forward and backward of one part of a batch.
+
+    `products`: the useful FLOPs as plain matrix products in the same precision. `ViTMAE`: by token.
+    """
     torch.manual_seed(0)
-    config, B = mixmag.Config.paper(), 16 if DEVICE.type == "cpu" else 256
-    model, x = (
-        mixmag.MaskedEmbeddingModel(config).to(DEVICE),
-        torch.randn(B, 189, 1280, device=DEVICE).half(),
-    )
-    removed = mixmag.random_removal(B, 189, 0.5, device=DEVICE)
+    config = mixmag.Config.paper()
+    B = 16 if DEVICE.type == "cpu" else 256
+    model = mixmag.MaskedEmbeddingModel(config).to(DEVICE)
     compiled = copy.deepcopy(model)
     compiled.compile(dynamic=False)
-    for name, mine, dtype, target in (
+    x = torch.randn(B, 189, 1280, device=DEVICE).half()
+    removed = mixmag.random_removal(B, 189, 0.5, device=DEVICE)
+    flops = B * step_flops(config, removed.shape[1])
+    for name, ours, dtype, target in (
         ("bf16", model, torch.bfloat16, 0.7),
         ("fp32", model, None, 0.9),
         ("bf16, --compile", compiled, torch.bfloat16, 0.7),
     ):
-        steps = {
-            "ours": mem_step(mine, x, removed, dtype),
-            "products": products(B * step_flops(config, removed.shape[1]), dtype or torch.float32),
-            "ViTMAE": vit_mae(config, B, dtype),
-        }
-        steps = {k: step for k, step in steps.items() if step}
+        steps = {"ours": mem_step(ours, x, removed, dtype)}
+        steps["products"] = products(flops, dtype or torch.float32)
+        try:
+            steps["ViTMAE"] = vit_mae(config, B, dtype)
+        except ImportError:
+            print("ViTMAE: skipped, transformers is not installed")
         for step in steps.values():
             step()
         seconds = in_turn(repeats, model_clock, **steps)
-        yield row(
-            f"MEM step, paper preset, {name}", B * 189, "tokens/s", seconds, "products", target
-        )
+        line = f"MEM step, paper preset, {name}"
+        yield row(line, B * 189, "tokens/s", seconds, "products", target)
         if "ViTMAE" in steps:
-            yield row(
-                f"MEM step, paper preset, {name}",
-                B * 189,
-                "tokens/s",
-                seconds,
-                "ViTMAE",
-                1.5,
-                share=189 / 196,
-            )
-        else:
-            print("ViTMAE: skipped, transformers is not installed")
+            yield row(line, B * 189, "tokens/s", seconds, "ViTMAE", 1.5, share=189 / 196)
 
 
-# -------------------------------------------------------------------------------------------------------------- loading
+# ----------------------------------------------------------------------------------------- loading
 
 
 def write_cohort(folder, slides: int, side: int, dim: int = 1280) -> None:
     """Slides of side x side cells with random embeddings."""
-    cells = np.array([(c, r) for r in range(side) for c in range(side)], np.int32)
-    features = (
-        np.random.default_rng(0)
-        .standard_normal((len(cells), 21, dim), np.float32)
-        .astype(np.float16)
-    )
+    cells = np.argwhere(np.ones((side, side)))[:, ::-1].astype(np.int32)  # (col, row), by rows
+    valid = np.ones((len(cells), 21), bool)
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((len(cells), 21, dim), np.float32).astype(np.float16)
+    meta = {
+        "encoder": "bench",
+        "magnifications": [5, 10, 20],
+        "tile_px": 224,
+        "mpp": 0.5,
+        "cell_px": 896.0,
+        "origin": [0.0, 0.0],
+        "width": 896 * side,
+        "height": 896 * side,
+        "n_bad": 0,
+    }
     for i in range(slides):
-        data.write_slide(
-            Path(folder) / "slides" / f"{i:06d}.safetensors",
-            features,
-            cells,
-            np.ones((len(cells), 21), bool),
-            {
-                "slide_id": f"{i:06d}",
-                "encoder": "bench",
-                "magnifications": [5, 10, 20],
-                "tile_px": 224,
-                "mpp": 0.5,
-                "cell_px": 896.0,
-                "origin": [0.0, 0.0],
-                "width": 896 * side,
-                "height": 896 * side,
-                "n_bad": 0,
-            },
-        )
+        name = f"{i:06d}"
+        path = Path(folder) / "slides" / f"{name}.safetensors"
+        data.write_slide(path, features, cells, valid, {"slide_id": name, **meta})
 
 
-def loading(batches: int = 300, batch: int = train.LOAD):
-    """Random windows of 484 kB from files that the system holds in memory, as many at once as pretraining loads. `bare`: the same rows out of the
-    same memory maps, and nothing else."""
+def open_cohort(folder) -> data.RegionDataset:
+    return data.RegionDataset(data.read_slides(folder), mixmag.Geometry(3), seed=0, mask=0.5)
+
+
+def loading(batches: int = 600, size: int = train.PretrainConfig.micro_batch):
+    """Random windows of 484 kB from files that the system holds in memory.
+
+    `bare`: the same rows out of the same memory maps into one buffer, and nothing else.
+    """
     with tempfile.TemporaryDirectory() as folder:
         write_cohort(folder, 24, 16)
-        dataset = data.RegionDataset(data.read_slides(folder), mixmag.Geometry(3), 0, 0.5)
-        (window,), (turn,), _ = dataset.draw(range(batch * batches))
-        rows, maps = (
-            dataset.tokens_of(window, turn)[0],
-            [dataset.slides[s].features.reshape(-1, 1280) for s in dataset.slide_of[window]],
-        )
-        out = np.empty((batch, 189, 1280), np.float16)
+        dataset = open_cohort(folder)
+        parts = [range(i, i + size) for i in range(0, size * batches, size)]
+        (window,), (turn,), _ = dataset.draw(range(size * batches))
+        index, _ = data.token_rows(dataset.rows[window], dataset.entries[turn], 21)
+        slides = [slide.features.reshape(-1, 1280) for slide in dataset.slides]
+        sources = [slides[s] for s in dataset.slide_of[window]]
+        out = np.empty((size, 189, 1280), np.float16)
 
         def bare():
-            for i in range(len(rows)):
-                np.take(maps[i], rows[i], axis=0, out=out[i % batch], mode="clip")
+            for i, source in enumerate(sources):
+                np.take(source, index[i], axis=0, out=out[i % size], mode="clip")
+
+        def load(indices):
+            return data.pinned(dataset.batch(indices), DEVICE)
 
         def loaded(workers):
-            for _ in dataset.batches(
-                [range(i, i + batch) for i in range(0, batch * batches, batch)], workers, DEVICE
-            ):
-                pass
+            for batch in data.prefetch(load, parts, workers):
+                data.to_device(batch, DEVICE)
 
         bare()
-        for held in (False, True):
-            for workers in (0, 1, 2):
-                seconds = in_turn(3, ours=lambda: loaded(workers), bare=bare)
-                yield row(
-                    f"windows, {workers} workers"
-                    + (f", in memory on {DEVICE.type}" if held else ""),
-                    batch * batches,
-                    "windows/s",
-                    seconds,
-                    "bare",
-                    0.8,
-                )
-            dataset.hold(DEVICE)
+        for workers in (0, 1, 2):
+            seconds = in_turn(3, ours=functools.partial(loaded, workers), bare=bare)
+            line = f"windows, {workers} workers"
+            yield row(line, size * batches, "windows/s", seconds, "bare", 0.5)
 
 
-# ----------------------------------------------------------------------------------------------------------- fine-tuning
+# ------------------------------------------------------------------------------------- fine-tuning
 
 
 def slide_cost(regions: int, learns: bool) -> tuple[float, int]:
-    """Seconds of a slide's way through the paper preset in Patch mode, and back where it learns, and the bytes that this process held at most."""
-    config = mixmag.Config.paper()
-    model, dtype = (
-        mixmag.SlideClassifier(config, mixmag.MixingEncoder(config), dropout=0.2).to(DEVICE),
-        train.amp_dtype("auto", DEVICE, config.width),
-    )
-    x, sizes = (
-        torch.ones(regions, 189, 1280, dtype=torch.float16, device=DEVICE),
-        torch.tensor([regions], device=DEVICE),
-    )
+    """Seconds and bytes at most for a slide through the paper preset in Patch mode.
 
-    def there_and_back():
-        with (
-            torch.set_grad_enabled(learns),
-            torch.autocast(DEVICE.type, dtype or torch.float32, enabled=dtype is not None),
-        ):
+    learns: also backward.
+    """
+    config = mixmag.Config.paper()
+    model = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config), dropout=0.2).to(DEVICE)
+    machine = train.start_machine(width=config.width)
+    x = torch.ones(regions, 189, 1280, dtype=torch.float16, device=DEVICE)
+    sizes = torch.tensor([regions], device=DEVICE)
+
+    def through():
+        with torch.set_grad_enabled(learns), machine.autocast():
             logit, _ = model(x, sizes)
         if learns:
             logit.sum().backward()
 
-    seconds = in_turn(1, model_clock, ours=there_and_back)["ours"][0]
-    return (
-        seconds,
-        torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else train.peak_memory(),
-    )
+    (seconds,) = in_turn(1, model_clock, ours=through)["ours"]
+    if DEVICE.type == "cuda":
+        return seconds, torch.cuda.max_memory_allocated()
+    return seconds, peak_memory()
 
 
 def finetuning(most: int = 1000):
     """Memory of a slide in Patch mode, all of the encoder learning."""
     sizes = [most // 8, most // 4, most // 2, most]
-    peaks = [in_child(slide_cost, regions, True)[1] / 1e9 for regions in sizes]
-    for regions, peak in zip(sizes, peaks):
-        yield {
-            "line": f"slide of {regions} regions, {189 * regions:,} tokens",
-            "value": peak,
-            "unit": "GB",
-            "peer": "8 GB",
-            "ratio": 8 / peak,
-            "target": 1.0,
-        }
+    peaks = []
+    for regions in sizes:
+        _, peak = in_child(slide_cost, regions, True)
+        peaks.append(peak / 1e9)
+        line = f"slide of {regions} regions, {189 * regions:,} tokens"
+        yield result(line, peaks[-1], "GB", 8 / peaks[-1], "8 GB", 1.0)
     slope, base = np.polyfit(sizes, peaks, 1)
     print(f"  {base:.2f} GB + {1e6 * slope / 189:.1f} kB per token")
 
 
 def bags():
     """The aggregator on ragged bags, forward and backward. `loop`: bag by bag."""
-    for name, dim, lengths in (
-        ("32 bags of 1 to 64, 3072 wide", 3072, range(1, 65, 2)),
-        ("512 bags of 1 to 32, 64 wide", 64, [1 + i % 32 for i in range(512)]),
+    for name, dim, sizes in (
+        ("32 bags of 1 to 64, 3072 wide", 3072, list(range(1, 65, 2))),
+        ("512 bags of 1 to 32, 64 wide", 64, 16 * list(range(1, 33))),
     ):
-        pool, x, lengths = (
-            mixmag.GatedABMIL(dim).to(DEVICE),
-            torch.randn(sum(lengths), dim, device=DEVICE),
-            torch.tensor(list(lengths), device=DEVICE),
-        )
-        alone = [
-            (part, torch.tensor([len(part)], device=DEVICE)) for part in x.split(lengths.tolist())
-        ]
-        seconds = in_turn(
-            9,
-            model_clock,
-            ours=lambda: pool(x, lengths)[0].sum().backward(),
-            loop=lambda: torch.cat([pool(*bag)[0] for bag in alone]).sum().backward(),
-        )
-        yield row(f"AB-MIL, {name}", len(lengths), "bags/s", seconds, "loop", 3.0)
+        pool = mixmag.GatedABMIL(dim).to(DEVICE)
+        x = torch.randn(sum(sizes), dim, device=DEVICE)
+        lengths = torch.tensor(sizes, device=DEVICE)
+        alone = list(zip(x.split(sizes), lengths.split(1), strict=True))
+
+        def together(pool=pool, x=x, lengths=lengths):
+            pooled, _ = pool(x, lengths)
+            pooled.sum().backward()
+
+        def loop(pool=pool, alone=alone):
+            pooled = [pool(*bag)[0] for bag in alone]
+            torch.cat(pooled).sum().backward()
+
+        seconds = in_turn(9, model_clock, ours=together, loop=loop)
+        yield row(f"AB-MIL, {name}", len(sizes), "bags/s", seconds, "loop", 3.0)
 
 
-# --------------------------------------------------------------------------------------------------- how the cost grows
+# ---------------------------------------------------------------------------------- how cost grows
 
 
 def cohort_cost(slides: int) -> tuple[float, int]:
-    """Seconds to open a cohort of small slides for pretraining, and the bytes that this process then held."""
+    """Seconds to open a cohort of small slides for pretraining, and the bytes that it takes."""
     with tempfile.TemporaryDirectory() as folder:
         write_cohort(folder, slides, 4, dim=8)
-        before, began = train.peak_memory(), time.perf_counter()
-        dataset = data.RegionDataset(data.read_slides(folder), mixmag.Geometry(3), 0, 0.5)
-        assert len(dataset) == 4 * slides
-        return time.perf_counter() - began, train.peak_memory() - before
+        before = peak_memory()
+        began = time.perf_counter()
+        assert len(open_cohort(folder)) == 4 * slides
+        return time.perf_counter() - began, peak_memory() - before
 
 
 def region_cost(region: int) -> tuple[float, int]:
-    """Seconds of a MEM step over about 3000 tokens in regions of region x region cells, bf16, per token; and the bytes held at most."""
+    """Seconds per token of a MEM step on about 3000 tokens, and the bytes held at most.
+
+    Regions have region x region cells.
+    """
     config = mixmag.Config.paper(region=region)
-    N, dtype = config.geometry().num_tokens, train.amp_dtype("auto", DEVICE, config.width)
+    N = config.geometry().num_tokens
     B = round(3024 / N)
-    step = mem_step(
-        mixmag.MaskedEmbeddingModel(config).to(DEVICE),
-        torch.randn(B, N, 1280, device=DEVICE).half(),
-        mixmag.random_removal(B, N, 0.5, device=DEVICE),
-        dtype,
-    )
+    model = mixmag.MaskedEmbeddingModel(config).to(DEVICE)
+    x = torch.randn(B, N, 1280, device=DEVICE).half()
+    removed = mixmag.random_removal(B, N, 0.5, device=DEVICE)
+    step = mem_step(model, x, removed, train.amp_dtype("auto", DEVICE, config.width))
     step()
-    return statistics.median(in_turn(3, model_clock, ours=step)["ours"]) / (
-        B * N
-    ), train.peak_memory()
+    seconds = in_turn(3, model_clock, ours=step)["ours"]
+    return statistics.median(seconds) / (B * N), peak_memory()
 
 
 def growth():
-    """Each measured in a process of its own; the line after it is fitted by least squares, and 1.00 is what that line says."""
-    for name, cost, sizes, unit in (
-        ("cells a side, MEM step per token", region_cost, range(1, 7), "tokens in a region"),
-        (
-            "regions of a slide, encoded",
-            functools.partial(slide_cost, learns=False),
-            (6, 53, 530, 5300),
-            "tokens",
-        ),
-        ("slides of a cohort, opened", cohort_cost, (10, 100, 1000), "slides"),
-    ):
-        amount = [{"slides": s, "tokens": 189 * s}.get(unit, 21 * s**2) for s in sizes]
-        seconds, memory = np.array([in_child(cost, s) for s in sizes]).T
-        fits = [np.polyfit(amount, values, 1) for values in (seconds, memory)]
-        for s, a, t, b in zip(sizes, amount, seconds, memory):
-            yield {
-                "line": f"{name}: {s} ({b / 1e9:.2f} GB)",
-                "value": 1e6 * t,
-                "unit": "us",
-                "peer": "line",
-                "ratio": t / np.polyval(fits[0], a),
-                "target": 1,
-            }
-        print(
-            "  "
-            + ", ".join(
-                f"{scale * base:.3g} {what} + {scale * slope:.3g} x {unit}"
-                for (slope, base), scale, what in zip(fits, (1e6, 1e-6), ("us", "MB"))
-            )
-        )
+    """Each size in a process of its own. The peer is a line fitted to all sizes."""
+    sides = {region: 21 * region**2 for region in range(1, 7)}
+    regions = {count: 189 * count for count in (6, 53, 530, 5300)}
+    slides = {count: count for count in (10, 100, 1000)}
+    encode = functools.partial(slide_cost, learns=False)
+    yield from growth_rows(
+        "cells a side, MEM step per token", region_cost, sides, "tokens in a region"
+    )
+    yield from growth_rows("regions of a slide, encoded", encode, regions, "tokens")
+    yield from growth_rows("slides of a cohort, opened", cohort_cost, slides, "slides")
+
+
+def growth_rows(name: str, cost, amounts: dict, unit: str):
+    """amounts: size -> how many of `unit` it is."""
+    amount = np.array(list(amounts.values()))
+    costs = np.array([in_child(cost, size) for size in amounts])  # seconds, bytes
+    microseconds, megabytes = costs.T * [[1e6], [1e-6]]
+    time_line = np.polyfit(amount, microseconds, 1)
+    memory_line = np.polyfit(amount, megabytes, 1)
+    ratios = microseconds / np.polyval(time_line, amount)
+    for i, size in enumerate(amounts):
+        line = f"{name}: {size} ({megabytes[i] / 1e3:.2f} GB)"
+        yield result(line, microseconds[i], "us", ratios[i], "line", 1)
+    print(
+        f"  {time_line[1]:.3g} us + {time_line[0]:.3g} x {unit}, "
+        f"{memory_line[1]:.3g} MB + {memory_line[0]:.3g} x {unit}"
+    )
 
 
 BENCHES = {
@@ -716,14 +686,14 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the rows there, too")
     args = parser.parse_args()
     print(machine())
+    names = [args.only] if args.only else list(BENCHES)
     rows = []
-    for name in [args.only] if args.only else BENCHES:
+    for name in names:
         for r in BENCHES[name]():
             rows.append(r)
-            print(
-                f"{r['line']:<45} {r['value']:9.1f} {r['unit']:<8} {r['ratio']:6.2f} x {r['peer']:<8} (target {r['target']:g})",
-                flush=True,
-            )
+            value = f"{r['line']:<45} {r['value']:9.1f} {r['unit']:<8}"
+            ratio = f"{r['ratio']:6.2f} x {r['peer']:<8} (target {r['target']:g})"
+            print(value, ratio, flush=True)
     if args.json:
         data.write_json(args.json, {"machine": machine(), "rows": rows})
 

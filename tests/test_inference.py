@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import shutil
 import uuid
 from types import SimpleNamespace
@@ -10,7 +9,6 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import pytest
-import tifffile
 import torch
 from conftest import run
 from PIL import Image
@@ -21,18 +19,11 @@ import train
 from data import MixmagError
 
 # a cell has 1774.2574... pixels, so every edge has to be rounded
-ODD = {
-    "encoder": "odd",
-    "magnifications": [5, 10, 20],
-    "tile_px": 224,
-    "mpp": 0.2525,
-    "cell_px": 448 / 0.2525,
-    "origin": [100.0, 37.0],
-    "width": 40000,
-    "height": 30000,
-    "n_bad": 0,
-}
-MACHINE = train.Machine(torch.device("cpu"), None, 0, 1, torch.amp.GradScaler("cpu", enabled=False))
+ODD = {"encoder": "odd", "tile_px": 224, "mpp": 0.2525, "cell_px": 448 / 0.2525, "n_bad": 0}
+ODD |= {"magnifications": [5, 10, 20], "origin": [100.0, 37.0], "width": 40000, "height": 30000}
+CONFIG = mixmag.Config(6, region=2, width=16, depth=1, heads=2)
+SCALER = torch.amp.GradScaler("cpu", enabled=False)
+MACHINE = train.Machine(torch.device("cpu"), None, 0, 1, SCALER)
 
 
 def read_slide(folder, slide_id):
@@ -78,7 +69,7 @@ def odd(tmp_path_factory):
     slide = read_slide(folder, "many")
     for seed in (0, 1):
         torch.manual_seed(seed)
-        encoder = mixmag.MixingEncoder(mixmag.Config(6, region=2, width=16, depth=1, heads=2))
+        encoder = mixmag.MixingEncoder(CONFIG)
         pretrained = SimpleNamespace(folder=folder / f"run{seed}")
         train.export_encoder(pretrained, encoder, slide, "small", [], [])
     return folder
@@ -232,13 +223,12 @@ def test_a_full_disk_costs_the_slides_that_do_not_fit(odd, tmp_path):
 def tuned(odd):
     """A fine-tuned run on the odd slides, with random weights."""
     torch.manual_seed(4)
-    config = mixmag.Config(6, region=2, width=16, depth=1, heads=2)
-    model = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config), hidden=8)
+    model = mixmag.SlideClassifier(CONFIG, mixmag.MixingEncoder(CONFIG), hidden=8)
     folder = odd / "tuned"
     folder.mkdir()
     settings = {"init": "random", "tokens": "patch", "magnification": "all", "hidden": 8}
     settings |= {"data": str(odd), "amp": "off", "min_cover": 0.5, "tile_encoder": "odd"}
-    data.write_json(folder / "config.json", {**settings, "model": config.to_dict()})
+    data.write_json(folder / "config.json", {**settings, "model": CONFIG.to_dict()})
     data.write_json(folder / "result.json", {"kind": "finetune", "case_score": "max"})
     train.save_file(model.state_dict(), folder / "model.safetensors")
     return folder
@@ -332,9 +322,8 @@ KINDS = [
 def test_attention_lies_where_loops_put_it(odd, init, tokens, magnification, monkeypatch):
     """Order, places, weights, ranks and pictures of every kind of run, against loops."""
     torch.manual_seed(3)
-    config = mixmag.Config(6, region=2, width=16, depth=1, heads=2)
-    encoder = None if init == "none" else mixmag.MixingEncoder(config)
-    model = mixmag.SlideClassifier(config, encoder, tokens, magnification, hidden=8).eval()
+    encoder = None if init == "none" else mixmag.MixingEncoder(CONFIG)
+    model = mixmag.SlideClassifier(CONFIG, encoder, tokens, magnification, hidden=8).eval()
     slide = read_slide(odd, "holes")
     dataset = train.one_case_per_slide(model, [slide], 0.5)
     table, score = train.attention_table(model, dataset, MACHINE)
@@ -402,24 +391,21 @@ def heatmap(pictured, name, **flags):
 
 
 def read_geojson(path):
-    """A reader of what QuPath asks for: strict JSON, closed rectangles of whole numbers, unique ids,
-    finite measurements."""
+    """What QuPath asks for: strict JSON, closed rectangles of whole numbers, unique ids."""
     found = json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(word))
     assert found["type"] == "FeatureCollection"
-    assert len({f["id"] for f in found["features"]}) == len(found["features"])
+    assert len({uuid.UUID(f["id"]) for f in found["features"]}) == len(found["features"])
     for feature in found["features"]:
         assert feature["type"] == "Feature"
-        assert uuid.UUID(feature["id"]).version == 5
         assert feature["geometry"]["type"] == "Polygon"
         (ring,) = feature["geometry"]["coordinates"]
         (left, top), _, (right, bottom), _, _ = ring
         assert ring == [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
-        assert all(type(edge) is int for edge in (left, top, right, bottom))
+        assert {type(edge) for edge in (left, top, right, bottom)} == {int}
         properties = feature["properties"]
         assert properties["objectType"] == "detection"
-        assert isinstance(properties["classification"]["name"], str)
-        assert all(0 <= value <= 255 and type(value) is int for value in properties["color"])
-        assert all(math.isfinite(value) for value in properties["measurements"].values())
+        assert {type(value) for value in properties["color"]} == {int}
+        assert {type(value) for value in properties["measurements"].values()} == {float}
     return found
 
 
@@ -524,8 +510,7 @@ def test_top_regions_are_those_of_the_highest_sum(odd, tmp_path, monkeypatch):
     """Six regions and of each its best tile per magnification: what is cut out, against a loop."""
     slide = read_slide(odd, "many")
     tokens, windows = brute_force(slide)
-    config = mixmag.Config(6, region=2, width=16, depth=1, heads=2)
-    model = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config))
+    model = mixmag.SlideClassifier(CONFIG, mixmag.MixingEncoder(CONFIG))
     places = train.output_places(model, train.one_case_per_slide(model, [slide], 0.5), "many")
     weight = np.random.default_rng(2).random(len(tokens)) ** 4
     table = train.AttentionTable(**vars(places), weight=weight, rank=weight)
@@ -549,22 +534,21 @@ def test_top_regions_are_those_of_the_highest_sum(odd, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "size, changes, message",
+    "width, changes, message",
     [
-        ((2688, 1792), {"size_known": False}, ""),
-        ((2900, 1792), {"size_known": False}, ""),
-        ((2688, 1792), {"size_known": True}, "not the same slide"),
-        ((2688, 1792), {"size_known": False, "cell_px": 1792.0}, "not the same slide"),
+        (2688, {"size_known": False}, ""),
+        (2900, {"size_known": False}, ""),
+        (2688, {"size_known": True}, "not the same slide"),
+        (2688, {"size_known": False, "cell_px": 1792.0}, "not the same slide"),
     ],
 )
 def test_the_image_gives_the_size_that_import_could_not_know(
-    pictured, tmp_path, monkeypatch, size, changes, message
+    pictured, tmp_path, monkeypatch, width, changes, message
 ):
     """STAMP's files do not say how large a slide is. An image is refused where a tile would begin
     beyond it, or where the size is known and another. The loaded slide stays as it is."""
     slide = read_slide(pictured / "d", "synthetic-000")
-    width, height = size
-    write_like(slide, tmp_path, width=width, height=height, **changes)
+    write_like(slide, tmp_path, width=width, height=1792, **changes)
     loaded = []
     read_slides = data.read_slides
     monkeypatch.setattr(data, "read_slides", lambda *a: loaded.extend(read_slides(*a)) or loaded)
@@ -577,14 +561,7 @@ def test_the_image_gives_the_size_that_import_could_not_know(
     else:
         assert heatmap(pictured, "none", **flags) == 0
         assert (tmp_path / "out" / "regions.png").exists()
-    assert (loaded[0].meta["width"], loaded[0].meta["height"]) == size
-
-
-def test_another_slides_image_is_refused(pictured, tmp_path):
-    pixels = np.zeros((512, 512, 3), np.uint8)
-    tifffile.imwrite(tmp_path / "other.tiff", pixels, tile=(256, 256), photometric="rgb")
-    with pytest.raises(MixmagError, match="not the same slide"):
-        heatmap(pictured, "patch", image=tmp_path / "other.tiff", out=tmp_path / "out")
+    assert (loaded[0].meta["width"], loaded[0].meta["height"]) == (width, 1792)
 
 
 def test_geojson_without_the_slide_takes_its_bounds_from_the_lattice(pictured, tmp_path):
