@@ -264,17 +264,14 @@ def covering_windows(cells, region: int, min_cover: float) -> tuple[np.ndarray, 
     return rows[kept], corners[kept]
 
 
-def token_rows(rows, entries, T: int) -> tuple[np.ndarray, np.ndarray]:
-    """rows (..., R*R) of `windows`, entries (..., n): which of a window's R*R*T cell-major entries
-    -> (..., n) rows of the slide's (C*T, D) embeddings, and whether the token's cell exists."""
-    cell = np.take_along_axis(rows, entries // T, axis=-1)
-    return np.maximum(cell * T + entries % T, 0), cell >= 0
-
-
 def token_index(slide: Slide, rows, entries) -> tuple[np.ndarray, np.ndarray]:
-    """`token_rows` of windows (W, R*R) and entries (n,) or (W, n), and which tokens are valid."""
-    index, exists = token_rows(rows, np.atleast_2d(entries), slide.valid.shape[1])
-    return index, exists & slide.valid.reshape(-1)[index]
+    """rows (W, R*R) of `windows`, entries (n,) or (W, n): which of a window's R*R*T cell-major
+    entries -> (W, n) rows of the slide's (C*T, D) embeddings, and which of them are valid."""
+    T = slide.valid.shape[1]
+    entries = np.atleast_2d(entries)
+    cell = np.take_along_axis(rows, entries // T, axis=1)
+    index = np.maximum(cell * T + entries % T, 0)
+    return index, (cell >= 0) & slide.valid.reshape(-1)[index]
 
 
 def gather(slide: Slide, rows, entries) -> tuple[np.ndarray, np.ndarray]:
@@ -377,20 +374,22 @@ class RegionDataset(torch.utils.data.Dataset):
         return self.first[slide] + candidates[rng.integers(len(candidates))]
 
     def read(self, indices) -> dict:
-        """As `batch`, each with a leading axis of views and `valid` always a tensor."""
+        """As `batch`, with `valid` always a tensor."""
         window, turn, removed = self.draw(indices)
         slide = self.slide_of[window]
-        T = self.geometry.tokens_per_cell
-        index, valid = token_rows(self.rows[window], self.entries[turn], T)  # (views, B, N)
-        x = np.empty((*index.shape, self.slides[0].dim), np.float16)
+        x = np.empty((*window.shape, self.geometry.num_tokens, self.slides[0].dim), np.float16)
+        valid = np.empty(x.shape[:-1], bool)
         for at in np.ndindex(window.shape):
             source = self.slides[slide[at]]
+            rows = self.rows[window[at], None]
+            index, valid[at] = token_index(source, rows, self.entries[turn[at]])
             features = source.features.reshape(-1, source.dim)
-            np.take(features, index[at], axis=0, out=x[at], mode="clip")  # clip: straight into x
-            valid[at] &= source.valid.reshape(-1)[index[at]]
+            np.take(features, index[0], axis=0, out=x[at], mode="clip")  # clip: straight into x
         x[~valid] = 0
-        arrays = {"x": x, "removed": removed, "valid": valid, "slide": slide}
-        return {key: torch.from_numpy(array) for key, array in arrays.items()}
+        arrays: dict[str, Any] = {"x": x, "removed": removed, "valid": valid, "slide": slide}
+        for key, array in arrays.items():
+            arrays[key] = torch.from_numpy(array if self.views == 2 else array[0])
+        return arrays
 
     def __getitem__(self, i: int) -> dict:
         """x (N, D) float16, removed (M,), valid (N,) bool, slide (): its place in `slides`.
@@ -398,9 +397,7 @@ class RegionDataset(torch.utils.data.Dataset):
         With two views each has a leading axis of 2.
         """
         sample = self.read([i])
-        if self.views == 2:
-            return {key: value[:, 0] for key, value in sample.items()}
-        return {key: value[0, 0] for key, value in sample.items()}
+        return {key: value.select(self.views - 1, 0) for key, value in sample.items()}
 
     def batch(self, indices) -> dict:
         """x (B, N, D) float16, removed (B, M), valid (B, N) or None if all are valid, slide (B,).
@@ -408,8 +405,6 @@ class RegionDataset(torch.utils.data.Dataset):
         With two views each has a leading axis of 2.
         """
         batch = self.read(indices)
-        if self.views == 1:
-            batch = {key: value[0] for key, value in batch.items()}
         if batch["valid"].all():
             batch["valid"] = None
         return batch
@@ -2718,6 +2713,7 @@ def synth_images(out, count: int, seed: int) -> None:
         "tile": (256, 256),
         "photometric": "rgb",
         "compression": "zlib",
+        "compressionargs": {"level": 1},
         "resolutionunit": "CENTIMETER",
     }
     for i in progress(range(count), desc="synthetic images"):
@@ -2978,7 +2974,7 @@ def whole_file(path):
         reason = " ".join(str(error).split())
         raise MixmagError(f"{path}: cannot be written ({reason})") from None
     finally:
-        if temporary.exists():
+        with contextlib.suppress(OSError):  # the parent may be no folder
             temporary.unlink()
 
 

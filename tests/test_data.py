@@ -279,29 +279,24 @@ def test_verify_prints_every_finding(tmp_path):
 
 
 # --------------------------------------------------------------------------------- tasks and splits
-def test_task_tables_keep_ids_as_text_and_survive_bom_and_crlf(tmp_path):
+def test_task_tables_keep_ids_as_text_and_survive_bom_and_crlf(tmp_path, monkeypatch):
     (tmp_path / "tasks").mkdir()
     text = "\ufeffcase_id,slide_id,label,split,extra\r\n001,0010,1,train,x\r\n1,10,0,train,y\r\n"
     (tmp_path / "tasks" / "t.csv").write_bytes(text.encode())
     found = [(case.case_id, case.slide_ids, case.label) for case in data.read_task(tmp_path, "t")]
     assert found == [("001", ["0010"], 1), ("1", ["10"], 0)]
-
-
-@pytest.mark.parametrize("label", ["1.0", "yes", "", "nan", "2"])
-def test_labels_are_zero_or_one(tmp_path, label):
-    task(tmp_path, [("c", "s", label, "train")])
-    with pytest.raises(MixmagError, match="expected 0 or 1"):
-        data.read_task(tmp_path, "t")
     with pytest.raises(MixmagError, match="no such task; found t"):
         data.read_task(tmp_path, "u")
+    for label in ("1.0", "yes", "", "nan", "2"):
+        task(tmp_path, [("c", "s", label, "train")])
+        with pytest.raises(MixmagError, match="expected 0 or 1"):
+            data.read_task(tmp_path, "t")
 
-
-def test_an_outcome_of_another_kind_is_one_class(tmp_path, monkeypatch):
     class Grade(data.Outcome):
         def parse(self, text):
             return ["low", "medium", "high"].index(text)
 
-    monkeypatch.setattr(data, "OUTCOME", Grade())
+    monkeypatch.setattr(data, "OUTCOME", Grade())  # an outcome of another kind is one class
     task(tmp_path, [("c", "s", "high", "train"), ("d", "t", "low", "train")])
     assert [case.label for case in data.read_task(tmp_path, "t")] == [2, 0]
 
@@ -353,24 +348,22 @@ def test_hidden_files_are_nobodys(tmp_path):
 
 
 # ----------------------------------------------------------------------------- the synthetic cohort
-def test_full_scale_is_the_papers_appendix():
-    for name, rows in data.synth_plan("full", 0).items():
+@pytest.mark.parametrize("scale", ["full", "quick"])
+def test_full_scale_is_the_papers_appendix_and_quick_scale_can_be_ranked(scale):
+    for name, rows in data.synth_plan(scale, 0).items():
         for split, (cases, slides, positive) in data.COHORT[name].items():
             mine = [row for row in rows if row[3] == split]
             labels = {row[0]: row[2] for row in mine}
-            assert len(labels) == cases and len(mine) == slides
-            assert np.mean(list(labels.values())) == pytest.approx(positive, abs=0.5 / cases + 1e-9)
-
-
-def test_quick_scale_can_be_ranked():
-    plan = data.synth_plan("quick", 0)
-    for rows in plan.values():
-        for split, (least, positives) in data.QUICK_FLOORS.items():
-            labels = list({row[0]: row[2] for row in rows if row[3] == split}.values())
-            assert len(labels) >= least and min(labels.count(0), labels.count(1)) >= positives
+            positives = sum(labels.values())
+            if scale == "full":
+                assert (len(labels), len(mine)) == (cases, slides)
+                assert positives / cases == pytest.approx(positive, abs=0.5 / cases + 1e-9)
+            least, least_positives = data.QUICK_FLOORS[split]
+            if scale == "quick":
+                assert len(labels) >= least
+                assert least_positives <= positives <= len(labels) - least_positives
         shown = {row[0]: row[2] for row in rows if row[4]}
         assert shown == {row[0]: 1 for row in rows if row[2]}
-    assert any(len(rows) > len({row[0] for row in rows}) for rows in plan.values())
 
 
 def test_cohort_follows_from_its_seed(cohort):
@@ -547,8 +540,6 @@ def test_torch_loads_regions_in_its_workers(holed, views):
     for start, batch in zip(range(0, 18, 4), batches, strict=True):
         for b, x in enumerate(batch["x"]):
             assert torch.equal(x, dataset[start + b]["x"])
-    shuffled = DataLoader(dataset, 4, sampler=RandomSampler(dataset))
-    assert sum(len(batch["valid"]) for batch in shuffled) == len(dataset)
     whole = DataLoader(range(len(dataset)), 9, collate_fn=dataset.batch)
     assert torch.equal(next(iter(whole))["x"], dataset.batch(range(9))["x"])
 
@@ -618,8 +609,6 @@ def test_torch_loads_cases_in_its_workers(cohort):
     for i, case in enumerate(DataLoader(dataset, batch_size=None, num_workers=2)):
         assert torch.equal(case["x"], dataset[i]["x"]) and case["valid"].all()
         assert case["slide_ids"] == cases[i].slide_ids
-    for i, case in enumerate(DataLoader(dataset, batch_size=1)):
-        assert torch.equal(case["x"][0], dataset[i]["x"])
     assert len(list(DataLoader(dataset, None, sampler=RandomSampler(dataset)))) == len(cases)
 
 
