@@ -760,7 +760,7 @@ class Reader:
             self.downsamples = self.handle.level_downsamples
             self.level_sizes = self.handle.level_dimensions  # (width, height) of each level
         except openslide.OpenSlideError as error:
-            reasons = "another format, a TIFF in strips, a part of a slide, or cut short?"
+            reasons = "another format, a TIFF in strips or big-endian, or cut short?"
             raise SlideReadError(f"{path}: OpenSlide cannot open it ({error}); {reasons}") from None
         self.size = self.level_sizes[0]
         self.jpeg: dict[int, JpegLevel] = {}  # while it is empty, OpenSlide reads all levels
@@ -1031,7 +1031,8 @@ def same_first_tile(reader: Reader, level: int, jpeg: JpegLevel) -> bool:
 def plain_jpeg_pages(reader: Reader, tiff: tifffile.TiffFile) -> dict:
     """{level: page} of the levels whose tiles are plain JPEG pictures."""
     pages: dict = defaultdict(list)  # by size
-    for page in map(tifffile.TiffPage.aspage, tiff.pages):
+    for entry in tiff.pages:
+        page = entry.aspage()
         if page.is_tiled:
             pages[page.imagewidth, page.imagelength].append(page)
     found = {}
@@ -1091,9 +1092,8 @@ def otsu(values: np.ndarray) -> int:
 
 def thumbnail(reader: Reader, mpp: float) -> tuple[np.ndarray, np.ndarray]:
     """(h, w, 3) uint8 of the whole slide at TISSUE_UM, box-averaged over white, and (h, w) bool
-    where it cannot be read. Memory does not grow with the slide, because it is read in blocks. A
-    block that fails is quartered, down to an eighth of its side, and then read from a finer
-    level."""
+    where it cannot be read. It is read in blocks, so that memory does not grow with the slide. A
+    block that fails is quartered, down to an eighth of its side, then read from a finer level."""
     width, height = reader.size
     w = max(1, round(width * mpp / TISSUE_UM))
     h = max(1, round(height * mpp / TISSUE_UM))
@@ -1197,8 +1197,7 @@ def find_tissue(rgb: np.ndarray) -> np.ndarray:
 
 
 def find_mask(path: Path, place) -> Path | None:
-    """The user's mask of a slide: the file `place`, or <slide_id>.png or .geojson in that
-    folder."""
+    """The user's mask of a slide: the file `place`, or its <slide_id>.png or .geojson."""
     if place is None:
         return None
     files = [Path(place)]
@@ -1308,12 +1307,13 @@ class TilePlan:
 
     mpp: float
     mpp_source: str
-    magnifications: list
+    magnifications: tuple
     cell_px: float
     origin: tuple
     level: int  # the coarsest one that is fine enough for every magnification
     downsample: float
-    lines: tuple  # (cols + 1,), (rows + 1,) int: the lattice in the level's pixels
+    lines: list  # (cols + 1,), (rows + 1,) int: the lattice in the level's pixels
+    drift: float  # the largest distance of a line from the unrounded lattice, um
     thumbnail: np.ndarray  # (h, w, 3) at TISSUE_UM
     mask: np.ndarray  # (h, w) where its tissue is
     mask_scale: np.ndarray  # (2,) pixels of the mask per level-0 pixel, in x and y
@@ -1340,11 +1340,6 @@ class TilePlan:
         inside = sum(self.patch(self.mask, *window).sum() for window in self.windows)
         return inside / max(1, self.mask.sum())
 
-    @property
-    def shrink(self) -> int:
-        """The level's pixels, rounded, along a pixel of the finest magnification."""
-        return max(1, round(10.0 / self.magnifications[-1] / self.mpp / self.downsample))
-
     def patch(self, mask: np.ndarray, col: int, row: int, cols: int = 1, rows: int = 1):
         """The part of a mask that these cells cover, at least one pixel of it."""
         corners = np.array([[col, row], [col + cols, row + rows]]) * self.cell_px + self.origin
@@ -1358,29 +1353,6 @@ class TilePlan:
         holes = ndimage.binary_fill_holes(self.mask) & ~self.mask
         small_holes = holes & ~large_components(holes, 4 * HOLE)
         return ndimage.binary_erosion(self.mask | small_holes, iterations=2)
-
-    def edges(self, axis: int, k: int) -> np.ndarray:
-        """Where the tiles of magnification index k begin and end, in the level's pixels: every
-        interval of the lattice in 2^k equal parts. Axis 0 is x."""
-        lines = self.lines[axis]
-        places = np.arange((len(lines) - 1) * 2**k + 1) / 2**k
-        return np.interp(places, np.arange(len(lines)), lines)
-
-    def drift(self) -> float:
-        """The largest distance of an edge of a tile from the unrounded lattice, um."""
-        distances = []
-        for k in range(len(self.magnifications)):
-            for axis in range(2):
-                edges = self.edges(axis, k) * self.downsample
-                exact = self.origin[axis] + self.cell_px / 2**k * np.arange(len(edges))
-                distances.append(np.abs(edges - exact).max() * self.mpp)
-        return max(distances)
-
-    def effective_mpp(self, k: int) -> tuple[float, float]:
-        """The least and the largest um/px of the tiles of magnification index k."""
-        sides = np.concatenate([np.diff(self.edges(axis, k)) for axis in range(2)])
-        sides = sides * self.downsample * self.mpp / TILE_PX
-        return sides.min(), sides.max()
 
 
 def check_fine_enough(mpp: float, magnifications) -> None:
@@ -1407,14 +1379,21 @@ def plan_slide(reader: Reader, settings: TileSettings) -> TilePlan:
     cell_px = TILE_PX * 10.0 / settings.magnifications[0] / mpp
     bounds = reader.bounds
     level = reader.level_for(finest / mpp)
+    downsample = reader.downsamples[level]
     lines = []
+    drift = 0.0
     for start, side, size in zip(bounds[:2], bounds[2:], reader.level_sizes[level], strict=True):
         cells = int((side + 1) / cell_px)  # a last line may be rounded, too
         if cells == 0:
             cell = f"one cell of {cell_px:g} px ({cell_px * mpp:g} um)"
             raise MixmagError(f"its {bounds[2]} x {bounds[3]} px are less than {cell}")
-        exact = (start + cell_px * np.arange(cells + 1)) / reader.downsamples[level]
-        lines.append(np.round(exact).clip(max=size).astype(int))
+        exact = start + cell_px * np.arange(cells + 1)
+        lines.append(np.round(exact / downsample).clip(max=size).astype(int))
+        drift = max(drift, np.abs(lines[-1] * downsample - exact).max() * mpp)
+    if drift > MAX_DRIFT * finest:
+        found = f"edges would lie {drift:.3g} um off, more than {MAX_DRIFT * finest:g} um"
+        sizes = f"{reader.level_sizes[level]} px) does not fit level 0 ({reader.size} px)"
+        raise MixmagError(f"level {level} ({sizes}: {found}")
     picture, mask = tissue_mask(reader, mpp, find_mask(reader.path, settings.mask))
     plan = TilePlan(
         mpp=mpp,
@@ -1423,22 +1402,19 @@ def plan_slide(reader: Reader, settings: TileSettings) -> TilePlan:
         cell_px=cell_px,
         origin=(float(bounds[0]), float(bounds[1])),
         level=level,
-        downsample=reader.downsamples[level],
-        lines=tuple(lines),
+        downsample=downsample,
+        lines=lines,
+        drift=drift,
         thumbnail=picture,
         mask=mask,
         mask_scale=np.divide(mask.shape[::-1], reader.size),
     )
     plan.choose_windows(settings.region, settings.min_tissue)
-    if plan.drift() > MAX_DRIFT * finest:
-        found = f"edges would lie {plan.drift():.3g} um off, more than {MAX_DRIFT * finest:g} um"
-        sizes = f"{reader.level_sizes[level]} px) does not fit level 0 ({reader.size} px)"
-        raise MixmagError(f"level {level} ({sizes}: {found}")
     return plan
 
 
 def check_nothing_lost(plan: TilePlan, alpha: np.ndarray, col: int, row: int) -> None:
-    """Notes a cell that has pixels which the file does not have, alpha (h, w) = 0. Raises
+    """Notes a cell with pixels that the file does not have (alpha (h, w) is 0 there). Raises
     SlideReadError if there was tissue."""
     plan.unscanned.add((col, row))
     inside = plan.patch(plan.inside, col, row)
@@ -1468,7 +1444,9 @@ def read_cell(reader: Reader, plan: TilePlan, col: int, row: int) -> np.ndarray:
     if least_alpha < 255:
         pixels = np.asarray(over_white(pixels).convert("RGBX"))
     K = len(plan.magnifications)
-    side = TILE_PX * 2 ** (K - 1) * plan.shrink
+    # The level's pixels, rounded, along a pixel of the finest magnification.
+    shrink = max(1, round(10.0 / plan.magnifications[-1] / plan.mpp / plan.downsample))
+    side = TILE_PX * 2 ** (K - 1) * shrink
     if pixels.shape[:2] != (side, side):
         pixels = np.require(pixels, requirements="W")  # torch takes no read-only array
         planes = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # (1, 4, h, w)
@@ -1476,7 +1454,6 @@ def read_cell(reader: Reader, plan: TilePlan, col: int, row: int) -> np.ndarray:
         pixels = planes[0].permute(1, 2, 0).numpy()
     picture = Image.frombuffer("RGBX", (side, side), pixels, "raw", "RGBX", 0, 1)
     tiles = np.empty(((4**K - 1) // 3, TILE_PX, TILE_PX, 3), np.uint8)
-    shrink = plan.shrink
     for k in reversed(range(K)):
         if shrink > 1:
             picture = picture.reduce(shrink)
@@ -1492,11 +1469,6 @@ def cells_of(window: tuple) -> list:
     """[(col, row), ...] of the cells in a window, row-major."""
     col, row, cols, rows = window
     return [(col + c, row + r) for r in range(rows) for c in range(cols)]
-
-
-def read_window(reader: Reader, plan: TilePlan, window: tuple) -> np.ndarray:
-    """(cells, T, 224, 224, 3) uint8: the tiles of a window, cell-major."""
-    return np.stack([read_cell(reader, plan, *cell) for cell in cells_of(window)])
 
 
 def read_cells(reader: Reader, plan: TilePlan):
@@ -1515,8 +1487,7 @@ def read_cells(reader: Reader, plan: TilePlan):
 
 
 def scale_bar(axis, across: float) -> None:
-    """A bar of a round length at the lower left of a picture whose axis is in um and shows
-    `across`."""
+    """A bar of a round length, lower left in a picture whose axis is in um and shows `across`."""
     lengths = [n * 10.0**k for n in (1, 2, 5) for k in range(6)]
     length = max(n for n in lengths if n <= max(across / 3, 1))
     left, right = axis.get_xlim()
@@ -1542,7 +1513,8 @@ def draw_qc(path, reader: Reader, plan: TilePlan) -> None:
     draw_overview(axes[0], reader, plan, best)
     try:
         for window in best:
-            draw_tiles(axes[1:], plan, window, read_window(reader, plan, window))
+            tiles = np.stack([read_cell(reader, plan, *cell) for cell in cells_of(window)])
+            draw_tiles(axes[1:], plan, window, tiles)
     except SlideReadError as error:
         figure.suptitle(f"the red window cannot be read: {error}", fontsize=8, wrap=True)
     for axis in axes:
@@ -1586,10 +1558,10 @@ def draw_tiles(axes, plan: TilePlan, window: tuple, tiles: np.ndarray) -> None:
     side = plan.cell_px * plan.mpp
     for k, axis in enumerate(axes):
         n = 2**k
-        picture = tiles[:, magnification_entries(k)]  # (C, n * n, 224, 224, 3)
-        picture = picture.reshape(rows, cols, n, n, TILE_PX, TILE_PX, 3)
-        picture = picture.transpose(0, 2, 4, 1, 3, 5, 6)  # (rows, n, 224, cols, n, 224, 3)
-        picture = Image.fromarray(picture.reshape(rows * n * TILE_PX, cols * n * TILE_PX, 3))
+        pixels = tiles[:, magnification_entries(k)]  # (C, n * n, 224, 224, 3)
+        pixels = pixels.reshape(rows, cols, n, n, TILE_PX, TILE_PX, 3)
+        pixels = pixels.transpose(0, 2, 4, 1, 3, 5, 6)  # (rows, n, 224, cols, n, 224, 3)
+        picture = Image.fromarray(pixels.reshape(rows * n * TILE_PX, cols * n * TILE_PX, 3))
         shrink = max(1, max(picture.size) // 900)
         axis.imshow(picture.reduce(shrink), extent=(0, cols * side, rows * side, 0))
         axis.vlines(np.arange(1, cols * n) * side / n, 0, rows * side, color="white", lw=0.4)
@@ -1602,10 +1574,12 @@ def plan_report(reader: Reader, plan: TilePlan, region: int) -> str:
     """Two lines about what will be read, and how exactly."""
     tokens = []
     effective = []
+    sides = np.concatenate([np.diff(lines) for lines in plan.lines])
+    cell_mpp = sides * plan.downsample * plan.mpp / TILE_PX  # of the lowest magnification
     for k, magnification in enumerate(plan.magnifications):
-        low, high = plan.effective_mpp(k)
+        found = f"{cell_mpp.min() / 2**k:.4g} to {cell_mpp.max() / 2**k:.4g}"
         tokens.append(f"{magnification}x {plan.cell_count * 4**k}")
-        effective.append(f"{magnification}x {10 / magnification:g} ({low:.4g} to {high:.4g})")
+        effective.append(f"{magnification}x {10 / magnification:g} ({found})")
     whole = sum(cols * rows == region**2 for _, _, cols, rows in plan.windows)
     total = plan.cell_count * (4 ** len(tokens) - 1) // 3
     report = (
@@ -1613,7 +1587,7 @@ def plan_report(reader: Reader, plan: TilePlan, region: int) -> str:
         f"{len(reader.level_sizes)} (downsample {plan.downsample:.6g}), {len(plan.windows)} of "
         f"{plan.candidates} windows hold tissue ({whole} with all {region**2} cells) and "
         f"{plan.covered:.0%} of it, {plan.cell_count} cells, {total} tokens ({', '.join(tokens)})\n"
-        f"    drift: edges keep to the lattice within {plan.drift():.2g} um; "
+        f"    drift: edges keep to the lattice within {plan.drift:.2g} um; "
         f"um/px asked (effective): {', '.join(effective)}"
     )
     finest = 10.0 / plan.magnifications[-1]
@@ -1685,8 +1659,7 @@ def tile_encoder(name: str, device, weights=None):
 
 def encode_tiles(encoder, tiles: np.ndarray, batch_size: int, device, dim: int | None = None):
     """tiles (..., 224, 224, 3) uint8 -> (..., D) float16. Raises MixmagError for an output that is
-    no (B, D) of finite floats in float16's range, or has not the width `dim`, if given, in each
-    batch."""
+    no (B, dim) of finite floats in float16's range; without dim, of one width in all batches."""
     made = []
     with torch.inference_mode():
         for batch in torch.from_numpy(tiles.reshape(-1, *tiles.shape[-3:])).split(batch_size):
@@ -1723,6 +1696,9 @@ class Virchow2(torch.nn.Module):
     says 0.5.
     """
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, model):
         super().__init__()
         self.model = model
@@ -1736,8 +1712,7 @@ class Virchow2(torch.nn.Module):
 
 
 def load_virchow2(device, weights=None) -> Virchow2:
-    """With the weights of a file, else of the Hugging Face hub. Raises MixmagError with what to
-    do."""
+    """With the weights of a file, else of the Hugging Face hub. Raises MixmagError."""
     try:
         import timm
         from timm.layers import SwiGLUPacked
@@ -1823,7 +1798,7 @@ def tile_slide(reader: Reader, plan: TilePlan, encoder, dim: int, settings: Tile
     because their pixels cannot be read."""
     T = Geometry(1, plan.magnifications).tokens_per_cell
     cells_per_batch = max(1, settings.batch_size // T)
-    batch = []  # tiles of cells, each (T, 224, 224, 3)
+    batch: list[np.ndarray] = []  # tiles of cells, each (T, 224, 224, 3)
     features = [np.zeros((0, T, dim), np.float16)]
     done = []  # (window, (col, row)) of each cell, in the order of the features
     unreadable = set()  # windows
@@ -1872,7 +1847,7 @@ def slide_files_below(folder: Path):
 def find_slide_files(places) -> list[Path]:
     """Slide files, named or found in folders, one for each DICOM series. Raises MixmagError if two
     have the same slide id."""
-    paths = []
+    paths: list[Path] = []
     for place in map(Path, places):
         paths += slide_files_below(place) if place.is_dir() else [place]
     first: dict = {}  # by what makes a file another slide

@@ -38,7 +38,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from scipy import stats
-from sklearn.metrics import average_precision_score
 from torch import distributed
 
 import data
@@ -201,10 +200,7 @@ def pretrain(config: PretrainConfig) -> dict:
     folder = ensure_data(config.data, machine)
     train_ids, held_out_ids = pretraining_split(folder, config.holdout)
     if not train_ids:
-        raise MixmagError(
-            f"{folder}: no slide is left to train on; all are in a tune or test split or held out "
-            f"(--holdout {config.holdout:g})"
-        )
+        raise MixmagError(f"{folder}: no slide is left to train on; see tasks/ and --holdout")
     slides = data.read_slides(folder, train_ids)
     model_config = make_model_config(config, slides[0])
     dataset = pretraining_windows(config, slides, model_config.geometry(), machine)
@@ -213,9 +209,8 @@ def pretrain(config: PretrainConfig) -> dict:
     if run.result():
         return run.result()
     torch.manual_seed(config.seed)
-    if config.source is None:
-        model = mixmag.MaskedEmbeddingModel(model_config)
-    else:
+    model = mixmag.MaskedEmbeddingModel(model_config)
+    if config.source:
         model = mixmag.ContrastiveEmbeddingModel(model_config)
     mean, std, directions = data.feature_statistics(slides)
     model.encoder.standardize.fit(mean, std)
@@ -223,16 +218,16 @@ def pretrain(config: PretrainConfig) -> dict:
     seconds = pretrain_loop(config, run, model, dataset, total, peak)
     if run.writes:
         export_encoder(run, model.encoder, slides[0], config.preset, train_ids, held_out_ids)
-        finish_pretraining(config, run, model, directions, held_out_ids, total, seconds)
+        facts = {"steps": total, "seconds": round(seconds, 1)}
+        finish_pretraining(config, run, model, directions, held_out_ids, facts)
     machine.barrier()
     return run.result()
 
 
 def pretraining_split(folder: Path, holdout: float) -> tuple[list, list]:
-    """Slide ids to train on, and to measure the loss on.
+    """Slide ids to train on, and to measure the loss on. Whole cases are held out.
 
-    Whole cases are held out. A hash of the case's name chooses them, so that the choice depends on
-    nothing else.
+    A hash of a case's name decides, so the choice depends on nothing else.
     """
     case_of = {}
     for task in data.task_names(folder):
@@ -242,36 +237,27 @@ def pretraining_split(folder: Path, holdout: float) -> tuple[list, list]:
     cases = {case_of.get(i, i) for i in ids}
     ordered = sorted(cases, key=lambda case: hashlib.sha256(case.encode("utf-8")).digest())
     held_out = set(ordered[: round(holdout * len(cases))])
-    train_ids = [i for i in ids if case_of.get(i, i) not in held_out]
     held_out_ids = [i for i in ids if case_of.get(i, i) in held_out]
-    return train_ids, held_out_ids
+    return [i for i in ids if i not in set(held_out_ids)], held_out_ids
 
 
 def pretraining_windows(config, slides, geometry, machine) -> data.RegionDataset:
     """The windows to train on. Raises MixmagError for settings that do not fit them."""
-    try:
-        mixmag.removal_count(geometry.num_tokens, config.mask)
-    except ValueError as error:
-        raise MixmagError(f"--mask: {error}") from None
     if config.source is not None and config.source < config.region:
         raise MixmagError(f"--source {config.source} is smaller than --region {config.region}")
     if config.batch_size % machine.world:
-        raise MixmagError(
-            f"--batch-size {config.batch_size} does not divide into {machine.world} processes"
+        raise MixmagError(f"--batch-size does not divide into {machine.world} processes")
+    views = {"views": 2, "source": config.source} if config.source else {}
+    try:
+        dataset = data.RegionDataset(
+            slides, geometry, config.seed, config.mask, min_cover=config.min_cover, **views
         )
-    dataset = data.RegionDataset(
-        slides,
-        geometry,
-        config.seed,
-        config.mask,
-        views=1 if config.source is None else 2,
-        source=config.source or 0,
-        min_cover=config.min_cover,
-    )
+    except ValueError as error:
+        raise MixmagError(f"--mask: {error}") from None
     if len(dataset) == 0:
         raise MixmagError(
-            f"none of {len(slides)} slides has a window of {config.region} x {config.region} cells "
-            f"that is {config.min_cover:.0%} covered; try --min-cover 0.5 or a smaller --region"
+            f"no slide has a window of {config.region} x {config.region} cells that is "
+            f"{config.min_cover:.0%} covered; try --min-cover 0.5 or a smaller --region"
         )
     return dataset
 
@@ -546,15 +532,10 @@ def make_classifier(config, slides: dict, cases: list, machine) -> mixmag.SlideC
         model_config = make_model_config(config, any_slide)
         if config.init == "random":
             encoder = mixmag.MixingEncoder(model_config)
+    sizes = {"hidden": config.hidden, "dropout": config.dropout, "outputs": OUTCOME.outputs}
     try:
         model = mixmag.SlideClassifier(
-            model_config,
-            encoder,
-            config.tokens,
-            config.magnification,
-            config.hidden,
-            config.dropout,
-            outputs=OUTCOME.outputs,
+            model_config, encoder, config.tokens, config.magnification, **sizes
         )
     except ValueError as error:
         raise MixmagError(f"--tokens or --magnification: {error}") from None
@@ -626,7 +607,8 @@ def finetune_loop(config, run: Run, model, sets: dict) -> dict:
         rule, tune = best_case_score(sets["tune"], scores, config.case_score)
         if tune >= best["tune_auroc"]:  # of equals the later one has learned longer
             state = {name: value.cpu().clone() for name, value in model.state_dict().items()}
-            best = {"model_state": state, "tune_auroc": tune, "epoch": epoch, "case_score": rule}
+            best = {"model_state": state, "tune_auroc": tune}
+            best |= {"best_epoch": epoch, "case_score": rule}
         run.note(epoch=epoch, loss=loss, norm=norm, tune_auroc=tune, case_score=rule)
         bar.set_postfix(loss=f"{loss:.3f}", tune=f"{tune:.3f}")
         run.save(epoch + 1, model, optimizer, **best)
@@ -766,29 +748,17 @@ def finish_finetuning(config, run: Run, model, sets: dict, best: dict) -> None:
     with whole_file(run.folder / "model.safetensors") as temporary:
         save_file(best["model_state"], temporary)
     data.write_csv(run.folder / "predictions.csv", ("case_id", "label", "score", "split"), rows)
-    result = {name: getattr(config, name) for name in ("task", "init", "tokens", "magnification")}
-    result |= {
-        "kind": "finetune",
-        "seed": config.seed,
-        "cases": {split: len(dataset) for split, dataset in sets.items()},
-        "slides_left_out": sorted(i for dataset in sets.values() for i in dataset.dropped),
-        "best_epoch": best["epoch"],
-        "tune_auroc": best["tune_auroc"],
-        "case_score": best["case_score"],
-        **test_results(sets["test"].labels, scores, config.seed),
-    }
+    names = ("task", "init", "tokens", "magnification", "seed")
+    result = {"kind": "finetune", **{name: getattr(config, name) for name in names}}
+    result["cases"] = {split: len(dataset) for split, dataset in sets.items()}
+    result["slides_left_out"] = sorted(i for dataset in sets.values() for i in dataset.dropped)
+    for name in ("best_epoch", "tune_auroc", "case_score"):
+        result[name] = best[name]
+    labels = sets["test"].labels
+    if len(set(labels)) > 1:
+        result["auroc"] = OUTCOME.metric(labels, scores)
+        result["interval"] = interval(bootstrap_aurocs(labels, scores, config.seed))
     data.write_json(run.folder / "result.json", result)
-
-
-def test_results(labels: list, scores: list, seed: int) -> dict:
-    """AUROC with its 95 % interval over cases, and average precision; None with one class."""
-    if len(set(labels)) < 2:
-        return {"auroc": None, "interval": None, "average_precision": None}
-    return {
-        "auroc": OUTCOME.metric(labels, scores),
-        "interval": interval(bootstrap_aurocs(labels, scores, seed)),
-        "average_precision": float(average_precision_score(labels, scores)),
-    }
 
 
 def bootstrap_aurocs(labels, scores, seed: int, resamples: int = 1000) -> np.ndarray | None:
@@ -1143,10 +1113,11 @@ def note_pretraining(run: Run, step, sums: dict, rate, norm, magnifications, bar
 def held_out_losses(model, dataset, mean, machine, batch_size: int = 64) -> dict:
     """predictor -> (K,) mean of 1 - cosine on the removed tokens of every window of `dataset`.
 
-    The model stands beside the predictions that need no network. There is no parent at the lowest
-    magnification and there are no children at the highest: NaN.
+    The model stands beside the predictions that need no network. None: the lowest magnification
+    has no parents, the highest no children.
     """
     geometry = model.encoder.geometry
+    mean = mean.to(machine.device)
     sums: dict = {}
     model.eval()
     for start in progress(range(0, len(dataset), batch_size), desc="held-out", leave=False):
@@ -1165,8 +1136,8 @@ def held_out_losses(model, dataset, mean, machine, batch_size: int = 64) -> dict
             sums[name] = sums.get(name, 0) + torch.stack([total, count]).double().cpu()
     model.train()
     losses = {name: (total / count).tolist() for name, (total, count) in sums.items()}
-    losses["parent"][0] = math.nan
-    losses["children"][-1] = math.nan
+    losses["parent"][0] = None
+    losses["children"][-1] = None
     return losses
 
 
@@ -1187,15 +1158,16 @@ PREDICTORS = {
 
 def format_losses(losses: dict, magnifications, least: dict | None) -> str:
     """A Markdown table of `held_out_losses`, with the least loss of a synthetic cohort."""
-    named = [(title, losses[name]) for name, title in PREDICTORS.items()]
+    named = {title: losses[name] for name, title in PREDICTORS.items()}
     if least:
-        named.append(("least possible (synthetic)", [least[str(m)] for m in magnifications]))
+        named["least possible (synthetic)"] = [least[str(m)] for m in magnifications]
     rows = []
-    for title, values in named:
-        cells = [f"{v:.3f}" for v in (*values, sum(values) / len(values))]
+    for title, values in named.items():
+        average = None if None in values else np.mean(values)
+        cells = ["-" if value is None else f"{value:.3f}" for value in (*values, average)]
         rows.append([title, *cells])
     titles = ["predictor of the removed tokens", *(f"{m}x" for m in magnifications), "all"]
-    return markdown(titles, rows).replace("nan", "-")
+    return markdown(titles, rows)
 
 
 def export_encoder(run: Run, encoder, slide, preset: str, train_ids, held_out_ids) -> None:
@@ -1246,41 +1218,29 @@ def check_same_encoder(run, tile_encoder: str, config: mixmag.Config, slide) -> 
         raise MixmagError(f"{run} was trained on {trained_on}, the slides hold {found}")
 
 
-def finish_pretraining(
-    config, run: Run, model, directions, held_out_ids: list, steps: int, seconds: float
-) -> None:
+def finish_pretraining(config, run: Run, model, directions, held_out_ids, facts: dict) -> None:
     """Measure the loss on held-out slides, draw the curve, write SUMMARY.md and result.json."""
     folder = Path(config.data)
     cohort = data.synthetic_facts(folder)
     least = cohort.get("least_mem_loss")
     title = "synthetic cohort" if cohort else str(folder)
     magnifications = model.config.magnifications
+    text = "no held-out window: the loss was not measured on unseen slides"
     losses: dict = {}
     if held_out_ids:
+        slides = data.read_slides(folder, held_out_ids)
+        every_window = {"stride": config.region, "min_cover": config.min_cover, "turn": False}
         held_out = data.RegionDataset(
-            data.read_slides(folder, held_out_ids),
-            model.config.geometry(),
-            config.seed,
-            config.mask,
-            stride=config.region,
-            min_cover=config.min_cover,
-            turn=False,
+            slides, model.config.geometry(), config.seed, config.mask, **every_window
         )
         if len(held_out):
-            losses = held_out_losses(
-                model, held_out, directions.to(run.machine.device), run.machine
-            )
-    text = "no held-out window: the loss was not measured on unseen slides"
-    if losses:
-        text = format_losses(losses, magnifications, least)
+            losses = held_out_losses(model, held_out, directions, run.machine)
+            text = format_losses(losses, magnifications, least)
     heading = f"# {run.folder.name}: loss (1 - cosine) on held-out slides, {title}"
     data.write_text(run.folder / "SUMMARY.md", f"{heading}\n\n{text}\n")
     draw_curve(run, losses, magnifications, least, title)
-    plain = {}
-    for name, values in losses.items():
-        plain[name] = [None if math.isnan(v) else v for v in values]
-    result = {"kind": "pretrain", "steps": steps, "seconds": round(seconds, 1)}
-    data.write_json(run.folder / "result.json", {**result, "held_out": plain or None})
+    result = {"kind": "pretrain", **facts, "held_out": losses or None}
+    data.write_json(run.folder / "result.json", result)
     print(text)
 
 
@@ -2055,16 +2015,16 @@ def finetune_command(**options) -> int:
     result = finetune(FinetuneConfig(**options))
     if not result or data.process_rank()[0]:
         return 0
-    if result["auroc"] is None:
-        print(f"{result['task']}: no AUROC, for the test split lacks a class")
+    if "auroc" not in result:
+        print(f"{result['task']}: no AUROC, because the test split lacks a class")
         return 0
     over = "too few cases for an interval"
     if result["interval"]:
         over = "95 % over cases: {:.3f} to {:.3f}".format(*result["interval"])
     print(
-        f"{result['task']}: test AUROC {result['auroc']:.3f} ({over}), average precision "
-        f"{result['average_precision']:.3f}, {result['cases']['test']} cases; "
-        f"tune AUROC {result['tune_auroc']:.3f} after epoch {result['best_epoch'] + 1}"
+        f"{result['task']}: test AUROC {result['auroc']:.3f} ({over}), "
+        f"{result['cases']['test']} cases; tune AUROC {result['tune_auroc']:.3f} after epoch "
+        f"{result['best_epoch'] + 1}"
     )
     return 0
 

@@ -245,18 +245,7 @@ def tile_sparse(folder, width: int, height: int, shrinks) -> float:
 
 def plan_of(path, mpp=None):
     """All windows of a slide, tissue or not."""
-    return data.plan_slide(
-        data.Reader(path),
-        SimpleNamespace(
-            mpp=mpp,
-            manifest={},
-            mpp_from_power=False,
-            mask=None,
-            region=3,
-            magnifications=[5, 10, 20],
-            min_tissue=0.0,
-        ),
-    )
+    return data.plan_slide(data.Reader(path), data.TileSettings(mpp=mpp, min_tissue=0.0))
 
 
 def read_ours(path, plan, jpeg: bool = True) -> int:
