@@ -1963,9 +1963,10 @@ def tile_all(paths: list, encoder, dim: int, settings: TileSettings) -> tuple[li
 
 # --------------------------------------------------------------------- import of other tools' files
 
-IMPORT_SECONDS = 60  # assumed: a slide that takes longer, and longer than 1 s per MiB, hangs
+IMPORT_SECONDS = 1800  # assumed: no slide takes longer, unless a file hangs the HDF5 library
 STAMP_SNAP = 0.1  # assumed: how far STAMP's tiles may be off their lattice, in tiles
 MAX_RATIO = 1032  # gzip cannot shrink more, so an array is at most this many times its file
+IMPORT_FACTS = ("encoder", "magnifications", "mpp", "mpp_source")
 
 
 def whole_if_possible(value: float) -> int | float:
@@ -1975,8 +1976,6 @@ def whole_if_possible(value: float) -> int | float:
 
 @dataclass
 class ImportJob:
-    """A slide to import, and what the user says of it."""
-
     slide_id: str
     paths: list[Path]  # one file for each magnification, from low to high
     out: Path
@@ -1985,7 +1984,6 @@ class ImportJob:
     class_token: bool | None = None
     mpp: float | None = None
     mpp_source: str = "--mpp"
-    region: int = 3
 
 
 @dataclass
@@ -2001,27 +1999,20 @@ class FeatureFile:
     slide_size: tuple = (None, None)  # width, height
 
 
-def read_array(file: h5py.File, name: str, columns: int | None = None) -> np.ndarray:
-    """Numbers (n, columns) that lie in this very file. Anything else is refused unread."""
+def read_array(file: h5py.File, name: str) -> np.ndarray:
+    """What claims more bytes than its file can hold is refused unread."""
     array = file[name]
-    shape: tuple = getattr(array, "shape", ())  # a group has none
-    if len(shape) != 2 or columns not in (None, shape[1]) or array.dtype.kind not in "iuf":
-        raise MixmagError(f"{array} is no array of numbers (n, {columns or 'D'})")
-    size = math.prod(shape) * array.dtype.itemsize
-    elsewhere = array.file != file or array.is_virtual or array.external
-    if elsewhere or size > MAX_RATIO * os.path.getsize(file.filename):
-        raise MixmagError(f"{name} claims {size} bytes that its file does not hold")
+    if array.nbytes > MAX_RATIO * os.path.getsize(file.filename):
+        raise MixmagError(f"{name} claims {array.nbytes} bytes that its file does not hold")
     return array[...]
 
 
 def read_trident(file: h5py.File) -> FeatureFile:
     """Layout: trident/IO.py of mahmoodlab/TRIDENT."""
-    features = read_array(file, "features")
-    corners = read_array(file, "coords", columns=2)
     facts = file["coords"].attrs
     return FeatureFile(
-        features,
-        corners,
+        read_array(file, "features"),
+        read_array(file, "coords"),
         side=float(facts["patch_size_level0"]),
         tile_px=int(facts["patch_size"]),
         magnification=float(facts["target_magnification"]),
@@ -2033,7 +2024,7 @@ def read_trident(file: h5py.File) -> FeatureFile:
 def read_stamp(file: h5py.File) -> FeatureFile:
     """Layout: src/stamp/preprocessing/__init__.py of KatherLab/STAMP, from version 2.1 on."""
     features = read_array(file, "feats")
-    corners = read_array(file, "coords", columns=2)
+    corners = read_array(file, "coords")
     side = float(file.attrs["tile_size_um"])
     tile_px = int(file.attrs["tile_size_px"])
     magnification = round(10 * tile_px / side, 6)
@@ -2046,22 +2037,20 @@ def read_feature_file(path: Path, tool: str) -> FeatureFile:
     try:
         with h5py.File(path) as file:
             found = read(file)
-    except Exception as error:  # damage raises a dozen types, and names hold control characters
-        raise MixmagError(f"{path}: {re.sub('[^ -~]', '?', str(error))}") from None
+    except Exception as error:  # damage raises a dozen types
+        raise MixmagError(f"{path}: {error}") from None
     with np.errstate(over="ignore"):
         found.features = found.features.astype(np.float16)
     good = np.isfinite(found.features).all(axis=1)
     good &= found.features.any(axis=1)  # HDF5 reads zeros where a row was never written
     if not good.all():
-        bad = len(good) - np.count_nonzero(good)
-        raise MixmagError(f"{path}: {bad} of {len(good)} tiles are NaN, beyond float16 or zero")
+        raise MixmagError(f"{path}: {sum(~good)} of {len(good)} tiles are NaN, infinite or zero")
     return found
 
 
 def settle_trident_sides(files: list[FeatureFile]) -> None:
-    """TRIDENT cuts tiles of a rounded side but states its floor, so one more may be the true side."""
-    stated = files[-1].side
-    for finest in (stated, stated + 1):
+    """TRIDENT cuts tiles of a rounded side but states its floor: one more may be the true side."""
+    for finest in (files[-1].side, files[-1].side + 1):
         sides = [finest * 2**k for k in reversed(range(len(files)))]
         pairs = list(zip(files, sides, strict=True))
         nested = all(0 <= side - file.side <= 1 for file, side in pairs)
@@ -2072,43 +2061,34 @@ def settle_trident_sides(files: list[FeatureFile]) -> None:
 
 
 def check_same_slide(files: list[FeatureFile]) -> None:
-    """Raises MixmagError unless the files are of one slide, one encoder and a run of doublings."""
     for low, high in itertools.pairwise(files):
-        if low.encoder != high.encoder:
-            raise MixmagError(f"its files are of two encoders: {low.encoder}, {high.encoder}")
-        if low.slide_size != high.slide_size:
-            raise MixmagError(f"its files are of two sizes: {low.slide_size}, {high.slide_size}")
+        if (low.encoder, low.slide_size) != (high.encoder, high.slide_size):
+            raise MixmagError("its files differ in encoder or slide size")
         if high.magnification != 2 * low.magnification or high.side != low.side / 2:
-            raise MixmagError(
-                f"{low.magnification:g}x has tiles of {low.side:g}, {high.magnification:g}x of "
-                f"{high.side:g}; expected doublings in the folders' order, and half the side"
-            )
+            found = [f"{file.magnification:g}x {file.side:g}" for file in files]
+            raise MixmagError(f"expected doublings and half the side each, found {found}")
 
 
 def embedding_width(width: int, encoder: str, class_token: bool | None) -> int:
     """How many numbers to keep. Virchow2's 2560 are its class token, then the mean patch token."""
     unclear = class_token is None and width == 2560 and encoder != "virchow2"
     if unclear or (class_token and width != 2560):
-        raise MixmagError(
-            f"its embeddings hold {width} numbers of {encoder!r}: --class-token keeps the first "
-            "1280 of 2560, --no-class-token keeps all"
-        )
+        rule = "--class-token keeps 1280 of 2560, --no-class-token keeps all"
+        raise MixmagError(f"its embeddings hold {width} numbers of {encoder!r}: {rule}")
     return 1280 if width == 2560 and class_token is not False else width
 
 
 def import_mpp(files: list[FeatureFile], job: ImportJob) -> tuple[float, str]:
-    """um per level-0 pixel, and who says so: the user, else the size of TRIDENT's tiles. STAMP's
-    files know no pixels: there a pixel is by default one of the finest magnification."""
+    """um per level-0 pixel, and who says so. STAMP's files know no pixels of the slide."""
     nominal = 10 / files[-1].magnification
     if job.tool == "trident":
         nominal *= files[-1].tile_px / files[-1].side
-    mpp, source = (nominal, "nominal") if job.mpp is None else (job.mpp, job.mpp_source)
-    if not 0.1 <= mpp <= 4:
-        raise MixmagError(f"{source} mpp is {mpp:g} um/px, expected 0.1 to 4; give it with --mpp")
+    if job.mpp is None:
+        return nominal, "nominal"
     # TRIDENT cuts slides of 0.2 to 0.3 um/px as if they were 0.25.
-    if job.tool == "trident" and abs(mpp - nominal) > 0.2 * nominal:
-        raise MixmagError(f"{source} says {mpp:g}, its tiles were cut as if it were {nominal:.4g}")
-    return mpp, source
+    if job.tool == "trident" and abs(job.mpp - nominal) > 0.2 * nominal:
+        raise MixmagError(f"{job.mpp_source} says {job.mpp:g}, its tiles say {nominal:.4g} um/px")
+    return job.mpp, job.mpp_source
 
 
 def lattice_positions(file: FeatureFile, tool: str) -> np.ndarray:
@@ -2118,20 +2098,16 @@ def lattice_positions(file: FeatureFile, tool: str) -> np.ndarray:
     tolerance = np.zeros_like(exact)
     if tool == "stamp":  # its tiles are up to 1 px too far apart
         tolerance = STAMP_SNAP + position / file.tile_px
-    fits = np.abs(exact - position) <= tolerance
-    fits &= (position >= 0) & (position < 2**31)
+    fits = (np.abs(exact - position) <= tolerance) & (position >= 0) & (position < 2**31)
     if not fits.all():
-        off = file.corners[~fits.all(axis=1)]
-        raise MixmagError(
-            f"{file.magnification:g}x: {len(off)} of {len(fits)} tiles are off the lattice of "
-            f"{file.side:g}, first {off[0].tolist()}; expected tiles without overlap"
-        )
+        off = f"{np.count_nonzero(~fits.all(axis=1))} of {len(fits)} tiles"
+        raise MixmagError(f"{file.magnification:g}x: {off} are off the lattice of {file.side:g}")
     return position.astype(np.int64)
 
 
 def assemble_cells(files: list, positions: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """features (C, T, D), cells (C, 2), valid (C, T). A cell exists where any of its tiles does."""
-    keys = [(position >> k) @ [1, 2**32] for k, position in enumerate(positions)]
+    keys = [cell_keys(position >> k) for k, position in enumerate(positions)]
     cells = np.unique(np.concatenate(keys))
     T = magnification_entries(len(files)).start
     features = np.zeros((len(cells), T, files[0].features.shape[1]), np.float16)
@@ -2142,9 +2118,8 @@ def assemble_cells(files: list, positions: list) -> tuple[np.ndarray, np.ndarray
         entry = magnification_entries(k).start + row_inside * 2**k + col_inside
         features[row, entry] = file.features
         valid[row, entry] = True
-        doubles = len(row) - np.count_nonzero(valid[:, magnification_entries(k)])
-        if doubles:
-            raise MixmagError(f"{file.magnification:g}x: {doubles} tiles stand where another does")
+    if np.count_nonzero(valid) < sum(map(len, positions)):
+        raise MixmagError("some tiles stand where another does")
     return features, np.stack([cells % 2**32, cells >> 32], axis=1).astype(np.int32), valid
 
 
@@ -2159,18 +2134,13 @@ def import_slide(job: ImportJob) -> str:
         settle_trident_sides(files)
     check_same_slide(files)
     first = files[0]
-    encoder = job.encoder if first.encoder is None else first.encoder
-    if encoder is None or job.encoder not in (None, encoder):
-        raise MixmagError(
-            f"its files say that the encoder is {first.encoder}, --encoder says {job.encoder}"
-        )
+    encoder = job.encoder or first.encoder
+    if encoder is None:
+        raise MixmagError("its files do not name the encoder; give it with --encoder")
     width = embedding_width(first.features.shape[1], encoder, job.class_token)
     mpp, mpp_source = import_mpp(files, job)
     cell_px = first.side / mpp if job.tool == "stamp" else first.side
     positions = [lattice_positions(file, job.tool) for file in files]
-    residual = 0.0  # um; TRIDENT's tiles have none
-    for file, position in zip(files, positions, strict=True):
-        residual = np.abs(file.corners - position * file.side).max(initial=residual)
     features, cells, valid = assemble_cells(files, positions)
     size = first.slide_size
     if None in size:
@@ -2187,7 +2157,6 @@ def import_slide(job: ImportJob) -> str:
         "width": math.ceil(size[0]),
         "height": math.ceil(size[1]),
         "n_bad": 0,
-        "residual_um": round(residual, 2),
         "settings": settings,
         "size_known": None not in first.slide_size,
     }
@@ -2195,106 +2164,61 @@ def import_slide(job: ImportJob) -> str:
     return "imported"
 
 
-def import_facts(slide: Slide, region: int) -> dict:
-    """What import.csv says of a slide file: its tiles, and those that have no partner."""
-    facts: dict = {"dim": slide.dim, "cells": len(slide.cells)}
-    for name in ("encoder", "magnifications", "mpp", "mpp_source", "residual_um"):
-        facts[name] = slide.meta[name]
-    magnifications = slide.meta["magnifications"]
-    entries = [magnification_entries(k) for k in range(len(magnifications))]
-    facts["tiles"] = [int(slide.valid[:, entry].sum()) for entry in entries]
-    children = slide.valid[:, 1:]  # (C, T - 1)
-    parent_of = Geometry(1, magnifications).relatives()["parent"].int().argmax(dim=1)  # (T,)
-    parents = slide.valid[:, parent_of[1:]]  # (C, T - 1)
-    facts["without_parent"] = int((children & ~parents).sum())
-    facts["missing_children"] = int((parents & ~children).sum())
-    facts["whole_windows"] = len(windows(slide.cells, region, region, 1.0)[0])
-    return facts
-
-
-def import_worker(job: ImportJob) -> dict:
+def import_worker(job: ImportJob) -> list:
     """Imports a slide in a process of its own. Returns its row of import.csv."""
     for signum in SIGNALS:  # the parent receives them too, and lets the slide be finished
         signal.signal(signum, signal.SIG_IGN)
-    size = sum(path.stat().st_size for path in job.paths)
-    signal.alarm(IMPORT_SECONDS + size // 2**20)  # ends this process if a file hangs it
-    try:
-        status = import_slide(job)
-        return {"status": status, **import_facts(read_slide(job.out), job.region)}
-    finally:
-        signal.alarm(3600)  # ends this process if the parent was killed
+    signal.alarm(IMPORT_SECONDS)  # ends this process if a file hangs it, or the parent is dead
+    status = import_slide(job)
+    slide = read_slide(job.out)
+    facts = [slide.meta[name] for name in IMPORT_FACTS]
+    entries = map(magnification_entries, range(len(slide.meta["magnifications"])))
+    tiles = [int(slide.valid[:, entry].sum()) for entry in entries]
+    return [job.slide_id, status, "", *facts, len(slide.cells), tiles]
 
 
-def import_slides(jobs: list[ImportJob]):
-    """Yields each slide's row. A file that ends or hangs the HDF5 library costs its slide only."""
-    pool = None
-    with contextlib.ExitStack() as pools:
-        for job in progress(jobs, desc="slides"):
-            if pool is None:  # spawned, because a fork inherits torch's threads
-                pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-                pools.enter_context(pool)
-            row = {"slide_id": job.slide_id, "status": "failed", "reason": ""}
-            try:
-                row.update(pool.submit(import_worker, job).result())
-            except BrokenExecutor:
-                stop_if_asked()  # then a signal ended it
-                pool = None
-                row["reason"] = "its files bring the HDF5 library down, or hang it"
-            except MixmagError as error:
-                row["reason"] = str(error)
-            except Exception as error:  # no such file, a full disk, no memory
-                row["reason"] = f"{type(error).__name__}: {error}"
-            yield row
-
-
-def find_feature_files(folder: Path, pattern: str) -> dict[str, Path]:
+def find_feature_files(folder: Path) -> dict[str, Path]:
     """slide id -> file."""
-    files: dict[str, Path] = {}
-    for path in visible_files(folder, pattern):
-        if not path.stem.isprintable():  # such as bytes that are no UTF-8
-            raise MixmagError(f"{path.stem!r} in {folder} is not a printable name; rename it")
-        same = files.setdefault(path.stem, path)
-        if same != path:
-            raise MixmagError(f"two files of one slide: {same}, {path}; rename one")
+    paths = visible_files(folder, "**/*.h5")  # STAMP repeats the folders of the slides
+    files = {path.stem: path for path in paths}
     if not files:
         raise MixmagError(f"{folder}: no feature files (*.h5)")
+    if len(files) < len(paths):
+        twice = set(paths) - set(files.values())
+        raise MixmagError(f"two files of one slide, such as {twice.pop()}; rename one")
     return files
 
 
-def import_jobs(args) -> list[ImportJob]:
+def import_command(args) -> int:
     tool = "trident" if args.trident else "stamp"
-    pattern = "*.h5" if args.trident else "**/*.h5"  # STAMP repeats the folders of the slides
-    folders = [Path(folder) for folder in getattr(args, tool)]
-    found = {folder: find_feature_files(folder, pattern) for folder in folders}
+    found = {folder: find_feature_files(Path(folder)) for folder in getattr(args, tool)}
     slide_ids = sorted(set().union(*found.values()))
     manifest = read_manifest(args.manifest)
     warn_unmatched_rows(manifest, set(slide_ids))
-    jobs = []
-    for i in slide_ids:
-        paths = [files.get(i, folder / f"{i}.h5") for folder, files in found.items()]
-        out = Path(args.out) / "slides" / f"{i}.safetensors"
-        job = ImportJob(i, paths, out, tool, args.encoder, args.class_token, region=args.region)
-        job.mpp, job.mpp_source = user_mpp(i, manifest, args.mpp)
-        jobs.append(job)
-    return jobs
-
-
-def import_command(args) -> int:
     rows = []
-    failed = []
-    for row in import_slides(import_jobs(args)):
+    spawn = multiprocessing.get_context("spawn")  # a fork inherits torch's threads
+    pool = ProcessPoolExecutor(1, spawn)
+    for i in progress(slide_ids, desc="slides"):
+        paths = [files.get(i, Path(folder, f"{i}.h5")) for folder, files in found.items()]
+        out = Path(args.out, "slides", f"{i}.safetensors")
+        mpp = user_mpp(i, manifest, args.mpp)
+        job = ImportJob(i, paths, out, tool, args.encoder, args.class_token, *mpp)
+        try:
+            row = pool.submit(import_worker, job).result()
+        except BrokenExecutor:
+            stop_if_asked()  # then a signal ended it
+            pool = ProcessPoolExecutor(1, spawn)
+            row = [i, "failed", "its files bring the HDF5 library down, or hang it"]
+        except Exception as error:  # no such file, a full disk, no memory
+            row = [i, "failed", f"{type(error).__name__}: {error}"]
         rows.append(row)
-        if row["status"] == "failed":
-            failed.append((row["slide_id"], "import", row["reason"]))
-            print(f"{row['slide_id']}: FAILED: {row['reason']}", file=sys.stderr)
-        else:
-            facts = [f"{name} {value}" for name, value in list(row.items())[3:]]
-            print(f"{row['slide_id']}: {row['status']}, {', '.join(facts)}", flush=True)
-    out = Path(args.out)
-    columns = max(rows, key=len)  # a failed slide's row is short
-    write_csv(out / "import.csv", columns, [[row.get(name) for name in columns] for row in rows])
-    print(f"{len(rows) - len(failed)} slides imported, {len(failed)} failed; see {out}/import.csv")
-    return report_failed(out / "failed.csv", failed)
+        print(*row[:3], sep=": ", flush=True)
+    pool.shutdown()
+    failed = [(row[0], "import", row[2]) for row in rows if row[1] == "failed"]
+    table = Path(args.out, "import.csv")
+    write_csv(table, ("slide_id", "status", "reason", *IMPORT_FACTS, "cells", "tiles"), rows)
+    print(f"{len(rows) - len(failed)} slides imported, {len(failed)} failed; see {table}")
+    return report_failed(table.with_name("failed.csv"), failed)
 
 
 # ----------------------------------------------------------------------------- the synthetic cohort
@@ -2958,12 +2882,11 @@ class Doublings(argparse.Action):
     """Takes a run of doublings as magnifications."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        magnifications = [whole_if_possible(value) for value in values]
+        namespace.magnifications = [whole_if_possible(value) for value in values]
         try:
-            Geometry(1, magnifications)
-        except ValueError:
-            raise argparse.ArgumentError(self, f"{magnifications} is no run of doublings") from None
-        namespace.magnifications = magnifications
+            Geometry(1, namespace.magnifications)
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
 
 
 NATURAL = number_in(int, 0, 2**32 - 1)
@@ -2979,7 +2902,7 @@ def add_synth_flags(parser) -> None:
     parser.epilog = "example: python data.py synth --out data/synthetic --scale quick"
     add = parser.add_argument
     add("--out", default="data/synthetic", help="folder to write")
-    scales = "full: the paper's numbers of cases and slides; quick: a twentieth, and at least some"
+    scales = "full: as many cases as the paper has; quick: a twentieth, and at least some"
     add("--scale", choices=("quick", "full"), default="quick", help=scales)
     add("--dim", type=POSITIVE, default=64, help="width of an embedding (Virchow2 has 1280)")
     add("--regions", type=POSITIVE, default=4, help="3 x 3 regions a slide on average, at least 2")
@@ -2991,7 +2914,6 @@ def add_output_flags(parser) -> None:
     add = parser.add_argument
     add("--out", required=True, help="DATA folder; slides go to DATA/slides/<slide_id>.safetensors")
     add("--manifest", help="CSV with columns slide (file name or id) and mpp; goes before --mpp")
-    add("--region", type=POSITIVE, default=3, help="cells per side of a window")
 
 
 def add_tile_flags(parser) -> None:
@@ -3001,22 +2923,16 @@ def add_tile_flags(parser) -> None:
     add = parser.add_argument
     add("--slides", nargs="+", required=True, metavar="DIR|FILE", help="slides, or their folders")
     add_output_flags(parser)
-    encoder = "texture (a stand-in without weights), virchow2, or module:factory, where factory() "
-    encoder += "returns a callable (B, 224, 224, 3) uint8 -> (B, D)"
-    add("--encoder", default="texture", help=encoder)
+    add("--region", type=POSITIVE, default=3, help="cells per side of a window")
+    add("--encoder", default="texture", help="texture, virchow2, or module:factory (see README)")
     add("--weights", help="virchow2's weights, .safetensors or .pt; else from the Hugging Face hub")
     add("--mpp", type=float, help="um per level-0 pixel, for slides that do not say it")
-    power = "for slides that say no mpp at all: 10 / objective power"
-    add("--mpp-from-power", action="store_true", help=power)
-    run = "from low to high, each twice the one before, such as 2.5 5 10 20"
-    number = number_in(float, 0.01, 1000)
-    default = [5, 10, 20]
-    add("--magnifications", type=number, nargs="+", action=Doublings, default=default, help=run)
+    add("--mpp-from-power", action="store_true", help="else take 10 / objective power as mpp")
+    run = {"nargs": "+", "type": number_in(float, 0.01, 1000), "action": Doublings}
+    add("--magnifications", default=[5, 10, 20], help="each twice the one before", **run)
     tissue = "least share of tissue in a window (assumed); biopsies and smears want less"
     add("--min-tissue", type=number_in(float, 0, 1), default=0.25, help=tissue)
-    mask = "your own tissue mask: a PNG over the whole slide, or GeoJSON as QuPath and TRIDENT "
-    mask += "write it; DIR holds <slide_id>.png or .geojson of each slide"
-    add("--mask", metavar="FILE|DIR", help=mask)
+    add("--mask", metavar="FILE|DIR", help="a tissue mask, PNG or GeoJSON; DIR: one per slide id")
     add("--shard", metavar="i/n", help="do the i-th of n shares of the slides, from 0 on")
     add("--batch-size", type=POSITIVE, default=256, help="tiles per call of the encoder")
     add("--device", default="auto", help="auto, cpu or cuda[:i]")
@@ -3026,25 +2942,18 @@ def add_tile_flags(parser) -> None:
 def add_import_flags(parser) -> None:
     """join the embeddings that TRIDENT or STAMP made at each magnification into slide files"""
     parser.set_defaults(function=import_command)
-    parser.description += """. Each magnification is twice the one before, with the same patch size
-        in pixels and no overlap. import.csv says which tiles have no parent or children."""
     parser.epilog = "example: python data.py import --stamp 5x 10x 20x --mpp 0.25 --out data/mine"
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
-    trident = "TRIDENT's features_<encoder> folders, one per magnification, from low to high"
-    source.add_argument("--trident", nargs="+", metavar="DIR", help=trident)
-    stamp = "STAMP's folders of feature files, one per magnification, from low to high"
-    source.add_argument("--stamp", nargs="+", metavar="DIR", help=stamp)
+    folders = "its folders of feature files, one per magnification, from low to high"
+    source.add_argument("--trident", nargs="+", metavar="DIR", help=folders)
+    source.add_argument("--stamp", nargs="+", metavar="DIR", help=folders)
     add_output_flags(parser)
-    add("--encoder", help="the encoder's name, for files that do not say it")
-    token = "keep Virchow2's class token only, the first 1280 of 2560 numbers, or all of them "
-    token += "(default: the class token where the files say virchow2)"
+    add("--encoder", help="the encoder's name (default: as the files say)")
+    token = "keep the first 1280 of Virchow2's 2560 numbers (default: where the files say virchow2)"
     add("--class-token", action=argparse.BooleanOptionalAction, help=token)
-    mpp = (
-        "um per level-0 pixel (default: as TRIDENT cut the tiles, which must agree within 20 %%); "
-    )
-    mpp += "STAMP's files know no pixels, so give it to place their tiles on the slide"
-    add("--mpp", type=float, help=mpp)
+    mpp = number_in(float, 0.1, 4)
+    add("--mpp", type=mpp, help="um per level-0 pixel, which STAMP's files do not say")
 
 
 def add_verify_flags(parser) -> None:
