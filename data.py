@@ -18,6 +18,7 @@ import csv
 import functools
 import hashlib
 import importlib
+import io
 import itertools
 import json
 import math
@@ -30,9 +31,9 @@ import signal
 import sys
 import textwrap
 import time
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -2107,7 +2108,7 @@ def lattice_positions(file: FeatureFile, tool: str) -> np.ndarray:
 
 def assemble_cells(files: list, positions: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """features (C, T, D), cells (C, 2), valid (C, T). A cell exists where any of its tiles does."""
-    keys = [cell_keys(position >> k) for k, position in enumerate(positions)]
+    keys = [(position >> k) @ [1, 2**32] for k, position in enumerate(positions)]
     cells = np.unique(np.concatenate(keys))
     T = magnification_entries(len(files)).start
     features = np.zeros((len(cells), T, files[0].features.shape[1]), np.float16)
