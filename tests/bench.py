@@ -23,7 +23,6 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import openslide
@@ -245,18 +244,7 @@ def tile_sparse(folder, width: int, height: int, shrinks) -> float:
 
 def plan_of(path, mpp=None):
     """All windows of a slide, tissue or not."""
-    return data.plan_slide(
-        data.Reader(path),
-        SimpleNamespace(
-            mpp=mpp,
-            manifest={},
-            mpp_from_power=False,
-            mask=None,
-            region=3,
-            magnifications=[5, 10, 20],
-            min_tissue=0.0,
-        ),
-    )
+    return data.plan_slide(data.Reader(path), data.TileSettings(mpp=mpp, min_tissue=0.0))
 
 
 def read_ours(path, plan, jpeg: bool = True) -> int:

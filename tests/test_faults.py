@@ -4,7 +4,7 @@ python -m pytest tests/test_faults.py            MIXMAG_LONG=1 kills and mutates
 """
 
 import contextlib
-import inspect
+import io
 import json
 import math
 import os
@@ -56,24 +56,17 @@ def one_error(err):
 # ------------------------------------------------------------------------------- kill it anywhere
 
 
-def plain(value):
-    """Nested dicts and lists, with bytes for tensors, so that == compares them."""
-    if torch.is_tensor(value):
-        return str(value.dtype), list(value.shape), value.numpy().tobytes()
-    if isinstance(value, dict):
-        return {name: plain(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
-    return value
-
-
 def comparable(path):
     """What must be equal of two files. Fails where the file is not whole."""
     if path.suffix == ".pt":
-        return plain(torch.load(path, weights_only=True))
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:  # the library writes metadata in random order
-            return file.metadata(), plain({k: file.get_tensor(k) for k in file.keys()})  # noqa: SIM118
+        state = torch.load(path, weights_only=True)
+        buffer = io.BytesIO()
+        torch.save(dict(sorted(state.items())), buffer)
+        return buffer.getvalue()
+    if path.suffix == ".safetensors":  # the library writes metadata in random order
+        with safe_open(path, "numpy") as file:
+            tensors = {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
+            return file.metadata(), tensors
     if path.suffix == ".json":
         return {**json.loads(path.read_text("utf-8")), "seconds": None}
     raw = path.read_bytes()
@@ -87,17 +80,16 @@ def whole(folder):
     metrics.jsonl grows line by line; it counts where the run is finished.
     """
     found = {}
-    for path in folder.rglob("*"):
-        unfinished = path.name == "metrics.jsonl" and not path.with_name("result.json").exists()
-        if path.is_file() and not path.name.startswith(".") and not unfinished:
+    for path in folder.rglob("[!.]*.*"):
+        finished = path.name != "metrics.jsonl" or path.with_name("result.json").exists()
+        if path.is_file() and finished:
             found[str(path.relative_to(folder))] = comparable(path)
     return found
 
 
 def assert_same(found, expected):
-    names = expected.keys() | found.keys()
-    differing = {name for name in names if found.get(name) != expected.get(name)}
-    assert not {name for name in differing if not name.endswith("prev.pt")}
+    differing = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
+    assert all(name.endswith("prev.pt") for name in differing), differing
 
 
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 75, signal.SIGINT: 130}
@@ -189,9 +181,11 @@ def test_no_loop_is_deaf(cohort, tmp_path, monkeypatch):
 @pytest.fixture
 def two_processes(cohort, tmp_path):
     """Pretraining without end by two processes of torchrun, which have taken ten steps."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(ROOT / "train.py"), "pretrain", "--data", str(cohort), "--out", "r"]
-    command += ["--batch-size=4", "--steps=100000", "--save-every=100000", "--holdout=0"]
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2"
+    flags = "--batch-size 4 --steps 100000 --save-every 100000 --holdout 0 --out r"
+    command = (
+        f"{sys.executable} {launcher} {ROOT}/train.py pretrain {flags} --data {cohort}".split()
+    )
     quiet = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     process = subprocess.Popen(command, cwd=tmp_path, **quiet)
     metrics = tmp_path / "r" / "metrics.jsonl"
@@ -282,42 +276,33 @@ def test_nobody_reads_the_output(tmp_path):
     assert not done.stderr
 
 
-TILE_IN_LOCALE = """import locale, sys
+IN_LOCALE = """import locale, sys
 import data
 locale.setlocale(locale.LC_ALL, "")
-print(locale.str(0.5))
 sys.exit(data.main(sys.argv[1:]))
 """
-
-
-def tile_in(environment, folder, name):
-    """Tile a slide in a process of this environment: one half as its locale writes it, the file."""
-    environment = {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
-    del environment["SOURCE_DATE_EPOCH"]
-    command = f"{TILE} --slides S.tiff --out {name} --mpp 0.5".split()[1:]
-    began = datetime.now(UTC).replace(microsecond=0)
-    command = [sys.executable, "-c", TILE_IN_LOCALE, *command]
-    out = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True)
-    meta, tensors = comparable(folder / name / "slides" / "S.safetensors")
-    created = meta.pop("created")
-    assert created.endswith("+00:00")
-    assert began <= datetime.fromisoformat(created) <= datetime.now(UTC)
-    del meta["sha256"]
-    return out.stdout.split()[0], (meta, tensors)
 
 
 def test_zone_and_locale_change_nothing(tmp_path):
     """Times are UTC, and numbers have a point, also where the locale's decimals have a comma."""
     write_tiff(tmp_path / "S.tiff", pink(1000, 1000), 0.5)
-    half, expected = tile_in({"TZ": "UTC", "LC_ALL": "C"}, tmp_path, "plain")
-    assert half == b"0.5"
-    other = {"TZ": "Asia/Tokyo", "LC_ALL": "C"}
     comma = ["localedef", "-i", "de_DE", "-f", "UTF-8", tmp_path / "de_DE.UTF-8"]
-    if shutil.which("localedef") and subprocess.run(comma).returncode == 0:
-        other |= {"LOCPATH": str(tmp_path), "LC_ALL": "de_DE.UTF-8"}
-    half, found = tile_in(other, tmp_path, "other")
-    assert half == (b"0,5" if "LOCPATH" in other else b"0.5")
-    assert found == expected
+    made = shutil.which("localedef") and subprocess.run(comma).returncode == 0
+    usual = {**os.environ, "PYTHONPATH": str(ROOT), "LOCPATH": str(tmp_path)}
+    del usual["SOURCE_DATE_EPOCH"]
+    found = []
+    for zone, name in (("UTC", "C"), ("Asia/Tokyo", "de_DE.UTF-8" if made else "C")):
+        flags = f"{TILE} --slides S.tiff --mpp 0.5 --out {zone}".split()[1:]
+        environment = {**usual, "TZ": zone, "LC_ALL": name}
+        command = [sys.executable, "-c", IN_LOCALE, *flags]
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+        meta, tensors = comparable(tmp_path / zone / "slides" / "S.safetensors")
+        created = meta.pop("created")
+        assert created.endswith("+00:00")
+        assert abs(datetime.now(UTC) - datetime.fromisoformat(created)).seconds < 600
+        del meta["sha256"]
+        found.append((meta, tensors))
+    assert found[0] == found[1]
 
 
 def test_two_processes_may_write_the_same_slide(tmp_path):
@@ -331,47 +316,37 @@ def test_two_processes_may_write_the_same_slide(tmp_path):
 # ---------------------------------------------------------------------------------------- numbers
 
 
-def with_value(cohort, folder, slide_id, value):
-    """A DATA folder like the cohort, in which one number of one slide is another."""
-    (folder / "slides").mkdir(parents=True)
-    os.symlink(cohort / "tasks", folder / "tasks")
-    for path in (cohort / "slides").iterdir():
-        if path.stem != slide_id:
-            os.symlink(path, folder / "slides" / path.name)
-    name = f"slides/{slide_id}.safetensors"
-    slide = data.read_slide(cohort / name)
-    features = slide.features.copy()
-    features[0, 7, 3] = value
-    data.write_slide(folder / name, features, slide.cells, slide.valid, slide.meta)
-    return folder
-
-
 @pytest.mark.parametrize(
-    "command, split, value",
-    [
-        (f"{PRETRAIN} --holdout 0", "none", math.nan),
-        (FINETUNE, "train", math.inf),
-        (FINETUNE, "tune", math.nan),
-        (f"{FINETUNE} --epochs 1", "test", math.nan),
-    ],
+    "split, value",
+    [("none", math.nan), ("train", math.inf), ("tune", math.nan), ("test", math.nan)],
 )
-def test_values_that_are_no_numbers_are_named(cohort, tmp_path, command, split, value):
+def test_values_that_are_no_numbers_are_named(cohort, tmp_path, split, value):
     """In a training slide before the first step, in others when they are first scored."""
+    command = f"{FINETUNE} --epochs 1"
     slide_id = data.pretraining_ids(cohort)[0]
-    if split != "none":
+    if split == "none":
+        command = f"{PRETRAIN} --holdout 0"
+    else:
         cases = data.read_task(cohort, "skin_braf")
         slide_id = next(case.slide_ids[0] for case in cases if case.split == split)
-    folder = with_value(cohort, tmp_path / "d", slide_id, value)
+    folder = shutil.copytree(cohort, tmp_path / "d")
+    slide = data.read_slide(folder / "slides" / f"{slide_id}.safetensors")
+    features = slide.features.copy()
+    features[0, 1, 3] = value  # of a 10x token
+    data.write_slide(slide.path, features, slide.cells, slide.valid, slide.meta)
     _, err = run(command, "--data", folder, "--out", "r", cwd=tmp_path, code=1)
     assert slide_id in one_error(err)
     assert "data.py verify" in err
     assert not (tmp_path / "r" / "result.json").exists()
     assert (tmp_path / "r" / "last.pt").exists() == (split == "test")
-    assert any(slide_id in line and "NaN" in line for line in data.verify(folder))
+    assert f"{slide_id}.safetensors: NaN or infinite features" in str(data.verify(folder))
+
+
+FINETUNE_5X = "finetune --task skin_braf --init random --magnification 5"
 
 
 @pytest.mark.parametrize(
-    "command, amp", [("pretrain", "off"), ("finetune", "off"), ("finetune", "fp16")]
+    "command, amp", [("pretrain --steps 20", "off"), (FINETUNE_5X, "off"), (FINETUNE_5X, "fp16")]
 )
 def test_gradients_that_are_not_finite(cohort, tmp_path, monkeypatch, command, amp):
     """One is the end. Under fp16 such steps are skipped until the scale cannot be to blame."""
@@ -381,18 +356,14 @@ def test_gradients_that_are_not_finite(cohort, tmp_path, monkeypatch, command, a
     def spoiled(model, *rest):
         calls.append(1)
         if len(calls) == 2 or len(calls) > 6:
-            learning = next(p for p in model.parameters() if p.grad is not None)
-            learning.grad.view(-1)[0] = math.inf
+            next(p for p in model.parameters() if p.grad is not None).grad.fill_(math.inf)
         return step(model, *rest)
 
     monkeypatch.setattr(train, "optimizer_step", spoiled)
-    common = {"data": str(cohort), "out": str(tmp_path), "amp": amp, "batch_size": 8}
+    flags = f"--data {cohort} --out {tmp_path} --amp {amp} --batch-size 8"
+    options = vars(data.parse_command(f"{command} {flags}".split(), "", "", train.COMMANDS))
     with pytest.raises(MixmagError, match="at step (1|21) the loss is .*norm inf"):
-        if command == "pretrain":
-            train.pretrain(train.PretrainConfig(**common, steps=20))
-        else:
-            settings = {"task": "skin_braf", "init": "random", "magnification": 5}
-            train.finetune(train.FinetuneConfig(**common, **settings))
+        options.pop("function")(**options)
     if amp == "off":
         assert not (tmp_path / "last.pt").exists()
         return
@@ -431,14 +402,10 @@ def test_smallest_batches_and_splits(cohort, tmp_path):
 
 
 def test_an_encoder_of_unknown_slides_is_flagged(cohort, tmp_path):
-    """What an encoder saw is listed beside it, and goes with it."""
+    """The list of slides that an encoder saw goes with it."""
     run(PRETRAIN, "--data", cohort, "--out", "p", cwd=tmp_path)
-    rows = data.read_csv(tmp_path / "p" / "encoder" / "slides.csv", ("slide_id",))
-    listed = {row["slide_id"] for row in rows}
-    assert listed == set(data.pretraining_ids(cohort))
-    assert not listed & data.evaluation_slides(cohort)
     shutil.move(tmp_path / "p" / "encoder", tmp_path / "e")
-    command = f"train.py finetune --task skin_braf --epochs 1 --init e --data {cohort}"
+    command = f"{FINETUNE} --init e --epochs 1 --data {cohort}"
     _, err = run(f"{command} --out f", cwd=tmp_path)
     assert "WARNING" not in err
     (tmp_path / "e" / "slides.csv").unlink()
@@ -463,7 +430,7 @@ def test_ids_are_no_paths(tmp_path, name):
 
 
 def test_tables_are_text(tmp_path):
-    """Formulas, leading zeros, spaces, unicode, ids that differ in case only; long tables."""
+    """Formulas, leading zeros, spaces, unicode, and ids that differ in case only, are kept."""
     ids = ["=cmd|' C calc'!A0", "+1", "@SUM(A1)", "001", "1", "1.0", "a b", "ü", "S1", "s1"]
     ids += ["x,y", 'q"q', "n\nl", "日本"]
     task(tmp_path, [(name, name, 1, "train") for name in ids])
@@ -472,9 +439,6 @@ def test_tables_are_text(tmp_path):
     cases = data.read_task(tmp_path, "t")
     assert [(case.case_id, case.slide_ids) for case in cases] == [(name, [name]) for name in ids]
     assert {slide.slide_id for slide in data.read_slides(tmp_path, ids)} == set(ids)
-    count = 50_000 * TIMES
-    task(tmp_path, [(i // 2, i, i // 2 % 2, "train") for i in range(2 * count)])
-    assert len(data.read_task(tmp_path, "t")) == count
 
 
 def examples(count):
@@ -549,42 +513,37 @@ def test_any_slide_comes_back_as_it_was_written(tmp_path, cells, dim, seed, extr
         assert getattr(slide, name).tobytes() == expected.tobytes()
 
 
-JSON_PARTS = [b"9", b"-", b"[", b'"', b"e9", b"null", b"{}", b"\\u0000", b"1e999", b"NaN"]
+PARTS = [b"9", b"-", b"[", b'"', b"e9", b"null", b"{}", b"\\u0000", b"1e999", b"NaN", b"\xff" * 9]
 
 
 def mutate(raw, rng, end):
-    """Bytes before `end` are changed, cut out, put in or replaced, or the rest is cut off."""
+    """Bytes before `end` are changed, or replaced by fewer or more, or the rest is cut off."""
     raw = bytearray(raw)
     for _ in range(rng.choice([1, 1, 3])):
         at = int(rng.integers(min(end, len(raw))))
-        count = int(rng.integers(1, 9))
-        kind = rng.choice(
-            ["change", "cut", "insert", "replace", "end"], p=[0.6, 0.1, 0.1, 0.1, 0.1]
-        )
-        if kind == "change":
+        kind = rng.integers(10)
+        if kind < 6:
             raw[at] = rng.integers(256)
-        elif kind == "cut":
-            del raw[at : at + count]
-        elif kind == "insert":
-            raw[at:at] = rng.bytes(count)
-        elif kind == "replace":
-            raw[at : at + 1] = rng.choice(JSON_PARTS)
+        elif kind < 9:
+            raw[at : at + int(rng.integers(9))] = rng.choice(PARTS)
         else:
             del raw[at + 1 :]
     return raw
 
 
+def fields(slide):
+    return slide.features.tobytes(), slide.cells.tobytes(), slide.valid.tobytes(), slide.meta
+
+
 def test_fuzzed_slide_files_are_refused_or_right(tmp_path):
     """An error names the file, or verify finds what changed, or it is the very slide."""
     path = make_slide(tmp_path)
-    good = data.read_slide(path)
-    expected = (good.features.tobytes(), good.cells.tolist(), good.valid.tolist(), good.meta)
+    expected = fields(data.read_slide(path))
     raw = path.read_bytes()
     header = 8 + int.from_bytes(raw[:8], "little")
     rng = np.random.default_rng(0)
-    kinds = Counter()
-    count = 500 * TIMES
-    for i in range(count):
+    counts = Counter()
+    for i in range(500 * TIMES):
         new = tmp_path / "new"
         new.write_bytes(mutate(raw, rng, header if i % 2 else len(raw)))
         new.replace(path)  # the map of the file before stays as it was
@@ -592,17 +551,13 @@ def test_fuzzed_slide_files_are_refused_or_right(tmp_path):
             slide = data.read_slide(path)
         except MixmagError as error:
             assert str(path) in str(error)
-            kinds["refused"] += 1
+            counts["refused"] += 1
             continue
-        found = (slide.features.tobytes(), slide.cells.tolist(), slide.valid.tolist(), slide.meta)
-        if found == expected:
-            kinds["right"] += 1
-            continue
-        kinds["found by verify"] += 1
-        assert data.slide_findings(path)[1], (i, slide.meta)
-    print(f"{count} mutated slide files: {dict(kinds)}")
-    assert kinds["refused"] > count // 3
-    assert kinds["found by verify"] > count // 20
+        if fields(slide) != expected:
+            assert data.slide_findings(path)[1], (i, slide.meta)
+            counts["found"] += 1
+    assert counts["refused"] > 150 * TIMES
+    assert counts["found"] > 25 * TIMES
 
 
 # --------------------------------------------------------------------------- verify, determinism
@@ -610,17 +565,14 @@ def test_fuzzed_slide_files_are_refused_or_right(tmp_path):
 
 def test_verify_finds_every_flipped_byte_of_a_cohort(cohort, tmp_path):
     rng = np.random.default_rng(0)
-    (tmp_path / "slides").mkdir()
-    for path in sorted((cohort / "slides").iterdir())[: 3 * TIMES]:
-        copy = Path(shutil.copy(path, tmp_path / "slides"))
-        raw = copy.read_bytes()
-        assert data.verify(tmp_path) == []
-        for at in (0, len(raw) - 1, *rng.integers(len(raw), size=20 * TIMES)):
-            changed = bytearray(raw)
-            changed[at] ^= 1 << int(rng.integers(8))
-            copy.write_bytes(changed)
-            assert any(path.stem in line for line in data.verify(tmp_path)), at
-        copy.write_bytes(raw)
+    for source in sorted((cohort / "slides").iterdir())[: 3 * TIMES]:
+        path = tmp_path / source.name
+        for _ in range(50):
+            raw = bytearray(source.read_bytes())
+            raw[rng.integers(len(raw))] ^= 1 << int(rng.integers(8))
+            path.write_bytes(raw)
+            assert data.slide_findings(path)[1]
+            path.unlink()
 
 
 def test_the_same_seed_twice_is_the_same(cohort, tmp_path):
@@ -645,32 +597,28 @@ def test_the_same_seed_twice_is_the_same(cohort, tmp_path):
 
 # ------------------------------------------------------------------------------- README must run
 
-README = re.sub(r"(?<!`)`python\n", "`python ", (ROOT / "README.md").read_text("utf-8"))
-README = re.sub(r"\\\n *", "", README)  # a command may go on in the next line
+README = (ROOT / "README.md").read_text("utf-8")
 LINES = re.findall(r"(python|torchrun[^\n`]*?) +(data|train)\.py([^`\n#|&]*)", README)
-ELSEWHERE = {"paper", "virchow2", "--stamp", "--shard"}  # flags of what is not at hand here
+ELSEWHERE = {"paper", "--stamp", "--shard"}  # flags of what is not at hand here
 SMALL = {
     "pretrain": "--steps 2 --batch-size 2",
     "finetune": "--epochs 1",
-    "table": "--rows abmil-20",
+    "table": "--rows abmil-20 --epochs 1 --seeds 1",
     "import": "--out imported",
-    "synth": "--regions 2 --dim 8",
+    "synth": "--regions 2",
 }
 
 
 def readme_world(folder, cohort):
     """The folder in which README's commands are given: slides, a task, folders of TRIDENT."""
-    (folder / "data").mkdir()
+    rows = [(f"case {i}", f"S{i}", i % 2, data.SPLITS[i % 3]) for i in range(1, 7)]
+    task(folder / "data" / "mine", rows, "msi")
     os.symlink(cohort, folder / "data" / "synthetic")
     (folder / "slides").mkdir()
-    rows = []
-    for i in range(6):
-        write_tiff(folder / "slides" / f"S{i + 1}.svs", pink(2700, 2700, i), 0.5)
-        rows.append((f"case {i}", f"S{i + 1}", i % 2, data.SPLITS[2 - i // 2]))
-    task(folder / "data" / "mine", rows, "msi")
-    slide_of_three(folder, "T1")
-    for m in (5, 10, 20):
-        (folder / f"{m}x_224px_0px_overlap").rename(folder / f"{m}x")
+    for i in range(1, 7):
+        write_tiff(folder / "slides" / f"S{i}.svs", pink(2700, 2700, i), 0.5)
+    for place in slide_of_three(folder, "T1"):
+        place.parent.rename(folder / place.parent.name.split("_")[0])
 
 
 @pytest.fixture(scope="module")
@@ -678,24 +626,15 @@ def readme_run(cohort, tmp_path_factory):
     """The folder, and how often each command ran, in README's own order at small settings."""
     folder = tmp_path_factory.mktemp("readme")
     readme_world(folder, cohort)
-    signature = inspect.signature(train.table)
-    table = train.table
-
-    def small_table(*args, **options):
-        arguments = signature.bind(*args, **options).arguments
-        return table(**{**arguments, "steps": 2, "epochs": 1})
-
     ran = Counter()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(train, "table", small_table)
+        patch.setattr(train, "DEMO_ROWS", ["abmil-20"])
         patch.setattr(data, "catch_signals", lambda: None)
         for launcher, script, rest in LINES:
             module = {"data": data, "train": train}[script]
             name, *flags = shlex.split(rest)
-            if flags[:1] == ["..."]:
-                flags[:1] = ["--slides", "slides", "--out", "d"]
-            module.parse([name, *flags])
+            data.parse_command([name, *flags], "", "", module.COMMANDS)
             if launcher == "python" and not ELSEWHERE & set(flags):
                 assert module.main([name, *flags, *SMALL.get(name, "").split()]) == 0, rest
                 ran[name] += 1
@@ -705,29 +644,30 @@ def readme_run(cohort, tmp_path_factory):
 def test_every_command_of_the_readme_runs(readme_run):
     """Where one wants what is not at hand (a GPU, torchrun) its flags are parsed."""
     folder, ran = readme_run
-    assert set(ran) >= {"demo", "pretrain", "finetune", "tile", "verify", "predict", "heatmap"}
-    assert set(ran) >= {"embed", "import", "table"}
-    assert len(LINES) >= 15
+    commands = "demo pretrain finetune predict heatmap embed table tile import verify"
+    assert ran.keys() >= set(commands.split())
     for made in ("runs/demo/SUMMARY.md", "embeddings/**/S1.h5", "runs/msi/heatmap/S1/*.png"):
         assert list(folder.glob(made)), made
 
 
+def pretend_model(name, **settings):
+    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+
+
 def test_every_python_block_of_the_readme_runs(readme_run, monkeypatch, capsys):
-    """The encoders with a timm that builds a model of no weights."""
-    monkeypatch.chdir(readme_run[0])
+    """The encoder with a timm that builds a model without weights; CLAM's file of what was made."""
     timm = types.ModuleType("timm")
     timm.layers = types.SimpleNamespace(SwiGLUPacked=None)
-    timm.create_model = lambda name, **settings: torch.nn.Sequential(
-        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
-    )
+    timm.create_model = pretend_model
     monkeypatch.setitem(sys.modules, "timm", timm)
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    blocks += re.findall(r"    # my_encoder\.py.*?\n(?=\S)", README, re.DOTALL)
     names = {}
-    for block in blocks:
-        exec(textwrap.dedent(block), names)
+    for block in re.findall(
+        r"```python\n.*?```|    # my_encoder\.py.*?\n(?=\S)", README, re.DOTALL
+    ):
+        exec(textwrap.dedent(block.removeprefix("```python").removesuffix("```")), names)
     assert "torch.Size([2, 94, 1280])" in capsys.readouterr().out
     white = np.zeros((2, 224, 224, 3), np.uint8)
-    for name in ("uni2", "optimus"):
-        assert f"my_encoder:{name}" in README
-        assert data.encode_tiles(names[name]().eval(), white, 2, "cpu").shape == (2, 3)
+    assert data.encode_tiles(names["uni2"]().eval(), white, 2, "cpu").shape == (2, 3)
+    folder, _ = readme_run
+    names["clam"](next(folder.glob("embeddings/**/S1.h5")), folder / "S1.pt")
+    assert torch.load(folder / "S1.pt", weights_only=True).shape == (1, 4 * 96)

@@ -29,7 +29,7 @@ from data import MixmagError, SlideReadError, TileSettings
 from mixmag import Geometry
 
 
-# ---------------------------------------------------------------------------------------- helpers
+# ------------------------------------------------------------------------------------------ helpers
 def shrunk(picture, n):
     return np.asarray(Image.fromarray(picture).reduce(n)) if n > 1 else picture
 
@@ -127,7 +127,7 @@ def tiled(folder, slide_id):
     return data.read_slide(folder / "slides" / f"{slide_id}.safetensors")
 
 
-# ------------------------------------------------------------------------- cells: the right pixels
+# -------------------------------------------------------------------------- cells: the right pixels
 def area_mean(picture, left, top, right, bottom, n):
     """The definition: (n, n, 3) floats, each the mean of a picture over its part of a box."""
 
@@ -157,7 +157,7 @@ def test_tiles_are_area_means(tmp_path, scale, levels):
     tiles = data.read_cell(reader, plan, 0, 0)
     source = shrunk(picture, int(plan.downsample))
     for entry, (k, r, c) in enumerate(Geometry(1, [10, 20]).cell_table().tolist()):
-        x, y = plan.edges(0, k), plan.edges(1, k)
+        x, y = (np.linspace(*lines[:2], 2**k + 1) for lines in plan.lines)
         off = tiles[entry] - area_mean(source, x[c], y[r], x[c + 1], y[r + 1], 224)
         assert abs(off.mean()) < 0.5 and np.abs(off).mean() < 0.8
     parent = tiles[1:].reshape(2, 2, 224, 224, 3).swapaxes(1, 2).reshape(224, 2, 224, 2, 3)
@@ -165,8 +165,8 @@ def test_tiles_are_area_means(tmp_path, scale, levels):
 
 
 class Ramp(data.Reader):
-    """A slide of any size and pyramid. Its red grows along one axis, by one in 8 level-0 pixels from the
-    corner of what is read, and its green falls as much, so that rounding cancels."""
+    """A slide of any size and pyramid. Its red grows along one axis, by one in 10 level-0 pixels
+    from the corner of what is read, and its green falls as much, so that rounding cancels."""
 
     def __init__(self, width, height, downsamples, mpp, level_sizes=None):
         self.path = data.Path("ramp")
@@ -181,7 +181,7 @@ class Ramp(data.Reader):
         scale = self.downsamples[level]
         self.corner = round(left * scale), round(top * scale)  # OpenSlide counts from here
         length = (right - left, bottom - top)[self.axis]
-        ramp = np.round((np.arange(length) + 0.5) * scale / 8)
+        ramp = np.round((np.arange(length) + 0.5) * scale / 10)
         rgba = np.full((bottom - top, right - left, 4), 255, np.uint8)
         rgba[..., 0] = ramp[None] if self.axis == 0 else ramp[:, None]
         rgba[..., 1] = 255 - rgba[..., 0]
@@ -208,8 +208,8 @@ PYRAMIDS = [
 
 
 def test_children_tile_their_parent_at_any_mpp(no_tissue):
-    """Random mpp and pyramids: edges nest exactly and lie within a pixel of the finest magnification of
-    where the lattice has them, and a tile's pixels show its own place."""
+    """Random mpp and pyramids: edges nest exactly and lie within a pixel of the finest
+    magnification of where the lattice has them, and a tile's pixels show its own place."""
     rng = np.random.default_rng(0)
     for i in range(200):
         mpp = rng.uniform(0.2, 0.6)
@@ -220,24 +220,20 @@ def test_children_tile_their_parent_at_any_mpp(no_tissue):
         plan = data.plan_slide(reader, settings)
         finest = 10 / magnifications[-1] / mpp  # level-0 px along one of its pixels
         assert plan.cell_px == pytest.approx(448 / mpp, rel=1e-12)
-        assert plan.downsample <= finest * 1.02 and plan.drift() <= finest * mpp
-        for axis, (k, magnification) in itertools.product(range(2), enumerate(magnifications)):
-            edges = plan.edges(axis, k) * plan.downsample
-            exact = plan.cell_px / 2**k * np.arange(len(edges))
-            assert np.abs(edges - exact).max() <= finest and (np.diff(edges) > 0).all()
-            if k > 0:
-                parents = plan.edges(axis, k - 1) * plan.downsample
-                assert np.abs(edges[::2] - parents).max() < 1e-6
-            assert np.allclose(plan.effective_mpp(k), 10 / magnification, rtol=0.02)
-        if i % 10 == 0:
-            axis = reader.axis = i // 10 % 2
+        assert plan.downsample <= finest * 1.02 and plan.drift <= finest * mpp
+        for lines in plan.lines:
+            exact = plan.cell_px * np.arange(len(lines))
+            assert np.abs(lines * plan.downsample - exact).max() <= finest
+            assert np.allclose(np.diff(lines) * plan.downsample, plan.cell_px, rtol=0.02)
+        if i % 5 == 0:
+            axis = reader.axis = i // 5 % 2
             cell = [int(rng.integers(len(lines) - 1)) for lines in plan.lines]
             tiles = data.read_cell(reader, plan, *cell)
             red, green = tiles[..., :2].astype(float).mean(axis=(1, 2)).T
             k, row, col = np.array(Geometry(1, magnifications).cell_table().tolist()).T
             place = (col, row)[axis]
             centre = (cell[axis] + (place + 0.5) / 2.0**k) * plan.cell_px - reader.corner[axis]
-            assert np.abs((red + 255 - green) * 4 - centre).max() <= finest, (mpp, plan.downsample)
+            assert np.abs((red + 255 - green) * 5 - centre).max() <= finest, (mpp, plan.downsample)
 
 
 def test_nothing_is_upsampled(no_tissue):
@@ -256,7 +252,7 @@ def test_nothing_is_upsampled(no_tissue):
     assert plan(1.0, magnifications=(5, 10))[0].level == 0
     assert plan(0.25, (1.0, 2.0005, 4.0))[0].level == 1
     assert plan(0.252, (1.0, 2.0, 4.0))[0].level == 0
-    assert plan(0.25, (1.0, 4.0))[0].shrink == 2
+    assert plan(0.25, (1.0, 4.0))[0].level == 0
     with pytest.raises(MixmagError, match="does not fit level 0"):
         plan(0.25, (1.0, 2.0), [(8960, 8960), (4478, 4480)])
     assert plan(0.25, (1.0, 1.95), [(9000, 9000), (4500, 4737)])[0].level == 0
@@ -401,8 +397,8 @@ ODD = {  # what one tile of level 0 becomes, and whether the others are still re
 
 @pytest.mark.parametrize("odd", ODD)
 def test_odd_jpeg_files_are_openslides_to_judge(tmp_path, odd):
-    """One tile, page or tag that is not like the others: every place is what OpenSlide makes of it, or
-    refused where OpenSlide refuses it."""
+    """One tile, page or tag that is not like the others: every place is what OpenSlide makes of it,
+    or refused where OpenSlide refuses it."""
     path, side = tmp_path / "s.tiff", 128
     levels = []
     for n in (1, 4):
@@ -412,7 +408,8 @@ def test_odd_jpeg_files_are_openslides_to_judge(tmp_path, odd):
     number = 0 if odd == "no first picture" else 9
     levels[0][2][number] = change(levels[0][2][number])
     if odd == "two pages of a size":
-        levels.append((256, 256, levels[1][2][::-1]))
+        first, *others = levels[1][2]
+        levels.append((256, 256, [first, *others[::-1]]))
     tables = b"\xff\xd8\xff\xd9" * 4 if odd == "tables as text" else b""
     description = b"Aperio Image Library v1" if "aperio" in odd else b"made for a test"
     photometric = 2 if odd == "colours" else 6
@@ -431,7 +428,8 @@ def test_odd_jpeg_files_are_openslides_to_judge(tmp_path, odd):
 
 
 def test_damaged_jpeg_is_openslides_to_judge(tmp_path):
-    """A tile with any bytes changed is refused where OpenSlide refuses it, else what OpenSlide makes."""
+    """A tile with any bytes changed is refused where OpenSlide refuses it, else what OpenSlide
+    makes."""
     path = write_jpeg(tmp_path / "s.tiff", noisy(700, 700))
     rng, seen = np.random.default_rng(0), set()
     whole = path.read_bytes()
@@ -476,7 +474,7 @@ def test_tiles_beyond_all_measure_are_refused(tmp_path, tag, page, value, messag
     assert tiled(tmp_path / "d", "good").slide_id == "good"
 
 
-# ----------------------------------------------------------------------------------------------- mpp
+# ---------------------------------------------------------------------------------------------- mpp
 def says(x=None, y=None, res=None, unit=None, power=None):
     """The properties of a slide that says this of itself."""
     named = {
@@ -496,7 +494,6 @@ def says(x=None, y=None, res=None, unit=None, power=None):
         (says("0.25", "0.25"), None, False, 0.25, "openslide.mpp-x"),
         (says("0,25", "0,25"), None, False, 0.25, "openslide.mpp-x"),
         (says("0.5", "0.509"), None, False, 0.5045, "openslide.mpp-x"),
-        (says("0.5", "0.5", power="40"), None, True, 0.5, "openslide.mpp-x"),
         (says("0.499", "0.499", res="72", unit="inch"), None, False, 0.499, "openslide.mpp-x"),
         (says(res="20000", unit="centimeter"), None, False, 0.5, "tiff.XResolution"),
         (says(res="50800", unit="inch", power="20"), None, True, 0.5, "tiff.XResolution"),
@@ -504,11 +501,8 @@ def says(x=None, y=None, res=None, unit=None, power=None):
         (says(res="1", unit="none", power="20"), None, True, 0.5, "openslide.objective-power"),
         (says("0.499", "0.499"), 0.5, False, 0.5, "--mpp"),
         (says(), 0.5, False, 0.5, "--mpp"),
-        (says(power="40"), 0.5, True, 0.5, "--mpp"),
         (says("0.0274", "0.0274"), 0.274, False, 0.274, "--mpp"),
-        (says("1000", "1000"), 0.25, False, 0.25, "--mpp"),
         (says("0", "0"), 0.25, False, 0.25, "--mpp"),
-        (says("nan", "nan"), 0.25, False, 0.25, "--mpp"),
         (says("0.25", "0.5"), 0.25, False, 0.25, "--mpp"),
     ],
 )
@@ -525,11 +519,9 @@ def test_mpp_comes_from_who_says_it(properties, given, power, mpp, source):
         (says(res="1", unit="none"), None, True, "no mpp.*--mpp"),
         (says(power="0"), None, True, "objective-power is '0'.*--mpp"),
         (says("0", "0"), None, True, "mpp-x '0'.*0.1 to 4.*--mpp"),
-        (says("nan", "0.5"), None, False, "mpp-x 'nan'.*--mpp"),
         (says("", "0.5"), None, False, "mpp-x ''.*--mpp"),
         (says("0.5"), None, False, "mpp-y None.*--mpp"),
         (says("-0.5", "-0.5"), None, False, "'-0.5'"),
-        (says("25", "25"), None, False, "mpp-x '25'.*0.1 to 4"),
         (says("0.0274", "0.0274"), None, False, "'0.0274'.*0.1 to 4"),
         (says("0.5", "0.52"), None, False, "'0.52'.*same in x and y"),
         (says("0.25", "0.25", power="20"), 0.5, False, "--mpp says 0.5.*'0.25'.*leave --mpp out"),
@@ -539,7 +531,6 @@ def test_mpp_comes_from_who_says_it(properties, given, power, mpp, source):
         (says(res="20000", unit="centimeter"), 0.25, False, "0.5 and 0.5 um/px"),
         (says(), 25.0, False, "--mpp says 25.*0.1 to 4"),
         (says(), float("nan"), False, "--mpp says nan"),
-        (says("0.5", "0.5"), 0.0, False, "--mpp says 0"),
     ],
 )
 def test_mpp_is_never_guessed(properties, given, power, message):
@@ -556,13 +547,10 @@ def test_mpp_is_never_guessed(properties, given, power, message):
         ("TCGA-CR-7395-01A-01-TS1.svs", None, "no mpp"),
         ("TCGA-CR-7395-01A-01-TS1.svs", 0.5, 0.5),
         ("ezwsi-multiframe_camelyon.dcm", None, "'28.969"),
-        ("openslide-python-boxes.tiff", None, "'352.7"),
         ("panimg-valid_tiff.tif", None, "'1000.0"),
         ("panimg-valid_tiff.tif", 0.5, 0.5),
-        ("panimg-invalid_resolutions_tiff.tif", None, "no mpp"),
         ("panimg-no_dzi.tif", None, 0.97237),
         ("highdicom-sm_image.dcm", None, 0.499),
-        ("openslide-python-boxes_0.dcm", None, 0.499),
     ],
 )
 def test_mpp_of_real_slides(real, name, given, expected):
@@ -642,8 +630,8 @@ def strokes(rng, side):
 
 
 def paint(seed, fault, side=1792):
-    """A section on glass at 2 um/px with one thing wrong with it, as a JPEG, and where a region of it
-    should be taken: (side, side, 3) uint8, (side, side) bool."""
+    """A section on glass at 2 um/px with one thing wrong with it, as a JPEG, and where a region of
+    it should be taken: (side, side, 3) uint8, (side, side) bool."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
     tissue = (x**2 + y**2 + 0.15 * smooth_noise(rng, side, 400) < 0.45) & (fault != "empty")
@@ -700,7 +688,8 @@ def test_no_tissue_is_no_tissue():
 
 
 def test_blood_is_tissue():
-    """Red cells (mean of a clot in a real section: 183, 52, 76) are as red as ink; ink is smooth."""
+    """Red cells (mean of a clot in a real section: 183, 52, 76) are as red as ink; ink is
+    smooth."""
     picture = glass(300, 300)
     y, x = np.mgrid[:300, :300]
     clot = (y - 150) ** 2 + (x - 150) ** 2 < 90**2
@@ -788,7 +777,8 @@ def feature(geometry):
 
 @pytest.mark.parametrize("form", ["features", "multi", "geometries", "list"])
 def test_geojson_masks_are_the_polygons(tmp_path, form):
-    """Against matplotlib: a disc with a hole, an island in it, a disc that overlaps another's hole."""
+    """Against matplotlib: a disc with a hole, an island in it, a disc that overlaps another's
+    hole."""
     parts = [
         [ring(2000, 2000, 500)],
         [ring(2000, 2000, 1500), ring(2000, 2000, 900)],
@@ -937,8 +927,8 @@ def test_neighbours_of_a_bad_region_are_those_of_the_clean_slide(tmp_path, monke
 
 @pytest.mark.parametrize("levels", [(1, 8), (1,)])
 def test_missing_tissue_is_never_white(tmp_path, levels):
-    """A tile that is missing inside tissue makes its cell unreadable, whether or not a thumbnail still
-    shows it; one that is missing outside of tissue is glass."""
+    """A tile that is missing inside tissue makes its cell unreadable, whether or not a thumbnail
+    still shows it; one that is missing outside of tissue is glass."""
     picture = glass(3584, 3584)
     picture[256:3328, 256:3328] = pink(3072, 3072)
     clean = write_tiff(tmp_path / "s.tiff", picture, 0.5, levels)
@@ -1002,7 +992,7 @@ def test_memory_is_bounded_on_huge_slides(tmp_path, width, height, levels):
     assert 3 <= len(tiled(tmp_path / "d", "huge").cells) <= 36
 
 
-# ---------------------------------------------------------------------------------- the tile command
+# --------------------------------------------------------------------------------- the tile command
 def test_real_slides(real, tmp_path):
     broken = sorted((real / "broken").iterdir())
     out, err = run(
@@ -1086,7 +1076,8 @@ def test_qc_shows_the_tiles_in_their_places(tmp_path):
     reader = data.Reader(write_tiff(tmp_path / "s.tiff", region, 0.5))
     plan = data.plan_slide(reader, TileSettings(min_tissue=0.0))
     axes = Figure().subplots(1, 3)
-    data.draw_tiles(axes, plan, (0, 0, 3, 2), data.read_window(reader, plan, (0, 0, 3, 2)))
+    tiles = np.stack([tiles for _, _, tiles in data.read_cells(reader, plan)])
+    data.draw_tiles(axes, plan, *plan.windows, tiles)
     for axis in axes:
         shown = np.asarray(axis.images[0].get_array(), float)
         size = shown.shape[1::-1]
@@ -1155,8 +1146,8 @@ def test_folders_are_searched_by_links_and_not_where_hidden(tmp_path):
 
 
 def test_flags_of_one_run_do_not_undo_another(tmp_path, monkeypatch, capsys):
-    """--mpp for a slide that says nothing leaves what was tiled at the slide's own mpp; another mpp, or
-    an encoder with other weights, is refused."""
+    """--mpp for a slide that says nothing leaves what was tiled at the slide's own mpp; another
+    mpp, or an encoder with other weights, is refused."""
     slides, out, weights = (tmp_path / name for name in ("s", "d", "weights.pt"))
     slides.mkdir()
     write_tiff(slides / "says.tiff", pink(900, 900), 0.5)
@@ -1332,8 +1323,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def test_virchow2_is_asked_for_as_its_authors_say_and_checked(pretend_timm):
-    """The class token of what the model makes of the normalised picture; a model of another width or
-    with NaN is refused at once."""
+    """The class token of what the model makes of the normalised picture; a model of another width
+    or with NaN is refused at once."""
     pretend_timm(
         "def create_model(*name, **settings):\n    return calls.append((name, settings)) or model"
     )
@@ -1363,8 +1354,8 @@ def test_virchow2_is_asked_for_as_its_authors_say_and_checked(pretend_timm):
 
 @pytest.fixture
 def shallow(monkeypatch):
-    """The real timm, whose models get 1 block. A torchvision built for CUDA fails beside a torch for CPU
-    only for want of two operators that nobody calls here."""
+    """The real timm, whose models get 1 block. A torchvision built for CUDA fails beside a torch
+    for CPU only for want of two operators that nobody calls here."""
     operators = torch.library.Library("torchvision", "FRAGMENT")
     try:
         import torchvision  # noqa: F401
@@ -1380,8 +1371,8 @@ def shallow(monkeypatch):
 
 
 def test_virchow2_of_a_file_is_the_real_architecture(shallow, tmp_path):
-    """Weights from either kind of file; what comes out is token 0 of timm's own model behind timm's own
-    transform; what does not fit is refused, and nothing is unpickled."""
+    """Weights from either kind of file; what comes out is token 0 of timm's own model behind timm's
+    own transform; what does not fit is refused, and nothing is unpickled."""
     from timm.layers import SwiGLUPacked
 
     torch.manual_seed(0)
