@@ -2821,9 +2821,11 @@ def read_json(path) -> dict:
 
 def write_csv(path, header, rows) -> None:
     """Bytes of a file name that are no UTF-8 are written escaped."""
-    with whole_file(path) as temporary:
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            csv.writer(file).writerows([header, *rows])
+    with (
+        whole_file(path) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
+        csv.writer(file).writerows([header, *rows])
 
 
 def read_csv(path, columns) -> list[dict]:
