@@ -31,9 +31,9 @@ import signal
 import sys
 import textwrap
 import time
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,6 @@ FORMAT = "mixmag/1"
 TEXT_FIELDS = ("format", "slide_id", "encoder", "created", "sha256")
 JSON_FIELDS = ("magnifications", "tile_px", "mpp", "cell_px", "origin", "width", "height", "n_bad")
 FIELDS = (*TEXT_FIELDS, *JSON_FIELDS)
-DTYPES = {"float16": "F16", "int32": "I32", "bool": "BOOL"}  # numpy's names -> safetensors' names
 
 
 @dataclass
@@ -73,7 +72,7 @@ class Slide:
     cells: np.ndarray  # (C, 2) int32: col, row on the lowest magnification's lattice
     valid: np.ndarray  # (C, T) bool: True where a token holds an embedding
     dim: int  # D
-    version: tuple  # inode and time of change: a file that is written anew is mapped anew
+    version: int  # time of change: a file that is written anew is mapped anew
 
     @property
     def slide_id(self) -> str:
@@ -86,7 +85,7 @@ class Slide:
 
 
 @functools.lru_cache(maxsize=30000)  # Linux gives a process about 65,000 maps
-def map_features(path: Path, version: tuple) -> np.ndarray:
+def map_features(path: Path, version: int) -> np.ndarray:
     with safetensors.safe_open(path, "pt") as file:  # torch maps the tensor, numpy would copy it
         return file.get_tensor("features").numpy()
 
@@ -101,21 +100,15 @@ def checksum(features, cells, valid, metadata: dict) -> str:
     return digest.hexdigest()
 
 
-def check_layout(layout: dict, magnifications) -> int:
-    """layout: name -> (dtype, shape) of each tensor. Returns D; raises ValueError for others."""
+def check_arrays(features, cells, valid, magnifications) -> None:
+    """Raises ValueError unless all have the dtype and shape of a slide file."""
     T = Geometry(1, magnifications).tokens_per_cell
-    _, shape = layout.get("features", ("", []))
-    expected = {
-        "cells": ("I32", [*shape[:1], 2]),
-        "features": ("F16", shape),
-        "valid": ("BOOL", shape[:2]),
-    }
-    if layout != expected or len(shape) != 3 or shape[1] != T:
-        raise ValueError(
-            f"magnifications {magnifications} need cells I32 [C, 2], features F16 [C, {T}, D] "
-            f"and valid BOOL [C, {T}]; found {layout}"
-        )
-    return shape[2]
+    C = len(cells)
+    found = [(array.dtype.name, array.shape) for array in (features, cells, valid)]
+    D = features.shape[-1]
+    expected = [("float16", (C, T, D)), ("int32", (C, 2)), ("bool", (C, T))]
+    if found != expected:
+        raise ValueError(f"features, cells, valid are {found}, expected {expected}")
 
 
 def write_slide(path, features, cells, valid, meta: dict) -> None:
@@ -124,18 +117,16 @@ def write_slide(path, features, cells, valid, meta: dict) -> None:
     features (C, T, D) float16, cells (C, 2) int32, valid (C, T) bool.
     meta: every field except `format`, `created` and `sha256`, and any others.
     """
-    arrays = {"cells": cells, "features": features, "valid": valid}
-    layout = {}
-    for name, array in arrays.items():
-        layout[name] = (DTYPES.get(array.dtype.name), list(array.shape))
-        arrays[name] = np.ascontiguousarray(array)  # the library scrambles any other
-    check_layout(layout, meta["magnifications"])
+    check_arrays(features, cells, valid, meta["magnifications"])
     now = float(os.environ.get("SOURCE_DATE_EPOCH", time.time()))  # reproducible-builds.org
     created = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
     text = {}
     for name, value in {"format": FORMAT, "created": created, **meta}.items():
         text[name] = value if name in TEXT_FIELDS else json.dumps(value)
     text["sha256"] = checksum(features, cells, valid, text)
+    arrays = {"features": features, "cells": cells, "valid": valid}
+    for name, array in arrays.items():
+        arrays[name] = np.ascontiguousarray(array)  # the library scrambles any other
     with whole_file(path) as temporary:
         safetensors.numpy.save_file(arrays, temporary, text)
 
@@ -146,21 +137,19 @@ def read_slide(path) -> Slide:
     Raises MixmagError that says what is wrong.
     """
     path = Path(path)
-    layout = {}
     try:
-        status = path.stat()
-        with safetensors.safe_open(path, "numpy") as file:
+        with safetensors.safe_open(path, "pt") as file:
             meta = parse_metadata(file.metadata() or {})
-            names = file.keys()
-            for name in names:
-                tensor = file.get_slice(name)
-                layout[name] = (tensor.get_dtype(), tensor.get_shape())
-            dim = check_layout(layout, meta["magnifications"])
-            cells = file.get_tensor("cells")
-            valid = file.get_tensor("valid")
+            features = file.get_tensor("features").numpy()  # a map: nothing is read
+            cells = file.get_tensor("cells").numpy().copy()
+            valid = file.get_tensor("valid").numpy().copy()
+        check_arrays(features, cells, valid, meta["magnifications"])
+        if meta["slide_id"] != path.stem:
+            raise ValueError(f"it holds slide {meta['slide_id']!r}; rename the file")
+        version = path.stat().st_mtime_ns
     except (OSError, safetensors.SafetensorError, ValueError, TypeError) as error:
         raise MixmagError(f"{path}: cannot be read as a slide file ({error})") from None
-    return Slide(path, meta, cells, valid, dim, (status.st_ino, status.st_mtime_ns))
+    return Slide(path, meta, cells, valid, features.shape[2], version)
 
 
 def parse_metadata(text: dict) -> dict:
@@ -192,25 +181,21 @@ def read_slides(data, ids=None, failed: list | None = None) -> list[Slide]:
             failed.append((path.stem, "read", str(error)))
     if failed and not slides:
         raise MixmagError(f"no slide can be read; the last error is: {failed[-1][2]}")
+    first = embedding_signature(slides[0])
     for slide in slides:
-        if slide.slide_id != slide.path.stem:
-            raise MixmagError(f"{slide.path}: holds slide {slide.slide_id!r}; rename the file")
-        if embedding_signature(slide) != embedding_signature(slides[0]):
-            raise MixmagError(
-                f"{slide.path}: made with {embedding_signature(slide)}, "
-                f"but {slides[0].slide_id} with {embedding_signature(slides[0])}"
-            )
+        found = embedding_signature(slide)
+        if found != first:
+            raise MixmagError(f"{slide.path}: {found}, but {slides[0].slide_id} has {first}")
     return slides
 
 
 def slide_paths(folder: Path, ids=None) -> list[Path]:
-    if ids is None:
-        paths = visible_files(folder, "*.safetensors")
-    else:
-        paths = [folder / f"{slide_id}.safetensors" for slide_id in sorted(set(ids))]
-    absent = [path.stem for path in paths if path.parent != folder or not path.exists()]
-    if absent:
-        raise MixmagError(f"{folder}: {len(absent)} slides have no file, such as {absent[0]!r}")
+    paths = visible_files(folder, "*.safetensors")
+    if ids is not None:
+        absent = sorted(set(ids) - {path.stem for path in paths})
+        if absent:
+            raise MixmagError(f"{folder}: {len(absent)} slides have no file, such as {absent[0]!r}")
+        paths = [path for path in paths if path.stem in ids]
     if not paths:
         raise MixmagError(f"{folder}: no slide files; make them with data.py tile or data.py synth")
     return paths
@@ -224,16 +209,12 @@ def already_done(path, wanted: dict, mpp: float | None) -> bool:
     if not Path(path).exists():
         return False
     meta = read_slide(path).meta
+    if mpp is not None and not math.isclose(mpp, meta["mpp"], rel_tol=0.02):
+        wanted = {**wanted, "mpp": mpp}
     for name, value in wanted.items():
-        if value is not None and meta.get(name) != value:
-            raise OtherSettings(
-                f"{path} was made with {name} {meta.get(name)}, now asked for {value}; "
-                "give another --out"
-            )
-    if mpp is not None and not abs(mpp - meta["mpp"]) <= 0.02 * meta["mpp"]:
-        raise OtherSettings(
-            f"{path} was made at {meta['mpp']:g} um/px, now asked for {mpp:g}; give another --out"
-        )
+        found = meta.get(name)
+        if value is not None and found != value:
+            raise OtherSettings(f"{path}: {name} is {found}, not {value}; give another --out")
     return True
 
 
@@ -258,32 +239,19 @@ def windows(cells, region: int, stride: int, min_cover: float) -> tuple[np.ndarr
     cell is missing, and (W, 2) the windows' corners (col, row), row-major. Corners lie on a lattice
     of `stride`: at every cell with stride 1.
     """
-    cells = cells.astype(np.int64)
-    row, col = np.divmod(np.arange(region**2), region)
-    inside = np.stack([col, row], axis=1)  # (R*R, 2)
-    corners = (cells[:, None] - inside).reshape(-1, 2)
-    corners = corners[(corners % stride == 0).all(axis=1)]
-    _, first = np.unique(cell_keys(corners), return_index=True)
-    corners = corners[first]  # (W, 2)
-    rows = find_cells(cells, corners[:, None] + inside)  # (W, R*R)
-    kept = (rows >= 0).mean(axis=1) >= min_cover
-    return rows[kept], corners[kept]
-
-
-def cell_keys(cells: np.ndarray) -> np.ndarray:
-    """(..., 2) -> (...): one number for each (col, row), in row-major order."""
-    return (cells[..., 1] << 32) + cells[..., 0]
-
-
-def find_cells(cells: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """cells (C, 2), wanted (..., 2) -> (...): the row of each wanted cell in `cells`, or -1."""
-    keys = cell_keys(cells)
-    rows = np.argsort(keys, kind="stable")
-    end = np.iinfo(np.int64).max  # above every key, so that each search ends at an entry
-    keys = np.append(keys[rows], end)
-    rows = np.append(rows, -1)
-    at = np.searchsorted(keys, cell_keys(wanted))
-    return np.where(keys[at] == cell_keys(wanted), rows[at], -1)
+    if not len(cells):
+        return np.empty((0, region**2), int), np.empty((0, 2), int)
+    start = (cells.min(axis=0) - region + 1) // stride * stride  # the first corner
+    width, height = cells.max(axis=0) - start + region
+    grid = np.full((height, width), -1)
+    col, row = (cells - start).T
+    grid[row, col] = np.arange(len(cells))
+    every = np.lib.stride_tricks.sliding_window_view(grid, (region, region))
+    every = every[::stride, ::stride]  # (h, w, R, R)
+    share = (every >= 0).mean(axis=(2, 3))  # (h, w)
+    kept = (share > 0) & (share >= min_cover)
+    corners = start + stride * np.argwhere(kept)[:, ::-1]
+    return every[kept].reshape(-1, region**2), corners
 
 
 def covering_windows(cells, region: int, min_cover: float) -> tuple[np.ndarray, np.ndarray]:
@@ -300,25 +268,14 @@ def covering_windows(cells, region: int, min_cover: float) -> tuple[np.ndarray, 
     return rows[kept], corners[kept]
 
 
-def describe_uncovered(used: int, cells_total: int) -> str:
-    """For the log: how many cells lie in no window that counts. Empty if all are used."""
-    if used == cells_total:
-        return ""
-    unused = cells_total - used
-    return f"; {unused} of {cells_total} cells lie in windows that --min-cover leaves out"
-
-
-def token_rows(rows, entries, T: int) -> tuple[np.ndarray, np.ndarray]:
-    """rows (..., R*R) of `windows`, entries (..., n): which of a window's R*R*T cell-major entries
-    -> (..., n) rows of the slide's (C*T, D) embeddings, and whether the token's cell exists."""
-    cell = np.take_along_axis(rows, entries // T, axis=-1)
-    return np.maximum(cell * T + entries % T, 0), cell >= 0
-
-
 def token_index(slide: Slide, rows, entries) -> tuple[np.ndarray, np.ndarray]:
-    """`token_rows` of windows (W, R*R) and entries (n,) or (W, n), and which tokens are valid."""
-    index, exists = token_rows(rows, np.atleast_2d(entries), slide.valid.shape[1])
-    return index, exists & slide.valid.reshape(-1)[index]
+    """rows (W, R*R) of `windows`, entries (n,) or (W, n): which of a window's R*R*T cell-major
+    entries -> (W, n) rows of the slide's (C*T, D) embeddings, and which of them are valid."""
+    T = slide.valid.shape[1]
+    entries = np.atleast_2d(entries)
+    cell = np.take_along_axis(rows, entries // T, axis=1)
+    index = np.maximum(cell * T + entries % T, 0)
+    return index, (cell >= 0) & slide.valid.reshape(-1)[index]
 
 
 def gather(slide: Slide, rows, entries) -> tuple[np.ndarray, np.ndarray]:
@@ -337,17 +294,20 @@ def as_batch(x: np.ndarray, valid: np.ndarray, device="cpu") -> tuple:
 
 
 def to_device(batch: dict, device) -> dict:
-    tensors = {key: value for key, value in batch.items() if torch.is_tensor(value)}
-    moved = {key: value.to(device, non_blocking=True) for key, value in tensors.items()}
-    return {**batch, **moved}
+    moved = dict(batch)
+    for key, value in batch.items():
+        if torch.is_tensor(value):
+            moved[key] = value.to(device, non_blocking=True)
+    return moved
 
 
 def pinned(batch: dict, device) -> dict:
-    """Where the device is a GPU: the batch in memory that the GPU can copy from by itself."""
-    if torch.device(device).type != "cuda":
-        return batch
-    tensors = {key: value for key, value in batch.items() if torch.is_tensor(value)}
-    return {**batch, **{key: value.pin_memory() for key, value in tensors.items()}}
+    """For a GPU, the batch in memory that the GPU can copy from by itself."""
+    moved = dict(batch)
+    for key, value in batch.items():
+        if torch.device(device).type == "cuda" and torch.is_tensor(value):
+            moved[key] = value.pin_memory()
+    return moved
 
 
 class RegionDataset(torch.utils.data.Dataset):
@@ -418,20 +378,22 @@ class RegionDataset(torch.utils.data.Dataset):
         return self.first[slide] + candidates[rng.integers(len(candidates))]
 
     def read(self, indices) -> dict:
-        """As `batch`, each with a leading axis of views and `valid` always a tensor."""
+        """As `batch`, with `valid` always a tensor."""
         window, turn, removed = self.draw(indices)
         slide = self.slide_of[window]
-        T = self.geometry.tokens_per_cell
-        index, valid = token_rows(self.rows[window], self.entries[turn], T)  # (views, B, N)
-        x = np.empty((*index.shape, self.slides[0].dim), np.float16)
+        x = np.empty((*window.shape, self.geometry.num_tokens, self.slides[0].dim), np.float16)
+        valid = np.empty(x.shape[:-1], bool)
         for at in np.ndindex(window.shape):
             source = self.slides[slide[at]]
+            rows = self.rows[window[at], None]
+            index, valid[at] = token_index(source, rows, self.entries[turn[at]])
             features = source.features.reshape(-1, source.dim)
-            np.take(features, index[at], axis=0, out=x[at], mode="clip")  # clip: straight into x
-            valid[at] &= source.valid.reshape(-1)[index[at]]
+            np.take(features, index[0], axis=0, out=x[at], mode="clip")  # clip: straight into x
         x[~valid] = 0
-        arrays = {"x": x, "removed": removed, "valid": valid, "slide": slide}
-        return {key: torch.from_numpy(array) for key, array in arrays.items()}
+        arrays: dict[str, Any] = {"x": x, "removed": removed, "valid": valid, "slide": slide}
+        for key, array in arrays.items():
+            arrays[key] = torch.from_numpy(array if self.views == 2 else array[0])
+        return arrays
 
     def __getitem__(self, i: int) -> dict:
         """x (N, D) float16, removed (M,), valid (N,) bool, slide (): its place in `slides`.
@@ -439,9 +401,7 @@ class RegionDataset(torch.utils.data.Dataset):
         With two views each has a leading axis of 2.
         """
         sample = self.read([i])
-        if self.views == 2:
-            return {key: value[:, 0] for key, value in sample.items()}
-        return {key: value[0, 0] for key, value in sample.items()}
+        return {key: value.select(self.views - 1, 0) for key, value in sample.items()}
 
     def batch(self, indices) -> dict:
         """x (B, N, D) float16, removed (B, M), valid (B, N) or None if all are valid, slide (B,).
@@ -449,8 +409,6 @@ class RegionDataset(torch.utils.data.Dataset):
         With two views each has a leading axis of 2.
         """
         batch = self.read(indices)
-        if self.views == 1:
-            batch = {key: value[0] for key, value in batch.items()}
         if batch["valid"].all():
             batch["valid"] = None
         return batch
@@ -468,7 +426,7 @@ class CaseDataset(torch.utils.data.Dataset):
     slide, the `covering_windows` that hold a valid token. Slides without one are listed in
     `dropped`, and cases without slides are left out. labels: each case's.
     cached: slide_id -> (encoder outputs (W, n or 1, d), valid (W, n)), given instead of embeddings.
-    uncovered: for the log, how many cells lie in no window.
+    uncovered: for the log, how many cells lie in no window. Empty if none.
     """
 
     def __init__(
@@ -481,30 +439,34 @@ class CaseDataset(torch.utils.data.Dataset):
         self.cached: dict[str, tuple] = {}
         self.cases: list[Case] = []
         self.dropped: list[str] = []
-        cells_used = 0
-        cells_total = 0
+        cells = 0
         for case in cases:
-            usable: list[str] = []
+            usable = []
             for slide_id in case.slide_ids:
-                used = self.find_windows(slide_id, geometry.region, min_cover)
-                cells_used += used
-                cells_total += len(slides[slide_id].cells)
-                (usable if used else self.dropped).append(slide_id)
+                cells += len(slides[slide_id].cells)
+                if self.find_windows(slide_id, geometry.region, min_cover):
+                    usable.append(slide_id)
+                else:
+                    self.dropped.append(slide_id)
             if usable:
-                self.cases.append(Case(case.case_id, case.label, case.split, usable))
+                self.cases.append(replace(case, slide_ids=usable))
         self.labels = [case.label for case in self.cases]
-        self.uncovered = describe_uncovered(cells_used, cells_total)
+        unused = cells - sum((rows >= 0).sum() for rows in self.rows.values())
+        self.uncovered = ""
+        if unused:
+            counts = f"{unused} of {cells} cells"
+            self.uncovered = f"; {counts} lie in windows that --min-cover leaves out"
 
-    def find_windows(self, slide_id: str, region: int, min_cover: float) -> int:
-        """Note the slide's windows, if there are any; returns how many cells they hold."""
+    def find_windows(self, slide_id: str, region: int, min_cover: float) -> bool:
+        """Note the slide's windows that hold a valid token. Whether there are any."""
         slide = self.slides[slide_id]
         rows, corners = covering_windows(slide.cells, region, min_cover)
         _, valid = token_index(slide, rows, self.entries)  # (W, n)
-        nonempty = valid.any(axis=1)
-        if nonempty.any():
-            self.rows[slide_id] = rows[nonempty]
-            self.corners[slide_id] = corners[nonempty]
-        return int((rows[nonempty] >= 0).sum())
+        kept = valid.any(axis=1)
+        if kept.any():
+            self.rows[slide_id] = rows[kept]
+            self.corners[slide_id] = corners[kept]
+        return slide_id in self.rows
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -513,8 +475,7 @@ class CaseDataset(torch.utils.data.Dataset):
         """One case as a batch, with `valid` always a tensor."""
         case = self.batch([i])
         if case["valid"] is None:
-            W = len(case["x"])
-            case["valid"] = torch.ones(W, len(self.entries), dtype=torch.bool)
+            case["valid"] = torch.ones(len(case["x"]), len(self.entries), dtype=torch.bool)
         return case
 
     def batch(self, indices) -> dict:
@@ -524,16 +485,17 @@ class CaseDataset(torch.utils.data.Dataset):
         """
         if not len(indices):
             return {}
-        cases = [self.cases[i] for i in indices]
-        parts = []
-        slide_ids = []
+        inputs = []
+        masks = []
+        slide_ids: list[str] = []
         case_of = []
-        for number, case in enumerate(cases):
-            for slide_id in case.slide_ids:
+        for number, i in enumerate(indices):
+            for slide_id in self.cases[i].slide_ids:
+                x, valid = self.read(slide_id)
+                inputs.append(x)
+                masks.append(valid)
                 slide_ids.append(slide_id)
                 case_of.append(number)
-                parts.append(self.read(slide_id))
-        inputs, masks = zip(*parts, strict=True)
         x, valid = as_batch(np.concatenate(inputs), np.concatenate(masks))
         return {
             "x": x,
@@ -542,7 +504,7 @@ class CaseDataset(torch.utils.data.Dataset):
             "slide_ids": slide_ids,
             "regions": torch.tensor([len(mask) for mask in masks]),
             "case": torch.tensor(case_of),
-            "label": torch.tensor([float(case.label) for case in cases]),
+            "label": torch.tensor([float(self.labels[i]) for i in indices]),
         }
 
     def read(self, slide_id: str) -> tuple[np.ndarray, np.ndarray]:
@@ -559,32 +521,28 @@ def feature_statistics(slides, magnifications=None, limit: int = 20000) -> tuple
     magnifications: the indices of those that count, 0 the lowest. Raises MixmagError for values
     that are not finite.
     """
-    cell_table = Geometry(1, slides[0].meta["magnifications"]).token_table()
-    magnification_of = cell_table[:, 0].numpy()  # (T,)
-    counted = np.ones(len(magnification_of), bool)
-    if magnifications is not None:
-        counted = np.isin(magnification_of, magnifications)
+    K = len(slides[0].meta["magnifications"])
     stride = max(1, math.ceil(sum(len(slide.cells) for slide in slides) / limit))
-    count = np.zeros(magnification_of.max() + 1)  # (K,)
-    total = np.zeros(slides[0].dim)
-    squares = np.zeros(slides[0].dim)
-    directions = np.zeros((len(count), slides[0].dim))
+    count = np.zeros((K, 1))
+    total, squares, directions = np.zeros((3, K, slides[0].dim))
     for slide in progress(slides, desc="statistics", leave=False):
-        valid = slide.valid[::stride] & counted  # (C', T)
-        tokens = slide.features[::stride][valid].astype(np.float64)  # (n, D)
-        if not np.isfinite(tokens).all():
-            raise MixmagError(f"{slide.path}: NaN or infinite features; data.py verify says where")
-        total += tokens.sum(axis=0)
-        squares += (tokens**2).sum(axis=0)
-        unit = tokens / np.linalg.norm(tokens, axis=1, keepdims=True).clip(min=1e-12)
-        magnification = np.broadcast_to(magnification_of, valid.shape)[valid]  # (n,)
-        for k in range(len(count)):
-            count[k] += (magnification == k).sum()
-            directions[k] += unit[magnification == k].sum(axis=0)
+        features = slide.features[::stride]
+        valid = slide.valid[::stride]
+        for k in range(K) if magnifications is None else magnifications:
+            entries = magnification_entries(k)
+            tokens = features[:, entries][valid[:, entries]].astype(np.float64)  # (n, D)
+            if not np.isfinite(tokens).all():
+                raise MixmagError(f"{slide.path}: NaN or infinite features; see data.py verify")
+            length = np.linalg.norm(tokens, axis=1, keepdims=True).clip(min=1e-12)
+            count[k] += len(tokens)
+            total[k] += tokens.sum(axis=0)
+            squares[k] += (tokens**2).sum(axis=0)
+            directions[k] += (tokens / length).sum(axis=0)
     tokens_total = max(count.sum(), 1)
-    mean = total / tokens_total
-    std = np.sqrt((squares / tokens_total - mean**2).clip(min=0))
-    directions /= count.clip(min=1)[:, None]
+    mean = total.sum(axis=0) / tokens_total
+    variance = squares.sum(axis=0) / tokens_total - mean**2
+    std = np.sqrt(variance.clip(min=0))
+    directions /= count.clip(min=1)
     return tuple(torch.from_numpy(array).float() for array in (mean, std, directions))
 
 
@@ -616,13 +574,10 @@ class Outcome:
 
     def metric(self, labels, scores) -> float:
         """Area under the ROC curve. Raises MixmagError where only one class is present."""
-        if len(set(labels)) < 2:
-            raise MixmagError(
-                f"{self.metric_name} needs both classes; found {len(labels)} cases, "
-                f"all labelled {set(labels)}"
-            )
         from sklearn.metrics import roc_auc_score  # its import takes a second
 
+        if len(set(labels)) < 2:
+            raise MixmagError(f"AUROC needs both classes; found {len(labels)} cases of one class")
         return float(roc_auc_score(labels, scores))
 
 
@@ -643,20 +598,17 @@ def task_names(data) -> list[str]:
 
 def row_fault(row: dict) -> str:
     """What is wrong with a row of a task table by itself. Empty if nothing is."""
-    if not row["case_id"] or not row["slide_id"]:
+    slide_id = row["slide_id"]
+    if not row["case_id"] or not slide_id:
         return "case_id or slide_id is empty"
-    if "/" in row["slide_id"] or row["slide_id"] in (".", ".."):
-        return (
-            f"slide_id {row['slide_id']!r} is a path, "
-            "expected the name of a file in slides/ without its suffix"
-        )
+    if "/" in slide_id or slide_id in (".", ".."):
+        return f"slide_id {slide_id!r} is a path, expected the name of a file in slides/"
+    if row["split"] not in SPLITS:
+        return f"split is {row['split']!r}, expected train, tune or test"
     try:
         OUTCOME.parse(row["label"])
     except ValueError as error:
-        return f"label of case {row['case_id']!r} is {row['label']!r}, {error}"
-    if row["split"] not in SPLITS:
-        expected = ", ".join(SPLITS)
-        return f"split of case {row['case_id']!r} is {row['split']!r}, expected one of {expected}"
+        return f"label is {row['label']!r}, {error}"
     return ""
 
 
@@ -666,35 +618,30 @@ def task_findings(path) -> tuple[list[Case], list[str]]:
     cases: dict[str, Case] = {}
     seen = set()
     for row in read_csv(path, ("case_id", "slide_id", "label", "split")):
-        where = f"{path}: line {row['line']}"
-        case_id = row["case_id"]
-        slide_id = row["slide_id"]
+        where = f"{path}: line {row['line']}, case {row['case_id']!r}"
         fault = row_fault(row)
-        if not fault and slide_id in seen:
-            fault = f"slide {slide_id!r} stands in more than one row"
+        if row["slide_id"] in seen:
+            fault = f"slide {row['slide_id']!r} stands in more than one row"
         if fault:
             findings.append(f"{where}: {fault}")
             continue
-        label = OUTCOME.parse(row["label"])
-        case = cases.setdefault(case_id, Case(case_id, label, row["split"], []))
-        if case.split != row["split"]:
-            both = f"{case.split} and {row['split']}"
-            findings.append(f"{where}: case {case_id!r} is in two splits, {both}")
-        if case.label != label:
-            both = f"{case.label} and {label}"
-            findings.append(f"{where}: case {case_id!r} has two labels, {both}")
-        case.slide_ids.append(slide_id)
-        seen.add(slide_id)
+        new = Case(row["case_id"], OUTCOME.parse(row["label"]), row["split"], [])
+        case = cases.setdefault(row["case_id"], new)
+        if case.split != new.split:
+            findings.append(f"{where} is in two splits, {case.split} and {new.split}")
+        if case.label != new.label:
+            findings.append(f"{where} has two labels, {case.label} and {new.label}")
+        case.slide_ids.append(row["slide_id"])
+        seen.add(row["slide_id"])
     return list(cases.values()), findings
 
 
 def read_task(data, task) -> list[Case]:
     """Raises MixmagError for an unknown task, and with the first finding of a faulty table."""
-    path = Path(data) / "tasks" / f"{task}.csv"
-    if task not in task_names(data):
-        found = ", ".join(task_names(data)) or "none"
-        raise MixmagError(f"{path}: no such task; found {found}")
-    cases, findings = task_findings(path)
+    found = task_names(data)
+    if task not in found:
+        raise MixmagError(f"{data}/tasks/{task}.csv: no such task; found {', '.join(found)}")
+    cases, findings = task_findings(Path(data) / "tasks" / f"{task}.csv")
     if findings:
         raise MixmagError(f"{findings[0]} (data.py verify lists all {len(findings)} findings)")
     return cases
@@ -2017,9 +1964,10 @@ def tile_all(paths: list, encoder, dim: int, settings: TileSettings) -> tuple[li
 
 # --------------------------------------------------------------------- import of other tools' files
 
-IMPORT_SECONDS = 60  # assumed: a slide that takes longer, and longer than 1 s per MiB, hangs
+IMPORT_SECONDS = 1800  # assumed: no slide takes longer, unless a file hangs the HDF5 library
 STAMP_SNAP = 0.1  # assumed: how far STAMP's tiles may be off their lattice, in tiles
 MAX_RATIO = 1032  # gzip cannot shrink more, so an array is at most this many times its file
+IMPORT_FACTS = ("encoder", "magnifications", "mpp", "mpp_source")
 
 
 def whole_if_possible(value: float) -> int | float:
@@ -2029,8 +1977,6 @@ def whole_if_possible(value: float) -> int | float:
 
 @dataclass
 class ImportJob:
-    """A slide to import, and what the user says of it."""
-
     slide_id: str
     paths: list[Path]  # one file for each magnification, from low to high
     out: Path
@@ -2039,7 +1985,6 @@ class ImportJob:
     class_token: bool | None = None
     mpp: float | None = None
     mpp_source: str = "--mpp"
-    region: int = 3
 
 
 @dataclass
@@ -2055,27 +2000,20 @@ class FeatureFile:
     slide_size: tuple = (None, None)  # width, height
 
 
-def read_array(file: h5py.File, name: str, columns: int | None = None) -> np.ndarray:
-    """Numbers (n, columns) that lie in this very file. Anything else is refused unread."""
+def read_array(file: h5py.File, name: str) -> np.ndarray:
+    """What claims more bytes than its file can hold is refused unread."""
     array = file[name]
-    shape: tuple = getattr(array, "shape", ())  # a group has none
-    if len(shape) != 2 or columns not in (None, shape[1]) or array.dtype.kind not in "iuf":
-        raise MixmagError(f"{array} is no array of numbers (n, {columns or 'D'})")
-    size = math.prod(shape) * array.dtype.itemsize
-    elsewhere = array.file != file or array.is_virtual or array.external
-    if elsewhere or size > MAX_RATIO * os.path.getsize(file.filename):
-        raise MixmagError(f"{name} claims {size} bytes that its file does not hold")
+    if array.nbytes > MAX_RATIO * os.path.getsize(file.filename):
+        raise MixmagError(f"{name} claims {array.nbytes} bytes that its file does not hold")
     return array[...]
 
 
 def read_trident(file: h5py.File) -> FeatureFile:
     """Layout: trident/IO.py of mahmoodlab/TRIDENT."""
-    features = read_array(file, "features")
-    corners = read_array(file, "coords", columns=2)
     facts = file["coords"].attrs
     return FeatureFile(
-        features,
-        corners,
+        read_array(file, "features"),
+        read_array(file, "coords"),
         side=float(facts["patch_size_level0"]),
         tile_px=int(facts["patch_size"]),
         magnification=float(facts["target_magnification"]),
@@ -2087,7 +2025,7 @@ def read_trident(file: h5py.File) -> FeatureFile:
 def read_stamp(file: h5py.File) -> FeatureFile:
     """Layout: src/stamp/preprocessing/__init__.py of KatherLab/STAMP, from version 2.1 on."""
     features = read_array(file, "feats")
-    corners = read_array(file, "coords", columns=2)
+    corners = read_array(file, "coords")
     side = float(file.attrs["tile_size_um"])
     tile_px = int(file.attrs["tile_size_px"])
     magnification = round(10 * tile_px / side, 6)
@@ -2100,22 +2038,20 @@ def read_feature_file(path: Path, tool: str) -> FeatureFile:
     try:
         with h5py.File(path) as file:
             found = read(file)
-    except Exception as error:  # damage raises a dozen types, and names hold control characters
-        raise MixmagError(f"{path}: {re.sub('[^ -~]', '?', str(error))}") from None
+    except Exception as error:  # damage raises a dozen types
+        raise MixmagError(f"{path}: {error}") from None
     with np.errstate(over="ignore"):
         found.features = found.features.astype(np.float16)
     good = np.isfinite(found.features).all(axis=1)
     good &= found.features.any(axis=1)  # HDF5 reads zeros where a row was never written
     if not good.all():
-        bad = len(good) - np.count_nonzero(good)
-        raise MixmagError(f"{path}: {bad} of {len(good)} tiles are NaN, beyond float16 or zero")
+        raise MixmagError(f"{path}: {sum(~good)} of {len(good)} tiles are NaN, infinite or zero")
     return found
 
 
 def settle_trident_sides(files: list[FeatureFile]) -> None:
-    """TRIDENT cuts tiles of a rounded side but states its floor, so one more may be the true side."""
-    stated = files[-1].side
-    for finest in (stated, stated + 1):
+    """TRIDENT cuts tiles of a rounded side but states its floor: one more may be the true side."""
+    for finest in (files[-1].side, files[-1].side + 1):
         sides = [finest * 2**k for k in reversed(range(len(files)))]
         pairs = list(zip(files, sides, strict=True))
         nested = all(0 <= side - file.side <= 1 for file, side in pairs)
@@ -2126,43 +2062,34 @@ def settle_trident_sides(files: list[FeatureFile]) -> None:
 
 
 def check_same_slide(files: list[FeatureFile]) -> None:
-    """Raises MixmagError unless the files are of one slide, one encoder and a run of doublings."""
     for low, high in itertools.pairwise(files):
-        if low.encoder != high.encoder:
-            raise MixmagError(f"its files are of two encoders: {low.encoder}, {high.encoder}")
-        if low.slide_size != high.slide_size:
-            raise MixmagError(f"its files are of two sizes: {low.slide_size}, {high.slide_size}")
+        if (low.encoder, low.slide_size) != (high.encoder, high.slide_size):
+            raise MixmagError("its files differ in encoder or slide size")
         if high.magnification != 2 * low.magnification or high.side != low.side / 2:
-            raise MixmagError(
-                f"{low.magnification:g}x has tiles of {low.side:g}, {high.magnification:g}x of "
-                f"{high.side:g}; expected doublings in the folders' order, and half the side"
-            )
+            found = [f"{file.magnification:g}x {file.side:g}" for file in files]
+            raise MixmagError(f"expected doublings and half the side each, found {found}")
 
 
 def embedding_width(width: int, encoder: str, class_token: bool | None) -> int:
     """How many numbers to keep. Virchow2's 2560 are its class token, then the mean patch token."""
     unclear = class_token is None and width == 2560 and encoder != "virchow2"
     if unclear or (class_token and width != 2560):
-        raise MixmagError(
-            f"its embeddings hold {width} numbers of {encoder!r}: --class-token keeps the first "
-            "1280 of 2560, --no-class-token keeps all"
-        )
+        rule = "--class-token keeps 1280 of 2560, --no-class-token keeps all"
+        raise MixmagError(f"its embeddings hold {width} numbers of {encoder!r}: {rule}")
     return 1280 if width == 2560 and class_token is not False else width
 
 
 def import_mpp(files: list[FeatureFile], job: ImportJob) -> tuple[float, str]:
-    """um per level-0 pixel, and who says so: the user, else the size of TRIDENT's tiles. STAMP's
-    files know no pixels: there a pixel is by default one of the finest magnification."""
+    """um per level-0 pixel, and who says so. STAMP's files know no pixels of the slide."""
     nominal = 10 / files[-1].magnification
     if job.tool == "trident":
         nominal *= files[-1].tile_px / files[-1].side
-    mpp, source = (nominal, "nominal") if job.mpp is None else (job.mpp, job.mpp_source)
-    if not 0.1 <= mpp <= 4:
-        raise MixmagError(f"{source} mpp is {mpp:g} um/px, expected 0.1 to 4; give it with --mpp")
+    if job.mpp is None:
+        return nominal, "nominal"
     # TRIDENT cuts slides of 0.2 to 0.3 um/px as if they were 0.25.
-    if job.tool == "trident" and abs(mpp - nominal) > 0.2 * nominal:
-        raise MixmagError(f"{source} says {mpp:g}, its tiles were cut as if it were {nominal:.4g}")
-    return mpp, source
+    if job.tool == "trident" and abs(job.mpp - nominal) > 0.2 * nominal:
+        raise MixmagError(f"{job.mpp_source} says {job.mpp:g}, its tiles say {nominal:.4g} um/px")
+    return job.mpp, job.mpp_source
 
 
 def lattice_positions(file: FeatureFile, tool: str) -> np.ndarray:
@@ -2172,14 +2099,10 @@ def lattice_positions(file: FeatureFile, tool: str) -> np.ndarray:
     tolerance = np.zeros_like(exact)
     if tool == "stamp":  # its tiles are up to 1 px too far apart
         tolerance = STAMP_SNAP + position / file.tile_px
-    fits = np.abs(exact - position) <= tolerance
-    fits &= (position >= 0) & (position < 2**31)
+    fits = (np.abs(exact - position) <= tolerance) & (position >= 0) & (position < 2**31)
     if not fits.all():
-        off = file.corners[~fits.all(axis=1)]
-        raise MixmagError(
-            f"{file.magnification:g}x: {len(off)} of {len(fits)} tiles are off the lattice of "
-            f"{file.side:g}, first {off[0].tolist()}; expected tiles without overlap"
-        )
+        off = f"{np.count_nonzero(~fits.all(axis=1))} of {len(fits)} tiles"
+        raise MixmagError(f"{file.magnification:g}x: {off} are off the lattice of {file.side:g}")
     return position.astype(np.int64)
 
 
@@ -2196,9 +2119,8 @@ def assemble_cells(files: list, positions: list) -> tuple[np.ndarray, np.ndarray
         entry = magnification_entries(k).start + row_inside * 2**k + col_inside
         features[row, entry] = file.features
         valid[row, entry] = True
-        doubles = len(row) - np.count_nonzero(valid[:, magnification_entries(k)])
-        if doubles:
-            raise MixmagError(f"{file.magnification:g}x: {doubles} tiles stand where another does")
+    if np.count_nonzero(valid) < sum(map(len, positions)):
+        raise MixmagError("some tiles stand where another does")
     return features, np.stack([cells % 2**32, cells >> 32], axis=1).astype(np.int32), valid
 
 
@@ -2213,18 +2135,13 @@ def import_slide(job: ImportJob) -> str:
         settle_trident_sides(files)
     check_same_slide(files)
     first = files[0]
-    encoder = job.encoder if first.encoder is None else first.encoder
-    if encoder is None or job.encoder not in (None, encoder):
-        raise MixmagError(
-            f"its files say that the encoder is {first.encoder}, --encoder says {job.encoder}"
-        )
+    encoder = job.encoder or first.encoder
+    if encoder is None:
+        raise MixmagError("its files do not name the encoder; give it with --encoder")
     width = embedding_width(first.features.shape[1], encoder, job.class_token)
     mpp, mpp_source = import_mpp(files, job)
     cell_px = first.side / mpp if job.tool == "stamp" else first.side
     positions = [lattice_positions(file, job.tool) for file in files]
-    residual = 0.0  # um; TRIDENT's tiles have none
-    for file, position in zip(files, positions, strict=True):
-        residual = np.abs(file.corners - position * file.side).max(initial=residual)
     features, cells, valid = assemble_cells(files, positions)
     size = first.slide_size
     if None in size:
@@ -2241,7 +2158,6 @@ def import_slide(job: ImportJob) -> str:
         "width": math.ceil(size[0]),
         "height": math.ceil(size[1]),
         "n_bad": 0,
-        "residual_um": round(residual, 2),
         "settings": settings,
         "size_known": None not in first.slide_size,
     }
@@ -2249,106 +2165,61 @@ def import_slide(job: ImportJob) -> str:
     return "imported"
 
 
-def import_facts(slide: Slide, region: int) -> dict:
-    """What import.csv says of a slide file: its tiles, and those that have no partner."""
-    facts: dict = {"dim": slide.dim, "cells": len(slide.cells)}
-    for name in ("encoder", "magnifications", "mpp", "mpp_source", "residual_um"):
-        facts[name] = slide.meta[name]
-    magnifications = slide.meta["magnifications"]
-    entries = [magnification_entries(k) for k in range(len(magnifications))]
-    facts["tiles"] = [int(slide.valid[:, entry].sum()) for entry in entries]
-    children = slide.valid[:, 1:]  # (C, T - 1)
-    parent_of = Geometry(1, magnifications).relatives()["parent"].int().argmax(dim=1)  # (T,)
-    parents = slide.valid[:, parent_of[1:]]  # (C, T - 1)
-    facts["without_parent"] = int((children & ~parents).sum())
-    facts["missing_children"] = int((parents & ~children).sum())
-    facts["whole_windows"] = len(windows(slide.cells, region, region, 1.0)[0])
-    return facts
-
-
-def import_worker(job: ImportJob) -> dict:
+def import_worker(job: ImportJob) -> list:
     """Imports a slide in a process of its own. Returns its row of import.csv."""
     for signum in SIGNALS:  # the parent receives them too, and lets the slide be finished
         signal.signal(signum, signal.SIG_IGN)
-    size = sum(path.stat().st_size for path in job.paths)
-    signal.alarm(IMPORT_SECONDS + size // 2**20)  # ends this process if a file hangs it
-    try:
-        status = import_slide(job)
-        return {"status": status, **import_facts(read_slide(job.out), job.region)}
-    finally:
-        signal.alarm(3600)  # ends this process if the parent was killed
+    signal.alarm(IMPORT_SECONDS)  # ends this process if a file hangs it, or the parent is dead
+    status = import_slide(job)
+    slide = read_slide(job.out)
+    facts = [slide.meta[name] for name in IMPORT_FACTS]
+    entries = map(magnification_entries, range(len(slide.meta["magnifications"])))
+    tiles = [int(slide.valid[:, entry].sum()) for entry in entries]
+    return [job.slide_id, status, "", *facts, len(slide.cells), tiles]
 
 
-def import_slides(jobs: list[ImportJob]):
-    """Yields each slide's row. A file that ends or hangs the HDF5 library costs its slide only."""
-    pool = None
-    with contextlib.ExitStack() as pools:
-        for job in progress(jobs, desc="slides"):
-            if pool is None:  # spawned, because a fork inherits torch's threads
-                pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-                pools.enter_context(pool)
-            row = {"slide_id": job.slide_id, "status": "failed", "reason": ""}
-            try:
-                row.update(pool.submit(import_worker, job).result())
-            except BrokenExecutor:
-                stop_if_asked()  # then a signal ended it
-                pool = None
-                row["reason"] = "its files bring the HDF5 library down, or hang it"
-            except MixmagError as error:
-                row["reason"] = str(error)
-            except Exception as error:  # no such file, a full disk, no memory
-                row["reason"] = f"{type(error).__name__}: {error}"
-            yield row
-
-
-def find_feature_files(folder: Path, pattern: str) -> dict[str, Path]:
+def find_feature_files(folder: Path) -> dict[str, Path]:
     """slide id -> file."""
-    files: dict[str, Path] = {}
-    for path in visible_files(folder, pattern):
-        if not path.stem.isprintable():  # such as bytes that are no UTF-8
-            raise MixmagError(f"{path.stem!r} in {folder} is not a printable name; rename it")
-        same = files.setdefault(path.stem, path)
-        if same != path:
-            raise MixmagError(f"two files of one slide: {same}, {path}; rename one")
+    paths = visible_files(folder, "**/*.h5")  # STAMP repeats the folders of the slides
+    files = {path.stem: path for path in paths}
     if not files:
         raise MixmagError(f"{folder}: no feature files (*.h5)")
+    if len(files) < len(paths):
+        twice = set(paths) - set(files.values())
+        raise MixmagError(f"two files of one slide, such as {twice.pop()}; rename one")
     return files
 
 
-def import_jobs(args) -> list[ImportJob]:
+def import_command(args) -> int:
     tool = "trident" if args.trident else "stamp"
-    pattern = "*.h5" if args.trident else "**/*.h5"  # STAMP repeats the folders of the slides
-    folders = [Path(folder) for folder in getattr(args, tool)]
-    found = {folder: find_feature_files(folder, pattern) for folder in folders}
+    found = {folder: find_feature_files(Path(folder)) for folder in getattr(args, tool)}
     slide_ids = sorted(set().union(*found.values()))
     manifest = read_manifest(args.manifest)
     warn_unmatched_rows(manifest, set(slide_ids))
-    jobs = []
-    for i in slide_ids:
-        paths = [files.get(i, folder / f"{i}.h5") for folder, files in found.items()]
-        out = Path(args.out) / "slides" / f"{i}.safetensors"
-        job = ImportJob(i, paths, out, tool, args.encoder, args.class_token, region=args.region)
-        job.mpp, job.mpp_source = user_mpp(i, manifest, args.mpp)
-        jobs.append(job)
-    return jobs
-
-
-def import_command(args) -> int:
     rows = []
-    failed = []
-    for row in import_slides(import_jobs(args)):
+    spawn = multiprocessing.get_context("spawn")  # a fork inherits torch's threads
+    pool = ProcessPoolExecutor(1, spawn)
+    for i in progress(slide_ids, desc="slides"):
+        paths = [files.get(i, Path(folder, f"{i}.h5")) for folder, files in found.items()]
+        out = Path(args.out, "slides", f"{i}.safetensors")
+        mpp = user_mpp(i, manifest, args.mpp)
+        job = ImportJob(i, paths, out, tool, args.encoder, args.class_token, *mpp)
+        try:
+            row = pool.submit(import_worker, job).result()
+        except BrokenExecutor:
+            stop_if_asked()  # then a signal ended it
+            pool = ProcessPoolExecutor(1, spawn)
+            row = [i, "failed", "its files bring the HDF5 library down, or hang it"]
+        except Exception as error:  # no such file, a full disk, no memory
+            row = [i, "failed", f"{type(error).__name__}: {error}"]
         rows.append(row)
-        if row["status"] == "failed":
-            failed.append((row["slide_id"], "import", row["reason"]))
-            print(f"{row['slide_id']}: FAILED: {row['reason']}", file=sys.stderr)
-        else:
-            facts = [f"{name} {value}" for name, value in list(row.items())[3:]]
-            print(f"{row['slide_id']}: {row['status']}, {', '.join(facts)}", flush=True)
-    out = Path(args.out)
-    columns = max(rows, key=len)  # a failed slide's row is short
-    write_csv(out / "import.csv", columns, [[row.get(name) for name in columns] for row in rows])
-    print(f"{len(rows) - len(failed)} slides imported, {len(failed)} failed; see {out}/import.csv")
-    return report_failed(out / "failed.csv", failed)
+        print(*row[:3], sep=": ", flush=True)
+    pool.shutdown()
+    failed = [(row[0], "import", row[2]) for row in rows if row[1] == "failed"]
+    table = Path(args.out, "import.csv")
+    write_csv(table, ("slide_id", "status", "reason", *IMPORT_FACTS, "cells", "tiles"), rows)
+    print(f"{len(rows) - len(failed)} slides imported, {len(failed)} failed; see {table}")
+    return report_failed(table.with_name("failed.csv"), failed)
 
 
 # ----------------------------------------------------------------------------- the synthetic cohort
@@ -2538,14 +2409,15 @@ def plan_split(rng, task: str, split: str, scale: str) -> list[tuple]:
         positives = max(least_positives, round(positive * count))
     with_two = round(count * (slides / cases - 1))  # cases with a second slide
     labels = rng.permutation([1] * positives + [0] * (count - positives)).tolist()
-    two = set(rng.permutation(count)[:with_two].tolist())
+    two = rng.permutation(count)[:with_two]
     rows = []
     for i, label in enumerate(labels):
         case_id = f"{task}-{split}-{i:04d}"
-        shown_by = rng.integers(2)  # which of two slides shows a positive label
+        shown_by = "ab"[rng.integers(2)]  # which of two slides shows a positive label
         if i in two:
-            rows.append((case_id, f"{case_id}-a", label, split, label == 1 and shown_by == 0))
-            rows.append((case_id, f"{case_id}-b", label, split, label == 1 and shown_by == 1))
+            for letter in "ab":
+                shows = label == 1 and letter == shown_by
+                rows.append((case_id, f"{case_id}-{letter}", label, split, shows))
         else:
             rows.append((case_id, f"{case_id}-a", label, split, label == 1))
     return rows
@@ -2571,12 +2443,19 @@ def synthetic_facts(path) -> dict:
 def synth_cohort(out, scale="quick", dim=64, regions=4, seed=0) -> None:
     """Write DATA/slides, DATA/tasks and DATA/synthetic.json, which says `complete` at the end.
 
-    A function of the arguments alone. Slide files that are there are kept.
+    A function of the arguments alone. Slide files that are there are kept. Raises MixmagError
+    where the folder holds anything but a cohort of these arguments.
     """
     out = Path(out)
     settings = {"synthetic": True, "scale": scale, "dim": dim, "regions": regions, "seed": seed}
-    start_cohort(out, settings)
     world = synth_world(dim, seed)
+    facts = synthetic_facts(out)
+    if not facts:
+        if (out / "slides").exists() or (out / "tasks").exists():
+            raise MixmagError(f"{out}: holds no synthetic cohort's data; give another --out")
+        write_json(out / "synthetic.json", {**settings, "complete": False})
+    elif facts | settings != facts:
+        raise OtherSettings(f"{out}: its cohort is not one of {settings}; give another --out")
     floors = []
     for number, (task, rows) in enumerate(synth_plan(scale, seed).items()):
         for i, (_, slide_id, _, _, shows) in enumerate(progress(rows, desc=f"synthetic {task}")):
@@ -2585,33 +2464,10 @@ def synth_cohort(out, scale="quick", dim=64, regions=4, seed=0) -> None:
             features, cells, floor = synth_slide(world, rng, task, shows, count)
             write_synthetic_slide(out, slide_id, features, cells, seed)
             floors.append(floor)
-        table = [row[:4] for row in rows]
         header = ("case_id", "slide_id", "label", "split")
-        write_csv(out / "tasks" / f"{task}.csv", header, table)
-    facts = {
-        **settings,
-        "complete": True,
-        "mechanisms": {task: words for task, (*_, words) in MECHANISMS.items()},
-        "least_mem_loss": dict(zip(("5", "10", "20"), np.mean(floors, axis=0), strict=True)),
-    }
-    write_json(out / "synthetic.json", facts)
-
-
-def start_cohort(out: Path, settings: dict) -> None:
-    """Raises MixmagError where the folder holds anything but a cohort of these settings."""
-    facts = synthetic_facts(out)
-    if not facts:
-        if (out / "slides").exists() or (out / "tasks").exists():
-            raise MixmagError(
-                f"{out}: holds slides or tasks that are no synthetic cohort's; give another --out"
-            )
-        write_json(out / "synthetic.json", {**settings, "complete": False})
-        return
-    found = {name: facts.get(name) for name in settings}
-    if found != settings:
-        raise OtherSettings(
-            f"{out}: holds a cohort of {found}, now asked for {settings}; give another --out"
-        )
+        write_csv(out / "tasks" / f"{task}.csv", header, [row[:4] for row in rows])
+    least = dict(zip(("5", "10", "20"), np.mean(floors, axis=0), strict=True))
+    write_json(out / "synthetic.json", {**settings, "complete": True, "least_mem_loss": least})
 
 
 def write_synthetic_slide(out: Path, slide_id: str, features, cells, seed: int) -> None:
@@ -2636,31 +2492,24 @@ def write_synthetic_slide(out: Path, slide_id: str, features, cells, seed: int) 
 
 
 def synth_picture(rng, height: int, width: int) -> np.ndarray:
-    """(height, width, 3) uint8: purple nuclei in pink stroma on white glass, like H&E at 0.5 um/px;
-    synthetic."""
-
-    def noise(*shape):
-        return rng.standard_normal(shape).astype(np.float32)
+    """(height, width, 3) uint8: purple nuclei in pink tissue on white glass, like H&E."""
 
     def smooth(px):  # a random field with features of about px pixels
-        return smooth_fields(noise(1, height // px + 4, width // px + 4), height, width)[0]
+        coarse = rng.standard_normal((1, height // px + 4, width // px + 4), np.float32)
+        return smooth_fields(coarse, height, width)[0].numpy()
 
-    y = torch.linspace(-1, 1, height)[:, None]
-    x = torch.linspace(-1, 1, width)[None]
-    tissue = ((y**2 + x**2) + 0.25 * smooth(700) < 0.75).float()
-    crowding = torch.sigmoid(2 * smooth(300))  # where nuclei are dense
-    chance = torch.from_numpy(rng.random((height, width), np.float32))
-    centres = (chance < 0.004 * crowding).float()[None, None]
-    discs = F.max_pool2d(F.max_pool2d(centres, (13, 1), 1, (6, 0)), (1, 13), 1, (0, 6))
-    nuclei = F.avg_pool2d(F.avg_pool2d(discs, 7, 1, 3), 5, 1, 2)[0, 0]
-    eosin = (0.35 + 0.12 * smooth(24) + 0.15 * smooth(120)).clamp(min=0.02)
-    hematoxylin = nuclei * (0.9 + 0.2 * smooth(6)) + 0.03
-    absorption = torch.tensor([[1.25, 0.12], [1.35, 0.95], [0.55, 0.45]])  # of both, per channel
-    absorption = absorption[:, :, None, None]
-    density = tissue * (absorption[:, 0] * hematoxylin + absorption[:, 1] * eosin)
-    light = 244 * torch.exp(-density.clamp(min=0))  # Beer-Lambert
-    light += 2 * torch.from_numpy(noise(3, height, width))
-    return light.clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
+    x = np.linspace(-1, 1, width, dtype=np.float32)
+    tissue = x**2 + y**2 + 0.25 * smooth(700) < 0.75
+    nuclei = smooth(12) + 0.6 * smooth(300) > 1.1
+    hematoxylin = tissue * (0.03 + ndimage.uniform_filter(nuclei.astype(np.float32), 5))
+    eosin = tissue * (0.4 + 0.15 * smooth(120) + 0.1 * smooth(24)).clip(min=0.02)
+    picture = np.empty((height, width, 3), np.uint8)
+    for channel, (purple, pink) in enumerate(((1.25, 0.12), (1.35, 0.95), (0.55, 0.45))):
+        light = 240 * np.exp(-purple * hematoxylin - pink * eosin)  # Beer-Lambert
+        light += 2 * rng.standard_normal((height, width), np.float32)
+        picture[..., channel] = light.clip(0, 255)
+    return picture
 
 
 def synth_images(out, count: int, seed: int) -> None:
@@ -2676,16 +2525,15 @@ def synth_images(out, count: int, seed: int) -> None:
     }
     for i in progress(range(count), desc="synthetic images"):
         rng = np.random.default_rng([seed, 3, i])
-        picture = synth_picture(rng, *(256 * rng.integers(14, 22, size=2)).tolist())
+        height, width = (256 * rng.integers(14, 22, size=2)).tolist()
+        picture = Image.fromarray(synth_picture(rng, height, width))
         path = Path(out) / f"synthetic-{i:03d}.tiff"
         with whole_file(path) as temporary, tifffile.TiffWriter(temporary) as tiff:
             for level in range(4):
-                resolution = (2e4 / 2**level, 2e4 / 2**level)
-                tiff.write(picture, subfiletype=int(level > 0), resolution=resolution, **settings)
-                h = picture.shape[0] // 2
-                w = picture.shape[1] // 2
-                blocks = picture[: 2 * h, : 2 * w].reshape(h, 2, w, 2, 3)
-                picture = blocks.mean(axis=(1, 3)).round().astype(np.uint8)
+                settings["subfiletype"] = int(level > 0)
+                settings["resolution"] = (2e4 / 2**level, 2e4 / 2**level)
+                tiff.write(np.asarray(picture), **settings)
+                picture = picture.reduce(2)
 
 
 def synth_command(args) -> int:
@@ -2713,57 +2561,36 @@ def slide_findings(path) -> tuple[Slide | None, list[str]]:
         text = file.metadata()
     if checksum(slide.features, slide.cells, slide.valid, text) != text["sha256"]:
         findings.append(f"{path}: checksum differs: the file changed after it was written")
-    if slide.slide_id != Path(path).stem:
-        findings.append(f"{path}: holds slide {slide.slide_id!r}")
-    bad = (~np.isfinite(slide.features) & slide.valid[..., None]).any(axis=(1, 2))  # (C,)
+    bad = ~np.isfinite(slide.features) & slide.valid[..., None]  # (C, T, D)
     if bad.any():
-        first = slide.cells[bad][0].tolist()
-        findings.append(
-            f"{path}: NaN or infinite features in {bad.sum()} of {len(bad)} cells, "
-            f"first at (col, row) {first}"
-        )
-    if len(np.unique(slide.cells, axis=0)) != len(slide.cells):
-        findings.append(f"{path}: a cell stands in it twice")
-    if (slide.cells < 0).any():
-        findings.append(f"{path}: negative cell positions")
+        cells = slide.cells[bad.any(axis=(1, 2))].tolist()
+        where = f"{len(cells)} cells, such as (col, row) {cells[0]}"
+        findings.append(f"{path}: NaN or infinite features in {where}")
     return slide, findings
 
 
-def cases_findings(path: Path, cases: list, slides: dict, present: set) -> list[str]:
-    """What is wrong between a task table and the slides, `present` the ids that have a file."""
-    findings = []
-    splits_of: dict[bytes, dict] = defaultdict(dict)  # hash of the features -> split -> slide id
+def table_findings(path: Path, slides: dict) -> tuple[list[Case], list[str]]:
+    """The cases of a task table, and what is wrong with it and its slides (id -> Slide or None)."""
+    try:
+        cases, findings = task_findings(path)
+    except MixmagError as error:
+        return [], [str(error)]
+    split_of: dict[bytes, str] = {}  # sha256 of the features -> split
     for case in cases:
         for slide_id in case.slide_ids:
-            if slide_id not in present:
+            if slide_id not in slides:
                 findings.append(f"{path}: slide {slide_id!r} of case {case.case_id!r} has no file")
-            elif slide_id in slides and len(slides[slide_id].cells):
-                content = hashlib.sha256(slides[slide_id].features.tobytes()).digest()
-                splits_of[content].setdefault(case.split, slide_id)
-    for splits in splits_of.values():
-        if len(splits) > 1:
-            findings.append(f"{path}: the same content in two splits: {splits}")
+            slide = slides.get(slide_id)
+            if slide is None or not len(slide.cells):
+                continue
+            content = hashlib.sha256(slide.features).digest()
+            split = split_of.setdefault(content, case.split)
+            if split != case.split:
+                findings.append(f"{path}: slide {slide_id!r} has a copy in split {split}")
     for split in SPLITS:
         if len({case.label for case in cases if case.split == split}) < 2:
-            findings.append(
-                f"{path}: split {split} does not hold both classes, so it has no "
-                f"{OUTCOME.metric_name}"
-            )
-    return findings
-
-
-def pretrain_findings(data: Path, present: set, evaluation: set) -> list[str]:
-    """What is wrong with pretrain.csv, where there is one."""
-    path = data / "pretrain.csv"
-    findings = []
-    for slide_id in pretraining_ids(data) if path.exists() else ():
-        if slide_id not in present:
-            findings.append(f"{path}: slide {slide_id!r} has no file")
-        if slide_id in evaluation:
-            findings.append(
-                f"{path}: slide {slide_id!r} is in a tune or test split, itself or by its case"
-            )
-    return findings
+            findings.append(f"{path}: split {split} does not hold both classes")
+    return cases, findings
 
 
 def verify(data) -> list[str]:
@@ -2771,33 +2598,36 @@ def verify(data) -> list[str]:
     data = Path(data)
     findings = []
     slides = {}
-    paths = visible_files(data / "slides", "*.safetensors")
-    present = {path.stem for path in paths}
-    if not paths:
-        findings.append(f"{data}: no slide files in slides/")
-    for path in progress(paths, desc="slides"):
+    made: dict[str, list] = defaultdict(list)  # how -> the slides made so
+    for path in progress(visible_files(data / "slides", "*.safetensors"), desc="slides"):
         slide, found = slide_findings(path)
+        slides[path.stem] = slide
         findings += found
         if slide:
-            slides[path.stem] = slide
-    signatures = Counter(embedding_signature(slide) for slide in slides.values())
-    for slide in slides.values():
-        usual, count = signatures.most_common(1)[0]
-        signature = embedding_signature(slide)
-        if signature != usual:
-            findings.append(f"{slide.path}: {signature}; expected {usual} as in {count} others")
-    all_cases = []
+            made[embedding_signature(slide)].append(path.stem)
+    if not slides:
+        findings.append(f"{data}: no slide files in slides/")
+    if len(made) > 1:
+        for how, ids in made.items():
+            findings.append(f"{data}: {len(ids)} slides, such as {ids[0]}, have {how}")
+    cases = []
     for task in task_names(data):
-        path = data / "tasks" / f"{task}.csv"
-        try:
-            cases, found = task_findings(path)
-        except MixmagError as error:
-            findings.append(str(error))
-            continue
-        all_cases += cases
-        findings += found + cases_findings(path, cases, slides, present)
+        of_task, found = table_findings(data / "tasks" / f"{task}.csv", slides)
+        cases += of_task
+        findings += found
+    if (data / "pretrain.csv").exists():
+        findings += pretrain_findings(data, slides, evaluation_slides_of(cases))
+    return findings
+
+
+def pretrain_findings(data: Path, slides: dict, evaluation: set) -> list[str]:
+    findings = []
     try:
-        findings += pretrain_findings(data, present, evaluation_slides_of(all_cases))
+        for slide_id in pretraining_ids(data):
+            if slide_id not in slides:
+                findings.append(f"pretrain.csv: slide {slide_id!r} has no file")
+            if slide_id in evaluation:
+                findings.append(f"pretrain.csv: slide {slide_id!r} belongs to a tune or test case")
     except MixmagError as error:
         findings.append(str(error))
     return findings
@@ -2912,19 +2742,17 @@ def until_stopped(items):
 def prefetch(function, items, threads: int):
     """function(item) of each item, in order, while threads work on the next 2 * threads items.
 
-    Without threads, each when it is asked for. Numpy, torch, Pillow and OpenSlide release the
-    interpreter while they work on embeddings and pixels.
+    Numpy, torch, Pillow and OpenSlide let other threads run while they work.
     """
-    if not threads:
-        yield from map(function, items)
-        return
-    pool = ThreadPoolExecutor(threads)
+    pool = ThreadPoolExecutor(max(threads, 1))
+    waiting: deque = deque()
     try:
-        futures = (pool.submit(function, item) for item in items)
-        waiting = deque(itertools.islice(futures, 2 * threads))
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-            waiting.extend(itertools.islice(futures, 1))
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -2947,15 +2775,14 @@ def whole_file(path):
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        # torch reports a full disk as a RuntimeError of this name
+        # torch reports a full disk as a RuntimeError of this name and of several lines
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
-        reason = " ".join(str(error).split())  # torch's has several lines
-        free = f"{free_bytes(path) / 1e6:.0f} MB are free there"
-        raise MixmagError(f"{path}: cannot be written ({reason}); {free}") from None
+        reason = " ".join(str(error).split())
+        raise MixmagError(f"{path}: cannot be written ({reason})") from None
     finally:
         with contextlib.suppress(OSError):  # the parent may be no folder
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
 
 
 def visible_files(folder: Path, pattern: str) -> list[Path]:
@@ -2985,42 +2812,40 @@ def write_json(path, value) -> None:
 
 
 def read_json(path) -> dict:
-    """Raises MixmagError for a file that is missing or is no JSON object."""
+    """Raises MixmagError for a file that is missing or is no JSON."""
     try:
-        value = json.loads(Path(path).read_text("utf-8"))
+        return json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise MixmagError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise MixmagError(f"{path}: cannot be read as JSON (expected names and values)")
-    return value
 
 
 def write_csv(path, header, rows) -> None:
     """Bytes of a file name that are no UTF-8 are written escaped."""
-    buffer = io.StringIO()
-    csv.writer(buffer).writerows([header, *rows])
-    with whole_file(path) as temporary:
-        temporary.write_text(buffer.getvalue(), "utf-8", errors="backslashreplace", newline="")
+    with (
+        whole_file(path) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
+        csv.writer(file).writerows([header, *rows])
 
 
 def read_csv(path, columns) -> list[dict]:
     """Rows as dicts of stripped strings, and under "line" the line where each ends.
 
     Raises MixmagError for a missing file or column."""
-    rows = []
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = set(columns) - set(reader.fieldnames or ())
+            reader = csv.DictReader(file, restval="")
+            missing = sorted(set(columns) - set(reader.fieldnames or ()))
             if missing:
-                names = ", ".join(sorted(missing))
+                names = ", ".join(missing)
                 raise MixmagError(f"{path}: column {names} is missing; found {reader.fieldnames}")
+            rows = []
             for values in reader:
-                row = {name: (values[name] or "").strip() for name in columns}
+                row = {name: values[name].strip() for name in columns}
                 rows.append({**row, "line": reader.line_num})
+            return rows
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise MixmagError(f"{path}: cannot be read as a UTF-8 CSV ({error})") from None
-    return rows
 
 
 def report_failed(path, failed: list) -> int:
@@ -3060,12 +2885,11 @@ class Doublings(argparse.Action):
     """Takes a run of doublings as magnifications."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        magnifications = [whole_if_possible(value) for value in values]
+        namespace.magnifications = [whole_if_possible(value) for value in values]
         try:
-            Geometry(1, magnifications)
-        except ValueError:
-            raise argparse.ArgumentError(self, f"{magnifications} is no run of doublings") from None
-        namespace.magnifications = magnifications
+            Geometry(1, namespace.magnifications)
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
 
 
 NATURAL = number_in(int, 0, 2**32 - 1)
@@ -3081,7 +2905,7 @@ def add_synth_flags(parser) -> None:
     parser.epilog = "example: python data.py synth --out data/synthetic --scale quick"
     add = parser.add_argument
     add("--out", default="data/synthetic", help="folder to write")
-    scales = "full: the paper's numbers of cases and slides; quick: a twentieth, and at least some"
+    scales = "full: as many cases as the paper has; quick: a twentieth, and at least some"
     add("--scale", choices=("quick", "full"), default="quick", help=scales)
     add("--dim", type=POSITIVE, default=64, help="width of an embedding (Virchow2 has 1280)")
     add("--regions", type=POSITIVE, default=4, help="3 x 3 regions a slide on average, at least 2")
@@ -3093,7 +2917,6 @@ def add_output_flags(parser) -> None:
     add = parser.add_argument
     add("--out", required=True, help="DATA folder; slides go to DATA/slides/<slide_id>.safetensors")
     add("--manifest", help="CSV with columns slide (file name or id) and mpp; goes before --mpp")
-    add("--region", type=POSITIVE, default=3, help="cells per side of a window")
 
 
 def add_tile_flags(parser) -> None:
@@ -3103,22 +2926,16 @@ def add_tile_flags(parser) -> None:
     add = parser.add_argument
     add("--slides", nargs="+", required=True, metavar="DIR|FILE", help="slides, or their folders")
     add_output_flags(parser)
-    encoder = "texture (a stand-in without weights), virchow2, or module:factory, where factory() "
-    encoder += "returns a callable (B, 224, 224, 3) uint8 -> (B, D)"
-    add("--encoder", default="texture", help=encoder)
+    add("--region", type=POSITIVE, default=3, help="cells per side of a window")
+    add("--encoder", default="texture", help="texture, virchow2, or module:factory (see README)")
     add("--weights", help="virchow2's weights, .safetensors or .pt; else from the Hugging Face hub")
     add("--mpp", type=float, help="um per level-0 pixel, for slides that do not say it")
-    power = "for slides that say no mpp at all: 10 / objective power"
-    add("--mpp-from-power", action="store_true", help=power)
-    run = "from low to high, each twice the one before, such as 2.5 5 10 20"
-    number = number_in(float, 0.01, 1000)
-    default = [5, 10, 20]
-    add("--magnifications", type=number, nargs="+", action=Doublings, default=default, help=run)
+    add("--mpp-from-power", action="store_true", help="else take 10 / objective power as mpp")
+    run = {"nargs": "+", "type": number_in(float, 0.01, 1000), "action": Doublings}
+    add("--magnifications", default=[5, 10, 20], help="each twice the one before", **run)
     tissue = "least share of tissue in a window (assumed); biopsies and smears want less"
     add("--min-tissue", type=number_in(float, 0, 1), default=0.25, help=tissue)
-    mask = "your own tissue mask: a PNG over the whole slide, or GeoJSON as QuPath and TRIDENT "
-    mask += "write it; DIR holds <slide_id>.png or .geojson of each slide"
-    add("--mask", metavar="FILE|DIR", help=mask)
+    add("--mask", metavar="FILE|DIR", help="a tissue mask, PNG or GeoJSON; DIR: one per slide id")
     add("--shard", metavar="i/n", help="do the i-th of n shares of the slides, from 0 on")
     add("--batch-size", type=POSITIVE, default=256, help="tiles per call of the encoder")
     add("--device", default="auto", help="auto, cpu or cuda[:i]")
@@ -3128,25 +2945,18 @@ def add_tile_flags(parser) -> None:
 def add_import_flags(parser) -> None:
     """join the embeddings that TRIDENT or STAMP made at each magnification into slide files"""
     parser.set_defaults(function=import_command)
-    parser.description += """. Each magnification is twice the one before, with the same patch size
-        in pixels and no overlap. import.csv says which tiles have no parent or children."""
     parser.epilog = "example: python data.py import --stamp 5x 10x 20x --mpp 0.25 --out data/mine"
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
-    trident = "TRIDENT's features_<encoder> folders, one per magnification, from low to high"
-    source.add_argument("--trident", nargs="+", metavar="DIR", help=trident)
-    stamp = "STAMP's folders of feature files, one per magnification, from low to high"
-    source.add_argument("--stamp", nargs="+", metavar="DIR", help=stamp)
+    folders = "its folders of feature files, one per magnification, from low to high"
+    source.add_argument("--trident", nargs="+", metavar="DIR", help=folders)
+    source.add_argument("--stamp", nargs="+", metavar="DIR", help=folders)
     add_output_flags(parser)
-    add("--encoder", help="the encoder's name, for files that do not say it")
-    token = "keep Virchow2's class token only, the first 1280 of 2560 numbers, or all of them "
-    token += "(default: the class token where the files say virchow2)"
+    add("--encoder", help="the encoder's name (default: as the files say)")
+    token = "keep the first 1280 of Virchow2's 2560 numbers (default: where the files say virchow2)"
     add("--class-token", action=argparse.BooleanOptionalAction, help=token)
-    mpp = (
-        "um per level-0 pixel (default: as TRIDENT cut the tiles, which must agree within 20 %%); "
-    )
-    mpp += "STAMP's files know no pixels, so give it to place their tiles on the slide"
-    add("--mpp", type=float, help=mpp)
+    mpp = number_in(float, 0.1, 4)
+    add("--mpp", type=mpp, help="um per level-0 pixel, which STAMP's files do not say")
 
 
 def add_verify_flags(parser) -> None:

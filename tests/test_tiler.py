@@ -156,7 +156,7 @@ def test_tiles_are_area_means(tmp_path, scale, levels):
     assert plan.downsample == max(n for n in levels if n <= scale)
     tiles = data.read_cell(reader, plan, 0, 0)
     source = shrunk(picture, int(plan.downsample))
-    for entry, (k, r, c) in enumerate(Geometry(1, [10, 20]).cell_table().tolist()):
+    for entry, (k, r, c) in enumerate(Geometry(1, [10, 20]).token_table().tolist()):
         x, y = (np.linspace(*lines[:2], 2**k + 1) for lines in plan.lines)
         off = tiles[entry] - area_mean(source, x[c], y[r], x[c + 1], y[r + 1], 224)
         assert abs(off.mean()) < 0.5 and np.abs(off).mean() < 0.8
@@ -230,7 +230,7 @@ def test_children_tile_their_parent_at_any_mpp(no_tissue):
             cell = [int(rng.integers(len(lines) - 1)) for lines in plan.lines]
             tiles = data.read_cell(reader, plan, *cell)
             red, green = tiles[..., :2].astype(float).mean(axis=(1, 2)).T
-            k, row, col = np.array(Geometry(1, magnifications).cell_table().tolist()).T
+            k, row, col = np.array(Geometry(1, magnifications).token_table().tolist()).T
             place = (col, row)[axis]
             centre = (cell[axis] + (place + 0.5) / 2.0**k) * plan.cell_px - reader.corner[axis]
             assert np.abs((red + 255 - green) * 5 - centre).max() <= finest, (mpp, plan.downsample)
