@@ -2636,7 +2636,6 @@ POSITIVE = number_in(int, 1, 2**32 - 1)
 
 def add_synth_flags(parser) -> None:
     """make a synthetic cohort: embeddings with seven planted biomarkers"""
-    parser.set_defaults(function=synth_command)
     parser.epilog = "example: python data.py synth --out data/synthetic --scale quick"
     add = parser.add_argument
     add("--out", default="data/synthetic", help="folder to write")
@@ -2656,7 +2655,6 @@ def add_output_flags(parser) -> None:
 
 def add_tile_flags(parser) -> None:
     """turn whole-slide images into slide files: tissue, cells on one lattice, embeddings"""
-    parser.set_defaults(function=tile_command)
     parser.epilog = "example: python data.py tile --slides slides/ --out data/mine --mpp 0.5"
     add = parser.add_argument
     add("--slides", nargs="+", required=True, metavar="DIR|FILE", help="slides, or their folders")
@@ -2679,7 +2677,6 @@ def add_tile_flags(parser) -> None:
 
 def add_import_flags(parser) -> None:
     """join the embeddings that TRIDENT or STAMP made at each magnification into slide files"""
-    parser.set_defaults(function=import_command)
     parser.epilog = "example: python data.py import --stamp 5x 10x 20x --mpp 0.25 --out data/mine"
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
@@ -2696,27 +2693,28 @@ def add_import_flags(parser) -> None:
 
 def add_verify_flags(parser) -> None:
     """check slide files and task tables; print every finding; exit 1 if there is any"""
-    parser.set_defaults(function=verify_command)
     parser.epilog = "example: python data.py verify data/mine"
     parser.add_argument("data", help="DATA folder")
 
 
 COMMANDS = {
-    "synth": add_synth_flags,
-    "tile": add_tile_flags,
-    "import": add_import_flags,
-    "verify": add_verify_flags,
+    "synth": (synth_command, add_synth_flags),
+    "tile": (tile_command, add_tile_flags),
+    "import": (import_command, add_import_flags),
+    "verify": (verify_command, add_verify_flags),
 }
 
 
 def parse_command(argv, script: str, summary, commands: dict) -> argparse.Namespace:
-    """The flags of a command, and as `function` what runs it. commands: name -> adds its flags."""
+    """The flags of a command. commands: name -> its function, and what adds its flags."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=script, description=summary, formatter_class=plain)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, add_flags in commands.items():
+    for name, (function, add_flags) in commands.items():
         words = {"help": add_flags.__doc__, "description": add_flags.__doc__}
-        add_flags(subparsers.add_parser(name, formatter_class=HelpFormatter, **words))
+        subparser = subparsers.add_parser(name, formatter_class=HelpFormatter, **words)
+        subparser.set_defaults(function=function)
+        add_flags(subparser)
     return parser.parse_args(argv)
 
 
