@@ -1714,7 +1714,7 @@ def table(folder, out, rows, tasks, seeds, preset, steps, epochs, frozen_epochs,
         cohort = data.synthetic_facts(folder)
         facts["data"] = f"synthetic cohort, seed {cohort['seed']}" if cohort else str(folder)
         data.write_json(Path(out) / "machine.json", facts)
-        text = format_results(read_results(out))
+        text = format_results(Results(out))
         data.write_text(Path(out) / "SUMMARY.md", text)
         print(text)
     return 0 if all(cells.values()) else 3
@@ -1782,9 +1782,6 @@ class Results:
             for row in self.rows:
                 of_seeds = [float(case[f"{row} {seed}"] or "nan") for seed in self.seeds]
                 self.scores[row, case["task"]].append(of_seeds)
-
-
-read_results = Results
 
 
 def resampled_average(results: Results, row: str) -> np.ndarray | None:
