@@ -61,7 +61,7 @@ def test_the_papers_averages_are_those_of_its_columns_but_for_two():
 
 @pytest.mark.parametrize("name, rows, seeds", [("longer", 7, 3), ("quick", 24, 1)])
 def test_committed_results_can_be_read(name, rows, seeds):
-    results = train.read_results(RESULTS / name)
+    results = train.Results(RESULTS / name)
     assert (len(results.rows), len(results.tasks), len(results.seeds)) == (rows, 7, seeds)
     check_aurocs(results)
 
@@ -74,7 +74,7 @@ def check_aurocs(results) -> None:
 
 def test_rows_share_the_resamples():
     """Two rows that order the cases alike are equal in each resample; missing scores count not."""
-    results = train.read_results(RESULTS / "longer")
+    results = train.Results(RESULTS / "longer")
     row = "abmil-20"
     for task in results.tasks:
         results.scores["other", task] = 3 * np.array(results.scores[row, task]) + 1
@@ -95,7 +95,7 @@ def test_table_runs_skips_and_prints(cohort, tmp_path):
     for text in ("## Table 1", "## Table 2", "| MEM 0.25 CLS |", f"| {paper:.1f} |"):
         assert text in out
     assert (tmp_path / "t" / "SUMMARY.md").read_text() in out
-    results = train.read_results(tmp_path / "t")
+    results = train.Results(tmp_path / "t")
     assert (results.tasks, results.seeds) == (["gastric_her2", "skin_braf"], ["0", "1"])
     check_aurocs(results)
     assert results.machine["data"] == "synthetic cohort, seed 3"
@@ -134,19 +134,13 @@ def test_a_table_of_several_processes(cohort, tmp_path):
         done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert (done.returncode == 0) == (epochs == 1), done.stderr
     assert "holds a run with other settings" in done.stderr
-    assert len(train.read_results(tmp_path / "runs" / "table").scores) == 1
+    assert len(train.Results(tmp_path / "runs" / "table").scores) == 1
 
 
 def test_demo_wants_its_own_task(cohort, tmp_path):
     data_folder(tmp_path / "d", cohort, {})
     _, err = run("train.py demo --data d", cwd=tmp_path, code=1)
-    assert "gastric_her2: no such row or task" in err
-
-
-def test_machine_facts_want_no_git(cohort, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    train.write_machine(tmp_path / "machine.json", {"data": str(cohort)}, 0.0)
-    assert "commit" not in data.read_json(tmp_path / "machine.json")
+    assert "{'gastric_her2'}: no such row or task" in err
 
 
 def test_doctor_names_what_is_there_and_what_is_missing(monkeypatch, capsys):
