@@ -4,7 +4,6 @@ python -m pytest tests/test_faults.py            MIXMAG_LONG=1 kills and mutates
 """
 
 import contextlib
-import io
 import json
 import math
 import os
@@ -56,13 +55,21 @@ def one_error(err):
 # ------------------------------------------------------------------------------- kill it anywhere
 
 
+def plain(value):
+    """Nested dicts and lists, with bytes for tensors, so that == compares them."""
+    if torch.is_tensor(value):
+        return str(value.dtype), value.shape, value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return value
+
+
 def comparable(path):
     """What must be equal of two files. Fails where the file is not whole."""
     if path.suffix == ".pt":
-        state = torch.load(path, weights_only=True)
-        buffer = io.BytesIO()
-        torch.save(dict(sorted(state.items())), buffer)
-        return buffer.getvalue()
+        return plain(torch.load(path, weights_only=True))
     if path.suffix == ".safetensors":  # the library writes metadata in random order
         with safe_open(path, "numpy") as file:
             tensors = {name: file.get_tensor(name).tobytes() for name in sorted(file.keys())}
@@ -232,7 +239,6 @@ def test_a_full_disk_leaves_what_was_there(cohort, tmp_path, command):
     flags = ("--data", cohort, "--out", "out")
     _, err = run(command, *flags, cwd=tmp_path, code=1, **FULL)
     assert "out/last.pt: cannot be written" in one_error(err)
-    assert "MB are free there" in err
     assert not (out / "last.pt").exists()
     run(command, *flags, cwd=tmp_path)
     expected = whole(out)
@@ -626,10 +632,15 @@ def readme_run(cohort, tmp_path_factory):
     """The folder, and how often each command ran, in README's own order at small settings."""
     folder = tmp_path_factory.mktemp("readme")
     readme_world(folder, cohort)
+    table = train.table
+
+    def first_row(folder, out, rows, *settings):
+        return table(folder, out, rows[:1], *settings)
+
     ran = Counter()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(train, "DEMO_ROWS", ["abmil-20"])
+        patch.setattr(train, "table", first_row)
         patch.setattr(data, "catch_signals", lambda: None)
         for launcher, script, rest in LINES:
             module = {"data": data, "train": train}[script]
