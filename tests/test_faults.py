@@ -65,7 +65,7 @@ def comparable(path):
         return buffer.getvalue()
     if path.suffix == ".safetensors":  # the library writes metadata in random order
         with safe_open(path, "numpy") as file:
-            tensors = {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).tobytes() for name in sorted(file.keys())}
             return file.metadata(), tensors
     if path.suffix == ".json":
         return {**json.loads(path.read_text("utf-8")), "seconds": None}
@@ -120,7 +120,7 @@ def test_killed_anywhere_it_goes_on_and_ends_the_same(cohort, tmp_path, command)
     """Bit for bit, with another number of workers, after SIGKILL, SIGTERM and Ctrl-C."""
     flags = ("--data", cohort, "--out", "out")
     if command == TILE:
-        for i in range(3):
+        for i in range(2):
             write_tiff(tmp_path / f"{i}.tiff", pink(1000, 1000, i), 0.5)
         flags = ("--slides", tmp_path, "--out", "out", "--batch-size", 16)
     (tmp_path / "whole").mkdir()
