@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import csv
 import functools
+import glob
 import hashlib
 import importlib
 import io
@@ -29,7 +30,6 @@ import re
 import shutil
 import signal
 import sys
-import textwrap
 import time
 from collections import defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -48,7 +48,7 @@ import simplejpeg
 import tifffile
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from scipy import ndimage
 from tqdm import tqdm
 
@@ -691,15 +691,11 @@ RESOLUTION_UM = {"inch": 25400.0, "centimeter": 10000.0}  # by tiff.ResolutionUn
 
 class Reader:
     """A slide, read by OpenSlide, for any number of threads. Level 0 of its pyramid is the finest.
-
-    Raises SlideReadError for a file that is no slide, and later for pixels that cannot be read.
-    """
+    Raises SlideReadError for a file that is no slide, and later for pixels that cannot be read."""
 
     def __init__(self, path):
         self.path = Path(path)
         self.cache = openslide.OpenSlideCache(CACHE_BYTES)
-        if not self.path.is_file() or self.path.stat().st_size == 0:
-            raise SlideReadError(f"{path}: no such file, or an empty one (0 bytes)")
         try:
             self.handle = self.open()
             # All is asked for now: a handle that has failed once gives no more answers.
@@ -707,10 +703,9 @@ class Reader:
             self.downsamples = self.handle.level_downsamples
             self.level_sizes = self.handle.level_dimensions  # (width, height) of each level
         except openslide.OpenSlideError as error:
-            reasons = "another format, a TIFF in strips or big-endian, or cut short?"
-            raise SlideReadError(f"{path}: OpenSlide cannot open it ({error}); {reasons}") from None
+            raise SlideReadError(f"{path}: OpenSlide cannot open it ({error})") from None
         self.size = self.level_sizes[0]
-        self.jpeg: dict[int, JpegLevel] = {}  # while it is empty, OpenSlide reads all levels
+        self.jpeg: dict = {}  # while it is empty, OpenSlide reads all levels
         self.jpeg = jpeg_levels(self)
 
     def open(self) -> openslide.OpenSlide:
@@ -724,19 +719,15 @@ class Reader:
         names = (f"openslide.bounds-{side}" for side in ("x", "y", "width", "height"))
         return tuple(map(int, map(self.properties.get, names, (0, 0, *self.size))))
 
-    def fits(self, level: int) -> bool:
-        """Whether a level is level 0 shrunk by a whole number, to two of its pixels. A level padded
-        to whole tiles is not; OpenSlide's downsample, a mean of two ratios, is wrong for it."""
-        downsample = self.downsamples[level]
-        sides = np.multiply(self.level_sizes[level], round(downsample))
-        return bool((np.abs(sides - self.size) <= 2 * downsample).all())
-
     def level_for(self, downsample: float) -> int:
-        """The coarsest level that fits and is at least as fine as the downsample asks."""
+        """The coarsest level that is at least as fine as asked, and not padded to whole tiles:
+        OpenSlide's downsample, a mean of two ratios, is wrong for such a level."""
         best = 0
         for level, found in enumerate(self.downsamples):
+            sides = np.multiply(self.level_sizes[level], round(found))
+            fits = (np.abs(sides - self.size) <= 2 * found).all()
             # Pyramids often say 4.0001 or 3.9998 where 4 is meant.
-            if found <= downsample * 1.001 and self.fits(level):
+            if fits and found <= downsample * 1.001:
                 best = level
         return best
 
@@ -750,8 +741,8 @@ class Reader:
         place = (corner, level, (right - left, bottom - top))
         with contextlib.suppress(openslide.OpenSlideError):
             return np.asarray(self.handle.read_region(*place))
-        # A handle that has failed refuses all further reads, in every thread. The others go on with
-        # a new one. Another one, for this read alone, tells whether these pixels are to blame.
+        # A handle that has failed refuses all further reads, in every thread: the others need a new
+        # one. Another one, for this read alone, tells whether these pixels are to blame.
         try:
             self.handle = self.open()
             return np.asarray(self.open().read_region(*place))
@@ -803,69 +794,59 @@ def plausible_mpp(x: float, y: float) -> float:
     return mean if 0.1 <= mean <= 4 and abs(x - y) <= MPP_TOLERANCE * mean else math.nan
 
 
-def stated_mpp(properties) -> tuple:
-    """(mpp, name, words): what a slide says of itself, NaN if it is not plausible; the property
-    that says it; its text. OpenSlide's mpp, else the TIFF's resolution, else (NaN, None, None)."""
-    name = "openslide.mpp-x"
-    texts = [properties.get(name), properties.get("openslide.mpp-y")]
-    if texts != [None, None]:
-        x, y = map(number, texts)
-        return plausible_mpp(x, y), name, f"{name} {texts[0]!r}, mpp-y {texts[1]!r}"
-    name = "tiff.XResolution"
-    texts = [properties.get(name), properties.get("tiff.YResolution")]
-    unit = properties.get("tiff.ResolutionUnit")
-    if texts == [None, None] or unit not in RESOLUTION_UM:
-        return math.nan, None, None
-    x, y = (RESOLUTION_UM[unit] / number(text) for text in texts)
-    words = f"{name} {texts[0]!r}, YResolution {texts[1]!r} per {unit}"
-    return plausible_mpp(x, y), name, f"{words}, which is {x:.4g} and {y:.4g} um/px"
+def stated_mpp(properties, from_power: bool) -> tuple:
+    """(um/px in x, in y, the property that says it) of a slide; (NaN, NaN, None) if none does."""
+    unit = RESOLUTION_UM.get(properties.get("tiff.ResolutionUnit"))
+    if "openslide.mpp-x" in properties:
+        x = number(properties["openslide.mpp-x"])
+        return x, number(properties.get("openslide.mpp-y")), "openslide.mpp-x"
+    if unit and "tiff.XResolution" in properties:
+        x = unit / number(properties["tiff.XResolution"])
+        return x, unit / number(properties.get("tiff.YResolution")), "tiff.XResolution"
+    if from_power and "openslide.objective-power" in properties:
+        x = 10.0 / number(properties["openslide.objective-power"])  # 20x is 0.5 um/px
+        return x, x, "openslide.objective-power"
+    return math.nan, math.nan, None
 
 
 def slide_mpp(properties, given: float | None = None, giver: str = "--mpp", from_power=False):
     """Micrometres per level-0 pixel, and who says so (a flag, or a property of the slide).
 
-    The order: `given`, what the user gives by the flag `giver`; the slide's mpp; its TIFF
-    resolution; with from_power, 10 / objective power. A given value mends an implausible one of the
-    slide, and never overrules a plausible one. Nothing is guessed: raises MixmagError.
+    The order: `given` by the flag `giver`; the slide's mpp; its TIFF resolution; with from_power,
+    10 / objective power. A given value mends an implausible one of the slide, and never overrules a
+    plausible one. Nothing is guessed: raises MixmagError.
     """
-    mpp, name, words = stated_mpp(properties)
+    x, y, name = stated_mpp(properties, from_power and given is None)
+    mpp = plausible_mpp(x, y)
+    stated = f"the slide says {x:.4g} x {y:.4g} um/px ({name})"
     if given is not None:
         if math.isnan(plausible_mpp(given, given)):
             raise MixmagError(f"{giver} says {given:g} um/px, expected 0.1 to 4; correct it there")
         if abs(given - mpp) > MPP_TOLERANCE * mpp:
-            both = f"{giver} says {given:g} um/px, the slide says {words}"
-            raise MixmagError(f"{both}, more than 2 % apart; leave {giver} out for this slide")
+            raise MixmagError(f"{giver} says {given:g} um/px, {stated}; leave {giver} out for it")
         return given, giver
-    advice = "give the true value with --mpp or --manifest"
-    if name and math.isnan(mpp):
-        expected = "expected 0.1 to 4 um/px and the same in x and y (2 %)"
-        raise MixmagError(f"the slide says {words}; {expected}; {advice}")
-    if name:
-        return mpp, name
-    power = properties.get("openslide.objective-power")
-    mpp = 10.0 / number(power)  # 20x is 0.5 um/px
-    if from_power and not math.isnan(plausible_mpp(mpp, mpp)):
-        return mpp, "openslide.objective-power"
-    if power and not from_power:
-        advice += ", or take 10 / power with --mpp-from-power"
-    raise MixmagError(f"the slide says no mpp (openslide.objective-power is {power!r}); {advice}")
+    if name is None:
+        raise MixmagError("the slide says no mpp; give --mpp, --manifest or --mpp-from-power")
+    if math.isnan(mpp):
+        raise MixmagError(
+            f"{stated}, expected 0.1 to 4, equal in x and y; give --mpp or --manifest"
+        )
+    return mpp, name
 
 
 def read_manifest(path) -> dict:
     """{slide id: mpp} of a CSV with the columns slide (an id or a file) and mpp; {} without a path.
     Rows without an mpp are skipped. Raises MixmagError for a slide with two rows or no number."""
     found: dict[str, float] = {}
-    bad = []
     for row in read_csv(path, ("slide", "mpp")) if path else ():
         file = Path(row["slide"])
         slide_id = file.stem if file.suffix.lower() in SLIDE_SUFFIXES else file.name
-        mpp = number(row["mpp"])
-        if row["mpp"] and (slide_id in found or math.isnan(mpp)):
-            bad.append(f"line {row['line']}: {slide_id!r} {row['mpp']!r}")
-        elif row["mpp"]:
-            found[slide_id] = mpp
-    if bad:
-        raise MixmagError(f"{path}: expected one number of um/px for each slide: {', '.join(bad)}")
+        if not row["mpp"]:
+            continue
+        if slide_id in found or math.isnan(number(row["mpp"])):
+            line = f"{path}, line {row['line']}: {slide_id!r} {row['mpp']!r}"
+            raise MixmagError(f"{line}: expected one number of um/px for each slide")
+        found[slide_id] = number(row["mpp"])
     return found
 
 
@@ -877,7 +858,6 @@ def warn_unmatched_rows(manifest: dict, slide_ids: set) -> None:
 
 
 def user_mpp(slide_id: str, manifest: dict, mpp: float | None) -> tuple[float | None, str]:
-    """What the user says of a slide, and where: its row of the manifest, else --mpp."""
     if slide_id in manifest:
         return manifest[slide_id], f"--manifest row {slide_id}"
     return mpp, "--mpp"
@@ -888,15 +868,13 @@ def user_mpp(slide_id: str, manifest: dict, mpp: float | None) -> tuple[float | 
 MAX_TILE_BYTES = 2**30  # that a TIFF may claim for one of its tiles (assumed)
 START = b"\xff\xd8"  # of every JPEG picture
 ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0"  # the byte after it tells libjpeg YCbCr (1) or RGB (0)
-RESTART_INTERVAL = b"\xff\xdd"
+PLAIN_JPEG = (tifffile.COMPRESSION.JPEG, tifffile.PLANARCONFIG.CONTIG, 8, 3)  # bits, colours
 
 
 class JpegLevel:
     """A level of a TIFF whose tiles are JPEG pictures, for any number of threads. page: tifffile's.
-
     OpenSlide spends most of such a read on drawing in floating point (its issue 440); here tiles
-    are laid side by side. ValueError: a tile is absent, damaged or not as the page says.
-    """
+    are laid side by side. ValueError: a tile is damaged or not as the page says."""
 
     def __init__(self, path, page):
         self.tile_size = (page.tilewidth, page.tilelength)
@@ -909,7 +887,8 @@ class JpegLevel:
         expected = (page.tilelength, page.tilewidth, "YCbCr" if is_ycbcr else "RGB")
         # The cached function does not know self: no cycle of references keeps the cache alive.
         decode = functools.partial(decode_tile, io.FileIO(path), head, expected)
-        self.tile = functools.lru_cache(CACHE_BYTES // decoded_bytes(page))(decode)
+        tile_bytes = 4 * page.tilewidth * page.tilelength
+        self.tile = functools.lru_cache(CACHE_BYTES // tile_bytes)(decode)
 
     def region(self, left: int, top: int, right: int, bottom: int) -> np.ndarray:
         """(bottom - top, right - left, 4) uint8 RGBA of a rectangle inside the level."""
@@ -935,82 +914,49 @@ def decode_tile(file, head: bytes, expected: tuple, start: int, length: int) -> 
     return simplejpeg.decode_jpeg(jpeg, "RGBA")
 
 
-def decoded_bytes(page) -> int:
-    """Of a tile."""
-    return 4 * page.tilewidth * page.tilelength
-
-
-def check_tiles(path, page) -> None:
-    """Raises SlideReadError for a tile so large that OpenSlide would end the process for want of
-    memory, and for more or fewer tiles than the level has, which OpenSlide would mix up."""
-    largest = max(decoded_bytes(page), max(page.databytecounts))
-    if largest > MAX_TILE_BYTES:
-        raise SlideReadError(f"{path}: is damaged: one of its tiles would have {largest} bytes")
-    if len(page.dataoffsets) != math.prod(page.chunked):  # in each direction, and colour planes
-        tiles = f"{len(page.dataoffsets)} tiles of {page.tilewidth} x {page.tilelength} px"
-        level = f"{page.imagewidth} x {page.imagelength} px"
-        raise SlideReadError(f"{path}: is damaged: its {tiles} do not make a level of {level}")
-
-
-def is_plain_jpeg(page, file_bytes: int) -> bool:
-    """Whether all tiles are JPEG pictures of three 8-bit colours that lie within the file."""
-    form = (page.compression, page.planarconfig, page.bitspersample, page.samplesperpixel)
-    if form != (tifffile.COMPRESSION.JPEG, tifffile.PLANARCONFIG.CONTIG, 8, 3):
-        return False
-    if decoded_bytes(page) > CACHE_BYTES:
-        return False
-    if RESTART_INTERVAL in (page.jpegtables or b""):  # it would hold for the tables alone
-        return False
-    ends = map(operator.add, page.dataoffsets, page.databytecounts)
-    return len(page.dataoffsets) == len(page.databytecounts) and max(ends) <= file_bytes
-
-
-def same_first_tile(reader: Reader, level: int, jpeg: JpegLevel) -> bool:
-    """Whether OpenSlide makes the same of it."""
-    right, bottom = np.minimum(reader.level_sizes[level], jpeg.tile_size).tolist()
-    try:
-        ours = jpeg.region(0, 0, right, bottom)
-        return np.array_equal(ours, reader.region(level, 0, 0, right, bottom))
-    except (ValueError, OSError, SlideReadError):
-        return False
-
-
 def plain_jpeg_pages(reader: Reader, tiff: tifffile.TiffFile) -> dict:
-    """{level: page} of the levels whose tiles are plain JPEG pictures."""
-    pages: dict = defaultdict(list)  # by size
-    for entry in tiff.pages:
-        page = entry.aspage()
-        if page.is_tiled:
-            pages[page.imagewidth, page.imagelength].append(page)
-    found = {}
-    has_absent_tile = False
-    for level, size in enumerate(reader.level_sizes):
-        for page in pages[size]:
-            check_tiles(reader.path, page)
-            has_absent_tile |= 0 in page.databytecounts
-        # Either of two pages of one size may be OpenSlide's.
-        if len(pages[size]) == 1 and is_plain_jpeg(pages[size][0], tiff.filehandle.size):
-            found[level] = pages[size][0]
-    # OpenSlide draws what lies over an absent tile of Aperio's from the finer level.
-    is_aperio = reader.properties["openslide.vendor"] == "aperio"
-    return {} if is_aperio and has_absent_tile else found
+    """{level: page} of the levels whose tiles are JPEG pictures of three 8-bit colours.
+
+    Raises SlideReadError for tiles so large that OpenSlide would end the process for want of
+    memory, and for more or fewer than the level has, which OpenSlide would mix up."""
+    found: dict = {}
+    for page in map(operator.methodcaller("aspage"), tiff.pages):
+        size = (page.imagewidth, page.imagelength)
+        if not page.is_tiled or size not in reader.level_sizes:
+            continue
+        largest = max(4 * page.tilewidth * page.tilelength, *page.databytecounts)
+        if largest > MAX_TILE_BYTES or len(page.dataoffsets) != math.prod(page.chunked):
+            raise SlideReadError(f"{reader.path}: is damaged: its tiles do not make {size} px")
+        if 0 in page.databytecounts:  # OpenSlide draws an absent tile in ways of its own
+            return {}
+        level = reader.level_sizes.index(size)
+        form = (page.compression, page.planarconfig, page.bitspersample, page.samplesperpixel)
+        # Either of two pages of one size may be OpenSlide's: then it reads that level.
+        found[level] = page if form == PLAIN_JPEG and level not in found else None
+    return {level: page for level, page in found.items() if page}
 
 
 def jpeg_levels(reader: Reader) -> dict[int, JpegLevel]:
-    """Those levels, by number, that can be read without OpenSlide; SlideReadError as
-    check_tiles."""
+    """Those levels, by number, that can be read without OpenSlide. It must make the same of the
+    first tile. Raises SlideReadError as plain_jpeg_pages."""
+    levels: dict = {}
     if reader.properties["openslide.vendor"] not in ("aperio", "generic-tiff"):
-        return {}
-    levels = {}
+        return levels
     try:
         with tifffile.TiffFile(reader.path) as tiff:
-            for level, page in plain_jpeg_pages(reader, tiff).items():
-                levels[level] = JpegLevel(reader.path, page)
+            pages = plain_jpeg_pages(reader, tiff)
+            ours = {level: JpegLevel(reader.path, page) for level, page in pages.items()}
     except SlideReadError:
         raise
     except Exception:  # tifffile has all kinds for tags that OpenSlide does not look at
-        return {}
-    return {level: jpeg for level, jpeg in levels.items() if same_first_tile(reader, level, jpeg)}
+        return levels
+    for level, jpeg in ours.items():
+        right, bottom = np.minimum(reader.level_sizes[level], jpeg.tile_size).tolist()
+        with contextlib.suppress(ValueError, OSError, SlideReadError):
+            first = jpeg.region(0, 0, right, bottom)
+            if np.array_equal(first, reader.region(level, 0, 0, right, bottom)):
+                levels[level] = jpeg
+    return levels
 
 
 # --------------------------------------------------------------------------------- tissue and masks
@@ -1026,8 +972,7 @@ HALO = 32  # mask pixels over which ink may fade
 
 
 def otsu(values: np.ndarray) -> int:
-    """The threshold that parts uint8 values into two classes of the largest variance between them
-    (Otsu 1979); the upper class is > threshold. 0 if all values are the same."""
+    """Of uint8 values (Otsu 1979); the upper class is > threshold. 0 if all values are the same."""
     count = np.bincount(values.reshape(-1), minlength=256).astype(np.float64)
     below = count.cumsum()
     above = below[-1] - below
@@ -1039,47 +984,32 @@ def otsu(values: np.ndarray) -> int:
 
 def thumbnail(reader: Reader, mpp: float) -> tuple[np.ndarray, np.ndarray]:
     """(h, w, 3) uint8 of the whole slide at TISSUE_UM, box-averaged over white, and (h, w) bool
-    where it cannot be read. It is read in blocks, so that memory does not grow with the slide. A
-    block that fails is quartered, down to an eighth of its side, then read from a finer level."""
+    where it cannot be read. A block that fails is read from a finer level."""
     width, height = reader.size
     w = max(1, round(width * mpp / TISSUE_UM))
     h = max(1, round(height * mpp / TISSUE_UM))
-    level = reader.level_for(TISSUE_UM / mpp)
-    step = max(1, int(2048 * reader.downsamples[level] * mpp / TISSUE_UM))
+    coarsest = reader.level_for(TISSUE_UM / mpp)
+    step = max(1, int(1024 * reader.downsamples[coarsest] * mpp / TISSUE_UM))
     rgb = np.full((h, w, 3), 255, np.uint8)
-    unread = np.zeros((h, w), bool)
-    blocks = [(x, y, step, level) for y in range(0, h, step) for x in range(0, w, step)]
-    while blocks:
+    unread = np.ones((h, w), bool)
+    for y, x in itertools.product(range(0, h, step), range(0, w, step)):
         stop_if_asked()
-        x, y, side, level = blocks.pop()
-        right = min(x + side, w)
-        bottom = min(y + side, h)
-        if x >= w or y >= h:
-            continue
+        right = min(x + step, w)
+        bottom = min(y + step, h)
         box = (x * width / w, y * height / h, right * width / w, bottom * height / h)
-        try:
-            picture, within = reader.read(level, box)
-            size = (right - x, bottom - y)
-            rgb[y:bottom, x:right] = picture.resize(size, Image.Resampling.BOX, box=within)
-        except SlideReadError:
-            if side > max(1, step // 8):
-                half = math.ceil(side / 2)
-                corners = itertools.product((x, x + half), (y, y + half))
-                blocks += [(*corner, half, level) for corner in corners]
-            elif level > 0:
-                blocks.append((x, y, side, level - 1))
-            else:
-                unread[y:bottom, x:right] = True
+        for level in reversed(range(coarsest + 1)):
+            with contextlib.suppress(SlideReadError):
+                picture, within = reader.read(level, box)
+                picture = picture.resize((right - x, bottom - y), Image.Resampling.BOX, within)
+                rgb[y:bottom, x:right] = picture
+                unread[y:bottom, x:right] = False
+                break
     return rgb, unread
 
 
 def ink_mask(colour: np.ndarray, textured: np.ndarray) -> np.ndarray:
     """Pens and black borders. colour (3, h, w) on white glass, textured (h, w) -> (h, w) bool.
-
-    A pixel of 16 um averages nuclei with what lies between them. Over a stroke's width, a quarter
-    of a millimetre, H&E and DAB are therefore never green, as blue or as red as ink, or black. Ink
-    on bare glass is also smooth; there less colour is enough.
-    """
+    Over a stroke's width H&E and DAB are never so coloured, and ink on bare glass is smooth."""
     colour = ndimage.uniform_filter(colour, (1, 5, 5))
     red, green, blue = colour
     high = colour.max(0)
@@ -1104,7 +1034,6 @@ def ink_mask(colour: np.ndarray, textured: np.ndarray) -> np.ndarray:
 
 
 def large_components(mask: np.ndarray, least: int) -> np.ndarray:
-    """Those connected pieces of a mask that have at least so many pixels."""
     labels, _ = ndimage.label(mask)
     return mask & (np.bincount(labels.reshape(-1))[labels] >= least)
 
@@ -1123,11 +1052,8 @@ def on_white_glass(colour: np.ndarray) -> np.ndarray:
 
 
 def find_tissue(rgb: np.ndarray) -> np.ndarray:
-    """(h, w, 3) uint8 at TISSUE_UM -> (h, w) bool, for H&E and DAB.
-
-    Tissue is coloured more strongly than haze, or coloured and textured (pale stains; fat, by its
-    walls). It is no ink, not black and no speck. Grey, as of dust or shadow, has no colour.
-    """
+    """(h, w, 3) uint8 at TISSUE_UM -> (h, w) bool, for H&E and DAB. Tissue is coloured more than
+    haze, or coloured and textured (pale stains, fat). It is no ink and no speck."""
     colour = on_white_glass(rgb.transpose(2, 0, 1).astype(np.float32, order="C"))  # (3, h, w)
     chroma = colour.max(0) - colour.min(0)
     drop = 255 - colour.min(0)
@@ -1135,7 +1061,7 @@ def find_tissue(rgb: np.ndarray) -> np.ndarray:
     textured = (mean(drop**2) - mean(drop) ** 2 > TEXTURE**2) & (mean(chroma) > 5)
     ink = ink_mask(colour, textured)
     chroma[ink] = 0
-    # Without the edges of haze, which are textured but thin.
+    # Edges of haze are textured, but thin.
     inner = ndimage.binary_erosion(textured & ~ink, np.ones((5, 5)), border_value=1)
     threshold = np.clip(otsu(chroma.astype(np.uint8)), *TISSUE_CHROMA)
     mask = large_components(inner | (chroma > threshold), SPECK)
@@ -1144,17 +1070,16 @@ def find_tissue(rgb: np.ndarray) -> np.ndarray:
 
 
 def find_mask(path: Path, place) -> Path | None:
-    """The user's mask of a slide: the file `place`, or its <slide_id>.png or .geojson."""
+    """The user's mask of a slide: the file `place`, or <slide_id>.png or .geojson in a folder."""
     if place is None:
         return None
     files = [Path(place)]
     if files[0].is_dir():
         files = [Path(place, f"{path.stem}{suffix}") for suffix in (".png", ".geojson")]
-    found = [file for file in files if file.is_file()]
-    if len(found) != 1:
-        expected = " or ".join(map(str, files))
-        raise MixmagError(f"--mask: expected one of {expected}; found {len(found)} of them")
-    return found[0]
+    for file in files:
+        if file.is_file():
+            return file
+    raise MixmagError(f"--mask: expected {' or '.join(map(str, files))}")
 
 
 def png_mask(path: Path, reader: Reader, size: tuple) -> np.ndarray:
@@ -1162,77 +1087,61 @@ def png_mask(path: Path, reader: Reader, size: tuple) -> np.ndarray:
     with Image.open(path) as image:
         colours = [band != "A" for band in image.getbands()]
         pixels = np.asarray(image).reshape(image.height, image.width, -1)
-    h, w, _ = pixels.shape
     width, height = reader.size
-    if abs(w / h / (width / height) - 1) > 0.02:
-        raise MixmagError(f"{path}: {w} x {h} is another shape than the slide's {width} x {height}")
+    if abs(image.width / image.height / (width / height) - 1) > 0.02:
+        raise MixmagError(f"{path}: {image.size} is another shape than the slide's {reader.size}")
     tissue = Image.fromarray(pixels[..., colours].any(axis=2).astype(np.uint8) * 255)
     return np.asarray(tissue.resize(size, Image.Resampling.BOX)) > 127
 
 
 def polygon_rings(node) -> list:
     """[[outer ring, hole, ...], ...] of all polygons in a GeoJSON text."""
-    inside = {
-        "FeatureCollection": "features",
-        "Feature": "geometry",
-        "GeometryCollection": "geometries",
-    }
-    if node is None:  # a feature without a geometry
+    if node is None:  # a point or a line, or a feature without a geometry
         return []
     if isinstance(node, list):
         return [rings for part in node for rings in polygon_rings(part)]
-    if node["type"] in inside:
-        return polygon_rings(node[inside[node["type"]]])
     if node["type"] == "Polygon":
         return [node["coordinates"]]
     if node["type"] == "MultiPolygon":
         return node["coordinates"]
-    return []  # points and lines have no area
+    inside = ("features", "geometries", "geometry")
+    return polygon_rings([node[name] for name in inside if name in node])
 
 
 def geojson_mask(path: Path, reader: Reader, size: tuple) -> np.ndarray:
-    """Polygons in level-0 px -> (h, w) bool. They are counted from the corner of the slide's
-    bounds, as QuPath does, or, in a file with a `crs`, as TRIDENT's, from the slide's corner."""
+    """Polygons in level-0 px -> (h, w) bool."""
     drawn = json.loads(path.read_text("utf-8-sig"))
-    corner = reader.bounds[:2]
-    if "crs" in drawn:
+    corner = reader.bounds[:2]  # QuPath counts from here
+    if "crs" in drawn:  # as TRIDENT writes, which counts from the slide's corner
         corner = (0, 0)
     canvas = Image.new("1", size)
     for rings in polygon_rings(drawn):
-        layer = canvas
-        if len(rings) > 1:  # a hole cuts its own polygon only
-            layer = Image.new("1", size)
+        polygon = Image.new("1", size)  # of its own: a hole cuts no other polygon
         for i, ring in enumerate(rings):
             points = (np.array(ring, float)[:, :2] + corner) * np.divide(size, reader.size)
-            if (np.abs(points - np.divide(size, 2)) > np.multiply(size, 0.52) + 1).any():
-                limit = f"{reader.size[0]} x {reader.size[1]} level-0 px"
-                raise MixmagError(f"{path}: a polygon leaves the slide's {limit}")
-            ImageDraw.Draw(layer).polygon(points.reshape(-1).tolist(), fill=int(i == 0))
-        canvas.paste(layer, mask=layer)
+            if (points.max(axis=0) > np.multiply(size, 1.02) + 1).any():
+                raise MixmagError(f"{path}: a polygon leaves the slide's {reader.size} level-0 px")
+            ImageDraw.Draw(polygon).polygon(points.reshape(-1).tolist(), fill=int(i == 0))
+        canvas.paste(polygon, mask=polygon)
     return np.asarray(canvas)
 
 
 def read_mask(path: Path, reader: Reader, shape: tuple) -> np.ndarray:
-    """(h, w) bool of a PNG or GeoJSON file. Raises MixmagError for a file that is neither, has
-    another shape than the slide or leaves it (by 2 %), or holds no tissue."""
+    """(h, w) bool of a PNG or GeoJSON file. Raises MixmagError for one that does not fit."""
     read = png_mask if path.suffix.lower() == ".png" else geojson_mask
     try:
         mask = read(path, reader, shape[::-1])
-    except MixmagError:
-        raise
-    except Exception as error:  # Pillow and broken JSON have many kinds
-        words = f"{type(error).__name__}: {error}"
-        raise MixmagError(f"{path}: cannot be read as a mask, PNG or GeoJSON ({words})") from None
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError) as error:
+        raise MixmagError(f"{path}: cannot be read as a mask ({error!r})") from None
     if not mask.any():
         raise MixmagError(f"{path}: holds no tissue")
     return mask
 
 
 def tissue_mask(reader: Reader, mpp: float, own: Path | None = None) -> tuple:
-    """The thumbnail, (h, w, 3) uint8 at TISSUE_UM, and where tissue is, (h, w) bool, by the user's
-    mask or by its looks. What cannot be read is grey, and counts as tissue, so that its windows are
-    tried, found unreadable and counted."""
+    """The thumbnail, (h, w, 3) uint8 at TISSUE_UM, and where tissue is, (h, w) bool."""
     picture, unread = thumbnail(reader, mpp)
+    # What cannot be read counts as tissue, so that its windows are tried and counted as unreadable.
     mask = read_mask(own, reader, unread.shape) if own else find_tissue(picture) | unread
     picture[unread] = 128
     return picture, mask
@@ -1241,16 +1150,15 @@ def tissue_mask(reader: Reader, mpp: float, own: Path | None = None) -> tuple:
 # ------------------------------------------------------ the plan of a slide, its cells, its picture
 
 MAX_STRETCH = 1.02  # assumed: a mpp is not known better than this, so 0.51 um/px are still 20x
-MAX_DRIFT = 1.0  # px of the finest magnification that an edge may lie off the lattice
 MAX_LOST = 0.01  # share of a cell that may be missing where the mask sees tissue (assumed)
+QC_SIDE = 600  # px of each picture on the quality control sheet
 
 
 @dataclass
 class TilePlan:
-    """What will be read of a slide: one lattice of cells. Its lines, floats in level-0 px, are
-    rounded once, to whole pixels of the one level that is read. A tile is an equal part of its
-    cell, so that children tile their parent whatever the mpp. Windows are (col, row, cols, rows) in
-    cells."""
+    """What will be read of a slide: one lattice of cells. Its lines are rounded once, to whole
+    pixels of the one level that is read. A tile is an equal part of its cell, so that children tile
+    their parent whatever the mpp. Windows are (col, row, cols, rows) in cells."""
 
     mpp: float
     mpp_source: str
@@ -1259,8 +1167,7 @@ class TilePlan:
     origin: tuple
     level: int  # the coarsest one that is fine enough for every magnification
     downsample: float
-    lines: list  # (cols + 1,), (rows + 1,) int: the lattice in the level's pixels
-    drift: float  # the largest distance of a line from the unrounded lattice, um
+    lines: tuple  # (cols + 1,), (rows + 1,) int: the lattice in the level's pixels
     thumbnail: np.ndarray  # (h, w, 3) at TISSUE_UM
     mask: np.ndarray  # (h, w) where its tissue is
     mask_scale: np.ndarray  # (2,) pixels of the mask per level-0 pixel, in x and y
@@ -1281,17 +1188,19 @@ class TilePlan:
         return sum(cols * rows for _, _, cols, rows in self.windows)
 
     @property
-    def covered(self) -> float:
-        """The share of the mask's tissue in the windows. The rest is in windows with too little of
-        it, or beyond the last whole cell."""
-        inside = sum(self.patch(self.mask, *window).sum() for window in self.windows)
-        return inside / max(1, self.mask.sum())
+    def shrink(self) -> int:
+        """The level's pixels, rounded, along a pixel of the finest magnification."""
+        return max(1, round(10.0 / self.magnifications[-1] / self.mpp / self.downsample))
 
-    def patch(self, mask: np.ndarray, col: int, row: int, cols: int = 1, rows: int = 1):
-        """The part of a mask that these cells cover, at least one pixel of it."""
+    def box(self, col: int, row: int, cols: int = 1, rows: int = 1) -> list:
+        """[left, top, right, bottom] of cells in pixels of the mask."""
         corners = np.array([[col, row], [col + cols, row + rows]]) * self.cell_px + self.origin
-        (x0, y0), (x1, y1) = np.round(corners * self.mask_scale).astype(int)
-        return mask[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
+        return np.round(corners * self.mask_scale).astype(int).reshape(-1).tolist()
+
+    def patch(self, mask: np.ndarray, *cells) -> np.ndarray:
+        """The part of a mask that these cells cover, at least one pixel of it."""
+        left, top, right, bottom = self.box(*cells)
+        return mask[top : max(bottom, top + 1), left : max(right, left + 1)]
 
     @functools.cached_property
     def inside(self) -> np.ndarray:
@@ -1301,46 +1210,39 @@ class TilePlan:
         small_holes = holes & ~large_components(holes, 4 * HOLE)
         return ndimage.binary_erosion(self.mask | small_holes, iterations=2)
 
-
-def check_fine_enough(mpp: float, magnifications) -> None:
-    """Raises MixmagError for a slide that would have to be upsampled."""
-    finest = 10.0 / magnifications[-1]  # 20x is 0.5 um/px, 5x is 2.0
-    coarser = [str(m) for m in magnifications if mpp <= MAX_STRETCH * 10.0 / m]
-    if len(coarser) == len(magnifications):
-        return
-    found = f"its {mpp:g} um/px are coarser than {magnifications[-1]}x ({finest:g} um/px)"
-    advice = f"--magnifications {' '.join(coarser)} tiles it at what it has"
-    if not coarser:
-        advice = "it has none of the magnifications"
-    raise MixmagError(f"{found}, and nothing is upsampled; {advice}")
+    def edges(self, axis: int, k: int) -> np.ndarray:
+        """Where the tiles of magnification index k begin and end, in the level's pixels: every
+        interval of the lattice in 2^k equal parts. Axis 0 is x."""
+        lines = self.lines[axis]
+        places = np.arange((len(lines) - 1) * 2**k + 1) / 2**k
+        return np.interp(places, np.arange(len(lines)), lines)
 
 
 def plan_slide(reader: Reader, settings: TileSettings) -> TilePlan:
     """The lattice of cells, in exact mpp, from the corner of the slide's bounds, and the windows of
-    region x region cells, on a lattice of that stride, with enough tissue. A window at the border
-    has those of its cells that lie wholly on the slide."""
+    region x region cells with enough tissue. A window at the border has those of its cells that lie
+    wholly on the slide. Raises MixmagError for a slide that would have to be upsampled."""
     given, giver = user_mpp(reader.path.stem, settings.manifest, settings.mpp)
     mpp, source = slide_mpp(reader.properties, given, giver, settings.mpp_from_power)
-    check_fine_enough(mpp, settings.magnifications)
-    finest = 10.0 / settings.magnifications[-1]
+    highest = settings.magnifications[-1]
+    finest = 10.0 / highest  # 20x is 0.5 um/px, 5x is 2.0
+    if mpp > MAX_STRETCH * finest:
+        found = f"its {mpp:.4g} um/px are coarser than {highest}x ({finest:g} um/px)"
+        raise MixmagError(f"{found}, and nothing is upsampled; give lower --magnifications")
     cell_px = TILE_PX * 10.0 / settings.magnifications[0] / mpp
     bounds = reader.bounds
     level = reader.level_for(finest / mpp)
     downsample = reader.downsamples[level]
     lines = []
-    drift = 0.0
     for start, side, size in zip(bounds[:2], bounds[2:], reader.level_sizes[level], strict=True):
         cells = int((side + 1) / cell_px)  # a last line may be rounded, too
         if cells == 0:
-            cell = f"one cell of {cell_px:g} px ({cell_px * mpp:g} um)"
-            raise MixmagError(f"its {bounds[2]} x {bounds[3]} px are less than {cell}")
-        exact = start + cell_px * np.arange(cells + 1)
-        lines.append(np.round(exact / downsample).clip(max=size).astype(int))
-        drift = max(drift, np.abs(lines[-1] * downsample - exact).max() * mpp)
-    if drift > MAX_DRIFT * finest:
-        found = f"edges would lie {drift:.3g} um off, more than {MAX_DRIFT * finest:g} um"
-        sizes = f"{reader.level_sizes[level]} px) does not fit level 0 ({reader.size} px)"
-        raise MixmagError(f"level {level} ({sizes}: {found}")
+            raise MixmagError(f"its {side} px are less than one cell of {cell_px:g} px")
+        exact = (start + cell_px * np.arange(cells + 1)) / downsample
+        rounded = np.round(exact).clip(max=size).astype(int)
+        if np.abs(rounded - exact).max() * downsample * mpp > finest:
+            raise MixmagError(f"level {level} of {size} px does not fit level 0 of {reader.size}")
+        lines.append(rounded)
     picture, mask = tissue_mask(reader, mpp, find_mask(reader.path, settings.mask))
     plan = TilePlan(
         mpp=mpp,
@@ -1350,8 +1252,7 @@ def plan_slide(reader: Reader, settings: TileSettings) -> TilePlan:
         origin=(float(bounds[0]), float(bounds[1])),
         level=level,
         downsample=downsample,
-        lines=lines,
-        drift=drift,
+        lines=tuple(lines),
         thumbnail=picture,
         mask=mask,
         mask_scale=np.divide(mask.shape[::-1], reader.size),
@@ -1361,26 +1262,20 @@ def plan_slide(reader: Reader, settings: TileSettings) -> TilePlan:
 
 
 def check_nothing_lost(plan: TilePlan, alpha: np.ndarray, col: int, row: int) -> None:
-    """Notes a cell with pixels that the file does not have (alpha (h, w) is 0 there). Raises
+    """Notes a cell that has pixels which the file does not have, alpha (h, w) = 0. Raises
     SlideReadError if there was tissue."""
     plan.unscanned.add((col, row))
     inside = plan.patch(plan.inside, col, row)
     size = inside.shape[::-1]
     absent = np.asarray(Image.fromarray(alpha).resize(size, Image.Resampling.BOX)) == 0
-    lost = (inside & absent).mean()
-    if lost > MAX_LOST:
-        cell = f"{lost:.0%} of the cell at (col, row) ({col}, {row})"
-        where = "where the thumbnail shows tissue"
-        raise SlideReadError(f"level {plan.level} has no pixels for {cell}, {where}")
+    if (inside & absent).mean() > MAX_LOST:
+        raise SlideReadError(f"cell ({col}, {row}) has no pixels where the thumbnail shows tissue")
 
 
 def read_cell(reader: Reader, plan: TilePlan, col: int, row: int) -> np.ndarray:
-    """(T, 224, 224, 3) uint8: a cell's tiles in the slide file's token order.
-
-    Pixels are decoded once and resampled once, by a factor near 1. Means of whole pixels do the
-    rest. Together this is area averaging, and a tile is the mean of its children. Raises
-    SlideReadError for pixels that cannot be read, or are missing where there was tissue.
-    """
+    """(T, 224, 224, 3) uint8: a cell's tiles in the slide file's token order. Pixels are resampled
+    once, by a factor near 1; means of whole pixels do the rest, so that a tile is the mean of its
+    children. SlideReadError: pixels cannot be read, or are missing where there was tissue."""
     left, right = plan.lines[0][col : col + 2].tolist()
     top, bottom = plan.lines[1][row : row + 2].tolist()
     # Four bytes a pixel: torch and Pillow work faster on them than on three.
@@ -1391,9 +1286,7 @@ def read_cell(reader: Reader, plan: TilePlan, col: int, row: int) -> np.ndarray:
     if least_alpha < 255:
         pixels = np.asarray(over_white(pixels).convert("RGBX"))
     K = len(plan.magnifications)
-    # The level's pixels, rounded, along a pixel of the finest magnification.
-    shrink = max(1, round(10.0 / plan.magnifications[-1] / plan.mpp / plan.downsample))
-    side = TILE_PX * 2 ** (K - 1) * shrink
+    side = TILE_PX * 2 ** (K - 1) * plan.shrink
     if pixels.shape[:2] != (side, side):
         pixels = np.require(pixels, requirements="W")  # torch takes no read-only array
         planes = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # (1, 4, h, w)
@@ -1401,6 +1294,7 @@ def read_cell(reader: Reader, plan: TilePlan, col: int, row: int) -> np.ndarray:
         pixels = planes[0].permute(1, 2, 0).numpy()
     picture = Image.frombuffer("RGBX", (side, side), pixels, "raw", "RGBX", 0, 1)
     tiles = np.empty(((4**K - 1) // 3, TILE_PX, TILE_PX, 3), np.uint8)
+    shrink = plan.shrink
     for k in reversed(range(K)):
         if shrink > 1:
             picture = picture.reduce(shrink)
@@ -1413,14 +1307,13 @@ def read_cell(reader: Reader, plan: TilePlan, col: int, row: int) -> np.ndarray:
 
 
 def cells_of(window: tuple) -> list:
-    """[(col, row), ...] of the cells in a window, row-major."""
     col, row, cols, rows = window
     return [(col + c, row + r) for r in range(rows) for c in range(cols)]
 
 
 def read_cells(reader: Reader, plan: TilePlan):
     """Yields (number of the window, (col, row), tiles or the SlideReadError) in the plan's order,
-    while threads read a few cells ahead."""
+    while threads read ahead."""
 
     def read(item):
         number, cell = item
@@ -1434,7 +1327,7 @@ def read_cells(reader: Reader, plan: TilePlan):
 
 
 def scale_bar(axis, across: float) -> None:
-    """A bar of a round length, lower left in a picture whose axis is in um and shows `across`."""
+    """A bar of a round length at the lower left of a picture in um that shows `across`."""
     lengths = [n * 10.0**k for n in (1, 2, 5) for k in range(6)]
     length = max(n for n in lengths if n <= max(across / 3, 1))
     left, right = axis.get_xlim()
@@ -1448,116 +1341,52 @@ def scale_bar(axis, across: float) -> None:
     axis.annotate(label, (x, y), (0, 5), textcoords="offset points", fontsize=8, bbox=box)
 
 
-def draw_qc(path, reader: Reader, plan: TilePlan) -> None:
-    """A PNG to look at: the thumbnail with the contours of its tissue and the kept windows; beside
-    it the tiles of the window with most tissue (red), each magnification at the same size in um."""
-    from matplotlib.figure import Figure  # without pyplot: nothing global, no display
-
-    K = len(plan.magnifications)
-    figure = Figure((5 + 4 * K, 5), dpi=130, layout="constrained")
-    axes = figure.subplots(1, K + 1, squeeze=False)[0]
-    best = sorted(plan.windows, key=lambda window: -plan.patch(plan.mask, *window).sum())[:1]
-    draw_overview(axes[0], reader, plan, best)
-    try:
-        for window in best:
-            tiles = np.stack([read_cell(reader, plan, *cell) for cell in cells_of(window)])
-            draw_tiles(axes[1:], plan, window, tiles)
-    except SlideReadError as error:
-        figure.suptitle(f"the red window cannot be read: {error}", fontsize=8, wrap=True)
-    for axis in axes:
-        axis.set(xticks=[], yticks=[])
-        axis.set_visible(bool(axis.images))
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png")
-
-
-def draw_overview(axis, reader: Reader, plan: TilePlan, best: list) -> None:
-    """The thumbnail, in um, its tissue and its windows, those of `best` in red."""
-    from matplotlib.collections import PatchCollection
-    from matplotlib.patches import Rectangle
-
-    width, height = np.multiply(reader.size, plan.mpp)
-    extent = (0, width, height, 0)
-    shrink = math.ceil(max(plan.mask.shape) / 1500)
-    axis.imshow(Image.fromarray(plan.thumbnail).reduce(shrink), extent=extent)
-    if plan.mask.any() and not plan.mask.all():
-        look = {"levels": [0.5], "colors": "lime", "linewidths": 0.7}
-        axis.contour(plan.mask[::shrink, ::shrink], origin="upper", extent=extent, **look)
-    side = plan.cell_px * plan.mpp
-    for windows, colour, thick in ((plan.windows, "tab:blue", 0.7), (best, "red", 1.5)):
-        frames = []
-        for col, row, cols, rows in windows:
-            corner = np.multiply(plan.origin, plan.mpp) + (col * side, row * side)
-            frames.append(Rectangle(corner, cols * side, rows * side))
-        axis.add_collection(PatchCollection(frames, facecolor="none", edgecolor=colour, lw=thick))
-    lines = [
-        *textwrap.wrap(reader.path.stem, 60),
-        f"{plan.mpp:.4g} um/px ({plan.mpp_source}); tissue {plan.mask.mean():.1%}",
-        f"{len(plan.windows)} of {plan.candidates} windows kept, {plan.covered:.0%} of the tissue",
-    ]
-    axis.set_title("\n".join(lines), fontsize=9, parse_math=False)
-    scale_bar(axis, width)
-
-
-def draw_tiles(axes, plan: TilePlan, window: tuple, tiles: np.ndarray) -> None:
-    """Tiles (C, T, 224, 224, 3) of a window, a picture per magnification, their edges in white."""
+def window_pictures(reader: Reader, plan: TilePlan, window: tuple) -> list:
+    """A picture per magnification of a window, put together from its tiles."""
     _, _, cols, rows = window
-    side = plan.cell_px * plan.mpp
-    for k, axis in enumerate(axes):
+    cells = np.stack([read_cell(reader, plan, *cell) for cell in cells_of(window)])
+    pictures = []
+    for k in range(len(plan.magnifications)):
         n = 2**k
-        pixels = tiles[:, magnification_entries(k)]  # (C, n * n, 224, 224, 3)
-        pixels = pixels.reshape(rows, cols, n, n, TILE_PX, TILE_PX, 3)
-        pixels = pixels.transpose(0, 2, 4, 1, 3, 5, 6)  # (rows, n, 224, cols, n, 224, 3)
-        picture = Image.fromarray(pixels.reshape(rows * n * TILE_PX, cols * n * TILE_PX, 3))
-        shrink = max(1, max(picture.size) // 900)
-        axis.imshow(picture.reduce(shrink), extent=(0, cols * side, rows * side, 0))
-        axis.vlines(np.arange(1, cols * n) * side / n, 0, rows * side, color="white", lw=0.4)
-        axis.hlines(np.arange(1, rows * n) * side / n, 0, cols * side, color="white", lw=0.4)
-        axis.set_title(f"{plan.magnifications[k]}x: {cols * n} x {rows * n} tiles", fontsize=8)
-        scale_bar(axis, cols * side)
+        tiles = cells[:, magnification_entries(k)]  # (cells, n * n, 224, 224, 3)
+        tiles = tiles.reshape(rows, cols, n, n, TILE_PX, TILE_PX, 3)
+        tiles = tiles.transpose(0, 2, 4, 1, 3, 5, 6)  # (rows, n, 224, cols, n, 224, 3)
+        pictures.append(Image.fromarray(tiles.reshape(rows * n * TILE_PX, cols * n * TILE_PX, 3)))
+    return pictures
 
 
-def plan_report(reader: Reader, plan: TilePlan, region: int) -> str:
-    """Two lines about what will be read, and how exactly."""
-    tokens = []
-    effective = []
-    sides = np.concatenate([np.diff(lines) for lines in plan.lines])
-    cell_mpp = sides * plan.downsample * plan.mpp / TILE_PX  # of the lowest magnification
-    for k, magnification in enumerate(plan.magnifications):
-        found = f"{cell_mpp.min() / 2**k:.4g} to {cell_mpp.max() / 2**k:.4g}"
-        tokens.append(f"{magnification}x {plan.cell_count * 4**k}")
-        effective.append(f"{magnification}x {10 / magnification:g} ({found})")
-    whole = sum(cols * rows == region**2 for _, _, cols, rows in plan.windows)
-    total = plan.cell_count * (4 ** len(tokens) - 1) // 3
-    report = (
-        f"{reader.path.stem}: {plan.mpp:.4g} um/px ({plan.mpp_source}), level {plan.level} of "
-        f"{len(reader.level_sizes)} (downsample {plan.downsample:.6g}), {len(plan.windows)} of "
-        f"{plan.candidates} windows hold tissue ({whole} with all {region**2} cells) and "
-        f"{plan.covered:.0%} of it, {plan.cell_count} cells, {total} tokens ({', '.join(tokens)})\n"
-        f"    drift: edges keep to the lattice within {plan.drift:.2g} um; "
-        f"um/px asked (effective): {', '.join(effective)}"
-    )
-    finest = 10.0 / plan.magnifications[-1]
-    native = plan.mpp * plan.downsample
-    if native > 1.0005 * finest:
-        report += f"; the slide's {native:.4g} um/px are interpolated by {native / finest - 1:.1%}"
-    return report
+def draw_qc(path, reader: Reader, plan: TilePlan) -> None:
+    """A PNG to look at: the thumbnail with the contours of its tissue (green) and the kept windows
+    (blue), and the window with most tissue (red), put together from each magnification's tiles."""
+    thumbnail = plan.thumbnail.copy()
+    thumbnail[plan.mask & ~ndimage.binary_erosion(plan.mask)] = (0, 200, 0)
+    overview = Image.fromarray(thumbnail)
+    draw = ImageDraw.Draw(overview)
+    pictures = [overview]
+    for window in plan.windows:
+        draw.rectangle(plan.box(*window), outline="blue")
+    if plan.windows:
+        best = max(plan.windows, key=lambda window: plan.patch(plan.mask, *window).sum())
+        draw.rectangle(plan.box(*best), outline="red", width=2)
+        with contextlib.suppress(SlideReadError):  # tiling says it
+            pictures += window_pictures(reader, plan, best)
+    sheet = Image.new("RGB", (QC_SIDE * len(pictures), QC_SIDE), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(ImageOps.contain(picture, (QC_SIDE, QC_SIDE)), (i * QC_SIDE, 0))
+    with whole_file(path) as temporary:
+        sheet.save(temporary, "PNG")
 
 
 # ------------------------------------------------------------------------------------ tile encoders
 
 
 def texture(tiles: torch.Tensor) -> torch.Tensor:
-    """A stand-in for a tile foundation model: 46 fixed statistics of colour and texture, no
-    weights, the same for a turned tile. tiles (B, 224, 224, 3) uint8 RGB -> (B, 46) float32.
-
-    It makes the whole chain run anywhere; it is no substitute for a trained encoder.
-    """
+    """A stand-in for a tile foundation model, and no substitute: 46 fixed statistics of colour and
+    texture, the same for a turned tile. tiles (B, 224, 224, 3) uint8 RGB -> (B, 46) float32."""
     rgb = tiles.permute(0, 3, 1, 2).float()  # (B, 3, 224, 224)
     density = -torch.log10((rgb + 1) / 256)  # optical density, Beer-Lambert
-    stains = torch.tensor(  # Ruifrok & Johnston 2001
-        [[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]]
-    )
+    # Ruifrok & Johnston 2001
+    stains = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
     stained = torch.einsum("sc,bchw->bshw", stains.to(density), density)  # (B, 3, 224, 224)
     flat = stained.flatten(2)
     ordered = F.avg_pool2d(stained, 4).flatten(2).sort().values  # (B, 3, 56 * 56)
@@ -1581,8 +1410,7 @@ def texture(tiles: torch.Tensor) -> torch.Tensor:
 
 
 def tile_encoder(name: str, device, weights=None):
-    """The callable (B, 224, 224, 3) uint8, on `device`, -> (B, D) of a name (texture, virchow2 or
-    module:factory). Raises MixmagError if it cannot be had."""
+    """The callable (B, 224, 224, 3) uint8, on `device`, -> (B, D). Raises MixmagError."""
     if weights and name != "virchow2":
         raise MixmagError(f"--weights {weights}: only --encoder virchow2 takes them, not {name}")
     if name == "texture":
@@ -1597,51 +1425,36 @@ def tile_encoder(name: str, device, weights=None):
         encoder = getattr(importlib.import_module(module), factory)()
     except Exception as error:  # whatever the user's module raises
         raise MixmagError(f"--encoder {name}: {type(error).__name__}: {error}") from None
+    if isinstance(encoder, torch.nn.Module):
+        return encoder.to(device).eval()
     if not callable(encoder):
-        found = f"{factory}() returned {type(encoder).__name__}"
-        expected = "a callable (B, 224, 224, 3) uint8 -> (B, D)"
-        raise MixmagError(f"--encoder {name}: {found}, expected {expected}")
-    return encoder.to(device).eval() if isinstance(encoder, torch.nn.Module) else encoder
+        raise MixmagError(f"--encoder {name}: {factory}() returned no callable, but {encoder!r}")
+    return encoder
 
 
 def encode_tiles(encoder, tiles: np.ndarray, batch_size: int, device, dim: int | None = None):
     """tiles (..., 224, 224, 3) uint8 -> (..., D) float16. Raises MixmagError for an output that is
-    no (B, dim) of finite floats in float16's range; without dim, of one width in all batches."""
+    no (B, D) of finite floats in float16's range, or has another width than `dim`, if given."""
     made = []
     with torch.inference_mode():
         for batch in torch.from_numpy(tiles.reshape(-1, *tiles.shape[-3:])).split(batch_size):
             out = encoder(batch.to(device))
-            check_encoded(out, len(batch), dim)
-            dim = out.shape[1]
+            shape = tuple(getattr(out, "shape", ()))
+            dim = dim or (0, *shape)[-1]
+            floats = isinstance(out, torch.Tensor) and out.is_floating_point()
+            if not floats or shape != (len(batch), dim):
+                expected = f"a tensor ({len(batch)}, {dim}) of floats"
+                raise MixmagError(f"the encoder returned {type(out)} {shape}, expected {expected}")
             made.append(out.half().cpu())
     half = torch.cat(made)
-    bad = int((~half.isfinite()).any(1).sum())
-    if bad:
-        values = "NaN, or values beyond float16"
-        raise MixmagError(f"the encoder returned {values}, for {bad} of {len(half)} tiles")
+    if not half.isfinite().all():
+        raise MixmagError("the encoder returned NaN, or values beyond float16")
     return half.numpy().reshape(*tiles.shape[:-3], -1)
 
 
-def check_encoded(out, tiles: int, dim: int | None) -> None:
-    """Raises MixmagError for an encoder's output that is no (tiles, dim) of floats."""
-    found = type(out).__name__
-    if isinstance(out, torch.Tensor):
-        found = f"{out.dtype} {tuple(out.shape)}"
-        is_table = out.is_floating_point() and out.ndim == 2 and len(out) == tiles
-        if is_table and dim in (None, out.shape[1]):
-            return
-    expected = f"floating-point numbers ({tiles}, {dim or 'D'})"
-    raise MixmagError(f"the encoder made {found} of {tiles} tiles, expected {expected}")
-
-
 class Virchow2(torch.nn.Module):
-    """tiles (B, 224, 224, 3) uint8 -> (B, 1280) float32: the class token of Virchow2 (Zimmermann et
-    al. 2024), a ViT-H/14 of 631 M parameters; fp16 autocast on a GPU.
-
-    The tokens are class, 4 registers, 256 patches; paper 4.1 uses the class token alone. The
-    constants are ImageNet's. They are written out, because timm's configuration of a local model
-    says 0.5.
-    """
+    """tiles (B, 224, 224, 3) uint8 -> (B, 1280) float32: the class token (paper 4.1) of Virchow2
+    (Zimmermann et al. 2024), a ViT-H/14 of 631 M parameters; fp16 autocast on a GPU."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -1649,6 +1462,7 @@ class Virchow2(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
+        # ImageNet's; timm's configuration of a local model says 0.5.
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]))
 
@@ -1664,9 +1478,8 @@ def load_virchow2(device, weights=None) -> Virchow2:
         import timm
         from timm.layers import SwiGLUPacked
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision for another torch
-        needed = f"timm, and a torchvision that matches torch {torch.__version__}"
-        advice = "pip install timm torchvision==0.28.0, the one for torch 2.13, on the same device"
-        raise MixmagError(f"--encoder virchow2 needs {needed} ({error}): {advice}") from None
+        advice = "pip install timm torchvision==0.28.0 (the one for torch 2.13)"
+        raise MixmagError(f"--encoder virchow2 needs timm ({error}): {advice}") from None
     layers = {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU}
     if weights:
         with torch.device("meta"):  # 2.5 GB that need not be drawn at random first
@@ -1687,33 +1500,25 @@ def load_virchow2(device, weights=None) -> Virchow2:
             model = timm.create_model("hf-hub:paige-ai/Virchow2", pretrained=True, **layers)
         except OSError as error:  # all that the hub and the network raise
             reason = error.strerror or type(error).__name__  # the full text may hold a token
-            raise MixmagError(
-                f"Virchow2 cannot be fetched ({reason}): accept its terms at "
-                "huggingface.co/paige-ai/Virchow2 and set HF_TOKEN to a token of that account, "
-                "or, without a network, give --weights FILE"
-            ) from None
+            advice = "accept its terms on huggingface.co and set HF_TOKEN, or give --weights FILE"
+            raise MixmagError(f"Virchow2 cannot be fetched ({reason}): {advice}") from None
     encoder = Virchow2(model).to(device).eval()
     encode_tiles(encoder, np.full((2, TILE_PX, TILE_PX, 3), 200, np.uint8), 2, device, 1280)
     return encoder
 
 
 def load_weights(model: torch.nn.Module, path) -> None:
-    """Give a model on the meta device all weights of a file, and no others, as fp32. Raises
-    MixmagError with what does not fit."""
+    """Give a model all weights of a file, and no others, as fp32. Raises MixmagError."""
     try:
         if str(path).endswith(".safetensors"):
             state = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, "cpu", weights_only=True, mmap=True)
         state = {name: tensor.float() for name, tensor in state.items()}
-    except Exception as error:  # each of the two libraries has half a dozen ways to say it
-        kind = type(error).__name__
-        raise MixmagError(f"--weights {path}: no file of named tensors ({kind})") from None
-    try:
         model.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
+    except Exception as error:  # each of the two libraries has half a dozen ways to say it
         reason = " ".join(str(error).split())[:500]
-        raise MixmagError(f"--weights {path}: does not fit Virchow2: {reason}") from None
+        raise MixmagError(f"--weights {path}: no weights of Virchow2 ({reason})") from None
 
 
 # --------------------------------------------------------------------------------- the tile command
@@ -1741,13 +1546,12 @@ class TileSettings:
 
 
 def tile_slide(reader: Reader, plan: TilePlan, encoder, dim: int, settings: TileSettings) -> tuple:
-    """features (C, T, D) float16, cells (C, 2) int32, and the number of windows that are left out
-    because their pixels cannot be read."""
+    """features (C, T, D) float16, cells (C, 2) int32, and the number of unreadable windows."""
     T = Geometry(1, plan.magnifications).tokens_per_cell
     cells_per_batch = max(1, settings.batch_size // T)
-    batch: list[np.ndarray] = []  # tiles of cells, each (T, 224, 224, 3)
+    batch: list = []  # tiles of cells, each (T, 224, 224, 3)
     features = [np.zeros((0, T, dim), np.float16)]
-    done = []  # (window, (col, row)) of each cell, in the order of the features
+    done = []  # (window, col, row) of each cell, in the order of the features
     unreadable = set()  # windows
 
     def encode():
@@ -1755,163 +1559,121 @@ def tile_slide(reader: Reader, plan: TilePlan, encoder, dim: int, settings: Tile
         features.append(encode_tiles(encoder, tiles, settings.batch_size, settings.device, dim))
         batch.clear()
 
-    name = reader.path.stem[:24]
     reads = read_cells(reader, plan)
-    for window, cell, tiles in progress(reads, total=plan.cell_count, desc=name, leave=False):
+    for window, cell, tiles in progress(reads, total=plan.cell_count, leave=False):
         if isinstance(tiles, SlideReadError):
             unreadable.add(window)
             if len(unreadable) > MAX_BAD_WINDOWS * len(plan.windows):
-                share = f"{len(unreadable)} of {len(plan.windows)}"
-                limit = f"{MAX_BAD_WINDOWS:.0%}"
-                raise MixmagError(f"{share} windows cannot be read, more than {limit}: {tiles}")
-        elif window not in unreadable:
-            done.append((window, cell))
-            batch.append(tiles)
+                share = f"{len(unreadable)} of {len(plan.windows)} windows cannot be read"
+                raise MixmagError(f"{share}, more than 1%: {tiles}")
+            continue
+        done.append((window, *cell))
+        batch.append(tiles)
         if len(batch) == cells_per_batch:
             encode()
     if batch:
         encode()
-    good = np.array([window not in unreadable for window, _ in done], bool)
-    cells = np.array([cell for _, cell in done], np.int32).reshape(-1, 2)
-    return np.concatenate(features)[good], cells[good], len(unreadable)
-
-
-def slide_files_below(folder: Path):
-    """Slide files in a folder and those below it, also by links, but not in hidden ones."""
-    seen = set()  # real folders, each of which is searched once
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        for name in sorted(files):
-            if Path(name).suffix.lower() in SLIDE_SUFFIXES and not name.startswith("."):
-                yield Path(place, name)
+    cells = np.array(done, np.int32).reshape(-1, 3)
+    good = ~np.isin(cells[:, 0], list(unreadable))
+    return np.concatenate(features)[good], cells[good, 1:], len(unreadable)
 
 
 def find_slide_files(places) -> list[Path]:
-    """Slide files, named or found in folders, one for each DICOM series. Raises MixmagError if two
-    have the same slide id."""
-    paths: list[Path] = []
+    """Slide files, named or below folders (also by links, but not hidden), one per DICOM series."""
+    paths = []
     for place in map(Path, places):
-        paths += slide_files_below(place) if place.is_dir() else [place]
+        if not place.is_dir():
+            paths.append(place)
+            continue
+        below = sorted(glob.glob(f"{glob.escape(str(place))}/**", recursive=True))
+        paths += [path for path in map(Path, below) if path.suffix.lower() in SLIDE_SUFFIXES]
     first: dict = {}  # by what makes a file another slide
+    by_id: dict = {}
     for path in paths:
-        series = dicom_series(path)
-        key = (path.parent.resolve(), series) if series else (path.resolve(), path.name)
-        if series and key in first:
-            print(f"{path}: the same DICOM series as {first[key].name}", file=sys.stderr)
-        first.setdefault(key, path)
-    by_id = defaultdict(list)
-    for path in first.values():
-        by_id[path.stem.lower()].append(str(path))
-    clashes = [" and ".join(same) for same in by_id.values() if len(same) > 1]
-    if clashes:
-        raise MixmagError(f"slides with one id: {'; '.join(clashes)}: rename them")
+        kept = first.setdefault((path.parent.resolve(), dicom_series(path) or path.name), path)
+        other = by_id.setdefault(kept.stem.lower(), kept)
+        if other != kept:
+            raise MixmagError(f"slides with one id: {other} and {kept}: rename one")
     if not paths:
-        suffixes = " ".join(SLIDE_SUFFIXES)
-        raise MixmagError(f"no slides in {', '.join(map(str, places))} (suffixes: {suffixes})")
+        raise MixmagError(f"no slides in {places}, expected files of {SLIDE_SUFFIXES}")
     return list(first.values())
 
 
-def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> tuple[str, int]:
-    """Tile one slide into its file; a report, and the bytes of its features. Raises MixmagError."""
-    if path.stem.encode("utf-8", "ignore").decode("utf-8") != path.stem:
-        raise MixmagError(f"{ascii(path.stem)}: the name is no UTF-8; rename the file")
+def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> str:
+    """Tile one slide into its file; a report. Raises MixmagError."""
+    path.stem.encode("utf-8")  # a name in another encoding is refused now, not at the end
     out = settings.out / "slides" / f"{path.stem}.safetensors"
     mask = find_mask(path, settings.mask)
-    made_with = {
+    meta: dict[str, Any] = {"encoder": settings.encoder}
+    meta["magnifications"] = list(settings.magnifications)
+    meta["settings"] = {
         "region": settings.region,
         "min_tissue": settings.min_tissue,
         "source_bytes": path.stat().st_size,
         "mask": file_sha256(mask) if mask else None,
         "weights": settings.weights_sha256,
     }
-    wanted = {
-        "encoder": settings.encoder,
-        "magnifications": list(settings.magnifications),
-        "settings": made_with,
-    }
     mpp, _ = user_mpp(path.stem, settings.manifest, settings.mpp)
-    if already_done(out, wanted, mpp):
-        return f"{path.stem}: done before", 0
+    if already_done(out, meta, mpp):
+        return f"{path.stem}: done before"
     reader = Reader(path)
     plan = plan_slide(reader, settings)
-    size = plan.cell_count * Geometry(1, plan.magnifications).tokens_per_cell * dim * 2
-    report = f"{plan_report(reader, plan, settings.region)}; {size / 1e6:.2f} MB"
-    if not settings.dry_run:
-        draw_qc(settings.out / "qc" / f"{path.stem}.png", reader, plan)
-        features, cells, bad = tile_slide(reader, plan, encoder, dim, settings)
-        meta = wanted | slide_meta(reader, plan) | {"n_bad": bad}
-        write_slide(out, features, cells, np.ones(features.shape[:2], bool), meta)
-        if bad:
-            report += f"; {bad} windows dropped as unreadable"
-        if plan.unscanned:
-            report += f"; {len(plan.unscanned)} cells hold pixels that the file does not have"
-            report += ", taken for glass"
-    if not plan.windows:
-        report += f"; nothing to embed: tissue is {plan.mask.mean():.1%} of the slide, and of no "
-        report += f"window as much as --min-tissue {settings.min_tissue:.0%}"
-    return report, size
-
-
-def slide_meta(reader: Reader, plan: TilePlan) -> dict:
-    """What a slide file says of the slide."""
-    return {
-        "slide_id": reader.path.stem,
+    tokens = plan.cell_count * Geometry(1, plan.magnifications).tokens_per_cell
+    report = f"{path.stem}: {plan.mpp:.4g} um/px ({plan.mpp_source}), level {plan.level}, "
+    report += f"{len(plan.windows)} of {plan.candidates} windows hold tissue: "
+    report += f"{plan.cell_count} cells, {tokens} tokens, {tokens * dim * 2 / 1e6:.2f} MB"
+    if settings.dry_run:
+        return report
+    draw_qc(settings.out / "qc" / f"{path.stem}.png", reader, plan)
+    features, cells, bad = tile_slide(reader, plan, encoder, dim, settings)
+    meta |= {
+        "slide_id": path.stem,
         "tile_px": TILE_PX,
         "mpp": plan.mpp,
         "cell_px": plan.cell_px,
         "origin": plan.origin,
         "width": reader.size[0],
         "height": reader.size[1],
+        "n_bad": bad,
         "n_unscanned": len(plan.unscanned),
     }
+    write_slide(out, features, cells, np.ones(features.shape[:2], bool), meta)
+    if bad or plan.unscanned:
+        report += f"; {bad} windows unreadable, {len(plan.unscanned)} cells partly not scanned"
+    return report
+
+
+def tile_all(paths: list, encoder, dim: int, settings: TileSettings) -> list:
+    """The (slide_id, stage, reason) of each slide that fails."""
+    failed = []
+    for path in progress(paths, desc="slides"):
+        try:
+            print(tile_one(path, encoder, dim, settings), flush=True)
+        except (Stopped, BrokenPipeError):
+            raise
+        except Exception as error:  # whatever a slide, or the user's encoder, raises
+            kind = "" if isinstance(error, MixmagError) else f"{type(error).__name__}: "
+            reason = " ".join(f"{kind}{error}".split())
+            failed.append((path.stem, "tile", reason))
+            print(f"{path.stem}: FAILED: {reason}", file=sys.stderr)
+    return failed
 
 
 def share_of_slides(shard: str | None) -> tuple[int, int]:
     """(i, n): this process does the i-th of n shares, as --shard says, or torchrun."""
-    rank, world = process_rank()
     if shard is None:
-        return rank, world
-    if world > 1:
-        raise MixmagError(f"--shard {shard}: torchrun shares the slides out already; leave out one")
+        return process_rank()
     numbers = re.fullmatch(r"(\d+)/(\d+)", shard)
-    if not numbers or int(numbers[1]) >= int(numbers[2]):
-        raise MixmagError(f"--shard {shard}: expected i/n with 0 <= i < n")
+    if process_rank()[1] > 1 or not numbers or int(numbers[1]) >= int(numbers[2]):
+        raise MixmagError(f"--shard {shard}: expected i/n with 0 <= i < n, and no torchrun")
     return int(numbers[1]), int(numbers[2])
-
-
-def check_tile_flags(args, paths: list) -> None:
-    """Raises MixmagError for what can be refused before any work."""
-    try:
-        Geometry(args.region, args.magnifications)
-    except ValueError as error:
-        raise MixmagError(str(error)) from None
-    if args.mask and not Path(args.mask).exists():
-        raise MixmagError(f"--mask {args.mask}: no such file or folder")
-    if args.mask and Path(args.mask).is_file() and len(paths) > 1:
-        advice = "give a folder of <slide_id>.png or .geojson"
-        raise MixmagError(f"--mask {args.mask} is one file for {len(paths)} slides; {advice}")
-    out = Path(args.out).resolve()
-    if any(path.resolve().parent in (out, out / "slides") for path in paths):
-        raise MixmagError(f"--out {args.out} is a folder of slides; name another folder")
-
-
-def wait_for_other_processes() -> None:
-    """torchrun ends all processes with the first that ends with a code other than 0."""
-    if process_rank()[1] > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 def tile_command(args) -> int:
     share, shares = share_of_slides(args.shard)
     paths = find_slide_files(args.slides)
-    check_tile_flags(args, paths)
+    if args.mask and Path(args.mask).is_file() and len(paths) > 1:
+        raise MixmagError(f"--mask {args.mask} is one file for {len(paths)} slides; give a folder")
     manifest = read_manifest(args.manifest)
     warn_unmatched_rows(manifest, {path.stem for path in paths})
     device = find_device(args.device)
@@ -1923,43 +1685,16 @@ def tile_command(args) -> int:
     flags["weights_sha256"] = file_sha256(args.weights) if args.weights else None
     settings = TileSettings(**{name: flags[name] for name in TileSettings.__dataclass_fields__})
     paths = paths[share::shares]
-    failed, needed = tile_all(paths, encoder, dim, settings)
-    wait_for_other_processes()
-    done = len(paths) - len(failed)
+    failed = tile_all(paths, encoder, dim, settings)
+    if "WORLD_SIZE" in os.environ:  # torchrun ends all processes with the first that fails
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    print(f"{len(paths) - len(failed)} slides done, {len(failed)} failed")
     if args.dry_run:
-        free = free_bytes(settings.out)
-        room = f"{needed / 1e9:.3f} GB are needed, {free / 1e9:.3f} GB free under {args.out}"
-        print(f"{done} slides can be tiled, {len(failed)} cannot; {room}")
-        if needed > free:
-            raise MixmagError(f"the slides do not fit under --out {args.out}")
         return 3 if failed else 0
-    table = settings.out / f"failed-{share}-of-{shares}.csv"
-    if shares == 1:
-        for old in settings.out.glob("failed-*-of-*.csv"):  # of shares, now done again as a whole
-            old.unlink()
-        table = settings.out / "failed.csv"
-    print(f"{done} slides done, {len(failed)} failed" + f" (see {table})" * bool(failed))
-    return report_failed(table, failed)
-
-
-def tile_all(paths: list, encoder, dim: int, settings: TileSettings) -> tuple[list, int]:
-    """The (slide_id, stage, reason) of each slide that fails, and the bytes of all features."""
-    failed = []
-    total = 0
-    for path in progress(paths, desc="slides"):
-        try:
-            report, size = tile_one(path, encoder, dim, settings)
-        except Stopped:
-            raise
-        except Exception as error:  # whatever a slide, or the user's encoder, raises
-            kind = "" if isinstance(error, MixmagError) else f"{type(error).__name__}: "
-            reason = " ".join(f"{kind}{error}".split())
-            failed.append((path.stem, "tile", reason))
-            print(f"{path.stem}: FAILED: {reason}", file=sys.stderr)
-        else:
-            total += size
-            print(report, flush=True)
-    return failed, total
+    name = "failed.csv" if shares == 1 else f"failed-{share}-of-{shares}.csv"
+    return report_failed(settings.out / name, failed)
 
 
 # --------------------------------------------------------------------- import of other tools' files
@@ -2821,9 +2556,11 @@ def read_json(path) -> dict:
 
 def write_csv(path, header, rows) -> None:
     """Bytes of a file name that are no UTF-8 are written escaped."""
-    with whole_file(path) as temporary:
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            csv.writer(file).writerows([header, *rows])
+    with (
+        whole_file(path) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
+        csv.writer(file).writerows([header, *rows])
 
 
 def read_csv(path, columns) -> list[dict]:

@@ -214,7 +214,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, first: int = 0) -> Tensor:
         """x (B, n, d), mask (B, 1, 1, n) -> (B, n - first, d): outputs from token `first` on."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        parts = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in parts)
         q = q[:, :, first:]
         out = attend(q, k, v, mask)  # (B, h, n - first, d/h)
         return self.proj(out.transpose(1, 2).flatten(2))  # (B, n - first, d)

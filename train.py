@@ -22,10 +22,8 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import time
-import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -1312,10 +1310,7 @@ def one_case_per_slide(model, slides: list, min_cover: float) -> data.CaseDatase
 
 
 def open_run(run, folder, slide_ids, device: str, failed: list | None = None) -> tuple:
-    """A run's model and config, a data set of slides without labels, and the machine.
-
-    folder: DATA, or None for the run's. slide_ids: None for all. failed: as in data.read_slides.
-    """
+    """A run's model and config, its or other slides without labels, and the machine."""
     model, config = read_classifier(run)
     machine = start_machine(device, config["amp"], model.config.width)
     slides = data.read_slides(folder or config["data"], slide_ids, failed)
@@ -1336,8 +1331,7 @@ def predict(run, folder, slides=None, out=None, device: str = "auto") -> int:
         if math.isfinite(score):
             rows.append((case.case_id, score))
         else:
-            reason = f"its score is {score}; data.py verify finds features that are not finite"
-            failed.append((case.case_id, "predict", reason))
+            failed.append((case.case_id, "predict", f"its score is {score}; see data.py verify"))
     path = Path(out or Path(run) / "predict.csv")
     data.write_csv(path, ("slide_id", "score"), rows)
     print(f"{len(rows)} slides scored in {path}, {len(failed)} failed{dataset.uncovered}")
@@ -1363,9 +1357,8 @@ def output_places(model, dataset, slide_id: str) -> OutputPlaces:
     """In the order in which a model pools the outputs: window by window."""
     R = model.config.region
     slide = dataset.slides[slide_id]
-    rows = dataset.rows.get(slide_id, np.zeros((0, R * R), np.int64))  # of slide.cells
-    corners = dataset.corners.get(slide_id, np.zeros((0, 2), np.int64))  # in cells
-    _, valid = data.token_index(slide, rows, dataset.entries)  # (W, n)
+    corners = dataset.corners[slide_id]  # in cells
+    _, valid = data.token_index(slide, dataset.rows[slide_id], dataset.entries)  # (W, n)
     outputs = model.config.geometry().token_table()[model.index.cpu()].numpy()  # (n, 3)
     labels = [f"{m}x" for m in slide.meta["magnifications"]]
     cells = 1  # per side of an output at the lowest magnification
@@ -1385,13 +1378,8 @@ def output_places(model, dataset, slide_id: str) -> OutputPlaces:
     return OutputPlaces(slide, labels, window, corners[window] // R, token, k, side, place, box)
 
 
-def embed(
-    init, out, folder=DEFAULT_DATA, tokens="cls", slides=None, min_cover=0.5, device="auto"
-) -> int:
-    """Write an encoder's outputs as HDF5 files in TRIDENT's shape, for other tools to read.
-
-    What an earlier start wrote with the same encoder, of the same slide, stays.
-    """
+def embed(init, out, folder=DEFAULT_DATA, tokens="cls", slides=None, min_cover=0.5, device="auto"):
+    """Write an encoder's outputs as HDF5 files in TRIDENT's shape. What is there already stays."""
     failed: list = []
     found = data.read_slides(ensure_data(folder), slides, failed)
     encoder = read_encoder(init, found[0])
@@ -1403,62 +1391,52 @@ def embed(
         "mixmag_encoder_sha256": data.file_sha256(encoder_folder(init) / "model.safetensors"),
         "mixmag_min_cover": min_cover,
     }
-    counts = []
     for slide in progress(found, desc="embed"):
         try:
-            counts.append(embed_slide(model, dataset, slide, Path(out), made_by, machine))
+            embed_slide(model, dataset, slide, Path(out), made_by, machine)
         except OtherSettings:
             raise
         except MixmagError as error:
             failed.append((slide.slide_id, "embed", str(error)))
-            log(f"{slide.slide_id}: FAILED: {error}")
-    empty = ""
-    if dataset.dropped:
-        empty = f"; no tissue, so no rows, in {', '.join(dataset.dropped[:5])}"
-    rows = {"patch": "tiles", "cls": "regions"}[tokens]
-    print(
-        f"{len(counts)} slides, {tokens} outputs of {sum(counts)} {rows} in {out}, "
-        f"{len(failed)} failed{empty}{dataset.uncovered}"
-    )
+    print(f"{len(found)} slides in {out}, {len(failed)} failed{dataset.uncovered}")
     return data.report_failed(Path(out) / "failed.csv", failed)
 
 
-def embed_slide(model, dataset, slide, out: Path, made_by: dict, machine) -> int:
-    """Write a file per magnification, or one for `cls`. Returns how many outputs there are."""
-    made_by = {**made_by, "mixmag_slide_sha256": slide.meta["sha256"]}
-    files = output_files(out, model, slide.meta)
-    places = output_places(model, dataset, slide.slide_id)
-    written = [is_written(path, made_by) for path, _ in files]
-    if all(written):
-        return len(places.k)
-    outputs = encode_slide(model, dataset, slide, machine)[places.window, places.token]  # (T, d)
-    if not np.isfinite(outputs).all():
-        raise MixmagError(f"{slide.path}: its outputs are not finite; see data.py verify")
-    for k, (path, attributes) in enumerate(files):
-        here = places.k == k
-        write_outputs(path, outputs[here], places.box[here, :2], {**attributes, **made_by})
-    return len(places.k)
-
-
-def encode_slide(model, dataset, slide, machine) -> np.ndarray:
-    """(W, n or 1, d) float32: the outputs of all windows."""
+def embed_slide(model, dataset, slide, out: Path, made_by: dict, machine) -> None:
+    """Write a file per magnification, or one for `cls`: features (N, d) float32, coords (N, 2)."""
     if slide.slide_id in dataset.dropped:
-        return np.zeros((0, 1, model.head.in_features), np.float32)
+        raise MixmagError("no cells, or no valid token")
+    files = list(output_files(out, model, slide.meta, made_by))
+    written = [is_written(path, attributes) for path, attributes in files]
+    if all(written):
+        return
     x, valid = data.gather(slide, dataset.rows[slide.slide_id], dataset.entries)
     with torch.inference_mode(), machine.autocast():
-        h = model.encode_chunks(*data.as_batch(x, valid, machine.device))
-    return h.float().cpu().numpy()
+        h = model.encode_chunks(*data.as_batch(x, valid, machine.device))  # (W, n or 1, d)
+    places = output_places(model, dataset, slide.slide_id)
+    outputs = h.float().cpu().numpy()[places.window, places.token]  # (T, d)
+    if not np.isfinite(outputs).all():
+        raise MixmagError("its outputs are not finite; see data.py verify")
+    for k, (path, attributes) in enumerate(files):
+        here = places.k == k
+        content = io.BytesIO()  # HDF5 itself would end the process where the disk gets full
+        with h5py.File(content, "w") as file:
+            file.create_dataset("coords", data=places.box[here, :2]).attrs.update(attributes)
+            file.create_dataset("features", data=outputs[here]).attrs.update(attributes)
+        with whole_file(path) as temporary:
+            temporary.write_bytes(content.getbuffer())
 
 
-def output_files(out: Path, model, meta: dict) -> list[tuple[Path, dict]]:
-    """The files of a slide and the attributes of their data sets, both as TRIDENT has them."""
+def output_files(out: Path, model, meta: dict, made_by: dict):
+    """Yields a slide's files and the attributes of their data sets, both as TRIDENT has them."""
     sizes = dict.fromkeys(meta["magnifications"], meta["tile_px"])
     if model.tokens == "cls":
         sizes = {meta["magnifications"][0]: model.config.region * meta["tile_px"]}
-    files = []
     for magnification, px in sizes.items():
         folder = out / f"{magnification}x_{px}px_0px_overlap" / f"features_mixmag_{model.tokens}"
         attributes = {
+            **made_by,
+            "mixmag_slide_sha256": meta["sha256"],
             "patch_size": px,
             "patch_size_level0": round(px * 10 / (magnification * meta["mpp"])),
             "level0_magnification": 10 / meta["mpp"],
@@ -1469,33 +1447,20 @@ def output_files(out: Path, model, meta: dict) -> list[tuple[Path, dict]]:
             "level0_width": meta["width"],
             "level0_height": meta["height"],
         }
-        files.append((folder / f"{meta['slide_id']}.h5", attributes))
-    return files
+        yield folder / f"{meta['slide_id']}.h5", attributes
 
 
-def is_written(path: Path, made_by: dict) -> bool:
+def is_written(path: Path, attributes: dict) -> bool:
     """Whether an earlier start wrote this file. OtherSettings where it was made otherwise."""
-    if not path.exists():
-        return False
     try:
         with h5py.File(path) as file:
-            found = {name: file["features"].attrs.get(name) for name in made_by}
-    except (OSError, KeyError) as error:
-        log(f"{path} is damaged and written anew ({error})")
-        return False
-    if found != made_by:
-        raise OtherSettings(f"{path} was made with {found}, not {made_by}; give another --out")
+            found = dict(file["features"].attrs)
+    except (OSError, KeyError):
+        return False  # missing, or damaged
+    names = [name for name in attributes if found.get(name) != attributes[name]]
+    if names:
+        raise OtherSettings(f"{path} was made with another {', '.join(names)}; give another --out")
     return True
-
-
-def write_outputs(path: Path, features, coords, attributes: dict) -> None:
-    """features (N, d) float32 and coords (N, 2) int64, the level-0 corners."""
-    content = io.BytesIO()  # HDF5 itself would end the process where the disk gets full
-    with h5py.File(content, "w") as file:
-        file.create_dataset("coords", data=coords).attrs.update(attributes)
-        file.create_dataset("features", data=features).attrs.update(attributes)
-    with whole_file(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
 
 
 # ------------------------------------------------------------------------------------------ heatmap
@@ -1532,10 +1497,10 @@ def attention_table(model, dataset, machine) -> tuple[AttentionTable, float]:
     return AttentionTable(**vars(places), weight=weight, rank=rank), OUTCOME.score(logit).item()
 
 
-def write_attention(path, table: AttentionTable, magnifications: list) -> None:
-    """A CSV with a row per token. magnifications: the name of each."""
+def write_attention(path, table: AttentionTable) -> None:
+    """A CSV with a row per token."""
     columns = {
-        "magnification": [magnifications[k] for k in table.k],
+        "magnification": [table.labels[k].removesuffix("x") for k in table.k],
         "col": table.place[:, 0],
         "row": table.place[:, 1],
         "x": table.box[:, 0],
@@ -1549,59 +1514,38 @@ def write_attention(path, table: AttentionTable, magnifications: list) -> None:
     data.write_csv(path, columns, zip(*columns.values(), strict=True))
 
 
-def qupath_features(table: AttentionTable, k: int, run: str, offset) -> dict:
+def write_geojson(path, table: AttentionTable, k: int, offset) -> None:
     """GeoJSON that QuPath shows as detections: a rectangle per token, coloured by its rank.
 
     offset (x, y) is subtracted, because QuPath counts pixels from the corner of a slide's bounds.
     """
     import matplotlib
 
-    label = table.labels[k]
-    outlines = table.outlines() - np.array(offset)
+    outlines = table.outlines() - offset
     colours = (255 * matplotlib.colormaps["inferno"](table.rank)[:, :3]).round().astype(int)
     features = []
     for i in np.flatnonzero(table.k == k):
-        name = f"{label} {table.place[i, 0]}, {table.place[i, 1]}"
-        unique = f"mixmag:{run}:{table.slide.slide_id}:{name}"  # equal runs give equal ids
-        measurements = {"attention": table.weight[i].item(), "attention rank": table.rank[i].item()}
-        feature = {
-            "type": "Feature",
-            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, unique)),
-            "geometry": {"type": "Polygon", "coordinates": [outlines[i].tolist()]},
-            "properties": {
-                "objectType": "detection",
-                "name": name,
-                "color": colours[i].tolist(),
-                "classification": {"name": f"mixmag {label}", "color": [128, 128, 128]},
-                "measurements": measurements,
-            },
+        properties = {
+            "objectType": "detection",
+            "name": f"{table.labels[k]} {table.place[i, 0]}, {table.place[i, 1]}",
+            "color": colours[i].tolist(),
+            "measurements": {"attention": table.weight[i].item(), "rank": table.rank[i].item()},
         }
-        features.append(feature)
-    metadata = {"run": run, "bounds_subtracted": list(offset), "remark": REMARK}
-    return {"type": "FeatureCollection", "features": features, "metadata": metadata}
+        shape = {"type": "Polygon", "coordinates": [outlines[i].tolist()]}
+        features.append({"type": "Feature", "geometry": shape, "properties": properties})
+    text = json.dumps({"type": "FeatureCollection", "features": features}, allow_nan=False)
+    data.write_text(path, text)
 
 
 def check_same_image(reader, table: AttentionTable) -> None:
     """Refuse an image that is not the slide's. Files of some tools do not say the slide's size."""
     meta = table.slide.meta
-    stated = (meta["width"], meta["height"])
-    last = table.box[:, :2].max(axis=0)
-    differs = meta.get("size_known", True) and reader.size != stated
-    if differs or (last >= reader.size).any():
+    differs = meta.get("size_known", True) and reader.size != (meta["width"], meta["height"])
+    if differs or (table.box[:, :2] >= reader.size).any():
         raise MixmagError(
-            f"--image {reader.path} has {reader.size} pixels, but {meta['slide_id']} has {stated} "
-            f"and tiles up to {last.tolist()}: not the same slide, or imported with another --mpp"
+            f"--image {reader.path} has {reader.size} pixels, {meta['slide_id']} has another size "
+            "or tiles outside: not the same slide, or imported with another --mpp"
         )
-
-
-def slide_picture(reader) -> np.ndarray:
-    """(h, w) grey: the whole slide, in a size that makes its bounds 1600 pixels long."""
-    downsample = max(reader.bounds[2:]) / 1600
-    picture, unread = data.thumbnail(reader, data.TISSUE_UM / downsample)
-    picture[unread] = 128
-    if unread.any():
-        log(f"{reader.path}: {unread.mean():.1%} of it cannot be read and is drawn grey")
-    return picture.mean(axis=2)
 
 
 def draw_attention(path, table: AttentionTable, k: int, picture, size, bounds, title: str) -> None:
@@ -1619,11 +1563,10 @@ def draw_attention(path, table: AttentionTable, k: int, picture, size, bounds, t
         extent = (0, size[0] * um, size[1] * um, 0)
         axis.imshow(picture, cmap="gray", vmin=-255, vmax=255, extent=extent)
     here = table.k == k
-    shapes = table.outlines()[here] * um
     squares = PolyCollection(
-        shapes, array=table.rank[here], cmap="inferno", alpha=0.7, lw=0, antialiased=False
+        table.outlines()[here] * um, array=table.rank[here], cmap="inferno", alpha=0.7, lw=0
     )
-    squares.set_clim(0, 1)
+    squares.set(clim=(0, 1), antialiased=False)
     axis.add_collection(squares)
     axis.set(xlim=(left, left + width), ylim=(top + height, top), aspect="equal")
     axis.set(xticks=[], yticks=[])
@@ -1634,89 +1577,63 @@ def draw_attention(path, table: AttentionTable, k: int, picture, size, bounds, t
     save_figure(figure, path)
 
 
-def show_crop(axis, reader, box, title: str, colour: str) -> None:
-    """A box (left, top, right, bottom in level-0 px) of the slide, in a frame of that colour."""
-    left, top, right, bottom = np.clip(box, 0, reader.size * 2)
-    try:
-        level = reader.level_for((right - left) / 400)
-        picture, within = reader.read(level, (left, top, right, bottom))
-        axis.imshow(picture.crop(within), extent=(left, right, bottom, top))
-    except data.SlideReadError as error:
-        log(f"{reader.path}: {title} cannot be read ({error})")
-    axis.set(xticks=[], yticks=[])
-    axis.set_title(title, fontsize=8)
-    axis.spines[:].set(visible=True, color=colour, linewidth=2)
-
-
 def draw_regions(path, table: AttentionTable, reader, side: float) -> None:
-    """The six regions of most attention, each of `side` level-0 px, in a column each.
+    """The six regions of most attention, each of `side` level-0 px.
 
-    Below a region stands its tile of most attention of each magnification, outlined in the region.
+    In each its tile of most attention of each magnification is outlined.
     """
     total = np.bincount(table.window, table.weight)
     best = np.argsort(-total, kind="stable")[:6]
-    shown = [] if table.labels == ["regions"] else np.unique(table.k).tolist()
-    count = 1 + len(shown)
-    grid = {"nrows": count, "ncols": len(best), "squeeze": False}
-    figure, axes = plot(2.3 * len(best) + 0.3, 2.5 * count, **grid)
-    for column, window in zip(axes.T, best, strict=True):
+    figure, axes = plot(2.3 * len(best), 2.6, ncols=len(best), squeeze=False)
+    for axis, window in zip(axes[0], best, strict=True):
         here = table.window == window
         region = table.region[here][0]
         start = table.slide.meta["origin"] + region * side
-        title = f"region {region.tolist()}: {total[window]:.2%} of attention"
-        show_crop(column[0], reader, [*start, *(start + side)], title, "grey")
-        for axis, k in zip(column[1:], shown, strict=True):
+        left, top, right, bottom = np.clip([*start, *(start + side)], 0, reader.size * 2)
+        picture, within = reader.read(reader.level_for(side / 400), (left, top, right, bottom))
+        axis.imshow(picture.crop(within), extent=(left, right, bottom, top))
+        for k in np.unique(table.k[here]):
             tokens = np.flatnonzero(here & (table.k == k))
-            if not len(tokens):
-                axis.axis("off")
-                continue
             token = tokens[table.weight[tokens].argmax()]
-            title = f"{table.labels[k]}: {table.weight[token]:.3%}"
-            colour = COLOURS[k % len(COLOURS)]
-            show_crop(axis, reader, table.box[token], title, colour)
-            column[0].plot(*table.outlines()[token].T, color=colour, lw=1.5)
+            axis.plot(*table.outlines()[token].T, color=COLOURS[k % len(COLOURS)], lw=1.5)
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(f"region {region.tolist()}: {total[window]:.2%}", fontsize=8)
     save_figure(figure, path)
 
 
 def heatmap(run, slide, folder=None, image=None, out=None, device: str = "auto") -> int:
-    """Where a fine-tuned model looks on a slide: a CSV, GeoJSON for QuPath, and pictures.
-
-    The tables come first, so an image that cannot be read costs only the pictures.
-    """
-    model, config, dataset, machine = open_run(run, folder, [slide], device)
+    """Where a fine-tuned model looks on a slide: a CSV, GeoJSON for QuPath, and pictures."""
+    model, _, dataset, machine = open_run(run, folder, [slide], device)
     if dataset.dropped:
         raise MixmagError(f"{slide} has no cells with a valid token: there is nothing to draw")
     table, score = attention_table(model, dataset, machine)
     meta = table.slide.meta
-    magnifications = meta["magnifications"]
-    if model.tokens == "cls":
-        magnifications = [config["magnification"]]
-    reader = None
     size = (meta["width"], meta["height"])
     bounds = (0, 0, *size)
-    offset = [round(edge) for edge in meta["origin"]]  # the lattice begins where the bounds do
+    offset = np.round(meta["origin"]).astype(int)  # the lattice begins where the bounds do
     if image:
         reader = data.Reader(image)
         check_same_image(reader, table)
         size = reader.size
         bounds = reader.bounds
-        offset = list(bounds[:2])
+        offset = np.array(bounds[:2])
     path = Path(out or Path(run) / "heatmap" / slide)
-    name = Path(run).resolve().name
+    write_attention(path / "attention.csv", table)  # first, whatever the pictures bring
     shown = np.unique(table.k)
-    write_attention(path / "attention.csv", table, magnifications)
     for k in shown:
-        text = json.dumps(qupath_features(table, k, name, offset), allow_nan=False)
-        data.write_text(path / f"attention-{table.labels[k]}.geojson", text)
+        write_geojson(path / f"attention-{table.labels[k]}.geojson", table, k, offset)
     rule = data.read_json(Path(run) / "result.json")["case_score"]
     print(f"{slide}: score {score:.4f}; a case's score is the {rule} over its slides")
     print(f"{len(table.k)} weights in {path}/attention.csv, with .geojson and .png\n{REMARK}")
-    picture = None if reader is None else slide_picture(reader)
+    picture = None
+    if image:  # 1600 px long
+        colours, _ = data.thumbnail(reader, 1600 * data.TISSUE_UM / max(bounds[2:]))
+        picture = colours.mean(axis=2)
     for k in shown:
-        label = table.labels[k]
-        title = f"{slide}\n{label}, run {name}, score {score:.3f}"
-        draw_attention(path / f"attention-{label}.png", table, k, picture, size, bounds, title)
-    if reader:
+        title = f"{slide}\n{table.labels[k]}, run {Path(run).resolve().name}, score {score:.3f}"
+        map_path = path / f"attention-{table.labels[k]}.png"
+        draw_attention(map_path, table, k, picture, size, bounds, title)
+    if image:
         draw_regions(path / "regions.png", table, reader, model.config.region * meta["cell_px"])
     return 0
 
@@ -1760,34 +1677,26 @@ PAPER = {  # AUROC x 100 as printed: the tasks in the order of TASK_TITLES, then
 }
 ROW_WORDS = {"abmil": "AB-MIL", "random": "Random", "mem": "MEM", "cmem": "CMEM", "cls": "CLS"}
 ROW_WORDS |= {"5": "5x", "10": "10x", "20": "20x", "3": "3x3", "7": "7x7", "11": "11x11"}
-RESULTS = ("auroc", "low", "high", "tune_auroc", "best_epoch", "case_score")
+RESULTS = ("auroc", "tune_auroc", "best_epoch", "case_score")
 
 
 def row_title(row: str) -> str:
-    """For example AB-MIL 20x, MEM 0.50 patch, CMEM 7x7 CLS."""
     return " ".join(ROW_WORDS.get(word, word) for word in row.split("-"))
 
 
 def table(folder, out, rows, tasks, seeds, preset, steps, epochs, frozen_epochs, device, seed):
-    """Tables 1 and 2 of the paper: run what is missing of rows x tasks x seeds, and sum it up.
-
-    Returns the exit code: 3 where a cell was refused, which the tables show as n/a. Raises
-    OtherSettings, and writes no table, where `out` holds runs with other settings.
-    """
+    """Run rows x tasks x seeds of the paper's tables and sum up. Exit code 3: some were refused."""
     began = time.time()
     ensure_data(folder, start_machine(device))
     names = data.task_names(folder)
     rows = rows or list(PAPER)
     tasks = tasks or sorted(names, key=[*TASK_TITLES, *names].index)
-    for name in (*rows, *tasks):
-        if name not in (*PAPER, *names):
-            known = ", ".join((*PAPER, *names))
-            raise MixmagError(f"{name}: no such row or task; there are {known}")
-    settings = {"data": str(folder), "preset": preset, "steps": steps, "epochs": epochs}
-    settings["frozen_epochs"] = frozen_epochs
-    pretraining = PretrainConfig(data=folder, device=device, preset=preset, steps=steps)
-    finetuning = FinetuneConfig(data=folder, device=device, preset=preset, epochs=epochs, task="")
-    finetuning.frozen_epochs = frozen_epochs
+    unknown = {*rows, *tasks} - {*PAPER, *names}
+    if unknown:
+        raise MixmagError(f"{unknown}: no such row or task; there are {[*PAPER, *names]}")
+    common = {"data": str(folder), "device": device, "preset": preset}
+    pretraining = PretrainConfig(steps=steps, **common)
+    finetuning = FinetuneConfig(task="", epochs=epochs, frozen_epochs=frozen_epochs, **common)
     cells = {}
     for cell in itertools.product(range(seed, seed + seeds), rows, tasks):
         cells[cell] = {}
@@ -1799,7 +1708,12 @@ def table(folder, out, rows, tasks, seeds, preset, steps, epochs, frozen_epochs,
             log(f"{cell}: {error}")
     if data.process_rank()[0] == 0:
         write_results(Path(out), cells)
-        write_machine(Path(out) / "machine.json", settings, began)
+        facts = {"preset": preset, "steps": steps, "epochs": epochs, "frozen_epochs": frozen_epochs}
+        facts |= {"processor": platform.processor(), "torch": torch.__version__}
+        facts |= {"threads": torch.get_num_threads(), "seconds": round(time.time() - began)}
+        cohort = data.synthetic_facts(folder)
+        facts["data"] = f"synthetic cohort, seed {cohort['seed']}" if cohort else str(folder)
+        data.write_json(Path(out) / "machine.json", facts)
         text = format_results(read_results(out))
         data.write_text(Path(out) / "SUMMARY.md", text)
         print(text)
@@ -1831,86 +1745,50 @@ def train_cell(seed: int, row: str, task: str, out: Path, pretraining, finetunin
 def write_results(out: Path, cells: dict) -> None:
     """results.csv, and scores.csv of the test cases. cells: (seed, row, task) -> result or {}."""
     lines = []
-    scores: dict = {}  # (task, case, label) -> column -> score
+    scores: dict = defaultdict(dict)  # (task, case, label) -> column -> score
     for (seed, row, task), result in cells.items():
         low, high = result.get("interval") or ("", "")
-        values = {**result, "low": low, "high": high}
-        lines.append([row, task, seed, *(values.get(name) for name in RESULTS)])
-        if not result:
-            continue
-        path = out / f"seed-{seed}" / f"{task}-{row}" / "predictions.csv"
-        for case in data.read_csv(path, ("case_id", "label", "score", "split")):
-            if case["split"] == "test":
-                of_case = scores.setdefault((task, case["case_id"], case["label"]), {})
-                of_case[f"{row} {seed}"] = f"{float(case['score']):.9g}"
+        lines.append([row, task, seed, low, high, *map(result.get, RESULTS)])
+        if result:
+            path = out / f"seed-{seed}" / f"{task}-{row}" / "predictions.csv"
+            for case in data.read_csv(path, ("case_id", "label", "score", "split")):
+                if case["split"] == "test":
+                    scores[task, case["case_id"], case["label"]][f"{row} {seed}"] = case["score"]
     if not scores:
         raise MixmagError(f"{out}: no cell of the table has a score of a test case")
-    data.write_csv(out / "results.csv", ("row", "task", "seed", *RESULTS), lines)
+    data.write_csv(out / "results.csv", ("row", "task", "seed", "low", "high", *RESULTS), lines)
     columns = list(dict.fromkeys(f"{row} {seed}" for seed, row, _ in cells))
-    cases = [[*case, *(of_case.get(name) for name in columns)] for case, of_case in scores.items()]
+    cases = [[*case, *map(found.get, columns)] for case, found in scores.items()]
     data.write_csv(out / "scores.csv", ("task", "case_id", "label", *columns), cases)
 
 
-def write_machine(path: Path, settings: dict, began: float) -> None:
-    """machine.json: the settings of a table, and where its numbers come from."""
-    facts = {**settings, "processor": platform.processor(), "torch": torch.__version__}
-    facts["threads"] = torch.get_num_threads()
-    cohort = data.synthetic_facts(settings["data"])
-    if cohort:
-        facts["data"] = f"synthetic cohort, seed {cohort['seed']}"
-    if shutil.which("git"):
-        asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-        facts["commit"] = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
-    if Path("/proc/cpuinfo").exists():
-        models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        facts["processor"] = ", ".join(sorted(set(models)))
-    if torch.cuda.is_available():
-        facts["gpu"] = torch.cuda.get_device_name()
-    facts["seconds"] = round(time.time() - began)
-    if path.exists():
-        facts["seconds"] += data.read_json(path)["seconds"]  # of starts before this one
-    data.write_json(path, facts)
-
-
-@dataclass
 class Results:
-    """What `table` wrote. NaN stands for a score or an AUROC that is missing."""
+    """What `table` wrote to a folder. NaN stands for a score or an AUROC that is missing."""
 
-    rows: list[str]
-    tasks: list[str]
-    seeds: list[str]
-    aurocs: dict  # (row, task) -> (seeds,)
-    labels: dict  # task -> (cases,), of the test cases
-    scores: dict  # (row, task) -> (cases, seeds)
-    machine: dict
+    def __init__(self, folder):
+        lines = data.read_csv(Path(folder) / "results.csv", ("row", "task", "seed", "auroc"))
+        self.rows = list(dict.fromkeys(line["row"] for line in lines))
+        self.tasks = list(dict.fromkeys(line["task"] for line in lines))
+        self.seeds = list(dict.fromkeys(line["seed"] for line in lines))
+        self.aurocs = defaultdict(list)  # (row, task) -> (seeds,)
+        self.labels = defaultdict(list)  # task -> (cases,), of the test cases
+        self.scores = defaultdict(list)  # (row, task) -> (cases, seeds)
+        self.machine = data.read_json(Path(folder) / "machine.json")
+        for line in lines:
+            self.aurocs[line["row"], line["task"]].append(float(line["auroc"] or "nan"))
+        columns = [f"{row} {seed}" for row in self.rows for seed in self.seeds]
+        for case in data.read_csv(Path(folder) / "scores.csv", ("task", "label", *columns)):
+            self.labels[case["task"]].append(int(case["label"]))
+            for row in self.rows:
+                of_seeds = [float(case[f"{row} {seed}"] or "nan") for seed in self.seeds]
+                self.scores[row, case["task"]].append(of_seeds)
 
 
-def read_results(folder) -> Results:
-    folder = Path(folder)
-    lines = data.read_csv(folder / "results.csv", ("row", "task", "seed", "auroc"))
-    rows = list(dict.fromkeys(line["row"] for line in lines))
-    tasks = list(dict.fromkeys(line["task"] for line in lines))
-    seeds = list(dict.fromkeys(line["seed"] for line in lines))
-    aurocs = defaultdict(list)
-    for line in lines:
-        aurocs[line["row"], line["task"]].append(float(line["auroc"] or "nan"))
-    labels = defaultdict(list)
-    scores = defaultdict(list)
-    columns = [f"{row} {seed}" for row in rows for seed in seeds]
-    for case in data.read_csv(folder / "scores.csv", ("task", "label", *columns)):
-        labels[case["task"]].append(int(case["label"]))
-        for row in rows:
-            of_seeds = [float(case[f"{row} {seed}"] or "nan") for seed in seeds]
-            scores[row, case["task"]].append(of_seeds)
-    machine = data.read_json(folder / "machine.json")
-    return Results(rows, tasks, seeds, aurocs, labels, scores, machine)
+read_results = Results
 
 
 def resampled_average(results: Results, row: str) -> np.ndarray | None:
-    """(resamples,) averages over tasks and seeds, with the test cases drawn again; or None.
-
-    All rows share the draws, so the difference of two rows is paired.
-    """
+    """(resamples,) averages over tasks and seeds, or None. All rows share the drawn test cases."""
     samples = []
     for number, task in enumerate(results.tasks):
         labels = np.array(results.labels[task])
@@ -1923,10 +1801,6 @@ def resampled_average(results: Results, row: str) -> np.ndarray | None:
     return np.mean(samples, axis=0)
 
 
-def percent(value) -> str:
-    return "n/a" if math.isnan(value) else f"{100 * value:.1f}"
-
-
 def format_table(results: Results, rows: list[str]) -> str:
     """Markdown of AUROC x 100, mean over seeds. An average is over all tasks, or n/a."""
     tasks = [TASK_TITLES.get(task, task) for task in results.tasks]
@@ -1934,49 +1808,35 @@ def format_table(results: Results, rows: list[str]) -> str:
     lines = []
     for row in rows:
         aurocs = np.array([results.aurocs[row, task] for task in results.tasks])  # (tasks, seeds)
-        average = f"**{percent(aurocs.mean())}**"
+        average = f"**{100 * aurocs.mean():.1f}**"
         bounds = interval(resampled_average(results, row))
         if bounds:
-            average += f" ({percent(bounds[0])} to {percent(bounds[1])})"
+            average += f" ({100 * bounds[0]:.1f} to {100 * bounds[1]:.1f})"
         spread = "-"
         if len(results.seeds) > 1:
-            spread = percent(aurocs.mean(axis=0).std(ddof=1))
+            spread = f"{100 * aurocs.mean(axis=0).std(ddof=1):.1f}"
         printed = dict(zip(TASK_TITLES, PAPER[row][:-1], strict=True))
-        paper = np.mean([printed.get(task, math.nan) for task in results.tasks]) / 100
-        of_tasks = [percent(value) for value in aurocs.mean(axis=1)]
-        lines.append([row_title(row), *of_tasks, average, spread, percent(paper)])
-    return markdown(titles, lines)
+        paper = np.mean([printed.get(task, math.nan) for task in results.tasks])
+        of_tasks = [f"{100 * value:.1f}" for value in aurocs.mean(axis=1)]
+        lines.append([row_title(row), *of_tasks, average, spread, f"{paper:.1f}"])
+    return markdown(titles, lines).replace("nan", "n/a")
 
 
 def format_results(results: Results) -> str:
-    """Tables 1 and 2 as Markdown."""
-    machine = results.machine
-    text = (
-        "# The paper's tables, run here\n\n"
-        f"AUROC x 100 on the test cases: {machine['data']}, preset {machine['preset']}, mean over "
-        f"seeds {', '.join(results.seeds)}. The last column is the paper's, on its private data.\n"
-    )
-    table_1 = [row for row in results.rows if not row.endswith("-cls")]
-    table_2 = [row for row in results.rows if row.endswith("-cls")]
-    if table_1:
-        text += f"\n## Table 1: contextualized outputs\n\n{format_table(results, table_1)}\n"
-    if table_2:
-        text += f"\n## Table 2: compressed outputs\n\n{format_table(results, table_2)}\n"
+    text = f"AUROC x 100 on the test cases of {results.machine['data']}, mean over seeds "
+    text += f"{', '.join(results.seeds)}. The last column is the paper's, on its private data.\n"
+    for compressed, title in enumerate(("1: contextualized", "2: compressed")):
+        rows = [row for row in results.rows if row.endswith("-cls") == compressed]
+        if rows:
+            text += f"\n## Table {title} outputs\n\n{format_table(results, rows)}\n"
     return text
 
 
-DEMO_ROWS = ("abmil-20", "abmil-all", "random-all-patch", "mem-0.50-patch", "mem-0.50-cls")
-DEMO_TASK = "gastric_her2"  # learned in 1400 steps, which the others are not
-
-
 def demo(folder, out, seed: int, device: str) -> int:
-    """The story in small: a synthetic cohort, one pretraining, five rows of the tables, one task."""
-    began = time.time()
-    code = table(folder, out, DEMO_ROWS, [DEMO_TASK], 1, "small", 1400, 14, 1, device, seed)
-    if data.process_rank()[0] == 0:
-        print(f"in {time.time() - began:.0f} s; the tables: {out}/SUMMARY.md")
-        print(f"the loss of pretraining: {out}/seed-{seed}/mem-0.50/curve.png")
-    return code
+    """In small: a synthetic cohort, one pretraining, five rows of the tables, one task."""
+    rows = ["abmil-20", "abmil-all", "random-all-patch", "mem-0.50-patch", "mem-0.50-cls"]
+    tasks = ["gastric_her2"]  # learned in 1400 steps, which the others are not
+    return table(folder, out, rows, tasks, 1, "small", 1400, 14, 1, device, seed)
 
 
 # ------------------------------------------------------------------------------------------- doctor
@@ -2003,7 +1863,7 @@ def doctor() -> int:
     return 0
 
 
-# ---------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 
 def pretrain_command(**options) -> int:

@@ -140,13 +140,7 @@ def test_a_table_of_several_processes(cohort, tmp_path):
 def test_demo_wants_its_own_task(cohort, tmp_path):
     data_folder(tmp_path / "d", cohort, {})
     _, err = run("train.py demo --data d", cwd=tmp_path, code=1)
-    assert "gastric_her2: no such row or task" in err
-
-
-def test_machine_facts_want_no_git(cohort, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    train.write_machine(tmp_path / "machine.json", {"data": str(cohort)}, 0.0)
-    assert "commit" not in data.read_json(tmp_path / "machine.json")
+    assert "{'gastric_her2'}: no such row or task" in err
 
 
 def test_doctor_names_what_is_there_and_what_is_missing(monkeypatch, capsys):

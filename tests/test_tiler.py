@@ -29,7 +29,7 @@ from data import MixmagError, SlideReadError, TileSettings
 from mixmag import Geometry
 
 
-# ------------------------------------------------------------------------------------------ helpers
+# ---------------------------------------------------------------------------------------- helpers
 def shrunk(picture, n):
     return np.asarray(Image.fromarray(picture).reduce(n)) if n > 1 else picture
 
@@ -115,7 +115,9 @@ def region_or_refusal(reader, *place):
 
 def tile(*argv):
     """`data.py tile` in this process; its exit code."""
-    return data.tile_command(data.parse(["tile", *map(str, argv)]))
+    return data.tile_command(
+        data.parse_command(["tile", *map(str, argv)], "data.py", None, data.COMMANDS)
+    )
 
 
 def failures(folder):
@@ -127,7 +129,7 @@ def tiled(folder, slide_id):
     return data.read_slide(folder / "slides" / f"{slide_id}.safetensors")
 
 
-# -------------------------------------------------------------------------- cells: the right pixels
+# ------------------------------------------------------------------------- cells: the right pixels
 def area_mean(picture, left, top, right, bottom, n):
     """The definition: (n, n, 3) floats, each the mean of a picture over its part of a box."""
 
@@ -156,8 +158,8 @@ def test_tiles_are_area_means(tmp_path, scale, levels):
     assert plan.downsample == max(n for n in levels if n <= scale)
     tiles = data.read_cell(reader, plan, 0, 0)
     source = shrunk(picture, int(plan.downsample))
-    for entry, (k, r, c) in enumerate(Geometry(1, [10, 20]).cell_table().tolist()):
-        x, y = (np.linspace(*lines[:2], 2**k + 1) for lines in plan.lines)
+    for entry, (k, r, c) in enumerate(Geometry(1, [10, 20]).token_table().tolist()):
+        x, y = plan.edges(0, k), plan.edges(1, k)
         off = tiles[entry] - area_mean(source, x[c], y[r], x[c + 1], y[r + 1], 224)
         assert abs(off.mean()) < 0.5 and np.abs(off).mean() < 0.8
     parent = tiles[1:].reshape(2, 2, 224, 224, 3).swapaxes(1, 2).reshape(224, 2, 224, 2, 3)
@@ -165,8 +167,8 @@ def test_tiles_are_area_means(tmp_path, scale, levels):
 
 
 class Ramp(data.Reader):
-    """A slide of any size and pyramid. Its red grows along one axis, by one in 10 level-0 pixels
-    from the corner of what is read, and its green falls as much, so that rounding cancels."""
+    """A slide of any size and pyramid. Its red grows along one axis, by one in 8 level-0 pixels from the
+    corner of what is read, and its green falls as much, so that rounding cancels."""
 
     def __init__(self, width, height, downsamples, mpp, level_sizes=None):
         self.path = data.Path("ramp")
@@ -181,7 +183,7 @@ class Ramp(data.Reader):
         scale = self.downsamples[level]
         self.corner = round(left * scale), round(top * scale)  # OpenSlide counts from here
         length = (right - left, bottom - top)[self.axis]
-        ramp = np.round((np.arange(length) + 0.5) * scale / 10)
+        ramp = np.round((np.arange(length) + 0.5) * scale / 8)
         rgba = np.full((bottom - top, right - left, 4), 255, np.uint8)
         rgba[..., 0] = ramp[None] if self.axis == 0 else ramp[:, None]
         rgba[..., 1] = 255 - rgba[..., 0]
@@ -208,8 +210,8 @@ PYRAMIDS = [
 
 
 def test_children_tile_their_parent_at_any_mpp(no_tissue):
-    """Random mpp and pyramids: edges nest exactly and lie within a pixel of the finest
-    magnification of where the lattice has them, and a tile's pixels show its own place."""
+    """Random mpp and pyramids: edges nest exactly and lie within a pixel of the finest magnification of
+    where the lattice has them, and a tile's pixels show its own place."""
     rng = np.random.default_rng(0)
     for i in range(200):
         mpp = rng.uniform(0.2, 0.6)
@@ -220,42 +222,42 @@ def test_children_tile_their_parent_at_any_mpp(no_tissue):
         plan = data.plan_slide(reader, settings)
         finest = 10 / magnifications[-1] / mpp  # level-0 px along one of its pixels
         assert plan.cell_px == pytest.approx(448 / mpp, rel=1e-12)
-        assert plan.downsample <= finest * 1.02 and plan.drift <= finest * mpp
-        for lines in plan.lines:
-            exact = plan.cell_px * np.arange(len(lines))
-            assert np.abs(lines * plan.downsample - exact).max() <= finest
-            assert np.allclose(np.diff(lines) * plan.downsample, plan.cell_px, rtol=0.02)
-        if i % 5 == 0:
-            axis = reader.axis = i // 5 % 2
+        assert plan.downsample <= finest * 1.02
+        for axis, (k, magnification) in itertools.product(range(2), enumerate(magnifications)):
+            edges = plan.edges(axis, k) * plan.downsample
+            exact = plan.cell_px / 2**k * np.arange(len(edges))
+            assert np.abs(edges - exact).max() <= finest and (np.diff(edges) > 0).all()
+            if k > 0:
+                parents = plan.edges(axis, k - 1) * plan.downsample
+                assert np.abs(edges[::2] - parents).max() < 1e-6
+            effective = np.diff(edges) * mpp / 224
+            assert np.allclose(effective, 10 / magnification, rtol=0.02)
+        if i % 10 == 0:
+            axis = reader.axis = i // 10 % 2
             cell = [int(rng.integers(len(lines) - 1)) for lines in plan.lines]
             tiles = data.read_cell(reader, plan, *cell)
             red, green = tiles[..., :2].astype(float).mean(axis=(1, 2)).T
-            k, row, col = np.array(Geometry(1, magnifications).cell_table().tolist()).T
+            k, row, col = np.array(Geometry(1, magnifications).token_table().tolist()).T
             place = (col, row)[axis]
             centre = (cell[axis] + (place + 0.5) / 2.0**k) * plan.cell_px - reader.corner[axis]
-            assert np.abs((red + 255 - green) * 5 - centre).max() <= finest, (mpp, plan.downsample)
+            assert np.abs((red + 255 - green) * 4 - centre).max() <= finest, (mpp, plan.downsample)
 
 
 def test_nothing_is_upsampled(no_tissue):
     def plan(mpp, downsamples=(1.0,), level_sizes=None, **settings):
         reader = Ramp(9000, 9000, downsamples, mpp, level_sizes)
-        plan = data.plan_slide(reader, TileSettings(**settings))
-        return plan, data.plan_report(reader, plan, 3)
+        return data.plan_slide(reader, TileSettings(**settings))
 
-    assert "interpolated" not in plan(0.4991)[1]
-    assert "0.5026 um/px are interpolated by 0.5%" in plan(0.5026)[1]
-    assert "interpolated by 1.8%" in plan(0.509)[1]
-    with pytest.raises(MixmagError, match="0.52 .*coarser than 20x .* --magnifications 5 10 tiles"):
+    plan(0.509)
+    with pytest.raises(MixmagError, match="0.52 .*coarser than 20x .* lower --magnifications"):
         plan(0.52)
-    with pytest.raises(MixmagError, match="it has none of the magnifications"):
-        plan(3.0)
-    assert plan(1.0, magnifications=(5, 10))[0].level == 0
-    assert plan(0.25, (1.0, 2.0005, 4.0))[0].level == 1
-    assert plan(0.252, (1.0, 2.0, 4.0))[0].level == 0
-    assert plan(0.25, (1.0, 4.0))[0].level == 0
+    assert plan(1.0, magnifications=(5, 10)).level == 0
+    assert plan(0.25, (1.0, 2.0005, 4.0)).level == 1
+    assert plan(0.252, (1.0, 2.0, 4.0)).level == 0
+    assert plan(0.25, (1.0, 4.0)).shrink == 2
     with pytest.raises(MixmagError, match="does not fit level 0"):
         plan(0.25, (1.0, 2.0), [(8960, 8960), (4478, 4480)])
-    assert plan(0.25, (1.0, 1.95), [(9000, 9000), (4500, 4737)])[0].level == 0
+    assert plan(0.25, (1.0, 1.95), [(9000, 9000), (4500, 4737)]).level == 0
 
 
 @pytest.mark.parametrize("levels", [(1, 2), (1, 2, 32)])
@@ -397,8 +399,8 @@ ODD = {  # what one tile of level 0 becomes, and whether the others are still re
 
 @pytest.mark.parametrize("odd", ODD)
 def test_odd_jpeg_files_are_openslides_to_judge(tmp_path, odd):
-    """One tile, page or tag that is not like the others: every place is what OpenSlide makes of it,
-    or refused where OpenSlide refuses it."""
+    """One tile, page or tag that is not like the others: every place is what OpenSlide makes of it, or
+    refused where OpenSlide refuses it."""
     path, side = tmp_path / "s.tiff", 128
     levels = []
     for n in (1, 4):
@@ -408,8 +410,7 @@ def test_odd_jpeg_files_are_openslides_to_judge(tmp_path, odd):
     number = 0 if odd == "no first picture" else 9
     levels[0][2][number] = change(levels[0][2][number])
     if odd == "two pages of a size":
-        first, *others = levels[1][2]
-        levels.append((256, 256, [first, *others[::-1]]))
+        levels.append((256, 256, levels[1][2][::-1]))
     tables = b"\xff\xd8\xff\xd9" * 4 if odd == "tables as text" else b""
     description = b"Aperio Image Library v1" if "aperio" in odd else b"made for a test"
     photometric = 2 if odd == "colours" else 6
@@ -428,8 +429,7 @@ def test_odd_jpeg_files_are_openslides_to_judge(tmp_path, odd):
 
 
 def test_damaged_jpeg_is_openslides_to_judge(tmp_path):
-    """A tile with any bytes changed is refused where OpenSlide refuses it, else what OpenSlide
-    makes."""
+    """A tile with any bytes changed is refused where OpenSlide refuses it, else what OpenSlide makes."""
     path = write_jpeg(tmp_path / "s.tiff", noisy(700, 700))
     rng, seen = np.random.default_rng(0), set()
     whole = path.read_bytes()
@@ -455,14 +455,14 @@ def test_damaged_jpeg_is_openslides_to_judge(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "tag, page, value, message",
+    "tag, page, value, size",
     [
-        ("TileByteCounts", 1, 2**42, f"one of its tiles would have {2**42} bytes"),
-        ("TileWidth", 1, 2**28, f"one of its tiles would have {2**38} bytes"),
-        ("ImageWidth", 0, 3000, "its 36 tiles of 256 x 256 px do not make a level of 3000 x 1400"),
+        ("TileByteCounts", 1, 2**42, (700, 700)),
+        ("TileWidth", 1, 2**28, (700, 700)),
+        ("ImageWidth", 0, 3000, (3000, 1400)),
     ],
 )
-def test_tiles_beyond_all_measure_are_refused(tmp_path, tag, page, value, message):
+def test_tiles_beyond_all_measure_are_refused(tmp_path, tag, page, value, size):
     """OpenSlide would end the process for want of memory, or mix up the tiles; others are tiled."""
     write_tiff(tmp_path / "good.tiff", pink(1400, 1400), 0.5)
     bad = write_jpeg(tmp_path / "bad.tiff", pink(1400, 1400), levels=(1, 2))
@@ -470,11 +470,11 @@ def test_tiles_beyond_all_measure_are_refused(tmp_path, tag, page, value, messag
         found = tiff.pages[page].tags[tag]
         found.overwrite((*found.value[:8], value) if tag == "TileByteCounts" else value)
     assert tile("--slides", tmp_path, "--out", tmp_path / "d") == 3
-    assert message in failures(tmp_path / "d")["bad"]
+    assert f"its tiles do not make {size} px" in failures(tmp_path / "d")["bad"]
     assert tiled(tmp_path / "d", "good").slide_id == "good"
 
 
-# ---------------------------------------------------------------------------------------------- mpp
+# ----------------------------------------------------------------------------------------------- mpp
 def says(x=None, y=None, res=None, unit=None, power=None):
     """The properties of a slide that says this of itself."""
     named = {
@@ -494,6 +494,7 @@ def says(x=None, y=None, res=None, unit=None, power=None):
         (says("0.25", "0.25"), None, False, 0.25, "openslide.mpp-x"),
         (says("0,25", "0,25"), None, False, 0.25, "openslide.mpp-x"),
         (says("0.5", "0.509"), None, False, 0.5045, "openslide.mpp-x"),
+        (says("0.5", "0.5", power="40"), None, True, 0.5, "openslide.mpp-x"),
         (says("0.499", "0.499", res="72", unit="inch"), None, False, 0.499, "openslide.mpp-x"),
         (says(res="20000", unit="centimeter"), None, False, 0.5, "tiff.XResolution"),
         (says(res="50800", unit="inch", power="20"), None, True, 0.5, "tiff.XResolution"),
@@ -501,8 +502,11 @@ def says(x=None, y=None, res=None, unit=None, power=None):
         (says(res="1", unit="none", power="20"), None, True, 0.5, "openslide.objective-power"),
         (says("0.499", "0.499"), 0.5, False, 0.5, "--mpp"),
         (says(), 0.5, False, 0.5, "--mpp"),
+        (says(power="40"), 0.5, True, 0.5, "--mpp"),
         (says("0.0274", "0.0274"), 0.274, False, 0.274, "--mpp"),
+        (says("1000", "1000"), 0.25, False, 0.25, "--mpp"),
         (says("0", "0"), 0.25, False, 0.25, "--mpp"),
+        (says("nan", "nan"), 0.25, False, 0.25, "--mpp"),
         (says("0.25", "0.5"), 0.25, False, 0.25, "--mpp"),
     ],
 )
@@ -514,23 +518,26 @@ def test_mpp_comes_from_who_says_it(properties, given, power, mpp, source):
 @pytest.mark.parametrize(
     "properties, given, power, message",
     [
-        (says(), None, False, "no mpp.*--mpp or --manifest"),
-        (says(power="20"), None, False, "objective-power is '20'.*--mpp-from-power"),
+        (says(), None, False, "no mpp.*--mpp, --manifest"),
+        (says(power="20"), None, False, "no mpp.*--mpp-from-power"),
         (says(res="1", unit="none"), None, True, "no mpp.*--mpp"),
-        (says(power="0"), None, True, "objective-power is '0'.*--mpp"),
-        (says("0", "0"), None, True, "mpp-x '0'.*0.1 to 4.*--mpp"),
-        (says("", "0.5"), None, False, "mpp-x ''.*--mpp"),
-        (says("0.5"), None, False, "mpp-y None.*--mpp"),
-        (says("-0.5", "-0.5"), None, False, "'-0.5'"),
-        (says("0.0274", "0.0274"), None, False, "'0.0274'.*0.1 to 4"),
-        (says("0.5", "0.52"), None, False, "'0.52'.*same in x and y"),
-        (says("0.25", "0.25", power="20"), 0.5, False, "--mpp says 0.5.*'0.25'.*leave --mpp out"),
-        (says("0.5", "0.5"), 0.489, False, "2 %"),
-        (says(res="72", unit="inch"), None, True, "XResolution '72'.*per inch.*352.8"),
-        (says(res="0", unit="centimeter"), None, False, "XResolution '0'.*nan"),
-        (says(res="20000", unit="centimeter"), 0.25, False, "0.5 and 0.5 um/px"),
+        (says(power="0"), None, True, "nan.*objective-power.*--mpp"),
+        (says("0", "0"), None, True, "nan x nan .*mpp-x.*0.1 to 4.*--mpp"),
+        (says("nan", "0.5"), None, False, "nan x 0.5 .*--mpp"),
+        (says("", "0.5"), None, False, "nan x 0.5 .*--mpp"),
+        (says("0.5"), None, False, "0.5 x nan .*--mpp"),
+        (says("-0.5", "-0.5"), None, False, "-0.5 x -0.5"),
+        (says("25", "25"), None, False, "25 x 25 .*0.1 to 4"),
+        (says("0.0274", "0.0274"), None, False, "0.0274 x .*0.1 to 4"),
+        (says("0.5", "0.52"), None, False, "0.5 x 0.52 .*equal in x and y"),
+        (says("0.25", "0.25", power="20"), 0.5, False, "--mpp says 0.5.*0.25 x .*leave --mpp out"),
+        (says("0.5", "0.5"), 0.489, False, "leave --mpp out"),
+        (says(res="72", unit="inch"), None, True, "352.8.*tiff.XResolution"),
+        (says(res="0", unit="centimeter"), None, False, "nan.*tiff.XResolution"),
+        (says(res="20000", unit="centimeter"), 0.25, False, "0.5 x 0.5 um/px"),
         (says(), 25.0, False, "--mpp says 25.*0.1 to 4"),
         (says(), float("nan"), False, "--mpp says nan"),
+        (says("0.5", "0.5"), 0.0, False, "--mpp says 0"),
     ],
 )
 def test_mpp_is_never_guessed(properties, given, power, message):
@@ -546,11 +553,14 @@ def test_mpp_is_never_guessed(properties, given, power, message):
         ("luna-1065626.svs", None, 0.5026),
         ("TCGA-CR-7395-01A-01-TS1.svs", None, "no mpp"),
         ("TCGA-CR-7395-01A-01-TS1.svs", 0.5, 0.5),
-        ("ezwsi-multiframe_camelyon.dcm", None, "'28.969"),
-        ("panimg-valid_tiff.tif", None, "'1000.0"),
+        ("ezwsi-multiframe_camelyon.dcm", None, "28.97 x 28.97"),
+        ("openslide-python-boxes.tiff", None, "352.8 x 352.8"),
+        ("panimg-valid_tiff.tif", None, "1000 x 1000"),
         ("panimg-valid_tiff.tif", 0.5, 0.5),
+        ("panimg-invalid_resolutions_tiff.tif", None, "no mpp"),
         ("panimg-no_dzi.tif", None, 0.97237),
         ("highdicom-sm_image.dcm", None, 0.499),
+        ("openslide-python-boxes_0.dcm", None, 0.499),
     ],
 )
 def test_mpp_of_real_slides(real, name, given, expected):
@@ -572,9 +582,7 @@ def test_manifest_names_slides_by_file_or_id(tmp_path):
     with pytest.raises(MixmagError, match="row a says 0.25.*leave --manifest row a out"):
         data.slide_mpp(says("0.5", "0.5"), *asked[0])
     path.write_text("slide,mpp\na,0.5\nb,half\na.svs,0.25\nc,0\n")
-    with pytest.raises(
-        MixmagError, match="line 3: 'b' 'half', line 4: 'a' '0.25', line 5: 'c' '0'"
-    ):
+    with pytest.raises(MixmagError, match="line 3: 'b' 'half': expected one number"):
         data.read_manifest(path)
     path.write_text("wsi,mpp\na,0.5\n")
     with pytest.raises(MixmagError, match="column slide is missing"):
@@ -630,8 +638,8 @@ def strokes(rng, side):
 
 
 def paint(seed, fault, side=1792):
-    """A section on glass at 2 um/px with one thing wrong with it, as a JPEG, and where a region of
-    it should be taken: (side, side, 3) uint8, (side, side) bool."""
+    """A section on glass at 2 um/px with one thing wrong with it, as a JPEG, and where a region of it
+    should be taken: (side, side, 3) uint8, (side, side) bool."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
     tissue = (x**2 + y**2 + 0.15 * smooth_noise(rng, side, 400) < 0.45) & (fault != "empty")
@@ -688,8 +696,7 @@ def test_no_tissue_is_no_tissue():
 
 
 def test_blood_is_tissue():
-    """Red cells (mean of a clot in a real section: 183, 52, 76) are as red as ink; ink is
-    smooth."""
+    """Red cells (mean of a clot in a real section: 183, 52, 76) are as red as ink; ink is smooth."""
     picture = glass(300, 300)
     y, x = np.mgrid[:300, :300]
     clot = (y - 150) ** 2 + (x - 150) ** 2 < 90**2
@@ -777,8 +784,7 @@ def feature(geometry):
 
 @pytest.mark.parametrize("form", ["features", "multi", "geometries", "list"])
 def test_geojson_masks_are_the_polygons(tmp_path, form):
-    """Against matplotlib: a disc with a hole, an island in it, a disc that overlaps another's
-    hole."""
+    """Against matplotlib: a disc with a hole, an island in it, a disc that overlaps another's hole."""
     parts = [
         [ring(2000, 2000, 500)],
         [ring(2000, 2000, 1500), ring(2000, 2000, 900)],
@@ -853,8 +859,8 @@ def test_png_masks_cover_the_whole_slide(tmp_path, mode, size):
     "name, content, message",
     [
         ("m.png", Image.new("L", (90, 50)), "m.png: holds no tissue"),
-        ("m.png", Image.new("L", (50, 90), 255), "50 x 90 is another shape.*9000 x 5000"),
-        ("m.png", Image.new("L", (92, 50), 255), "92 x 50 is another shape"),
+        ("m.png", Image.new("L", (50, 90), 255), r"\(50, 90\) is another shape.*\(9000, 5000\)"),
+        ("m.png", Image.new("L", (92, 50), 255), r"\(92, 50\) is another shape"),
         ("m.png", b"no picture", "m.png: cannot be read as a mask"),
         ("m.geojson", b'{"type": "FeatureCollection", "features": []}', "holds no tissue"),
         ("m.geojson", b'{"type": "Point", "coordinates": [5, 5]}', "holds no tissue"),
@@ -865,7 +871,7 @@ def test_png_masks_cover_the_whole_slide(tmp_path, mode, size):
         (
             "m.geojson",
             json.dumps({"type": "Polygon", "coordinates": [ring(20000, 0, 100)]}).encode(),
-            "a polygon leaves the slide's 9000 x 5000",
+            "a polygon leaves the slide's \(9000, 5000\)",
         ),
     ],
 )
@@ -879,7 +885,7 @@ def test_masks_that_are_none_are_refused(tmp_path, name, content, message):
 
 
 def test_masks_belong_to_slides_by_name(tmp_path):
-    for name in ("a.png", "b.geojson", "c.png", "c.geojson"):
+    for name in ("a.png", "b.geojson"):
         (tmp_path / name).touch()
 
     def found(slide, place=tmp_path):
@@ -887,9 +893,7 @@ def test_masks_belong_to_slides_by_name(tmp_path):
 
     assert found("a", None) is None and found("z", tmp_path / "a.png") == tmp_path / "a.png"
     assert [found(slide).name for slide in "ab"] == ["a.png", "b.geojson"]
-    with pytest.raises(MixmagError, match="found 2"):
-        found("c")
-    with pytest.raises(MixmagError, match="d.png or .*d.geojson; found 0"):
+    with pytest.raises(MixmagError, match="d.png or .*d.geojson"):
         found("d")
 
 
@@ -904,7 +908,7 @@ def test_missing_tiles_are_glass_and_unreadable_ones_are_tried(tmp_path):
     assert mask[36:60, 36:92].all() and not mask[:30].any()
     grey, tried = data.tissue_mask(data.Reader(spoil(lower_half, 6 * 16 + 6)), 0.5)
     bad = (grey == 128).all(axis=2)
-    assert tried[bad].all() and bad[48:56, 48:56].all() and bad.sum() <= 16**2
+    assert tried[bad].all() and bad[48:56, 48:56].all() and bad.sum() <= 32**2
     assert np.array_equal(grey[~bad], rgb[~bad])
 
 
@@ -927,8 +931,8 @@ def test_neighbours_of_a_bad_region_are_those_of_the_clean_slide(tmp_path, monke
 
 @pytest.mark.parametrize("levels", [(1, 8), (1,)])
 def test_missing_tissue_is_never_white(tmp_path, levels):
-    """A tile that is missing inside tissue makes its cell unreadable, whether or not a thumbnail
-    still shows it; one that is missing outside of tissue is glass."""
+    """A tile that is missing inside tissue makes its cell unreadable, whether or not a thumbnail still
+    shows it; one that is missing outside of tissue is glass."""
     picture = glass(3584, 3584)
     picture[256:3328, 256:3328] = pink(3072, 3072)
     clean = write_tiff(tmp_path / "s.tiff", picture, 0.5, levels)
@@ -963,7 +967,7 @@ def test_bad_windows_are_dropped_alone_and_more_than_one_percent_is_a_failure(tm
     out = tmp_path / "d"
     flags = ("--region", 1, "--magnifications", 20, "--batch-size", 50)
     assert tile("--slides", clean, bad, worse, "--out", out, *flags) == 3
-    assert "1 windows dropped as unreadable" in capsys.readouterr().out
+    assert "1 windows unreadable" in capsys.readouterr().out
     [(failed, reason)] = failures(out).items()
     assert failed == worse.stem and "2 of 121 windows cannot be read, more than 1%" in reason
     whole, less = tiled(out, clean.stem), tiled(out, bad.stem)
@@ -978,7 +982,7 @@ def test_pixels_that_the_file_does_not_have_are_counted(tmp_path, capsys):
     clean = write_tiff(tmp_path / "s.tiff", pink(2700, 2700), 0.5)
     less = without(clean, *range(5 * 11, 6 * 11))
     assert tile("--slides", less, clean, "--out", tmp_path / "d") == 0
-    words = "3 cells hold pixels that the file does not have, taken for glass"
+    words = "3 cells partly not scanned"
     assert capsys.readouterr().out.count(words) == 1
     assert [tiled(tmp_path / "d", i).meta["n_unscanned"] for i in ("less-s", "s")] == [3, 0]
 
@@ -992,15 +996,15 @@ def test_memory_is_bounded_on_huge_slides(tmp_path, width, height, levels):
     assert 3 <= len(tiled(tmp_path / "d", "huge").cells) <= 36
 
 
-# --------------------------------------------------------------------------------- the tile command
+# ---------------------------------------------------------------------------------- the tile command
 def test_real_slides(real, tmp_path):
     broken = sorted((real / "broken").iterdir())
     out, err = run(
-        "data.py", "tile", "--slides", real / "slides", *broken, "--out", tmp_path,
+        "data.py tile", "--slides", real / "slides", *broken, "--out", tmp_path,
         cwd=tmp_path, code=3,
     )  # fmt: skip
     assert "CMU-1-Small-Region: 0.499 um/px" in out and "6 cells, 126 tokens" in out
-    assert "boxes_1.dcm: the same DICOM series as openslide-python-boxes_0.dcm" in err
+    assert "boxes_0: FAILED" in err and "boxes_1" not in err
     failed = failures(tmp_path)
     assert "2 slides done" in out and data.verify(tmp_path) == []
     assert failed.keys() >= {path.stem for path in broken}
@@ -1008,8 +1012,8 @@ def test_real_slides(real, tmp_path):
     for slide_id, reason in (
         ("TCGA-CR-7395-01A-01-TS1", "says no mpp"),
         ("ezwsi-multiframe_camelyon", "28.969"),
-        ("panimg-no_dzi", "--magnifications 5 10 tiles it"),
-        ("highdicom-sm_image", "50 x 50 px are less than one cell"),
+        ("panimg-no_dzi", "give lower --magnifications"),
+        ("highdicom-sm_image", "50 px are less than one cell"),
         ("panimg-invalid_resolutions_tiff", "says no mpp"),
     ):
         assert reason in failed[slide_id]
@@ -1025,12 +1029,12 @@ def test_bad_slides_are_listed_and_the_rest_is_done(tmp_path):
     (tmp_path / "cut.tiff").write_bytes(good.read_bytes()[:3000])
     (tmp_path / os.fsdecode(b"Pr\xe4parat.tiff")).write_bytes(good.read_bytes())
     places = (tmp_path, tmp_path / "gone.svs")
-    out, _ = run("data.py", "tile", "--slides", *places, "--out", "d", cwd=tmp_path, code=3)
-    assert "2 slides done, 6 failed" in out and "nothing to embed" in out
+    out, _ = run("data.py tile", "--slides", *places, "--out", "d", cwd=tmp_path, code=3)
+    assert "2 slides done, 6 failed" in out
     failed = failures(tmp_path / "d")
     assert set(failed) == {"no-mpp", "empty", "text", "cut", "Pr\\udce4parat", "gone"}
-    assert "0 bytes" in failed["empty"] and "--mpp" in failed["no-mpp"]
-    assert "the name is no UTF-8; rename the file" in failed["Pr\\udce4parat"]
+    assert "cannot open it" in failed["empty"] and "--mpp" in failed["no-mpp"]
+    assert "'utf-8' codec can't encode" in failed["Pr\\udce4parat"]
     assert [len(tiled(tmp_path / "d", i).cells) for i in ("good", "white")] == [1, 0]
     assert data.verify(tmp_path / "d") == []
 
@@ -1062,31 +1066,23 @@ def test_manifest_mask_and_qc_from_the_command_line(tmp_path, capsys):
     assert tile(*flags) == 3 and "a: done before" in capsys.readouterr().out
     Image.new("L", (30, 30), 255).save(masks / "a.png")
     assert tile(*flags) == 3 and "give another --out" in failures(out)["a"]
-    with pytest.raises(MixmagError, match="no such file or folder"):
-        tile("--slides", slides, "--out", out, "--mask", tmp_path / "absent.png")
     with pytest.raises(MixmagError, match="one file for 4 slides"):
         tile("--slides", slides, "--out", out, "--mask", masks / "a.png")
 
 
 def test_qc_shows_the_tiles_in_their_places(tmp_path):
     """Each panel, put together from tiles, is the region itself at the panel's resolution."""
-    from matplotlib.figure import Figure
-
     region = pink(2 * 896, 3 * 896)
     reader = data.Reader(write_tiff(tmp_path / "s.tiff", region, 0.5))
     plan = data.plan_slide(reader, TileSettings(min_tissue=0.0))
-    axes = Figure().subplots(1, 3)
-    tiles = np.stack([tiles for _, _, tiles in data.read_cells(reader, plan)])
-    data.draw_tiles(axes, plan, *plan.windows, tiles)
-    for axis in axes:
-        shown = np.asarray(axis.images[0].get_array(), float)
-        size = shown.shape[1::-1]
-        expected = np.asarray(Image.fromarray(region).resize(size, Image.Resampling.BOX), float)
-        assert np.abs(shown - expected).max() <= 3
-        assert axis.images[0].get_extent() == [0, 3 * 448, 2 * 448, 0]
+    pictures = data.window_pictures(reader, plan, (0, 0, 3, 2))
+    assert [picture.size for picture in pictures] == [(672, 448), (1344, 896), (2688, 1792)]
+    for picture in pictures:
+        expected = Image.fromarray(region).resize(picture.size, Image.Resampling.BOX)
+        assert np.abs(np.subtract(picture, expected, dtype=float)).max() <= 3
 
 
-def test_dry_run_plans_and_writes_nothing(tmp_path, monkeypatch, capsys):
+def test_dry_run_plans_and_writes_nothing(tmp_path, capsys):
     slides = tmp_path / "slides"
     slides.mkdir()
     write_tiff(slides / "good.tiff", pink(3000, 3000), 0.25, levels=(1, 2, 4))
@@ -1095,20 +1091,15 @@ def test_dry_run_plans_and_writes_nothing(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     for words in (
         "0.25 um/px (openslide.mpp-x)",
-        "level 1 of 3 (downsample 2)",
-        "1 of 1 windows",
-        "1 cells, 21 tokens (5x 1, 10x 4, 20x 16)",
-        "drift:",
-        "1 slides can be tiled, 0 cannot",
-        "GB free",
+        "level 1",
+        "1 of 1 windows hold tissue",
+        "1 cells, 21 tokens, 0.00 MB",
+        "1 slides done, 0 failed",
     ):
         assert words in out
     write_tiff(slides / "no-mpp.tiff", pink(1000, 1000), None)
     assert tile(*flags) == 3 and "no-mpp: FAILED" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["slides"]
-    monkeypatch.setattr(data, "free_bytes", lambda folder: 1000)
-    with pytest.raises(MixmagError, match="do not fit under --out"):
-        tile(*flags)
 
 
 def test_slides_are_only_read_and_their_names_may_be_odd(tmp_path, capsys):
@@ -1119,8 +1110,6 @@ def test_slides_are_only_read_and_their_names_may_be_odd(tmp_path, capsys):
         write_tiff(slides / f"{name}.tiff", pink(900, 900, i), 0.5)
     (slides / "._001.tiff").write_bytes(b"resource fork")
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in slides.iterdir()}
-    with pytest.raises(MixmagError, match="is a folder of slides"):
-        tile("--slides", slides, "--out", slides)
     assert tile("--slides", slides, "--out", tmp_path / "d") == 0
     assert f"{len(names)} slides done, 0 failed" in capsys.readouterr().out
     assert {slide.slide_id for slide in data.read_slides(tmp_path / "d")} == set(names)
@@ -1141,13 +1130,13 @@ def test_folders_are_searched_by_links_and_not_where_hidden(tmp_path):
     assert [path.name for path in data.find_slide_files(places)] == ["a.tiff", "b.tiff"]
     for name in ("A.svs", "B.svs"):
         (here / name).touch()
-    with pytest.raises(MixmagError, match="(?s)one id: .*A.svs.*a.tiff.*B.svs.*b.tiff"):
+    with pytest.raises(MixmagError, match="one id: .*A.svs.*a.tiff"):
         data.find_slide_files(places)
 
 
 def test_flags_of_one_run_do_not_undo_another(tmp_path, monkeypatch, capsys):
-    """--mpp for a slide that says nothing leaves what was tiled at the slide's own mpp; another
-    mpp, or an encoder with other weights, is refused."""
+    """--mpp for a slide that says nothing leaves what was tiled at the slide's own mpp; another mpp, or
+    an encoder with other weights, is refused."""
     slides, out, weights = (tmp_path / name for name in ("s", "d", "weights.pt"))
     slides.mkdir()
     write_tiff(slides / "says.tiff", pink(900, 900), 0.5)
@@ -1175,12 +1164,11 @@ def test_shares_and_their_lists_of_failures(tmp_path, monkeypatch):
     flags = ("--slides", slides, "--out", out)
     assert [tile(*flags, "--shard", f"{i}/2") for i in (0, 1)] == [0, 3]
     assert [path.name for path in out.glob("*failed*")] == ["failed-1-of-2.csv"]
-    assert tile(*flags) == 3
-    assert [path.name for path in out.glob("*failed*")] == ["failed.csv"]
+    assert tile(*flags) == 3 and (out / "failed.csv").exists()
     with pytest.raises(MixmagError, match="expected i/n with 0 <= i < n"):
         tile(*flags, "--shard", "2/2")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(MixmagError, match="torchrun shares the slides out already"):
+    with pytest.raises(MixmagError, match="and no torchrun"):
         tile(*flags, "--shard", "0/2")
 
 
@@ -1236,7 +1224,7 @@ def nothing():
     assert slide.meta["encoder"] == "mine:factory" and slide.features.shape == (9, 21, 3)
     for name, message in (
         ("mine:raises", "KeyError: 'weights'"),
-        ("mine:nothing", "returned NoneType"),
+        ("mine:nothing", "returned no callable, but None"),
         ("mine:absent", "absent"),
         ("syntax:f", "SyntaxError"),
         ("absent:f", "No module named"),
@@ -1262,18 +1250,18 @@ def test_what_an_encoder_may_return():
     assert np.allclose(short, whole, rtol=2**-8)
     widths = iter((3, 3, 3, 2))
     for encoder, message in (
-        (lambda b: mean(b) * 1e9, "beyond float16, for 10 of 10"),
+        (lambda b: mean(b) * 1e9, "beyond float16"),
         (lambda b: mean(b) / 0 * 0, "NaN"),
-        (lambda b: b.sum((1, 2)), "torch.int64"),
-        (lambda b: mean(b)[:1], r"\(1, 3\) of 3 tiles"),
+        (lambda b: b.sum((1, 2)), "of floats"),
+        (lambda b: mean(b)[:1], r"\(1, 3\) .* \(3, 3\)"),
         (lambda b: mean(b)[:, 0], r"\(3,\)"),
-        (lambda b: b.float(), "expected floating-point"),
+        (lambda b: b.float(), r"expected a tensor \(3, 3\) of floats"),
         (lambda b: mean(b).numpy(), "ndarray"),
-        (lambda b: mean(b)[:, : next(widths)], r"\(1, 2\) of 1 tiles, expected .* \(1, 3\)"),
+        (lambda b: mean(b)[:, : next(widths)], r"\(1, 2\) .*expected .* \(1, 3\)"),
     ):
         with pytest.raises(MixmagError, match=message):
             data.encode_tiles(encoder, tiles, 3, "cpu")
-    with pytest.raises(MixmagError, match=r"\(3, 3\) of 3 tiles, expected .* \(3, 4\)"):
+    with pytest.raises(MixmagError, match=r"\(3, 3\) .*expected .* \(3, 4\)"):
         data.encode_tiles(mean, tiles, 3, "cpu", 4)
 
 
@@ -1304,7 +1292,7 @@ def pretend_timm(tmp_path, monkeypatch):
         ("raise RuntimeError('operator torchvision::nms')", "nms.*torchvision==0.28.0"),
         (
             "def create_model(*a, **k):\n    raise FileNotFoundError('hf_secret')",
-            r"\(FileNotFoundError\): accept its terms at .*HF_TOKEN.*--weights FILE",
+            r"\(FileNotFoundError\): accept its terms .*HF_TOKEN.*--weights FILE",
         ),
         (
             "def create_model(*a, **k):\n    raise OSError(28, 'No space left on device')",
@@ -1323,8 +1311,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def test_virchow2_is_asked_for_as_its_authors_say_and_checked(pretend_timm):
-    """The class token of what the model makes of the normalised picture; a model of another width
-    or with NaN is refused at once."""
+    """The class token of what the model makes of the normalised picture; a model of another width or
+    with NaN is refused at once."""
     pretend_timm(
         "def create_model(*name, **settings):\n    return calls.append((name, settings)) or model"
     )
@@ -1345,7 +1333,7 @@ def test_virchow2_is_asked_for_as_its_authors_say_and_checked(pretend_timm):
     tiles = random_tiles(3)
     expected = (tiles.mean((1, 2)) / 255 - MEAN) / STD  # (3, 3)
     assert np.allclose(data.encode_tiles(encoder, tiles, 2, "cpu")[:, :3], expected, atol=2e-3)
-    for name, value, message in (("dim", 1024, r"numbers \(2, 1280\)"), ("fill", np.nan, "NaN")):
+    for name, value, message in (("dim", 1024, r"a tensor \(2, 1280\)"), ("fill", np.nan, "NaN")):
         timm.model = Model()
         setattr(timm.model, name, value)
         with pytest.raises(MixmagError, match=message):
@@ -1354,8 +1342,8 @@ def test_virchow2_is_asked_for_as_its_authors_say_and_checked(pretend_timm):
 
 @pytest.fixture
 def shallow(monkeypatch):
-    """The real timm, whose models get 1 block. A torchvision built for CUDA fails beside a torch
-    for CPU only for want of two operators that nobody calls here."""
+    """The real timm, whose models get 1 block. A torchvision built for CUDA fails beside a torch for CPU
+    only for want of two operators that nobody calls here."""
     operators = torch.library.Library("torchvision", "FRAGMENT")
     try:
         import torchvision  # noqa: F401
@@ -1371,8 +1359,8 @@ def shallow(monkeypatch):
 
 
 def test_virchow2_of_a_file_is_the_real_architecture(shallow, tmp_path):
-    """Weights from either kind of file; what comes out is token 0 of timm's own model behind timm's
-    own transform; what does not fit is refused, and nothing is unpickled."""
+    """Weights from either kind of file; what comes out is token 0 of timm's own model behind timm's own
+    transform; what does not fit is refused, and nothing is unpickled."""
     from timm.layers import SwiGLUPacked
 
     torch.manual_seed(0)
@@ -1409,6 +1397,6 @@ def test_virchow2_of_a_file_is_the_real_architecture(shallow, tmp_path):
         data.tile_encoder("virchow2", "cpu", tmp_path / "w.pt")
     torch.save({"model": state, "x": Trap(tmp_path / "ran")}, tmp_path / "w.pt")
     for name in ("w.pt", "absent.safetensors", "absent.pt"):
-        with pytest.raises(MixmagError, match="no file of named tensors"):
+        with pytest.raises(MixmagError, match="no weights of Virchow2"):
             data.tile_encoder("virchow2", "cpu", tmp_path / name)
     assert not (tmp_path / "ran").exists()
