@@ -283,7 +283,7 @@ def token_index(slide: Slide, rows, entries) -> tuple[np.ndarray, np.ndarray]:
 
 
 def gather(slide: Slide, rows, entries) -> tuple[np.ndarray, np.ndarray]:
-    """x (W, n, D) float16, 0 where a token is invalid, and valid (W, n); for `token_index`."""
+    """x (W, n, D) float16, 0 where a token is invalid, and valid (W, n). As `token_index`."""
     index, valid = token_index(slide, rows, entries)
     x = slide.features.reshape(-1, slide.dim)[index]
     x[~valid] = 0
@@ -291,7 +291,7 @@ def gather(slide: Slide, rows, entries) -> tuple[np.ndarray, np.ndarray]:
 
 
 def as_batch(x: np.ndarray, valid: np.ndarray, device="cpu") -> tuple:
-    """Tensors x and valid. Where every token is valid, valid is None, and attention needs no mask."""
+    """Tensors. Where every token is valid, valid is None: then attention needs no mask."""
     if valid.all():
         return torch.from_numpy(x).to(device), None
     return torch.from_numpy(x).to(device), torch.from_numpy(valid).to(device)
@@ -1192,6 +1192,12 @@ class TilePlan:
                 self.windows.append(window)
 
     @property
+    def tissue_held(self) -> float:
+        """The fraction of the mask's tissue that lies in the windows."""
+        held = sum(self.patch(self.mask, *window).sum() for window in self.windows)
+        return held / max(1, self.mask.sum())
+
+    @property
     def cell_count(self) -> int:
         return sum(cols * rows for _, _, cols, rows in self.windows)
 
@@ -1628,8 +1634,11 @@ def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> str:
     plan = plan_slide(reader, settings)
     tokens = plan.cell_count * Geometry(1, plan.magnifications).tokens_per_cell
     report = f"{path.stem}: {plan.mpp:.4g} um/px ({plan.mpp_source}), level {plan.level}, "
-    report += f"{len(plan.windows)} of {plan.candidates} windows hold tissue: "
-    report += f"{plan.cell_count} cells, {tokens} tokens, {tokens * dim * 2 / 1e6:.2f} MB"
+    report += f"{len(plan.windows)} of {plan.candidates} windows with {plan.tissue_held:.0%} of "
+    report += f"the tissue: {plan.cell_count} cells, {tokens} tokens, "
+    report += f"{tokens * dim * 2 / 1e6:.2f} MB"
+    if not plan.windows:
+        report += "; nothing to embed, so try a smaller --min-tissue"
     if settings.dry_run:
         return report
     draw_qc(settings.out / "qc" / f"{path.stem}.png", reader, plan)

@@ -350,7 +350,7 @@ def cmem_step(model, parts: Iterable[dict], regions: int, machine) -> dict:
     """As mem_step, with NT-Xent over the whole global batch, also when it comes in parts.
 
     All projections are made first, without a graph, and give the gradient of NT-Xent with respect
-    to each projection. Each part then goes backward with its own. Source: GradCache, Gao et al. 2021.
+    to each projection. Each part then goes backward with its own. Source: GradCache (Gao, 2021).
     """
     parts = [data.to_device(part, machine.device) for part in parts]
     if len(parts) == 1 and machine.world == 1:
@@ -445,8 +445,8 @@ ABMIL_EPOCHS = {"small": 60, "paper": 20}  # AB-MIL without an encoder learns la
 def finetune(config: FinetuneConfig) -> dict:
     """Train on the train split, keep the best epoch by the tune split, score the test split once.
 
-    Returns what result.json holds, or {} for a dry run. Raises MixmagError for an encoder that saw tune or
-    test cases, and for data that does not fit it. Source: paper section 4.3.
+    Returns what result.json holds, or {} for a dry run. Raises MixmagError for an encoder that saw
+    tune or test cases, and for data that does not fit it. Source: paper section 4.3.
     """
     config = apply_preset(adopt_encoder_settings(config))
     machine = start_machine(config.device, config.amp, preset_width(config.preset))

@@ -871,7 +871,7 @@ def test_png_masks_cover_the_whole_slide(tmp_path, mode, size):
         (
             "m.geojson",
             json.dumps({"type": "Polygon", "coordinates": [ring(20000, 0, 100)]}).encode(),
-            "a polygon leaves the slide's \(9000, 5000\)",
+            r"a polygon leaves the slide's \(9000, 5000\)",
         ),
     ],
 )
@@ -1011,7 +1011,7 @@ def test_real_slides(real, tmp_path):
     assert Image.open(tmp_path / "qc/cmu-midfile-zeroed.png").size[0] > 500
     for slide_id, reason in (
         ("TCGA-CR-7395-01A-01-TS1", "says no mpp"),
-        ("ezwsi-multiframe_camelyon", "28.969"),
+        ("ezwsi-multiframe_camelyon", "28.97 x"),
         ("panimg-no_dzi", "give lower --magnifications"),
         ("highdicom-sm_image", "50 px are less than one cell"),
         ("panimg-invalid_resolutions_tiff", "says no mpp"),
@@ -1092,7 +1092,7 @@ def test_dry_run_plans_and_writes_nothing(tmp_path, capsys):
     for words in (
         "0.25 um/px (openslide.mpp-x)",
         "level 1",
-        "1 of 1 windows hold tissue",
+        "1 of 1 windows with",
         "1 cells, 21 tokens, 0.00 MB",
         "1 slides done, 0 failed",
     ):
@@ -1253,15 +1253,15 @@ def test_what_an_encoder_may_return():
         (lambda b: mean(b) * 1e9, "beyond float16"),
         (lambda b: mean(b) / 0 * 0, "NaN"),
         (lambda b: b.sum((1, 2)), "of floats"),
-        (lambda b: mean(b)[:1], r"\(1, 3\) .* \(3, 3\)"),
+        (lambda b: mean(b)[:1], r"\(1, 3\), .* \(3, 3\)"),
         (lambda b: mean(b)[:, 0], r"\(3,\)"),
         (lambda b: b.float(), r"expected a tensor \(3, 3\) of floats"),
         (lambda b: mean(b).numpy(), "ndarray"),
-        (lambda b: mean(b)[:, : next(widths)], r"\(1, 2\) .*expected .* \(1, 3\)"),
+        (lambda b: mean(b)[:, : next(widths)], r"\(1, 2\), expected .* \(1, 3\)"),
     ):
         with pytest.raises(MixmagError, match=message):
             data.encode_tiles(encoder, tiles, 3, "cpu")
-    with pytest.raises(MixmagError, match=r"\(3, 3\) .*expected .* \(3, 4\)"):
+    with pytest.raises(MixmagError, match=r"\(3, 3\), expected .* \(3, 4\)"):
         data.encode_tiles(mean, tiles, 3, "cpu", 4)
 
 
