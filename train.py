@@ -1247,23 +1247,18 @@ def finish_pretraining(config, run: Run, model, directions, held_out_ids, facts:
 
 def plot(width: float = 6.4, height: float = 3.6, **grid):
     """A figure and its axis, or its grid of axes."""
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot: no display and nothing global
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained", **grid)
+    figure = Figure((width, height), layout="constrained")
+    axes = figure.subplots(**grid)
     for axis in np.ravel(axes):
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
 def save_figure(figure, path) -> None:
-    from matplotlib import pyplot
-
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
-    pyplot.close(figure)
 
 
 def draw_curve(run: Run, losses: dict, magnifications, least: dict | None, title: str) -> None:
