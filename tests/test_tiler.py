@@ -22,7 +22,7 @@ from matplotlib.path import Path as Polygon
 from PIL import Image, ImageDraw, ImageFilter
 from scipy import ndimage
 from scipy.spatial import cKDTree
-from test_import import Trap
+from test_train import Evil
 
 import data
 from data import MixmagError, SlideReadError, TileSettings
@@ -1398,7 +1398,7 @@ def test_virchow2_of_a_file_is_the_real_architecture(shallow, tmp_path):
     torch.save({**state, **other}, tmp_path / "w.pt")
     with pytest.raises(MixmagError, match="cls_token.*head.weight.*norm.bias"):
         data.tile_encoder("virchow2", "cpu", tmp_path / "w.pt")
-    torch.save({"model": state, "x": Trap(tmp_path / "ran")}, tmp_path / "w.pt")
+    torch.save({"model": state, "x": Evil(tmp_path / "ran")}, tmp_path / "w.pt")
     for name in ("w.pt", "absent.safetensors", "absent.pt"):
         with pytest.raises(MixmagError, match="no weights of Virchow2"):
             data.tile_encoder("virchow2", "cpu", tmp_path / name)
