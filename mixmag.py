@@ -295,9 +295,8 @@ POSITION_SIZE = 0.5  # assumed: root mean square of the waves
 def initial_positions(geometry: Geometry, width: int) -> Tensor:
     """(N, width): where the learned positions start.
 
-    Waves over the token's centre in the region, plus a random vector of its level, so that a tile,
-    its parent and its children start with similar vectors. The paper says only that positions are
-    learned; from random ones MEM needs several times the steps.
+    Waves over the token's centre in the region, plus a random vector of its level: a tile, its
+    parent and its children start alike. From random positions MEM needs several times the steps.
     """
     level, row, col = geometry.token_table().unbind(1)
     side = torch.tensor(geometry.sides)[level]
@@ -604,8 +603,7 @@ class GatedABMIL(nn.Module):
         gated = torch.tanh(self.V(x)) * torch.sigmoid(self.U(x))  # (T, hidden)
         # Eq. 8: a softmax over each bag, in fp32, because half precision makes scores equal
         score = without_autocast(self.w, gated).squeeze(1)  # (T,)
-        highest = score.new_full((bags,), -math.inf)
-        highest = highest.scatter_reduce(0, bag, score.detach(), "amax")
+        highest = score.new_full((bags,), -math.inf).scatter_reduce(0, bag, score.detach(), "amax")
         exponential = (score - highest[bag]).exp()
         denominator = exponential.new_zeros(bags).index_add(0, bag, exponential)
         attention = exponential / denominator[bag]  # (T,)

@@ -446,7 +446,9 @@ def loading(batches: int = 600, size: int = train.PretrainConfig.micro_batch, re
         (windows,), (turns,), _ = dataset.draw(range(size * batches))
         for window, turn in zip(windows, turns, strict=True):
             slide = dataset.slides[dataset.slide_of[window]]
-            rows, _ = data.token_index(slide, dataset.rows[window, None], dataset.entries[turn])
+            rows, _ = data.token_index(
+                slide, dataset.rows[window, None], dataset.turned_entries[turn]
+            )
             places.append((slide.features.reshape(-1, slide.dim), rows[0]))
         out = np.empty((size, 189, 1280), np.float16)
 
