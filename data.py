@@ -7,7 +7,8 @@
 
 Shape letters as in mixmag.py, and C cells of a slide, W windows (regions) of it. Lengths in `_px`
 are level-0 pixels unless the comment says otherwise; mpp is micrometres per pixel; a place on a
-lattice is (col, row). A level is one of the slide's pyramid; a magnification's index is k.
+lattice is (col, row). Here a level is one of the slide's pyramid, and k is the index of a
+magnification, which mixmag.py calls a level.
 """
 
 from __future__ import annotations
@@ -235,9 +236,9 @@ def magnification_entries(k: int) -> slice:
 def windows(cells, region: int, stride: int, min_cover: float) -> tuple[np.ndarray, np.ndarray]:
     """Windows of region x region cells that hold at least the fraction `min_cover` of their cells.
 
-    cells (C, 2) -> (W, R*R) the row in `cells` of each cell of a window, row-major, -1 where the
-    cell is missing, and (W, 2) the windows' corners (col, row), row-major. Corners lie on a lattice
-    of `stride`: at every cell with stride 1.
+    cells (C, 2) -> rows (W, R*R), which of the C cells a window holds, -1 where a cell is missing,
+    and corners (W, 2): col, row. Corners lie on a lattice of `stride`. With stride 1 windows
+    overlap: there is one at every cell.
     """
     if not len(cells):
         return np.empty((0, region**2), int), np.empty((0, 2), int)
@@ -257,8 +258,8 @@ def windows(cells, region: int, stride: int, min_cover: float) -> tuple[np.ndarr
 def covering_windows(cells, region: int, min_cover: float) -> tuple[np.ndarray, np.ndarray]:
     """`windows` side by side, for fine-tuning and inference.
 
-    A slide may be so small or narrow that no window holds `min_cover` of its cells. Then windows
-    count that hold `min_cover` of the cells that the fullest window holds.
+    A slide may be so small or narrow that no window is full enough. Then the fullest window sets
+    the measure: windows count that hold `min_cover` of its number of cells.
     """
     rows, corners = windows(cells, region, region, 0.0)
     present = (rows >= 0).sum(axis=1)  # (W,)
@@ -269,17 +270,20 @@ def covering_windows(cells, region: int, min_cover: float) -> tuple[np.ndarray, 
 
 
 def token_index(slide: Slide, rows, entries) -> tuple[np.ndarray, np.ndarray]:
-    """rows (W, R*R) of `windows`, entries (n,) or (W, n): which of a window's R*R*T cell-major
-    entries -> (W, n) rows of the slide's (C*T, D) embeddings, and which of them are valid."""
+    """Where tokens of windows stand in the slide: (W, n) of its C*T embeddings, and valid (W, n).
+
+    rows (W, R*R): the cells of each window. entries (n,) or (W, n): the wanted tokens, counted cell
+    by cell: entry e is token e % T of the window's cell e // T.
+    """
     T = slide.valid.shape[1]
     entries = np.atleast_2d(entries)
     cell = np.take_along_axis(rows, entries // T, axis=1)
-    index = np.maximum(cell * T + entries % T, 0)
+    index = np.maximum(cell * T + entries % T, 0)  # any legal one where the cell is missing
     return index, (cell >= 0) & slide.valid.reshape(-1)[index]
 
 
 def gather(slide: Slide, rows, entries) -> tuple[np.ndarray, np.ndarray]:
-    """As `token_index`, with x (W, n, D) float16 for the index; x is 0 where a token is invalid."""
+    """x (W, n, D) float16, 0 where a token is invalid, and valid (W, n). As `token_index`."""
     index, valid = token_index(slide, rows, entries)
     x = slide.features.reshape(-1, slide.dim)[index]
     x[~valid] = 0
@@ -287,7 +291,7 @@ def gather(slide: Slide, rows, entries) -> tuple[np.ndarray, np.ndarray]:
 
 
 def as_batch(x: np.ndarray, valid: np.ndarray, device="cpu") -> tuple:
-    """Tensors x and valid. Where every token is valid, valid is None and no mask is ever built."""
+    """Tensors. Where every token is valid, valid is None: then attention needs no mask."""
     if valid.all():
         return torch.from_numpy(x).to(device), None
     return torch.from_numpy(x).to(device), torch.from_numpy(valid).to(device)
@@ -313,8 +317,9 @@ def pinned(batch: dict, device) -> dict:
 class RegionDataset(torch.utils.data.Dataset):
     """Random windows for pretraining: turned at random, with the tokens that are to be removed.
 
-    Sample i is a function of (seed, i) alone. Samples e*W to e*W + W - 1 are epoch e: each of the
-    W windows once, in random order. There is no last sample: `len` is W, the length of an epoch.
+    Sample i is a function of (seed, i) alone. Its epoch is i // W: in an epoch each of the W
+    windows comes once, in random order. `len` is W, but indices may go on beyond it. With stride 1
+    windows overlap, so an epoch sees a cell up to R * R times.
 
     mask: the removal ratio. views: 2 for the contrastive loss, whose second window is drawn from a
     `source` x `source` window that holds the first (paper 3.1.2). turn: whether windows are turned.
@@ -338,15 +343,15 @@ class RegionDataset(torch.utils.data.Dataset):
         self.views = views
         self.turn = turn
         self.removed_tokens = removal_count(geometry.num_tokens, mask)  # M
-        self.reach = (source or geometry.region) - geometry.region
-        self.entries = geometry.cell_order().numpy()[geometry.dihedral().numpy()]  # (8, N)
+        self.reach = (source or geometry.region) - geometry.region  # cells a view may lie off
+        self.turned_entries = geometry.cell_order().numpy()[geometry.dihedral().numpy()]  # (8, N)
         found = [windows(slide.cells, geometry.region, stride, min_cover) for slide in slides]
         rows, corners = zip(*found, strict=True)
         self.rows = np.concatenate(rows)  # (W, R*R)
         self.corners = np.concatenate(corners)  # (W, 2)
         counts = [len(part) for part in rows]
         self.slide_of = np.repeat(np.arange(len(slides)), counts)  # (W,)
-        self.first = np.cumsum([0, *counts])  # each slide's first window
+        self.first_window = np.cumsum([0, *counts])  # of each slide
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -371,11 +376,12 @@ class RegionDataset(torch.utils.data.Dataset):
     def draw_partner(self, window: int, rng) -> int:
         """A random window inside a random source window that holds the given one."""
         slide = self.slide_of[window]
-        corners = self.corners[self.first[slide] : self.first[slide + 1]]
+        first = self.first_window[slide]
+        corners = self.corners[first : self.first_window[slide + 1]]
         start = self.corners[window] - rng.integers(self.reach + 1, size=2)  # the source's corner
         inside = ((corners >= start) & (corners <= start + self.reach)).all(axis=1)
         candidates = np.flatnonzero(inside)
-        return self.first[slide] + candidates[rng.integers(len(candidates))]
+        return first + candidates[rng.integers(len(candidates))]
 
     def read(self, indices) -> dict:
         """As `batch`, with `valid` always a tensor."""
@@ -383,12 +389,14 @@ class RegionDataset(torch.utils.data.Dataset):
         slide = self.slide_of[window]
         x = np.empty((*window.shape, self.geometry.num_tokens, self.slides[0].dim), np.float16)
         valid = np.empty(x.shape[:-1], bool)
-        for at in np.ndindex(window.shape):
-            source = self.slides[slide[at]]
-            rows = self.rows[window[at], None]
-            index, valid[at] = token_index(source, rows, self.entries[turn[at]])
-            features = source.features.reshape(-1, source.dim)
-            np.take(features, index[0], axis=0, out=x[at], mode="clip")  # clip: straight into x
+        for view, b in np.ndindex(window.shape):
+            its_slide = self.slides[slide[view, b]]
+            rows = self.rows[window[view, b], None]
+            entries = self.turned_entries[turn[view, b]]
+            index, valid[view, b] = token_index(its_slide, rows, entries)
+            features = its_slide.features.reshape(-1, its_slide.dim)
+            # by default numpy checks the index in a copy of `out`; "clip" writes into x itself
+            np.take(features, index[0], axis=0, out=x[view, b], mode="clip")
         x[~valid] = 0
         arrays: dict[str, Any] = {"x": x, "removed": removed, "valid": valid, "slide": slide}
         for key, array in arrays.items():
@@ -422,11 +430,11 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 class CaseDataset(torch.utils.data.Dataset):
     """The cases of a split as ragged bags: a case has slides, a slide has regions.
 
-    index (n,): which tokens of a region are read (Geometry.select). rows and corners: of each
-    slide, the `covering_windows` that hold a valid token. Slides without one are listed in
-    `dropped`, and cases without slides are left out. labels: each case's.
-    cached: slide_id -> (encoder outputs (W, n or 1, d), valid (W, n)), given instead of embeddings.
-    uncovered: for the log, how many cells lie in no window. Empty if none.
+    index (n,): which tokens of a region are read (Geometry.select). `rows` and `corners` hold, for
+    each slide, its `covering_windows` with a valid token. Slides without such a window are in
+    `dropped`; a case without slides is left out. `labels` holds the label of each case.
+    `cached` may hold a slide's encoder outputs (W, n or 1, d) and valid (W, n), which `batch` then
+    gives instead of embeddings. `uncovered` says for the log how many cells lie in no window.
     """
 
     def __init__(
@@ -516,10 +524,10 @@ class CaseDataset(torch.utils.data.Dataset):
 def feature_statistics(slides, magnifications=None, limit: int = 20000) -> tuple:
     """mean (D,), std (D,) and directions (K, D) of the embeddings, as float tensors.
 
-    A direction is the mean of a magnification's embeddings, each scaled to length 1: the constant
-    prediction that minimises Eq. 2. Read are evenly spread cells, about `limit` at most.
-    magnifications: the indices of those that count, 0 the lowest. Raises MixmagError for values
-    that are not finite.
+    A direction is the mean of a magnification's embeddings after each is scaled to length 1. It is
+    the constant prediction that minimises Eq. 2. About `limit` evenly spread cells are read.
+    magnifications: the indices of those that count. Raises MixmagError for values that are not
+    finite.
     """
     K = len(slides[0].meta["magnifications"])
     stride = max(1, math.ceil(sum(len(slide.cells) for slide in slides) / limit))
@@ -1184,6 +1192,12 @@ class TilePlan:
                 self.windows.append(window)
 
     @property
+    def tissue_held(self) -> float:
+        """The fraction of the mask's tissue that lies in the windows."""
+        held = sum(self.patch(self.mask, *window).sum() for window in self.windows)
+        return held / max(1, self.mask.sum())
+
+    @property
     def cell_count(self) -> int:
         return sum(cols * rows for _, _, cols, rows in self.windows)
 
@@ -1620,8 +1634,11 @@ def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> str:
     plan = plan_slide(reader, settings)
     tokens = plan.cell_count * Geometry(1, plan.magnifications).tokens_per_cell
     report = f"{path.stem}: {plan.mpp:.4g} um/px ({plan.mpp_source}), level {plan.level}, "
-    report += f"{len(plan.windows)} of {plan.candidates} windows hold tissue: "
-    report += f"{plan.cell_count} cells, {tokens} tokens, {tokens * dim * 2 / 1e6:.2f} MB"
+    report += f"{len(plan.windows)} of {plan.candidates} windows with {plan.tissue_held:.0%} of "
+    report += f"the tissue: {plan.cell_count} cells, {tokens} tokens, "
+    report += f"{tokens * dim * 2 / 1e6:.2f} MB"
+    if not plan.windows:
+        report += "; nothing to embed, so try a smaller --min-tissue"
     if settings.dry_run:
         return report
     draw_qc(settings.out / "qc" / f"{path.stem}.png", reader, plan)

@@ -8,7 +8,7 @@ Numbers that the paper's text does not give are marked `assumed`. The file needs
 Shape letters:
     B  regions in a batch        N  tokens of a region          n  tokens given, n <= N
     M  tokens removed            D  width of a tile embedding   d  width of the encoder
-    K  magnifications            R  cells per region side       T  tokens of one cell
+    K  magnifications            R  cells per region side       T  tokens of a cell; of all bags
     S  slides in a batch         W  regions of these slides     P  width of the projection
 
 A *cell* is one tile of the lowest magnification and all tiles beneath it. A *region* is a window of
@@ -52,7 +52,7 @@ class Geometry:
         self.levels = len(self.magnifications)  # K
         self.sides = [self.region * 2**k for k in range(self.levels)]
         self.tokens_per_cell = sum(4**k for k in range(self.levels))  # T
-        self.num_tokens = sum(side**2 for side in self.sides)  # Eq. 1: N = R^2 (1 + 4 + 16)
+        self.num_tokens = sum(side**2 for side in self.sides)  # Eq. 1; R^2 (1 + 4 + 16) for K = 3
         self._level_on: dict = {}
 
     def token_table(self) -> Tensor:
@@ -70,7 +70,7 @@ class Geometry:
         return self._level_on[device]
 
     def cell_order(self) -> Tensor:
-        """(N,) long: token i is entry cell_order[i] of the region's cell-major entries."""
+        """(N,) long: token i's place where the region's tokens are listed cell by cell."""
         level, row, col = self.token_table().unbind(1)
         side = 2**level  # tokens per cell side
         cell = (row // side) * self.region + col // side
@@ -80,8 +80,9 @@ class Geometry:
     def dihedral(self) -> Tensor:
         """(8, N) long: four rotations, then four of the mirror image. Row 0 is the identity.
 
-        x[:, g[j]] turns the region as torch.rot90(picture, j % 4) turns a picture, for j >= 4 after
-        a left-right flip. Tokens move; the pixels inside a tile stay. Source: paper section 4.2.
+        With g = dihedral(), x[:, g[j]] turns the region as torch.rot90(picture, j % 4) turns a
+        picture. For j >= 4 the picture is flipped left to right first. Tokens move; the pixels
+        inside a tile stay. Source: paper section 4.2.
         """
         ids = torch.arange(self.num_tokens).split([side**2 for side in self.sides])
         grids = [i.view(side, side) for i, side in zip(ids, self.sides, strict=True)]
@@ -125,7 +126,7 @@ class Config:
     dim: int  # D; 1280 for Virchow2's class token (paper 4.1)
     region: int = 3  # assumed
     magnifications: tuple = (5, 10, 20)
-    width: int = 768  # assumed: as the slide encoders TITAN and MOOZY
+    width: int = 768  # assumed: as other slide encoders
     depth: int = 6  # assumed
     heads: int = 12  # assumed
     cls_tokens: int = 4  # paper 4.2
@@ -139,7 +140,7 @@ class Config:
 
     @classmethod
     def paper(cls, dim: int = 1280, **changes) -> Config:
-        return cls(dim, **changes)
+        return cls(dim, **changes)  # the defaults
 
     @classmethod
     def small(cls, dim: int, **changes) -> Config:
@@ -278,7 +279,7 @@ class Standardize(nn.Module):
         self.register_buffer("std", torch.ones(shape))
 
     def fit(self, mean: Tensor, std: Tensor) -> None:
-        """A dimension that hardly varies gets the typical std, so that its noise stays small."""
+        """A dimension that hardly varies gets the typical std: its noise is not blown up."""
         varying = torch.where(std > 0, std, math.nan)
         typical = varying.nanmedian(-1, keepdim=True).values.nan_to_num(1.0)
         self.mean.copy_(mean)
@@ -288,14 +289,14 @@ class Standardize(nn.Module):
         return (at_least_fp32(x) - self.mean) / self.std
 
 
-POSITION_SIZE = 0.5  # assumed: root mean square of an initial position
+POSITION_SIZE = 0.5  # assumed: root mean square of the waves
 
 
 def initial_positions(geometry: Geometry, width: int) -> Tensor:
     """(N, width): where the learned positions start.
 
-    Waves over the token's centre in the region, plus a random vector of its level. A tile, its
-    parent and its children start alike. From random positions, MEM needs several times the steps.
+    Waves over the token's centre in the region, plus a random vector of its level: a tile, its
+    parent and its children start alike. From random positions MEM needs several times the steps.
     """
     level, row, col = geometry.token_table().unbind(1)
     side = torch.tensor(geometry.sides)[level]
@@ -368,20 +369,21 @@ class Decoder(nn.Module):
     def forward(self, cls, tokens, kept, removed, valid=None) -> Tensor:
         """cls (B, 4, d), tokens (B, N - M, d) at kept (B, N - M), removed (B, M) -> (B, M, D).
 
-        valid (B, N) or None. Mask tokens stand behind the kept ones; positions tell their places.
+        Eq. 4: the kept outputs and mask tokens, each with its position, go through the blocks.
+        valid (B, N) or None.
         """
         M = removed.shape[1]
         cls, tokens = self.input(cls), self.input(tokens)
         tokens = tokens + F.embedding(kept, self.pos)
         masked = self.mask_token + F.embedding(removed, self.pos)  # (B, M, d')
-        x = torch.cat([cls, tokens, masked.to(cls)], dim=1)  # (B, 4 + N, d')
+        x = torch.cat([cls, tokens, masked], dim=1)  # (B, 4 + N, d')
         mask = None
         if valid is not None:
             mask = attention_mask(valid.gather(1, torch.cat([kept, removed], 1)), cls.shape[1])
         for block in self.blocks[:-1]:
             x = block(x, mask)
         x = self.blocks[-1](x, mask, first=x.shape[1] - M)  # only these M are scored
-        return self.head(self.norm(x))  # Eq. 4
+        return self.head(self.norm(x))
 
 
 # ------------------------------------------------------------------------------------------- MEM
@@ -402,7 +404,7 @@ def random_removal(B: int, N: int, mask: float, generator=None, device=None) -> 
 
 
 def complement(removed: Tensor, N: int) -> Tensor:
-    """removed (B, M) -> kept (B, N - M), ascending. Unlike nonzero(), it makes no GPU wait."""
+    """removed (B, M) -> kept (B, N - M), ascending. nonzero() would make a GPU wait."""
     B, M = removed.shape
     is_removed = torch.zeros(B, N, dtype=torch.uint8, device=removed.device).scatter(1, removed, 1)
     return is_removed.argsort(dim=1, stable=True)[:, : N - M]
@@ -416,8 +418,8 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 def removal_weights(geometry: Geometry, removed: Tensor, valid: Tensor | None = None) -> Tensor:
     """removed (B, M), valid (B, N) or None -> (B, M): w_i = 1 / (K m N_k) with m = M / N.
 
-    In expectation over masks, each magnification weighs 1/K. Where tokens are invalid, K and N_k
-    count the valid ones, and an invalid token weighs 0. Source: paper section 3.1.1.
+    The weights of Eq. 2. A token is removed with probability m, so each magnification weighs 1/K in
+    expectation. K and N_k count valid tokens; invalid ones weigh 0. Source: paper section 3.1.1.
     """
     B, M = removed.shape
     N = geometry.num_tokens
@@ -458,10 +460,10 @@ def trivial_predictions(
 ) -> dict[str, Tensor]:
     """Predictions of the removed tokens that need no network: name -> (B, M, D).
 
-    x (B, N, D), removed (B, M). mean (K, D): the mean of the embeddings of each magnification, each
-    scaled to length 1. "mean" predicts that. "shift" adds the mean deviation of the region's
-    visible tokens, such as its stain. "parent", "children" and "neighbours" predict the mean of
-    the visible ones, or "mean" where none is visible.
+    x (B, N, D), removed (B, M). mean (K, D): for each magnification, the mean of its embeddings
+    after each is scaled to length 1. "mean" predicts that. "shift" adds what the region's visible
+    tokens have in common, such as a stain: their mean deviation. "parent", "children" and
+    "neighbours" predict the mean of the visible ones, or "mean" where none is visible.
     """
     level = geometry.level(x.device)
     visible = torch.ones(x.shape[:2], device=x.device).scatter(1, removed, 0.0)  # (B, N)
@@ -515,7 +517,7 @@ class MaskedEmbeddingModel(nn.Module):
             removed = random_removal(B, N, mask, generator, x.device)
         kept, cls, tokens = self.encode_kept(x, removed, valid)
         pred = self.decoder(cls, tokens, kept, removed, valid)  # (B, M, D)
-        target = take(x, removed)  # (B, M, D)
+        target = take(x, removed)  # (B, M, D) as they are: only the encoder's inputs are scaled
         if valid is not None:
             target = target.masked_fill(~valid.gather(1, removed)[..., None], 0)
         loss = mem_loss(pred, target, removal_weights(geometry, removed, valid))
@@ -599,14 +601,13 @@ class GatedABMIL(nn.Module):
             raise ValueError(f"bags need one token or more, {T} in all; found {lengths.tolist()}")
         bag = torch.repeat_interleave(torch.arange(bags, device=x.device), lengths)  # (T,)
         gated = torch.tanh(self.V(x)) * torch.sigmoid(self.U(x))  # (T, hidden)
-        score = without_autocast(self.w, gated).squeeze(
-            1
-        )  # (T,) in fp32: half precision makes ties
-        top = score.new_full((bags,), -math.inf).scatter_reduce(0, bag, score.detach(), "amax")
-        weight = (score - top[bag]).exp()
-        total = weight.new_zeros(bags).index_add(0, bag, weight)
-        attention = weight / total[bag]  # Eq. 8  (T,)
-        pooled = F.embedding_bag(  # Eq. 7  (bags, d)
+        # Eq. 8: a softmax over each bag, in fp32, because half precision makes scores equal
+        score = without_autocast(self.w, gated).squeeze(1)  # (T,)
+        highest = score.new_full((bags,), -math.inf).scatter_reduce(0, bag, score.detach(), "amax")
+        exponential = (score - highest[bag]).exp()
+        denominator = exponential.new_zeros(bags).index_add(0, bag, exponential)
+        attention = exponential / denominator[bag]  # (T,)
+        pooled = F.embedding_bag(  # Eq. 7: the sum of attention * x of each bag  (bags, d)
             torch.arange(T, device=x.device),
             x.to(attention),
             lengths.cumsum(0) - lengths,
@@ -653,8 +654,7 @@ class SlideClassifier(nn.Module):
         self.config = config
         self.encoder = encoder
         self.tokens = tokens
-        # by default, the activations of a chunk take about 2 GB
-        self.chunk = chunk or max(1, 256 * 96 // config.width)
+        self.chunk = chunk or max(1, 256 * 96 // config.width)  # activations of about 2 GB
         index = config.geometry().select(magnification)
         self.register_buffer("index", index, persistent=False)  # (n,)
         if encoder is None:

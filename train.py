@@ -55,13 +55,13 @@ from data import (
 
 
 def lr_at(step: int, total: int, warmup: int) -> float:
-    """The factor on the peak rate: 1. a linear rise, not from zero, 2. a cosine to zero.
+    """The factor on the peak rate: a linear rise, whose first step is not zero, then a cosine to 0.
 
     A function of the step alone, so there is no scheduler to save. Source: paper 4.2, SGDR.
     """
     if step < warmup:
-        return (step + 1) / warmup  # 1
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))  # 2
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def layer_of(name: str, depth: int) -> int:
@@ -138,6 +138,7 @@ def setting(default, help: str, small=None, paper=None, **flag):
 SHARE = data.number_in(float, 0, 1)
 BELOW_ONE = data.number_in(float, 0, 0.99)
 RATE = data.number_in(float, 1e-30, 1e3)
+DECAY = data.number_in(float, 0, 1e3)
 DEFAULT_DATA = "data/synthetic"
 PRESETS = ("small", "paper")  # small: about a million parameters; paper: the sizes as assumed
 
@@ -171,13 +172,13 @@ class PretrainConfig(TrainingConfig):
     region: int = setting(3, "cells per side of a region (assumed: 3)", type=POSITIVE)
     mask: float = setting(0.5, "removal ratio (paper: 0.25, 0.50, 0.75)", type=SHARE)
     source: int = setting(None, "CMEM: side of the source window, 3, 7, 11", type=POSITIVE)
-    batch_size: int = setting(None, "global batch size", 16, 4096, type=POSITIVE)
+    batch_size: int = setting(None, "global batch size", small=16, paper=4096, type=POSITIVE)
     micro_batch: int = setting(64, "regions of one pass; gradients add up", type=POSITIVE)
     steps: int = setting(None, "optimizer steps", 3000, type=POSITIVE)
-    epochs: int = setting(None, "passes over all windows", None, 100, type=POSITIVE)
+    epochs: int = setting(None, "passes over all windows", paper=100, type=POSITIVE)
     lr: float = setting(None, "peak rate, instead of the base rate", type=RATE)
-    blr: float = setting(None, "base rate: lr = blr * batch / 256", 0.032, 1.5e-4, type=RATE)
-    weight_decay: float = setting(None, "on matrices", 0.05, 0.05, type=RATE)
+    blr: float = setting(None, "lr = blr * batch / 256", small=0.032, paper=1.5e-4, type=RATE)
+    weight_decay: float = setting(None, "on matrices", small=0.05, paper=0.05, type=DECAY)
     min_cover: float = setting(1.0, "share of its cells that a window must hold", type=SHARE)
     holdout: float = setting(0.05, "share of cases to measure the loss on", type=BELOW_ONE)
     save_every: int = setting(100, "steps between checkpoints", type=POSITIVE)
@@ -189,7 +190,7 @@ LOG_EVERY = 10  # steps
 
 
 def pretrain(config: PretrainConfig) -> dict:
-    """MEM or CMEM on every slide that is in no tune or test split. Returns result.json.
+    """MEM or CMEM on every slide that is in no tune or test split. Returns what result.json holds.
 
     Raises MixmagError for settings or data that cannot be used. Source: paper section 3.1.
     """
@@ -225,7 +226,7 @@ def pretrain(config: PretrainConfig) -> dict:
 def pretraining_split(folder: Path, holdout: float) -> tuple[list, list]:
     """Slide ids to train on, and to measure the loss on. Whole cases are held out.
 
-    A hash of a case's name decides, so the choice depends on nothing else.
+    The cases whose hashed names come first are held out: the choice moves little with the cohort.
     """
     case_of = {}
     for task in data.task_names(folder):
@@ -285,17 +286,17 @@ def pretrain_loop(config, run: Run, model, dataset, total: int, peak: float) -> 
     log(f"{run.folder}: {parameter_count(model)}, {machine}, {len(dataset.slides)} slides")
     log(f"{len(dataset)} windows, {total} steps of {config.batch_size}, peak rate {peak:.2e}")
     start = run.load(model, optimizer)["done"]
-    share = config.batch_size // machine.world
+    own = config.batch_size // machine.world  # regions of this process in a batch
     loads = data.prefetch(
         lambda indices: data.pinned(dataset.batch(indices), machine.device),
-        micro_batches(config, start, total, share, machine.rank),
+        micro_batches(config, start, total, own, machine.rank),
         config.workers,
     )
     began = time.time()
     recent = []
     bar = progress(total=total, initial=start, desc="pretrain")
     for step in range(start, total):
-        parts = itertools.islice(loads, math.ceil(share / config.micro_batch))
+        parts = itertools.islice(loads, math.ceil(own / config.micro_batch))
         sums = train_step(model, parts, config.batch_size, machine)
         sum_gradients(model, machine)
         rate = peak * lr_at(step, total, round(config.warmup * total))
@@ -321,12 +322,12 @@ def pretrain_loop(config, run: Run, model, dataset, total: int, peak: float) -> 
     return seconds
 
 
-def micro_batches(config, start: int, total: int, share: int, rank: int):
+def micro_batches(config, start: int, total: int, own: int, rank: int):
     """The samples of this process, step by step, in parts of at most `micro_batch`."""
     for step in range(start, total):
-        first = step * config.batch_size + rank * share
-        for i in range(0, share, config.micro_batch):
-            yield range(first + i, first + min(i + config.micro_batch, share))
+        first = step * config.batch_size + rank * own
+        for i in range(0, own, config.micro_batch):
+            yield range(first + i, first + min(i + config.micro_batch, own))
 
 
 def mem_step(model, parts: Iterable[dict], regions: int, machine) -> dict:
@@ -348,8 +349,8 @@ def mem_step(model, parts: Iterable[dict], regions: int, machine) -> dict:
 def cmem_step(model, parts: Iterable[dict], regions: int, machine) -> dict:
     """As mem_step, with NT-Xent over the whole global batch, also when it comes in parts.
 
-    All projections are made first, without a graph. Each part then goes backward with its slice of
-    the gradient of NT-Xent by the projections. Source: GradCache, Gao et al. 2021.
+    All projections are made first, without a graph, and give the gradient of NT-Xent with respect
+    to each projection. Each part then goes backward with its own. Source: GradCache (Gao, 2021).
     """
     parts = [data.to_device(part, machine.device) for part in parts]
     if len(parts) == 1 and machine.world == 1:
@@ -361,6 +362,7 @@ def cmem_step(model, parts: Iterable[dict], regions: int, machine) -> dict:
         weight = part["x"].shape[1] / regions
         with machine.autocast():
             out = model(part["x"], part["removed"], part["valid"])
+        # its gradient is this part's share of the gradient of NT-Xent
         pull = (out.projection.float() * gradient).sum()
         machine.scaler.scale(out.mem * weight + factor * pull).backward()
         out.contrastive = contrastive
@@ -370,7 +372,7 @@ def cmem_step(model, parts: Iterable[dict], regions: int, machine) -> dict:
 
 
 def projection_gradients(model, parts: list[dict], machine) -> tuple[torch.Tensor, list]:
-    """NT-Xent of the global batch, and for each part its gradient by the projections (2, b, P)."""
+    """NT-Xent of the global batch; for each part, its gradient at the projections (2, b, P)."""
     projections = []
     for part in parts:
         valid = None if part["valid"] is None else part["valid"].flatten(0, 1)
@@ -381,7 +383,7 @@ def projection_gradients(model, parts: list[dict], machine) -> tuple[torch.Tenso
             projections.append(model.project(cls).float())
     own = torch.cat(projections, dim=1)  # (2, B / world, P)
     of_all = own.new_zeros(machine.world, *own.shape)
-    of_all[machine.rank] = own
+    of_all[machine.rank] = own  # the sum over processes gathers them
     z = machine.sum(of_all).transpose(0, 1).flatten(1, 2)  # (2, B, P)
     z.requires_grad_()
     loss = mixmag.nt_xent(z[0], z[1], model.config.temperature)
@@ -403,7 +405,7 @@ def add_to_sums(sums: dict, out: mixmag.Outputs, weight: float) -> None:
 # ---------------------------------------------------------------------------------- fine-tuning
 
 
-def magnification(text: str) -> str | float:
+def parse_magnification(text: str) -> str | float:
     """all, or a number; STAMP's may be 8.75."""
     return text if text == "all" else data.whole_if_possible(float(text))
 
@@ -415,17 +417,19 @@ class FinetuneConfig(TrainingConfig):
     task: str = setting(dataclasses.MISSING, "name of a table in DATA/tasks")
     init: str = setting(None, "RUN, random or none (default: the newest pretraining run)")
     tokens: str = setting("patch", "table 1 or table 2", choices=("patch", "cls"))
-    magnification: str | float = setting("all", "all, or the only one read", type=magnification)
+    magnification: str | float = setting(
+        "all", "all, or the only one read", type=parse_magnification
+    )
     preset: str = setting(None, "sizes (default: the encoder's)", choices=PRESETS)
     region: int = setting(None, "cells per side (default: the encoder's)", type=POSITIVE)
-    batch_size: int = setting(None, "global batch size", 16, 32, type=POSITIVE)
-    epochs: int = setting(None, "passes over the train split", 20, 20, type=POSITIVE)
+    batch_size: int = setting(None, "global batch size", small=16, paper=32, type=POSITIVE)
+    epochs: int = setting(None, "passes over the train split", small=20, paper=20, type=POSITIVE)
     frozen_epochs: int = setting(1, "epochs before the encoder learns (paper: 1)", type=NATURAL)
-    lr: float = setting(None, "the aggregator's peak rate", 1e-2, 1e-3, type=RATE)
-    encoder_rate: float = setting(None, "encoder's rate / lr", 0.3, 0.1, type=SHARE)
+    lr: float = setting(None, "the aggregator's peak rate", small=1e-2, paper=1e-3, type=RATE)
+    encoder_rate: float = setting(None, "encoder's rate / lr", small=0.3, paper=0.1, type=SHARE)
     layer_decay: float = setting(0.75, "each layer's rate to the next (paper 4.3)", type=SHARE)
-    weight_decay: float = setting(None, "on matrices", 1.0, 0.05, type=RATE)
-    hidden: int = setting(None, "width of AB-MIL's attention", 64, 256, type=POSITIVE)
+    weight_decay: float = setting(None, "on matrices", small=1.0, paper=0.05, type=DECAY)
+    hidden: int = setting(None, "width of AB-MIL's attention", small=64, paper=256, type=POSITIVE)
     dropout: float = setting(0.2, "before and after pooling", type=BELOW_ONE)
     smoothing: float = setting(0.1, "label smoothing", type=SHARE)
     case_score: str = setting("auto", "of a case's slides", choices=("auto", "max", "mean"))
@@ -435,14 +439,14 @@ class FinetuneConfig(TrainingConfig):
 
 # Eq. 9 needs the label, so it cannot choose a slide at test time
 CASE_SCORES: dict[str, Callable] = {"max": np.max, "mean": np.mean}
-ABMIL_EPOCHS = {"small": 60, "paper": 20}  # without an encoder few tokens learn late, but cheaply
+ABMIL_EPOCHS = {"small": 60, "paper": 20}  # AB-MIL without an encoder learns late, and is cheap
 
 
 def finetune(config: FinetuneConfig) -> dict:
     """Train on the train split, keep the best epoch by the tune split, score the test split once.
 
-    Returns result.json, or {} for a dry run. Raises MixmagError for an encoder that saw tune or
-    test cases, and for data that does not fit it. Source: paper section 4.3.
+    Returns what result.json holds, or {} for a dry run. Raises MixmagError for an encoder that saw
+    tune or test cases, and for data that does not fit it. Source: paper section 4.3.
     """
     config = apply_preset(adopt_encoder_settings(config))
     machine = start_machine(config.device, config.amp, preset_width(config.preset))
@@ -450,7 +454,7 @@ def finetune(config: FinetuneConfig) -> dict:
     cases = data.read_task(folder, config.task)
     slide_ids = [i for case in cases for i in case.slide_ids]
     slides = {slide.slide_id: slide for slide in data.read_slides(folder, slide_ids)}
-    if is_run(config.init):
+    if is_pretrained(config.init):
         check_no_leakage(config.init, folder, cases)
     model = make_classifier(config, slides, cases, machine)
     sets = split_cases(config, model, slides, cases)
@@ -459,7 +463,7 @@ def finetune(config: FinetuneConfig) -> dict:
             print(finetuning_plan(model, sets))
         return {}
     files = [folder / "tasks" / f"{config.task}.csv"]
-    if is_run(config.init):
+    if is_pretrained(config.init):
         files.append(encoder_folder(config.init) / "model.safetensors")
     settings = run_settings("finetune", config, model.config, list(slides.values()), files)
     run = Run(config, settings, machine)
@@ -475,7 +479,7 @@ def adopt_encoder_settings(config: FinetuneConfig) -> FinetuneConfig:
     """The config with an encoder, and with the preset and region of that encoder."""
     init = config.init or str(newest_pretraining())
     known: dict = {}
-    if is_run(init):
+    if is_pretrained(init):
         known = data.read_json(encoder_folder(init) / "config.json")
     region = known.get("model", {}).get("region", config.region or 3)
     if config.region not in (None, region):
@@ -486,7 +490,7 @@ def adopt_encoder_settings(config: FinetuneConfig) -> FinetuneConfig:
     return dataclasses.replace(config, init=init, preset=preset, region=region)
 
 
-def is_run(init: str) -> bool:
+def is_pretrained(init: str) -> bool:
     return init not in ("none", "random")
 
 
@@ -517,13 +521,13 @@ def check_no_leakage(init: str, folder: Path, cases: list) -> None:
 def make_classifier(config, slides: dict, cases: list, machine) -> mixmag.SlideClassifier:
     """The encoder of `config.init` under a new AB-MIL.
 
-    Where the encoder brings no constants to standardise its inputs, those of the training slides
-    serve: over the tokens that are read, and without an encoder for each magnification by itself.
+    A pretrained encoder brings the constants that standardise its inputs. A random one gets those
+    of the training slides. Without an encoder, each magnification gets constants of its own.
     """
     torch.manual_seed(config.seed)
     any_slide = next(iter(slides.values()))
     encoder = None
-    if is_run(config.init):
+    if is_pretrained(config.init):
         encoder = read_encoder(config.init, any_slide)
         model_config = encoder.config
     else:
@@ -537,7 +541,7 @@ def make_classifier(config, slides: dict, cases: list, machine) -> mixmag.SlideC
         )
     except ValueError as error:
         raise MixmagError(f"--tokens or --magnification: {error}") from None
-    if not is_run(config.init):
+    if not is_pretrained(config.init):
         train = [slides[i] for case in cases if case.split == "train" for i in case.slide_ids]
         fit_standardization(model, train)
     model.to(machine.device)
@@ -603,7 +607,7 @@ def finetune_loop(config, run: Run, model, sets: dict) -> dict:
         loss, norm = finetune_epoch(config, model, optimizer, sets["train"], epoch, run, bar)
         scores = score_cases(model, sets["tune"], run.machine, config.batch_size)
         rule, tune = best_case_score(sets["tune"], scores, config.case_score)
-        if tune >= best["tune_auroc"]:  # of equals the later one has learned longer
+        if tune >= best["tune_auroc"]:  # of equally good epochs the last has learned longest
             state = {name: value.cpu().clone() for name, value in model.state_dict().items()}
             best = {"model_state": state, "tune_auroc": tune}
             best |= {"best_epoch": epoch, "case_score": rule}
@@ -630,7 +634,7 @@ def finetune_epoch(config, model, optimizer, dataset, epoch: int, run, bar) -> t
     )
     for i, batch in enumerate(loads):
         step = epoch * len(batches) + i
-        # dropout follows from the step, so a resumed run draws the same
+        # dropout follows from seed, step and process, so a resumed run draws the same
         torch.manual_seed((1_000_003 * config.seed + step) * machine.world + machine.rank)
         loss = finetune_step(model, batch, config.smoothing, len(batches[i]), machine)
         sum_gradients(model, machine)
@@ -650,9 +654,8 @@ def finetune_epoch(config, model, optimizer, dataset, epoch: int, run, bar) -> t
 
 
 def finetune_step(model, batch: dict, smoothing: float, cases: int, machine) -> float:
-    """Forward and backward over this process's cases of a batch of `cases`; its share of the loss.
-
-    A process without a case left takes the step too, for its scaler and optimizer go on.
+    """Forward and backward over this process's cases of a batch of `cases`. Returns its part of the
+    mean loss. A process without a case in this batch adds nothing to the gradient.
     """
     if not batch:
         machine.scaler.scale(torch.zeros((), device=machine.device))
@@ -712,7 +715,7 @@ def score_cases(model, dataset, machine, batch_size: int) -> list[np.ndarray]:
 
 
 def best_case_score(dataset, slide_scores: list, wanted: str) -> tuple[str, float]:
-    """The rule that makes a case's score of its slides' scores, and its AUROC; max on a tie."""
+    """How a case's score is made from the scores of its slides, and its AUROC; max on a tie."""
     found = {}
     for rule in CASE_SCORES:
         if wanted in ("auto", rule):
@@ -724,7 +727,7 @@ def best_case_score(dataset, slide_scores: list, wanted: str) -> tuple[str, floa
 def case_scores(dataset, slide_scores: list, rule: str) -> list[float]:
     scores = []
     for case, of_slides in zip(dataset.cases, slide_scores, strict=True):
-        scores.append(float(CASE_SCORES[rule](of_slides)))
+        scores.append(float(CASE_SCORES[rule](of_slides, axis=0)))
         if not math.isfinite(scores[-1]):
             names = ", ".join(case.slide_ids)
             raise MixmagError(f"case {case.case_id}, slides {names}: NaN; see data.py verify")
@@ -766,14 +769,14 @@ def bootstrap_aurocs(labels, scores, seed: int, resamples: int = 1000) -> np.nda
     """
     positive = np.array([score for score, label in zip(scores, labels, strict=True) if label])
     negative = np.array([score for score, label in zip(scores, labels, strict=True) if not label])
-    P = len(positive)
-    N = len(negative)
-    if min(P, N) < 2:
+    n1 = len(positive)
+    n0 = len(negative)
+    if min(n1, n0) < 2:
         return None
     rng = np.random.default_rng(seed)
-    drawn = [rng.choice(positive, (resamples, P)), rng.choice(negative, (resamples, N))]
-    ranks = stats.rankdata(np.concatenate(drawn, axis=1), axis=1)[:, :P]  # of the positives
-    return (ranks.sum(axis=1) - P * (P + 1) / 2) / (P * N)  # Mann-Whitney U / (P N)
+    drawn = [rng.choice(positive, (resamples, n1)), rng.choice(negative, (resamples, n0))]
+    ranks = stats.rankdata(np.concatenate(drawn, axis=1), axis=1)[:, :n1]  # of the positives
+    return (ranks.sum(axis=1) - n1 * (n1 + 1) / 2) / (n1 * n0)  # Mann-Whitney U / (n1 n0)
 
 
 def interval(samples: np.ndarray | None) -> list[float] | None:
@@ -1244,23 +1247,18 @@ def finish_pretraining(config, run: Run, model, directions, held_out_ids, facts:
 
 def plot(width: float = 6.4, height: float = 3.6, **grid):
     """A figure and its axis, or its grid of axes."""
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot: no display and nothing global
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained", **grid)
+    figure = Figure((width, height), layout="constrained")
+    axes = figure.subplots(**grid)
     for axis in np.ravel(axes):
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
 def save_figure(figure, path) -> None:
-    from matplotlib import pyplot
-
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
-    pyplot.close(figure)
 
 
 def draw_curve(run: Run, losses: dict, magnifications, least: dict | None, title: str) -> None:
@@ -1730,7 +1728,7 @@ def train_cell(seed: int, row: str, task: str, out: Path, pretraining, finetunin
         finetuning.tokens = tokens[0]
     if method in ("abmil", "random"):
         finetuning.init = {"abmil": "none", "random": "random"}[method]
-        finetuning.magnification = magnification(setting)
+        finetuning.magnification = parse_magnification(setting)
         return finetune(finetuning)
     finetuning.init = str(folder / f"{method}-{setting}")
     pretraining = dataclasses.replace(pretraining, seed=seed, out=finetuning.init)

@@ -8,24 +8,22 @@ processor time, which other work hardly changes. The peer ViTMAE needs `pip inst
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import io
 import math
 import multiprocessing
 import os
-import platform
-import statistics
-import struct
-import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import openslide
+import tifffile
 import torch
 from PIL import Image
 
@@ -34,27 +32,27 @@ import data
 import mixmag
 import train
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = data.find_device("auto")
+COLUMNS = ("line", "value", "unit", "ratio", "peer", "target")
+ROW = "{:<45} {:9.1f} {:<8} {:6.2f} x {:<8} (target {:g})"
 
 
-def machine() -> str:
-    processor = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and "model name" in cpuinfo.read_text():
-        processor = cpuinfo.read_text().split("model name")[1].splitlines()[0].strip("\t :")
+def describe_machine() -> str:
+    about = Path("/proc/cpuinfo").read_text().partition("model name")[2]
+    processor = about.partition("\n")[0].strip("\t :")
     threads = torch.get_num_threads()
     return f"{processor}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}"
 
 
 def in_turn(repeats: int, clock=time.perf_counter, **functions) -> dict:
-    """name -> seconds of each round."""
-    seconds = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
+    """name -> (repeats,) seconds of each round."""
+    seconds = np.empty((repeats, len(functions)))
+    for i in range(repeats):
+        for k, function in enumerate(functions.values()):
             began = clock()
             function()
-            seconds[name].append(clock() - began)
-    return seconds
+            seconds[i, k] = clock() - began
+    return dict(zip(functions, seconds.T, strict=True))
 
 
 def model_clock() -> float:
@@ -65,22 +63,11 @@ def model_clock() -> float:
     return time.perf_counter()
 
 
-def row(
-    line: str, work: float, unit: str, seconds: dict, peer: str, target: float, share: float = 1.0
-) -> dict:
-    """The work per second of "ours", and how many times as fast as the peer it is.
-
-    share: our work / the peer's work.
-    """
-    rounds = zip(seconds["ours"], seconds[peer], strict=True)
-    ratio = share * statistics.median(theirs / ours for ours, theirs in rounds)
-    value = work / statistics.median(seconds["ours"])
-    return result(line, value, unit, ratio, peer, target)
-
-
-def result(line: str, value: float, unit: str, ratio: float, peer: str, target: float) -> dict:
-    names = ("line", "value", "unit", "ratio", "peer", "target")
-    return dict(zip(names, (line, value, unit, ratio, peer, target), strict=True))
+def row(line: str, work: float, unit: str, seconds: dict, peer: str, target: float) -> tuple:
+    """The work per second of "ours", and how many times as fast as the peer it is."""
+    value = work / np.median(seconds["ours"])
+    ratio = np.median(seconds[peer] / seconds["ours"])
+    return line, value, unit, ratio, peer, target
 
 
 def peak_memory() -> int:
@@ -94,20 +81,23 @@ def in_child(function, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-# --------------------------------------------------------------------------------------------------------------- tiling
+def lattice(cols: int, rows: int) -> np.ndarray:
+    """(rows * cols, 2) places (col, row), row by row."""
+    return np.argwhere(np.ones((rows, cols)))[:, ::-1]
+
+
+# ------------------------------------------------------------------------------------------ tiling
 
 
 def jpeg_tiles(picture: np.ndarray, side: int, **settings):
-    """A picture as encoded JPEG tiles, row-major, as in a scanner's file. settings: Pillow's for JPEG."""
-    padded = np.pad(
-        picture, [(0, -picture.shape[0] % side), (0, -picture.shape[1] % side), (0, 0)], mode="edge"
-    )
-    for y in range(0, padded.shape[0], side):
-        for x in range(0, padded.shape[1], side):
+    """Yields a picture's tiles as JPEG bytes, row by row. settings: Pillow's for JPEG."""
+    height, width, _ = picture.shape
+    padded = np.pad(picture, [(0, -height % side), (0, -width % side), (0, 0)], mode="edge")
+    settings = {"quality": 80, "subsampling": "4:2:0", **settings}
+    for y in range(0, height, side):
+        for x in range(0, width, side):
             file = io.BytesIO()
-            Image.fromarray(padded[y : y + side, x : x + side]).save(
-                file, "JPEG", **{"quality": 80, "subsampling": "4:2:0", **settings}
-            )
+            Image.fromarray(padded[y : y + side, x : x + side]).save(file, "JPEG", **settings)
             yield file.getvalue()
 
 
@@ -120,235 +110,189 @@ def write_jpeg_tiff(
     tables: bytes = b"",
     description: bytes = b"made for a test",
 ) -> None:
-    """A tiled BigTIFF of levels (width, height, encoded JPEG tiles). Equal tiles are stored once, so a huge slide may be a small file.
-    photometric: 6 for YCbCr, 2 for RGB; tables: what all tiles share, if they do; description: longer than 8 bytes."""
+    """A BigTIFF of levels (width, height, JPEG tiles). Equal tiles of a level are stored once.
 
-    def entry(tag, kind, count, value):
-        return struct.pack("<HHQ", tag, kind, count) + (
-            value if isinstance(value, bytes) else struct.pack("<Q", value)
-        ).ljust(8, b"\0")
+    photometric: 6 for YCbCr, 2 for RGB. tables: JPEG tables that all tiles share.
+    """
+    tiles_of = []
+    with tifffile.TiffWriter(path, bigtiff=True) as tiff:
+        for level, (width, height, tiles) in enumerate(levels):
+            tiles_of.append(list(tiles))
+            per_cm = 1e4 / mpp * width / levels[0][0]
+            tiff.write(
+                without_repeats(tiles_of[-1]),
+                shape=(height, width, 3),
+                dtype="uint8",
+                tile=(side, side),
+                photometric="rgb",
+                compression="adobe_deflate",  # JPEG would need the package imagecodecs
+                jpegtables=tables or None,
+                resolution=(per_cm, per_cm),
+                resolutionunit="centimeter",
+                subfiletype=int(level > 0),
+                description=description,
+                metadata=None,
+            )
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        for page, tiles in zip(tiff.pages, tiles_of, strict=True):
+            finish_page(page.tags, tiles, page.dataoffsets, photometric)
 
-    with open(path, "wb") as f:
-        f.write(struct.pack("<2sHHHQ", b"II", 43, 8, 0, 0))
-        link = 8  # where the place of the next directory is to be written
-        for width, height, tiles in levels:
-            known, places = {}, []
-            for tile in tiles:
-                if tile not in known:
-                    known[tile] = f.tell(), len(tile)
-                    f.write(tile)
-                places.append(known[tile])
-            arrays = []
-            for numbers in zip(*places):
-                arrays.append(f.tell() if len(numbers) > 1 else numbers[0])
-                f.write(struct.pack(f"<{len(numbers)}Q", *numbers))
-            per_cm = struct.pack("<II", round(1e7 / mpp * width / levels[0][0]), 1000)
-            shared = f.tell()
-            f.write(tables + description + b"\0")
-            tags = [
-                (254, 4, 1, int(link != 8)),
-                (256, 4, 1, width),
-                (257, 4, 1, height),
-                (258, 3, 3, struct.pack("<HHH", 8, 8, 8)),
-                (259, 3, 1, 7),
-                (262, 3, 1, photometric),
-                (270, 2, len(description) + 1, shared + len(tables)),
-                (277, 3, 1, 3),
-                (282, 5, 1, per_cm),
-                (283, 5, 1, per_cm),
-                (296, 3, 1, 3),
-                (322, 4, 1, side),
-                (323, 4, 1, side),
-                (324, 16, len(places), arrays[0]),
-                (325, 16, len(places), arrays[1]),
-                *([(347, 7, len(tables), shared)] if tables else []),
-                (530, 3, 2, struct.pack("<HH", 2, 2)),
-            ]
-            directory = f.tell()
-            f.write(struct.pack("<Q", len(tags)) + b"".join(entry(*tag) for tag in tags) + bytes(8))
-            following = f.tell() - 8
-            f.seek(link)
-            f.write(struct.pack("<Q", directory))
-            f.seek(0, 2)
-            link = following
+
+def without_repeats(tiles: list):
+    seen = set()
+    for tile in tiles:
+        yield b"" if tile in seen else tile
+        seen.add(tile)
+
+
+def finish_page(tags, tiles: list, offsets, photometric: int) -> None:
+    """Say that the tiles are JPEG, and where the first of equal tiles stands."""
+    first = {}
+    for tile, offset in zip(tiles, offsets, strict=True):
+        first.setdefault(tile, offset)
+    tags["TileOffsets"].overwrite([first[tile] for tile in tiles])
+    tags["TileByteCounts"].overwrite([len(tile) for tile in tiles])
+    tags["Compression"].overwrite(7)
+    tags["PhotometricInterpretation"].overwrite(photometric)
 
 
 def write_pyramid(path, picture: np.ndarray, mpp: float, shrinks) -> None:
     """Box-averaged levels."""
-    levels = [np.asarray(Image.fromarray(picture).reduce(n)) if n > 1 else picture for n in shrinks]
-    write_jpeg_tiff(
-        path, [(level.shape[1], level.shape[0], jpeg_tiles(level, 256)) for level in levels], mpp
-    )
+    levels = []
+    for n in shrinks:
+        level = np.asarray(Image.fromarray(picture).reduce(n))
+        height, width, _ = level.shape
+        levels.append((width, height, jpeg_tiles(level, 256)))
+    write_jpeg_tiff(path, levels, mpp)
 
 
 def write_sparse(path, width: int, height: int, shrinks, mpp: float) -> None:
-    """A slide of any size in a small file, whose equal tiles are stored once: glass, and tissue on 4096 x 2048 px that begin at (4096, 0)."""
-    rng, levels = np.random.default_rng(0), []
-    stained = np.asarray(
-        Image.fromarray(
-            rng.integers((90, 40, 90), (200, 120, 200), (17, 17, 3), dtype=np.uint8)
-        ).resize((256, 256))
-    )
-    (tissue,), (glass,) = (
-        list(jpeg_tiles(picture, 256))
-        for picture in (stained, np.full((256, 256, 3), 243, np.uint8))
-    )
+    """A small file of any size in pixels: glass, and tissue on 4096 x 2048 px from (4096, 0) on."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers((90, 40, 90), (200, 120, 200), (17, 17, 3), dtype=np.uint8)
+    (tissue,) = jpeg_tiles(np.asarray(Image.fromarray(noise).resize((256, 256))), 256)
+    (glass,) = jpeg_tiles(np.full((256, 256, 3), 243, np.uint8), 256)
+    levels = []
     for n in shrinks:
-        side = 256 * n  # of a tile, in level-0 pixels
-        levels.append(
-            (
-                width // n,
-                height // n,
-                [
-                    tissue if 4096 <= x < 8192 and y < 2048 else glass
-                    for y in range(0, height // n * n, side)
-                    for x in range(0, width // n * n, side)
-                ],
-            )
-        )
+        cols = math.ceil(width // n / 256)
+        rows = math.ceil(height // n / 256)
+        x, y = 256 * n * lattice(cols, rows).T  # in level-0 pixels
+        is_tissue = (x >= 4096) & (x < 8192) & (y < 2048)
+        tiles = np.array([glass, tissue], object)[is_tissue.astype(int)]
+        levels.append((width // n, height // n, tiles))
     write_jpeg_tiff(path, levels, mpp)
+
+
+def mean_colours():
+    """A tile encoder that takes hardly any time or memory."""
+    return lambda tiles: tiles[:, ::8, ::8].float().mean((1, 2))
+
+
+def tile_peak(folder: str) -> int:
+    """The most bytes that this process holds after `data.py tile`."""
+    flags = ["--slides", f"{folder}/huge.tiff", "--out", f"{folder}/d"]
+    with contextlib.redirect_stdout(sys.stderr):
+        assert data.main(["tile", *flags, "--encoder", "bench:mean_colours"]) == 0
+    return peak_memory()
 
 
 def tile_sparse(folder, width: int, height: int, shrinks) -> float:
     """MB of memory that `data.py tile` takes at most on such a slide of 0.25 um/px."""
-    write_sparse(Path(folder) / "huge.tiff", width, height, shrinks, 0.25)
-    (Path(folder) / "mine.py").write_text(
-        "def factory():\n    return lambda tiles: tiles[:, ::8, ::8].float().mean((1, 2))\n"
-    )
-    code = (
-        "import runpy, sys\nsys.argv = sys.argv[1:]\nsys.path.insert(0, sys.argv[0].rpartition('/')[0])\n"
-        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit as end:\n    assert not end.code\n"
-        "print('KiB', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
-    )  # ru_maxrss would count the parent's
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            code,
-            data.__file__,
-            "tile",
-            "--slides",
-            "huge.tiff",
-            "--out",
-            "d",
-            "--encoder",
-            "mine:factory",
-        ],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    assert "1 slides done" in done.stdout, done.stdout + done.stderr
-    return int(done.stdout.split("KiB")[1]) * 1024 / 1e6
-
-
-def plan_of(path, mpp=None):
-    """All windows of a slide, tissue or not."""
-    return data.plan_slide(data.Reader(path), data.TileSettings(mpp=mpp, min_tissue=0.0))
+    write_sparse(f"{folder}/huge.tiff", width, height, shrinks, 0.25)
+    return in_child(tile_peak, str(folder)) / 1e6
 
 
 def read_ours(path, plan, jpeg: bool = True) -> int:
-    """How many tiles there are. Without `jpeg`, OpenSlide decodes them all, as it does those of other formats."""
+    """How many tiles there are. Without `jpeg`, OpenSlide decodes them all."""
     reader = data.Reader(path)
-    reader.jpeg = reader.jpeg if jpeg else {}
+    if not jpeg:
+        reader.jpeg = {}
     return sum(len(tiles) for _, _, tiles in data.read_cells(reader, plan))
 
 
 def read_plain(path, plan, block: int) -> None:
-    """Decode the area that the cells cover at level 0, once, and throw it away."""
+    """Decode the area that the cells cover at level 0, once, in blocks."""
     slide = openslide.OpenSlide(path)
-    (left, right), (top, bottom) = (
-        np.round(lines[[0, -1]] * plan.downsample).astype(int).tolist() for lines in plan.lines
-    )
-    blocks = [
-        ((x, y), 0, (min(block, right - x), min(block, bottom - y)))
-        for y in range(top, bottom, block)
-        for x in range(left, right, block)
-    ]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for _ in pool.map(lambda place: slide.read_region(*place) and None, blocks):
-            pass
+    edges = np.array([lines[[0, -1]] for lines in plan.lines]) * plan.downsample
+    start, end = np.round(edges).astype(int).T  # (x, y)
+    cols, rows = np.ceil((end - start) / block).astype(int)
+
+    def read(corner):
+        size = np.minimum(block, end - corner)
+        slide.read_region(corner.tolist(), 0, size.tolist())
+
+    corners = start + block * lattice(cols, rows)
+    list(data.prefetch(read, corners, torch.get_num_threads()))
 
 
 def read_by_tile(path, plan) -> None:
-    """Magnification by magnification and tile by tile: the best level, Pillow, a resize to 224 px."""
+    """Magnification by magnification and tile by tile: the best level, Pillow, a resize."""
     slide = openslide.OpenSlide(path)
 
-    def read(place, level, side):
-        return np.asarray(
-            slide.read_region(place, level, (side, side))
-            .convert("RGB")
-            .resize((data.TILE_PX, data.TILE_PX))
-        )
+    def read(place):
+        corner, level, side = place
+        tile = slide.read_region(corner, level, (side, side)).convert("RGB")
+        np.asarray(tile.resize((data.TILE_PX, data.TILE_PX)))
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for k, magnification in enumerate(plan.magnifications):
-            step = plan.cell_px / 2**k
-            level = slide.get_best_level_for_downsample(step / data.TILE_PX)
-            side = round(step / slide.level_downsamples[level])
-            places = [
-                (round(plan.origin[0] + col * step), round(plan.origin[1] + row * step))
-                for row in range((len(plan.lines[1]) - 1) * 2**k)
-                for col in range((len(plan.lines[0]) - 1) * 2**k)
-            ]
-            for _ in pool.map(lambda place: read(place, level, side).shape, places):
-                pass
+    cols, rows = (len(lines) - 1 for lines in plan.lines)
+    for k in range(len(plan.magnifications)):
+        step = plan.cell_px / 2**k  # the side of a tile in level-0 pixels
+        level = slide.get_best_level_for_downsample(step / data.TILE_PX)
+        side = round(step / slide.level_downsamples[level])
+        corners = np.round(plan.origin + step * lattice(cols * 2**k, rows * 2**k)).astype(int)
+        places = [(corner, level, side) for corner in corners.tolist()]
+        list(data.prefetch(read, places, torch.get_num_threads()))
 
 
 def tiling_rows(name: str, path, mpp=None, repeats: int = 5):
-    plan = plan_of(path, mpp)
-    best = min(
-        (1024, 2048, 4096),
-        key=lambda block: min(in_turn(2, plain=lambda: read_plain(path, plan, block))["plain"]),
-    )
-    peers = dict(
-        plain=lambda: read_plain(path, plan, best), by_tile=lambda: read_by_tile(path, plan)
-    )
-    for way, jpeg in (("", True), (", all by OpenSlide", False))[
-        : 1 + bool(data.Reader(path).jpeg)
-    ]:
-        seconds = in_turn(repeats, ours=lambda: read_ours(path, plan, jpeg), **peers)
-        tiles = read_ours(path, plan)
-        yield row(name + way, tiles, "tiles/s", seconds, "plain", 0.8)
-        yield row(name + way, tiles, "tiles/s", seconds, "by_tile", 2.0)
+    settings = data.TileSettings(mpp=mpp, min_tissue=0.0)  # all windows, tissue or not
+    plan = data.plan_slide(data.Reader(path), settings)
+    blocks = [functools.partial(read_plain, path, plan, block) for block in (1024, 2048, 4096)]
+    fastest = min(blocks, key=lambda read: in_turn(2, plain=read)["plain"].min())
+    by_tile = functools.partial(read_by_tile, path, plan)
+    ways = [(name, True)]
+    if data.Reader(path).jpeg:
+        ways.append((f"{name}, all by OpenSlide", False))
+    tiles = read_ours(path, plan)
+    for line, jpeg in ways:
+        ours = functools.partial(read_ours, path, plan, jpeg)
+        seconds = in_turn(repeats, ours=ours, plain=fastest, by_tile=by_tile)
+        yield row(line, tiles, "tiles/s", seconds, "plain", 0.8)
+        yield row(line, tiles, "tiles/s", seconds, "by_tile", 2.0)
 
 
 def tiling():
-    """`plain`: OpenSlide decodes level 0 once and throws it away, at the best block size; `by_tile`: as tools that read every tile by itself."""
+    """`plain`: OpenSlide decodes level 0 once, in blocks of the fastest size.
+
+    `by_tile`: as tools that read every tile by itself.
+    """
     rng = np.random.default_rng(0)
-    picture = data.synth_picture(rng, 2600, 2600)[300:2300, 300:2300] + rng.normal(
-        0, 6, (2000, 2000, 3)
-    )
-    picture = np.tile(
-        picture.clip(0, 255).astype(np.uint8), (6, 6, 1)
-    )  # 1.56 bits per pixel as JPEG; CMU-1 has 1.55
+    picture = data.synth_picture(rng, 2600, 2600)[300:2300, 300:2300]
+    # With this noise a pixel takes 1.56 bits as JPEG; those of the real slide CMU-1 take 1.55.
+    noisy = (picture + rng.normal(0, 6, picture.shape)).clip(0, 255).astype(np.uint8)
+    picture = np.tile(noisy, (6, 6, 1))
     with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "slide.tiff"
         for name, mpp, shrinks in (
             ("20x scan, 0.5 um/px, levels 1 2 4", 0.5, (1, 2, 4)),
             ("20x scan, 0.499 um/px, levels 1 4 16", 0.499, (1, 4, 16)),
             ("40x scan, 0.2522 um/px, levels 1 4 16", 0.2522, (1, 4, 16)),
         ):
-            path = Path(folder) / "slide.tiff"
             write_pyramid(path, picture, mpp, shrinks)
             yield from tiling_rows(f"JPEG, {name}", path)
     if os.environ.get("MIXMAG_REAL"):
+        slides = Path(os.environ["MIXMAG_REAL"]) / "slides"
         for name, mpp in (("CMU-1-Small-Region.svs", None), ("TCGA-CR-7395-01A-01-TS1.svs", 0.5)):
-            yield from tiling_rows(name, Path(os.environ["MIXMAG_REAL"]) / "slides" / name, mpp)
+            yield from tiling_rows(name, slides / name, mpp)
 
 
 def memory():
-    """A slide of 100,000 x 100,000 px with and without a pyramid; minutes, for without one its thumbnail takes every pixel."""
+    """Minutes: where a slide has no pyramid, its thumbnail takes every pixel."""
     for shrinks in ((1, 4, 16), (1,)):
         with tempfile.TemporaryDirectory() as folder:
             peak = tile_sparse(folder, 100_000, 100_000, shrinks)
-        yield {
-            "line": f"tile 100,000 x 100,000 px, levels {shrinks}",
-            "value": peak,
-            "unit": "MB",
-            "peer": "1 GB",
-            "ratio": 1000 / peak,
-            "target": 1.0,
-        }
+        line = f"tile 100,000 x 100,000 px, levels {shrinks}"
+        yield line, peak, "MB", 1000 / peak, "1 GB", 1.0
 
 
 # ------------------------------------------------------------------------------------- pretraining
@@ -367,15 +311,14 @@ def step_flops(config, M: int) -> int:
 
     The input layer goes backward once, as its input needs no gradient.
     """
-    N = config.geometry().num_tokens
-    n = N - M + config.cls_tokens
+    kept = config.geometry().num_tokens - M
+    n = kept + config.cls_tokens
     d = config.decoder_width
-    all_tokens = N + config.cls_tokens
     encoder = config.depth * block_flops(config.width, n, n)
-    decoder = (config.decoder_depth - 1) * block_flops(d, all_tokens, all_tokens)
-    decoder += block_flops(d, all_tokens, M)  # the last block
+    decoder = (config.decoder_depth - 1) * block_flops(d, n + M, n + M)
+    decoder += block_flops(d, n + M, M)  # the last block
     decoder += 2 * n * config.width * d + 2 * M * d * config.dim  # its first and last layers
-    return 3 * (encoder + decoder) + 2 * 2 * (N - M) * config.dim * config.width
+    return 3 * (encoder + decoder) + 2 * 2 * kept * config.dim * config.width
 
 
 def products(flops: float, dtype):
@@ -393,9 +336,7 @@ def products(flops: float, dtype):
     return multiply
 
 
-def mem_step(model, x, removed, dtype=None):
-    scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
-    machine = train.Machine(DEVICE, dtype, rank=0, world=1, scaler=scaler)
+def mem_step(model, x, removed, machine):
     slide = torch.zeros(len(x), device=DEVICE)
     part = {"x": x, "removed": removed, "valid": None, "slide": slide}
 
@@ -406,7 +347,7 @@ def mem_step(model, x, removed, dtype=None):
     return step
 
 
-def vit_mae(config, B: int, dtype):
+def vit_mae(config, B: int, machine):
     """transformers' masked autoencoder of the same sizes, on 14 x 14 patches of one pixel each."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -429,7 +370,7 @@ def vit_mae(config, B: int, dtype):
 
     def step():
         model.zero_grad(set_to_none=True)
-        with torch.autocast(DEVICE.type, dtype, enabled=dtype is not None):
+        with machine.autocast():
             loss = model(x).loss
         loss.backward()
 
@@ -450,15 +391,16 @@ def pretraining(repeats: int = 5):
     x = torch.randn(B, 189, 1280, device=DEVICE).half()
     removed = mixmag.random_removal(B, 189, 0.5, device=DEVICE)
     flops = B * step_flops(config, removed.shape[1])
-    for name, ours, dtype, target in (
-        ("bf16", model, torch.bfloat16, 0.7),
-        ("fp32", model, None, 0.9),
-        ("bf16, --compile", compiled, torch.bfloat16, 0.7),
+    for name, ours, amp, target in (
+        ("bf16", model, "bf16", 0.7),
+        ("fp32", model, "off", 0.9),
+        ("bf16, --compile", compiled, "bf16", 0.7),
     ):
-        steps = {"ours": mem_step(ours, x, removed, dtype)}
-        steps["products"] = products(flops, dtype or torch.float32)
+        machine = train.start_machine(amp=amp)
+        steps = {"ours": mem_step(ours, x, removed, machine)}
+        steps["products"] = products(flops, machine.dtype or torch.float32)
         try:
-            steps["ViTMAE"] = vit_mae(config, B, dtype)
+            steps["ViTMAE"] = vit_mae(config, B, machine)
         except ImportError:
             print("ViTMAE: skipped, transformers is not installed")
         for step in steps.values():
@@ -467,7 +409,8 @@ def pretraining(repeats: int = 5):
         line = f"MEM step, paper preset, {name}"
         yield row(line, B * 189, "tokens/s", seconds, "products", target)
         if "ViTMAE" in steps:
-            yield row(line, B * 189, "tokens/s", seconds, "ViTMAE", 1.5, share=189 / 196)
+            seconds["ViTMAE"] *= 189 / 196  # it has more tokens
+            yield row(line, B * 189, "tokens/s", seconds, "ViTMAE", 1.5)
 
 
 # ----------------------------------------------------------------------------------------- loading
@@ -475,32 +418,22 @@ def pretraining(repeats: int = 5):
 
 def write_cohort(folder, slides: int, side: int, dim: int = 1280) -> None:
     """Slides of side x side cells with random embeddings."""
-    cells = np.argwhere(np.ones((side, side)))[:, ::-1].astype(np.int32)  # (col, row), by rows
+    cells = lattice(side, side).astype(np.int32)
     valid = np.ones((len(cells), 21), bool)
     rng = np.random.default_rng(0)
     features = rng.standard_normal((len(cells), 21, dim), np.float32).astype(np.float16)
-    meta = {
-        "encoder": "bench",
-        "magnifications": [5, 10, 20],
-        "tile_px": 224,
-        "mpp": 0.5,
-        "cell_px": 896.0,
-        "origin": [0.0, 0.0],
-        "width": 896 * side,
-        "height": 896 * side,
-        "n_bad": 0,
-    }
+    meta = {"encoder": "bench", "magnifications": [5, 10, 20], "tile_px": 224, "mpp": 0.5}
+    meta |= {"cell_px": 896.0, "origin": [0.0, 0.0], "width": 896 * side, "height": 896 * side}
     for i in range(slides):
-        name = f"{i:06d}"
-        path = Path(folder) / "slides" / f"{name}.safetensors"
-        data.write_slide(path, features, cells, valid, {"slide_id": name, **meta})
+        path = Path(folder) / "slides" / f"{i:06d}.safetensors"
+        data.write_slide(path, features, cells, valid, {"slide_id": path.stem, "n_bad": 0, **meta})
 
 
 def open_cohort(folder) -> data.RegionDataset:
     return data.RegionDataset(data.read_slides(folder), mixmag.Geometry(3), seed=0, mask=0.5)
 
 
-def loading(batches: int = 600, size: int = train.PretrainConfig.micro_batch):
+def loading(batches: int = 600, size: int = train.PretrainConfig.micro_batch, repeats: int = 3):
     """Random windows of 484 kB from files that the system holds in memory.
 
     `bare`: the same rows out of the same memory maps into one buffer, and nothing else.
@@ -509,15 +442,19 @@ def loading(batches: int = 600, size: int = train.PretrainConfig.micro_batch):
         write_cohort(folder, 24, 16)
         dataset = open_cohort(folder)
         parts = [range(i, i + size) for i in range(0, size * batches, size)]
-        (window,), (turn,), _ = dataset.draw(range(size * batches))
-        index, _ = data.token_rows(dataset.rows[window], dataset.entries[turn], 21)
-        slides = [slide.features.reshape(-1, 1280) for slide in dataset.slides]
-        sources = [slides[s] for s in dataset.slide_of[window]]
+        places = []  # of each sample: its slide's embeddings, and which rows of them
+        (windows,), (turns,), _ = dataset.draw(range(size * batches))
+        for window, turn in zip(windows, turns, strict=True):
+            slide = dataset.slides[dataset.slide_of[window]]
+            rows, _ = data.token_index(
+                slide, dataset.rows[window, None], dataset.turned_entries[turn]
+            )
+            places.append((slide.features.reshape(-1, slide.dim), rows[0]))
         out = np.empty((size, 189, 1280), np.float16)
 
         def bare():
-            for i, source in enumerate(sources):
-                np.take(source, index[i], axis=0, out=out[i % size], mode="clip")
+            for i, (features, rows) in enumerate(places):
+                np.take(features, rows, axis=0, out=out[i % size], mode="clip")
 
         def load(indices):
             return data.pinned(dataset.batch(indices), DEVICE)
@@ -528,7 +465,7 @@ def loading(batches: int = 600, size: int = train.PretrainConfig.micro_batch):
 
         bare()
         for workers in (0, 1, 2):
-            seconds = in_turn(3, ours=functools.partial(loaded, workers), bare=bare)
+            seconds = in_turn(repeats, ours=functools.partial(loaded, workers), bare=bare)
             line = f"windows, {workers} workers"
             yield row(line, size * batches, "windows/s", seconds, "bare", 0.5)
 
@@ -537,10 +474,7 @@ def loading(batches: int = 600, size: int = train.PretrainConfig.micro_batch):
 
 
 def slide_cost(regions: int, learns: bool) -> tuple[float, int]:
-    """Seconds and bytes at most for a slide through the paper preset in Patch mode.
-
-    learns: also backward.
-    """
+    """Seconds and bytes at most of a slide through the paper preset, with `learns` also back."""
     config = mixmag.Config.paper()
     model = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config), dropout=0.2).to(DEVICE)
     machine = train.start_machine(width=config.width)
@@ -564,15 +498,14 @@ def finetuning(most: int = 1000):
     sizes = [most // 8, most // 4, most // 2, most]
     peaks = []
     for regions in sizes:
-        _, peak = in_child(slide_cost, regions, True)
-        peaks.append(peak / 1e9)
+        peaks.append(in_child(slide_cost, regions, True)[1] / 1e9)
         line = f"slide of {regions} regions, {189 * regions:,} tokens"
-        yield result(line, peaks[-1], "GB", 8 / peaks[-1], "8 GB", 1.0)
+        yield line, peaks[-1], "GB", 8 / peaks[-1], "8 GB", 1.0
     slope, base = np.polyfit(sizes, peaks, 1)
     print(f"  {base:.2f} GB + {1e6 * slope / 189:.1f} kB per token")
 
 
-def bags():
+def bags(repeats: int = 9):
     """The aggregator on ragged bags, forward and backward. `loop`: bag by bag."""
     for name, dim, sizes in (
         ("32 bags of 1 to 64, 3072 wide", 3072, list(range(1, 65, 2))),
@@ -591,7 +524,7 @@ def bags():
             pooled = [pool(*bag)[0] for bag in alone]
             torch.cat(pooled).sum().backward()
 
-        seconds = in_turn(9, model_clock, ours=together, loop=loop)
+        seconds = in_turn(repeats, model_clock, ours=together, loop=loop)
         yield row(f"AB-MIL, {name}", len(sizes), "bags/s", seconds, "loop", 3.0)
 
 
@@ -609,32 +542,30 @@ def cohort_cost(slides: int) -> tuple[float, int]:
 
 
 def region_cost(region: int) -> tuple[float, int]:
-    """Seconds per token of a MEM step on about 3000 tokens, and the bytes held at most.
-
-    Regions have region x region cells.
-    """
+    """Seconds per token of a MEM step on about 3000 tokens in regions of region x region cells, and
+    the bytes held at most."""
     config = mixmag.Config.paper(region=region)
     N = config.geometry().num_tokens
     B = round(3024 / N)
     model = mixmag.MaskedEmbeddingModel(config).to(DEVICE)
     x = torch.randn(B, N, 1280, device=DEVICE).half()
     removed = mixmag.random_removal(B, N, 0.5, device=DEVICE)
-    step = mem_step(model, x, removed, train.amp_dtype("auto", DEVICE, config.width))
+    step = mem_step(model, x, removed, train.start_machine(width=config.width))
     step()
     seconds = in_turn(3, model_clock, ours=step)["ours"]
-    return statistics.median(seconds) / (B * N), peak_memory()
+    return np.median(seconds) / (B * N), peak_memory()
 
 
 def growth():
     """Each size in a process of its own. The peer is a line fitted to all sizes."""
     sides = {region: 21 * region**2 for region in range(1, 7)}
-    regions = {count: 189 * count for count in (6, 53, 530, 5300)}
-    slides = {count: count for count in (10, 100, 1000)}
-    encode = functools.partial(slide_cost, learns=False)
     yield from growth_rows(
         "cells a side, MEM step per token", region_cost, sides, "tokens in a region"
     )
+    regions = {count: 189 * count for count in (6, 53, 530, 5300)}
+    encode = functools.partial(slide_cost, learns=False)
     yield from growth_rows("regions of a slide, encoded", encode, regions, "tokens")
+    slides = {count: count for count in (10, 100, 1000)}
     yield from growth_rows("slides of a cohort, opened", cohort_cost, slides, "slides")
 
 
@@ -648,42 +579,33 @@ def growth_rows(name: str, cost, amounts: dict, unit: str):
     ratios = microseconds / np.polyval(time_line, amount)
     for i, size in enumerate(amounts):
         line = f"{name}: {size} ({megabytes[i] / 1e3:.2f} GB)"
-        yield result(line, microseconds[i], "us", ratios[i], "line", 1)
+        yield line, microseconds[i], "us", ratios[i], "line", 1
     print(
         f"  {time_line[1]:.3g} us + {time_line[0]:.3g} x {unit}, "
         f"{memory_line[1]:.3g} MB + {memory_line[0]:.3g} x {unit}"
     )
 
 
-BENCHES = {
-    "tiling": tiling,
-    "memory": memory,
-    "pretraining": pretraining,
-    "loading": loading,
-    "finetuning": finetuning,
-    "bags": bags,
-    "growth": growth,
-}
+BENCHES = [tiling, memory, pretraining, loading, finetuning, bags, growth]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=sorted(BENCHES), help="this one alone")
+    names = sorted(bench.__name__ for bench in BENCHES)
+    parser.add_argument("--only", choices=names, help="this one alone")
     parser.add_argument("--json", metavar="FILE", help="write the rows there, too")
     args = parser.parse_args()
-    print(machine())
-    names = [args.only] if args.only else list(BENCHES)
+    print(describe_machine())
     rows = []
-    for name in names:
-        for r in BENCHES[name]():
-            rows.append(r)
-            value = f"{r['line']:<45} {r['value']:9.1f} {r['unit']:<8}"
-            ratio = f"{r['ratio']:6.2f} x {r['peer']:<8} (target {r['target']:g})"
-            print(value, ratio, flush=True)
+    for bench in BENCHES:
+        if args.only in (None, bench.__name__):
+            for found in bench():
+                rows.append(dict(zip(COLUMNS, found, strict=True)))
+                print(ROW.format(*found), flush=True)
     if args.json:
-        data.write_json(args.json, {"machine": machine(), "rows": rows})
+        data.write_json(args.json, {"machine": describe_machine(), "rows": rows})
 
 
 if __name__ == "__main__":

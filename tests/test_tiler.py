@@ -22,7 +22,7 @@ from matplotlib.path import Path as Polygon
 from PIL import Image, ImageDraw, ImageFilter
 from scipy import ndimage
 from scipy.spatial import cKDTree
-from test_import import Trap
+from test_train import Evil
 
 import data
 from data import MixmagError, SlideReadError, TileSettings
@@ -167,8 +167,8 @@ def test_tiles_are_area_means(tmp_path, scale, levels):
 
 
 class Ramp(data.Reader):
-    """A slide of any size and pyramid. Its red grows along one axis, by one in 8 level-0 pixels from the
-    corner of what is read, and its green falls as much, so that rounding cancels."""
+    """A slide of any size and pyramid. Its red grows along one axis, by one in 8 level-0 pixels
+    from the corner of what is read, and its green falls as much, so that rounding cancels."""
 
     def __init__(self, width, height, downsamples, mpp, level_sizes=None):
         self.path = data.Path("ramp")
@@ -210,8 +210,8 @@ PYRAMIDS = [
 
 
 def test_children_tile_their_parent_at_any_mpp(no_tissue):
-    """Random mpp and pyramids: edges nest exactly and lie within a pixel of the finest magnification of
-    where the lattice has them, and a tile's pixels show its own place."""
+    """Random mpp and pyramids: edges nest exactly and lie within a pixel of the finest
+    magnification of where the lattice has them, and a tile's pixels show its own place."""
     rng = np.random.default_rng(0)
     for i in range(200):
         mpp = rng.uniform(0.2, 0.6)
@@ -399,8 +399,8 @@ ODD = {  # what one tile of level 0 becomes, and whether the others are still re
 
 @pytest.mark.parametrize("odd", ODD)
 def test_odd_jpeg_files_are_openslides_to_judge(tmp_path, odd):
-    """One tile, page or tag that is not like the others: every place is what OpenSlide makes of it, or
-    refused where OpenSlide refuses it."""
+    """One tile, page or tag that is not like the others: every place is what OpenSlide makes of it,
+    or refused where OpenSlide refuses it."""
     path, side = tmp_path / "s.tiff", 128
     levels = []
     for n in (1, 4):
@@ -429,7 +429,8 @@ def test_odd_jpeg_files_are_openslides_to_judge(tmp_path, odd):
 
 
 def test_damaged_jpeg_is_openslides_to_judge(tmp_path):
-    """A tile with any bytes changed is refused where OpenSlide refuses it, else what OpenSlide makes."""
+    """A tile with any bytes changed is refused where OpenSlide refuses it, else what OpenSlide
+    makes."""
     path = write_jpeg(tmp_path / "s.tiff", noisy(700, 700))
     rng, seen = np.random.default_rng(0), set()
     whole = path.read_bytes()
@@ -474,7 +475,7 @@ def test_tiles_beyond_all_measure_are_refused(tmp_path, tag, page, value, size):
     assert tiled(tmp_path / "d", "good").slide_id == "good"
 
 
-# ----------------------------------------------------------------------------------------------- mpp
+# ---------------------------------------------------------------------------------------------- mpp
 def says(x=None, y=None, res=None, unit=None, power=None):
     """The properties of a slide that says this of itself."""
     named = {
@@ -638,8 +639,8 @@ def strokes(rng, side):
 
 
 def paint(seed, fault, side=1792):
-    """A section on glass at 2 um/px with one thing wrong with it, as a JPEG, and where a region of it
-    should be taken: (side, side, 3) uint8, (side, side) bool."""
+    """A section on glass at 2 um/px with one thing wrong with it, as a JPEG, and where a region of
+    it should be taken: (side, side, 3) uint8, (side, side) bool."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
     tissue = (x**2 + y**2 + 0.15 * smooth_noise(rng, side, 400) < 0.45) & (fault != "empty")
@@ -696,7 +697,8 @@ def test_no_tissue_is_no_tissue():
 
 
 def test_blood_is_tissue():
-    """Red cells (mean of a clot in a real section: 183, 52, 76) are as red as ink; ink is smooth."""
+    """Red cells (mean of a clot in a real section: 183, 52, 76) are as red as ink; ink is
+    smooth."""
     picture = glass(300, 300)
     y, x = np.mgrid[:300, :300]
     clot = (y - 150) ** 2 + (x - 150) ** 2 < 90**2
@@ -784,7 +786,8 @@ def feature(geometry):
 
 @pytest.mark.parametrize("form", ["features", "multi", "geometries", "list"])
 def test_geojson_masks_are_the_polygons(tmp_path, form):
-    """Against matplotlib: a disc with a hole, an island in it, a disc that overlaps another's hole."""
+    """Against matplotlib: a disc with a hole, an island in it, a disc that overlaps another's
+    hole."""
     parts = [
         [ring(2000, 2000, 500)],
         [ring(2000, 2000, 1500), ring(2000, 2000, 900)],
@@ -871,7 +874,7 @@ def test_png_masks_cover_the_whole_slide(tmp_path, mode, size):
         (
             "m.geojson",
             json.dumps({"type": "Polygon", "coordinates": [ring(20000, 0, 100)]}).encode(),
-            "a polygon leaves the slide's \(9000, 5000\)",
+            r"a polygon leaves the slide's \(9000, 5000\)",
         ),
     ],
 )
@@ -931,8 +934,8 @@ def test_neighbours_of_a_bad_region_are_those_of_the_clean_slide(tmp_path, monke
 
 @pytest.mark.parametrize("levels", [(1, 8), (1,)])
 def test_missing_tissue_is_never_white(tmp_path, levels):
-    """A tile that is missing inside tissue makes its cell unreadable, whether or not a thumbnail still
-    shows it; one that is missing outside of tissue is glass."""
+    """A tile that is missing inside tissue makes its cell unreadable, whether or not a thumbnail
+    still shows it; one that is missing outside of tissue is glass."""
     picture = glass(3584, 3584)
     picture[256:3328, 256:3328] = pink(3072, 3072)
     clean = write_tiff(tmp_path / "s.tiff", picture, 0.5, levels)
@@ -996,7 +999,7 @@ def test_memory_is_bounded_on_huge_slides(tmp_path, width, height, levels):
     assert 3 <= len(tiled(tmp_path / "d", "huge").cells) <= 36
 
 
-# ---------------------------------------------------------------------------------- the tile command
+# --------------------------------------------------------------------------------- the tile command
 def test_real_slides(real, tmp_path):
     broken = sorted((real / "broken").iterdir())
     out, err = run(
@@ -1011,7 +1014,7 @@ def test_real_slides(real, tmp_path):
     assert Image.open(tmp_path / "qc/cmu-midfile-zeroed.png").size[0] > 500
     for slide_id, reason in (
         ("TCGA-CR-7395-01A-01-TS1", "says no mpp"),
-        ("ezwsi-multiframe_camelyon", "28.969"),
+        ("ezwsi-multiframe_camelyon", "28.97 x"),
         ("panimg-no_dzi", "give lower --magnifications"),
         ("highdicom-sm_image", "50 px are less than one cell"),
         ("panimg-invalid_resolutions_tiff", "says no mpp"),
@@ -1092,7 +1095,7 @@ def test_dry_run_plans_and_writes_nothing(tmp_path, capsys):
     for words in (
         "0.25 um/px (openslide.mpp-x)",
         "level 1",
-        "1 of 1 windows hold tissue",
+        "1 of 1 windows with",
         "1 cells, 21 tokens, 0.00 MB",
         "1 slides done, 0 failed",
     ):
@@ -1135,8 +1138,8 @@ def test_folders_are_searched_by_links_and_not_where_hidden(tmp_path):
 
 
 def test_flags_of_one_run_do_not_undo_another(tmp_path, monkeypatch, capsys):
-    """--mpp for a slide that says nothing leaves what was tiled at the slide's own mpp; another mpp, or
-    an encoder with other weights, is refused."""
+    """--mpp for a slide that says nothing leaves what was tiled at the slide's own mpp; another
+    mpp, or an encoder with other weights, is refused."""
     slides, out, weights = (tmp_path / name for name in ("s", "d", "weights.pt"))
     slides.mkdir()
     write_tiff(slides / "says.tiff", pink(900, 900), 0.5)
@@ -1253,15 +1256,15 @@ def test_what_an_encoder_may_return():
         (lambda b: mean(b) * 1e9, "beyond float16"),
         (lambda b: mean(b) / 0 * 0, "NaN"),
         (lambda b: b.sum((1, 2)), "of floats"),
-        (lambda b: mean(b)[:1], r"\(1, 3\) .* \(3, 3\)"),
+        (lambda b: mean(b)[:1], r"\(1, 3\), .* \(3, 3\)"),
         (lambda b: mean(b)[:, 0], r"\(3,\)"),
         (lambda b: b.float(), r"expected a tensor \(3, 3\) of floats"),
         (lambda b: mean(b).numpy(), "ndarray"),
-        (lambda b: mean(b)[:, : next(widths)], r"\(1, 2\) .*expected .* \(1, 3\)"),
+        (lambda b: mean(b)[:, : next(widths)], r"\(1, 2\), expected .* \(1, 3\)"),
     ):
         with pytest.raises(MixmagError, match=message):
             data.encode_tiles(encoder, tiles, 3, "cpu")
-    with pytest.raises(MixmagError, match=r"\(3, 3\) .*expected .* \(3, 4\)"):
+    with pytest.raises(MixmagError, match=r"\(3, 3\), expected .* \(3, 4\)"):
         data.encode_tiles(mean, tiles, 3, "cpu", 4)
 
 
@@ -1311,8 +1314,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def test_virchow2_is_asked_for_as_its_authors_say_and_checked(pretend_timm):
-    """The class token of what the model makes of the normalised picture; a model of another width or
-    with NaN is refused at once."""
+    """The class token of what the model makes of the normalised picture; a model of another width
+    or with NaN is refused at once."""
     pretend_timm(
         "def create_model(*name, **settings):\n    return calls.append((name, settings)) or model"
     )
@@ -1342,8 +1345,8 @@ def test_virchow2_is_asked_for_as_its_authors_say_and_checked(pretend_timm):
 
 @pytest.fixture
 def shallow(monkeypatch):
-    """The real timm, whose models get 1 block. A torchvision built for CUDA fails beside a torch for CPU
-    only for want of two operators that nobody calls here."""
+    """The real timm, whose models get 1 block. A torchvision built for CUDA fails beside a torch
+    for CPU only for want of two operators that nobody calls here."""
     operators = torch.library.Library("torchvision", "FRAGMENT")
     try:
         import torchvision  # noqa: F401
@@ -1359,8 +1362,8 @@ def shallow(monkeypatch):
 
 
 def test_virchow2_of_a_file_is_the_real_architecture(shallow, tmp_path):
-    """Weights from either kind of file; what comes out is token 0 of timm's own model behind timm's own
-    transform; what does not fit is refused, and nothing is unpickled."""
+    """Weights from either kind of file; what comes out is token 0 of timm's own model behind timm's
+    own transform; what does not fit is refused, and nothing is unpickled."""
     from timm.layers import SwiGLUPacked
 
     torch.manual_seed(0)
@@ -1395,7 +1398,7 @@ def test_virchow2_of_a_file_is_the_real_architecture(shallow, tmp_path):
     torch.save({**state, **other}, tmp_path / "w.pt")
     with pytest.raises(MixmagError, match="cls_token.*head.weight.*norm.bias"):
         data.tile_encoder("virchow2", "cpu", tmp_path / "w.pt")
-    torch.save({"model": state, "x": Trap(tmp_path / "ran")}, tmp_path / "w.pt")
+    torch.save({"model": state, "x": Evil(tmp_path / "ran")}, tmp_path / "w.pt")
     for name in ("w.pt", "absent.safetensors", "absent.pt"):
         with pytest.raises(MixmagError, match="no weights of Virchow2"):
             data.tile_encoder("virchow2", "cpu", tmp_path / name)
