@@ -9,7 +9,6 @@ processor time, which other work hardly changes. The peer ViTMAE needs `pip inst
 
 import argparse
 import contextlib
-import copy
 import functools
 import io
 import math
@@ -38,8 +37,7 @@ ROW = "{:<45} {:9.1f} {:<8} {:6.2f} x {:<8} (target {:g})"
 
 
 def describe_machine() -> str:
-    about = Path("/proc/cpuinfo").read_text().partition("model name")[2]
-    processor = about.partition("\n")[0].strip("\t :")
+    processor = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
     threads = torch.get_num_threads()
     return f"{processor}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}"
 
@@ -87,8 +85,6 @@ def lattice(cols: int, rows: int) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------ tiling
-
-
 def jpeg_tiles(picture: np.ndarray, side: int, **settings):
     """Yields a picture's tiles as JPEG bytes, row by row. settings: Pillow's for JPEG."""
     height, width, _ = picture.shape
@@ -102,18 +98,10 @@ def jpeg_tiles(picture: np.ndarray, side: int, **settings):
 
 
 def write_jpeg_tiff(
-    path,
-    levels,
-    mpp: float,
-    side: int = 256,
-    photometric: int = 6,
-    tables: bytes = b"",
-    description: bytes = b"made for a test",
+    path, levels, mpp, side=256, photometric=6, tables=b"", description=b"made for a test"
 ) -> None:
     """A BigTIFF of levels (width, height, JPEG tiles). Equal tiles of a level are stored once.
-
-    photometric: 6 for YCbCr, 2 for RGB. tables: JPEG tables that all tiles share.
-    """
+    photometric: 6 for YCbCr, 2 for RGB. tables: JPEG tables that all tiles share."""
     tiles_of = []
     with tifffile.TiffWriter(path, bigtiff=True) as tiff:
         for level, (width, height, tiles) in enumerate(levels):
@@ -135,7 +123,13 @@ def write_jpeg_tiff(
             )
     with tifffile.TiffFile(path, mode="r+b") as tiff:
         for page, tiles in zip(tiff.pages, tiles_of, strict=True):
-            finish_page(page.tags, tiles, page.dataoffsets, photometric)
+            first = {}  # of equal tiles, its place in the file
+            for tile, offset in zip(tiles, page.dataoffsets, strict=True):
+                first.setdefault(tile, offset)
+            page.tags["TileOffsets"].overwrite([first[tile] for tile in tiles])
+            page.tags["TileByteCounts"].overwrite([len(tile) for tile in tiles])
+            page.tags["Compression"].overwrite(7)  # JPEG
+            page.tags["PhotometricInterpretation"].overwrite(photometric)
 
 
 def without_repeats(tiles: list):
@@ -143,17 +137,6 @@ def without_repeats(tiles: list):
     for tile in tiles:
         yield b"" if tile in seen else tile
         seen.add(tile)
-
-
-def finish_page(tags, tiles: list, offsets, photometric: int) -> None:
-    """Say that the tiles are JPEG, and where the first of equal tiles stands."""
-    first = {}
-    for tile, offset in zip(tiles, offsets, strict=True):
-        first.setdefault(tile, offset)
-    tags["TileOffsets"].overwrite([first[tile] for tile in tiles])
-    tags["TileByteCounts"].overwrite([len(tile) for tile in tiles])
-    tags["Compression"].overwrite(7)
-    tags["PhotometricInterpretation"].overwrite(photometric)
 
 
 def write_pyramid(path, picture: np.ndarray, mpp: float, shrinks) -> None:
@@ -229,8 +212,7 @@ def read_by_tile(path, plan) -> None:
     """Magnification by magnification and tile by tile: the best level, Pillow, a resize."""
     slide = openslide.OpenSlide(path)
 
-    def read(place):
-        corner, level, side = place
+    def read(level, side, corner):
         tile = slide.read_region(corner, level, (side, side)).convert("RGB")
         np.asarray(tile.resize((data.TILE_PX, data.TILE_PX)))
 
@@ -240,8 +222,8 @@ def read_by_tile(path, plan) -> None:
         level = slide.get_best_level_for_downsample(step / data.TILE_PX)
         side = round(step / slide.level_downsamples[level])
         corners = np.round(plan.origin + step * lattice(cols * 2**k, rows * 2**k)).astype(int)
-        places = [(corner, level, side) for corner in corners.tolist()]
-        list(data.prefetch(read, places, torch.get_num_threads()))
+        read_tile = functools.partial(read, level, side)
+        list(data.prefetch(read_tile, corners.tolist(), torch.get_num_threads()))
 
 
 def tiling_rows(name: str, path, mpp=None, repeats: int = 5):
@@ -262,10 +244,8 @@ def tiling_rows(name: str, path, mpp=None, repeats: int = 5):
 
 
 def tiling():
-    """`plain`: OpenSlide decodes level 0 once, in blocks of the fastest size.
-
-    `by_tile`: as tools that read every tile by itself.
-    """
+    """`plain`: OpenSlide decodes level 0 once, in blocks of the fastest size. `by_tile`: as tools
+    that read every tile by itself."""
     rng = np.random.default_rng(0)
     picture = data.synth_picture(rng, 2600, 2600)[300:2300, 300:2300]
     # With this noise a pixel takes 1.56 bits as JPEG; those of the real slide CMU-1 take 1.55.
@@ -296,8 +276,6 @@ def memory():
 
 
 # ------------------------------------------------------------------------------------- pretraining
-
-
 def block_flops(width: int, n: int, wanted: int) -> int:
     """Forward FLOPs of a block whose outputs at `wanted` of n tokens are used."""
     hidden = mixmag.SwiGLU(width).w1.out_features
@@ -306,19 +284,16 @@ def block_flops(width: int, n: int, wanted: int) -> int:
     return keys_values + attention + 2 * wanted * 3 * width * hidden
 
 
-def step_flops(config, M: int) -> int:
-    """Useful FLOPs of a MEM step on one region: matrix products forward, and twice that backward.
-
-    The input layer goes backward once, as its input needs no gradient.
-    """
-    kept = config.geometry().num_tokens - M
-    n = kept + config.cls_tokens
+def step_flops(config, N: int, M: int) -> int:
+    """Useful FLOPs of a MEM step on a region: matrix products forward, and twice that backward."""
+    n = N - M + config.cls_tokens
     d = config.decoder_width
     encoder = config.depth * block_flops(config.width, n, n)
     decoder = (config.decoder_depth - 1) * block_flops(d, n + M, n + M)
     decoder += block_flops(d, n + M, M)  # the last block
     decoder += 2 * n * config.width * d + 2 * M * d * config.dim  # its first and last layers
-    return 3 * (encoder + decoder) + 2 * 2 * kept * config.dim * config.width
+    first = 2 * (N - M) * config.dim * config.width  # its input needs no gradient
+    return 3 * (encoder + decoder) + 2 * first
 
 
 def products(flops: float, dtype):
@@ -336,13 +311,16 @@ def products(flops: float, dtype):
     return multiply
 
 
-def mem_step(model, x, removed, machine):
-    slide = torch.zeros(len(x), device=DEVICE)
-    part = {"x": x, "removed": removed, "valid": None, "slide": slide}
+def mem_step(model, B: int, machine):
+    """A MEM step on B random regions of which half the tokens are removed."""
+    N = model.config.geometry().num_tokens
+    x = torch.randn(B, N, model.config.dim, device=DEVICE).half()
+    removed = mixmag.random_removal(B, N, 0.5, device=DEVICE)
+    part = {"x": x, "removed": removed, "valid": None, "slide": torch.zeros(B, device=DEVICE)}
 
     def step():
         model.zero_grad(set_to_none=True)
-        train.mem_step(model, [part], len(x), machine)
+        train.mem_step(model, [part], B, machine)
 
     return step
 
@@ -378,33 +356,26 @@ def vit_mae(config, B: int, machine):
 
 
 def pretraining(repeats: int = 5):
-    """Forward and backward of one part of a batch.
-
-    `products`: the useful FLOPs as plain matrix products in the same precision. `ViTMAE`: by token.
-    """
+    """Forward and backward of one part of a batch. `products`: the useful FLOPs as plain matrix
+    products in the same precision. `ViTMAE`: by token."""
     torch.manual_seed(0)
     config = mixmag.Config.paper()
     B = 16 if DEVICE.type == "cpu" else 256
+    flops = B * step_flops(config, 189, mixmag.removal_count(189, 0.5))
     model = mixmag.MaskedEmbeddingModel(config).to(DEVICE)
-    compiled = copy.deepcopy(model)
+    compiled = mixmag.MaskedEmbeddingModel(config).to(DEVICE)
     compiled.compile(dynamic=False)
-    x = torch.randn(B, 189, 1280, device=DEVICE).half()
-    removed = mixmag.random_removal(B, 189, 0.5, device=DEVICE)
-    flops = B * step_flops(config, removed.shape[1])
     for name, ours, amp, target in (
         ("bf16", model, "bf16", 0.7),
         ("fp32", model, "off", 0.9),
         ("bf16, --compile", compiled, "bf16", 0.7),
     ):
         machine = train.start_machine(amp=amp)
-        steps = {"ours": mem_step(ours, x, removed, machine)}
+        steps = {"ours": mem_step(ours, B, machine)}
         steps["products"] = products(flops, machine.dtype or torch.float32)
-        try:
+        with contextlib.suppress(ImportError):
             steps["ViTMAE"] = vit_mae(config, B, machine)
-        except ImportError:
-            print("ViTMAE: skipped, transformers is not installed")
-        for step in steps.values():
-            step()
+        in_turn(1, **steps)  # the first step is slower
         seconds = in_turn(repeats, model_clock, **steps)
         line = f"MEM step, paper preset, {name}"
         yield row(line, B * 189, "tokens/s", seconds, "products", target)
@@ -414,8 +385,6 @@ def pretraining(repeats: int = 5):
 
 
 # ----------------------------------------------------------------------------------------- loading
-
-
 def write_cohort(folder, slides: int, side: int, dim: int = 1280) -> None:
     """Slides of side x side cells with random embeddings."""
     cells = lattice(side, side).astype(np.int32)
@@ -429,18 +398,12 @@ def write_cohort(folder, slides: int, side: int, dim: int = 1280) -> None:
         data.write_slide(path, features, cells, valid, {"slide_id": path.stem, "n_bad": 0, **meta})
 
 
-def open_cohort(folder) -> data.RegionDataset:
-    return data.RegionDataset(data.read_slides(folder), mixmag.Geometry(3), seed=0, mask=0.5)
-
-
 def loading(batches: int = 600, size: int = train.PretrainConfig.micro_batch, repeats: int = 3):
-    """Random windows of 484 kB from files that the system holds in memory.
-
-    `bare`: the same rows out of the same memory maps into one buffer, and nothing else.
-    """
+    """Random windows of 484 kB from files that the system holds in memory. `bare`: the same rows
+    out of the same memory maps into one buffer, and nothing else."""
     with tempfile.TemporaryDirectory() as folder:
         write_cohort(folder, 24, 16)
-        dataset = open_cohort(folder)
+        dataset = data.RegionDataset(data.read_slides(folder), mixmag.Geometry(3), 0, mask=0.5)
         parts = [range(i, i + size) for i in range(0, size * batches, size)]
         places = []  # of each sample: its slide's embeddings, and which rows of them
         (windows,), (turns,), _ = dataset.draw(range(size * batches))
@@ -466,13 +429,10 @@ def loading(batches: int = 600, size: int = train.PretrainConfig.micro_batch, re
         bare()
         for workers in (0, 1, 2):
             seconds = in_turn(repeats, ours=functools.partial(loaded, workers), bare=bare)
-            line = f"windows, {workers} workers"
-            yield row(line, size * batches, "windows/s", seconds, "bare", 0.5)
+            yield row(f"windows, {workers} workers", len(places), "windows/s", seconds, "bare", 0.5)
 
 
 # ------------------------------------------------------------------------------------- fine-tuning
-
-
 def slide_cost(regions: int, learns: bool) -> tuple[float, int]:
     """Seconds and bytes at most of a slide through the paper preset, with `learns` also back."""
     config = mixmag.Config.paper()
@@ -505,6 +465,11 @@ def finetuning(most: int = 1000):
     print(f"  {base:.2f} GB + {1e6 * slope / 189:.1f} kB per token")
 
 
+def pool_bags(pool, bags: list) -> None:
+    pooled = [pool(x, lengths)[0] for x, lengths in bags]
+    torch.cat(pooled).sum().backward()
+
+
 def bags(repeats: int = 9):
     """The aggregator on ragged bags, forward and backward. `loop`: bag by bag."""
     for name, dim, sizes in (
@@ -515,42 +480,31 @@ def bags(repeats: int = 9):
         x = torch.randn(sum(sizes), dim, device=DEVICE)
         lengths = torch.tensor(sizes, device=DEVICE)
         alone = list(zip(x.split(sizes), lengths.split(1), strict=True))
-
-        def together(pool=pool, x=x, lengths=lengths):
-            pooled, _ = pool(x, lengths)
-            pooled.sum().backward()
-
-        def loop(pool=pool, alone=alone):
-            pooled = [pool(*bag)[0] for bag in alone]
-            torch.cat(pooled).sum().backward()
-
+        together = functools.partial(pool_bags, pool, [(x, lengths)])
+        loop = functools.partial(pool_bags, pool, alone)
         seconds = in_turn(repeats, model_clock, ours=together, loop=loop)
         yield row(f"AB-MIL, {name}", len(sizes), "bags/s", seconds, "loop", 3.0)
 
 
 # ---------------------------------------------------------------------------------- how cost grows
-
-
 def cohort_cost(slides: int) -> tuple[float, int]:
     """Seconds to open a cohort of small slides for pretraining, and the bytes that it takes."""
     with tempfile.TemporaryDirectory() as folder:
         write_cohort(folder, slides, 4, dim=8)
         before = peak_memory()
         began = time.perf_counter()
-        assert len(open_cohort(folder)) == 4 * slides
+        dataset = data.RegionDataset(data.read_slides(folder), mixmag.Geometry(3), 0, mask=0.5)
+        assert len(dataset) == 4 * slides
         return time.perf_counter() - began, peak_memory() - before
 
 
 def region_cost(region: int) -> tuple[float, int]:
-    """Seconds per token of a MEM step on about 3000 tokens in regions of region x region cells, and
-    the bytes held at most."""
+    """Seconds per token of a MEM step on about 3000 tokens, and the most bytes held."""
     config = mixmag.Config.paper(region=region)
     N = config.geometry().num_tokens
     B = round(3024 / N)
     model = mixmag.MaskedEmbeddingModel(config).to(DEVICE)
-    x = torch.randn(B, N, 1280, device=DEVICE).half()
-    removed = mixmag.random_removal(B, N, 0.5, device=DEVICE)
-    step = mem_step(model, x, removed, train.start_machine(width=config.width))
+    step = mem_step(model, B, train.start_machine(width=config.width))
     step()
     seconds = in_turn(3, model_clock, ours=step)["ours"]
     return np.median(seconds) / (B * N), peak_memory()
@@ -558,41 +512,37 @@ def region_cost(region: int) -> tuple[float, int]:
 
 def growth():
     """Each size in a process of its own. The peer is a line fitted to all sizes."""
-    sides = {region: 21 * region**2 for region in range(1, 7)}
-    yield from growth_rows(
-        "cells a side, MEM step per token", region_cost, sides, "tokens in a region"
-    )
-    regions = {count: 189 * count for count in (6, 53, 530, 5300)}
+    name = "cells a side, MEM step per token"
+    sides = [1, 2, 3, 4, 5, 6]
+    tokens = 21 * np.square(sides)
+    yield from growth_rows(name, region_cost, sides, tokens, "tokens in a region")
+    regions = [6, 53, 530, 5300]
     encode = functools.partial(slide_cost, learns=False)
-    yield from growth_rows("regions of a slide, encoded", encode, regions, "tokens")
-    slides = {count: count for count in (10, 100, 1000)}
-    yield from growth_rows("slides of a cohort, opened", cohort_cost, slides, "slides")
+    tokens = 189 * np.array(regions)
+    yield from growth_rows("regions of a slide, encoded", encode, regions, tokens, "tokens")
+    slides = [10, 100, 1000]
+    yield from growth_rows("slides of a cohort, opened", cohort_cost, slides, slides, "slides")
 
 
-def growth_rows(name: str, cost, amounts: dict, unit: str):
-    """amounts: size -> how many of `unit` it is."""
-    amount = np.array(list(amounts.values()))
-    costs = np.array([in_child(cost, size) for size in amounts])  # seconds, bytes
+def growth_rows(name: str, cost, sizes: list, amounts, unit: str):
+    """amounts: how many of `unit` each size is."""
+    costs = np.array([in_child(cost, size) for size in sizes])  # seconds, bytes
     microseconds, megabytes = costs.T * [[1e6], [1e-6]]
-    time_line = np.polyfit(amount, microseconds, 1)
-    memory_line = np.polyfit(amount, megabytes, 1)
-    ratios = microseconds / np.polyval(time_line, amount)
-    for i, size in enumerate(amounts):
+    slope, base = np.polyfit(amounts, microseconds, 1)
+    ratios = microseconds / (base + slope * np.array(amounts))
+    for i, size in enumerate(sizes):
         line = f"{name}: {size} ({megabytes[i] / 1e3:.2f} GB)"
         yield line, microseconds[i], "us", ratios[i], "line", 1
-    print(
-        f"  {time_line[1]:.3g} us + {time_line[0]:.3g} x {unit}, "
-        f"{memory_line[1]:.3g} MB + {memory_line[0]:.3g} x {unit}"
-    )
+    print(f"  {base:.3g} us + {slope:.3g} x {unit}", end=", ")
+    slope, base = np.polyfit(amounts, megabytes, 1)
+    print(f"{base:.3g} MB + {slope:.3g} x {unit}")
 
 
 BENCHES = [tiling, memory, pretraining, loading, finetuning, bags, growth]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     names = sorted(bench.__name__ for bench in BENCHES)
     parser.add_argument("--only", choices=names, help="this one alone")
     parser.add_argument("--json", metavar="FILE", help="write the rows there, too")
