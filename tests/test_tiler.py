@@ -1148,7 +1148,7 @@ def test_flags_of_one_run_do_not_undo_another(tmp_path, monkeypatch, capsys):
     assert tile(*flags) == 3
     assert tile(*flags, "--mpp", 0.5) == 0 and "says: done before" in capsys.readouterr().out
     assert tile(*flags, "--mpp", 0.4) == 3
-    assert "was made at 0.5 um/px, now asked for 0.4" in failures(out)["says"]
+    assert "mpp is 0.5, not 0.4" in failures(out)["says"]
     monkeypatch.setattr(data, "tile_encoder", lambda *rest: data.texture)
     flags = ("--slides", slides / "says.tiff", "--out", tmp_path / "e", "--encoder", "virchow2")
     codes = []

@@ -559,7 +559,7 @@ def test_a_dry_run_counts_and_writes_nothing(cohort, tmp_path):
 
 
 def test_one_damaged_slide_costs_itself(runs, cohort, tmp_path):
-    """predict and embed go on without it; a damaged earlier output of embed costs its slide."""
+    """predict and embed go on without it; a damaged earlier output of embed is written anew."""
     ids = [case.slide_ids[0] for case in data.read_task(cohort, "skin_braf")][:3]
     paths = [tmp_path / "slides" / f"{i}.safetensors" for i in ids]
     (tmp_path / "slides").mkdir()
@@ -575,8 +575,8 @@ def test_one_damaged_slide_costs_itself(runs, cohort, tmp_path):
     run(command, cwd=runs, code=3)
     made = next((tmp_path / "e").rglob(f"features_*/{ids[1]}.h5"))
     made.write_bytes(made.read_bytes()[:300])
-    _, err = run(command, cwd=runs, code=3)
-    assert str(made) in err
+    run(command, cwd=runs, code=3)
+    assert made.stat().st_size > 300
 
 
 def test_real_slides_go_all_the_way(real, tmp_path):
@@ -589,9 +589,9 @@ def test_real_slides_go_all_the_way(real, tmp_path):
     run("data.py tile --out d --slides", cmu, luna, cwd=tmp_path)
     _, err = run("train.py pretrain --data d", *QUICK_PRETRAIN, cwd=tmp_path)
     assert "2 windows" in err
-    out, _ = run("train.py embed --init runs/mem-0.50 --data d --out e", cwd=tmp_path)
-    assert "2 regions" in out
-    assert "luna-1065626" in out
+    run("train.py embed --init runs/mem-0.50 --data d --out e", cwd=tmp_path, code=3)
+    assert len(list(tmp_path.glob("e/**/*.h5"))) == 2
+    assert "luna-1065626" in (tmp_path / "e/failed.csv").read_text()
 
 
 # --------------------------------------------------------------------------------- many processes
