@@ -1455,6 +1455,7 @@ def is_written(path: Path, attributes: dict) -> bool:
             found = dict(file["features"].attrs)
     except (OSError, KeyError):
         return False  # missing, or damaged
+    found["savetodir"] = attributes["savetodir"]  # the folder may have moved
     names = [name for name in attributes if found.get(name) != attributes[name]]
     if names:
         raise OtherSettings(f"{path} was made with another {', '.join(names)}; give another --out")
