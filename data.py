@@ -202,23 +202,6 @@ def slide_paths(folder: Path, ids=None) -> list[Path]:
     return paths
 
 
-def already_done(path, wanted: dict, mpp: float | None) -> bool:
-    """Whether this slide file exists. Raises OtherSettings where it was made with other settings.
-
-    wanted: metadata that it must have; None stands for any value. mpp: the user's, if given.
-    """
-    if not Path(path).exists():
-        return False
-    meta = read_slide(path).meta
-    if mpp is not None and not math.isclose(mpp, meta["mpp"], rel_tol=0.02):
-        wanted = {**wanted, "mpp": mpp}
-    for name, value in wanted.items():
-        found = meta.get(name)
-        if value is not None and found != value:
-            raise OtherSettings(f"{path}: {name} is {found}, not {value}; give another --out")
-    return True
-
-
 def embedding_signature(slide: Slide) -> str:
     """What slides must share to be used together."""
     encoder = slide.meta["encoder"]
@@ -1557,6 +1540,23 @@ class TileSettings:
     batch_size: int = 256
     device: torch.device = torch.device("cpu")
     dry_run: bool = False
+
+
+def already_done(path, wanted: dict, mpp: float | None) -> bool:
+    """Whether this slide file exists. Raises OtherSettings where it was made with other settings.
+
+    wanted: metadata that it must have; None stands for any value. mpp: the user's, if given.
+    """
+    if not Path(path).exists():
+        return False
+    meta = read_slide(path).meta
+    if mpp is not None and not math.isclose(mpp, meta["mpp"], rel_tol=0.02):
+        wanted = {**wanted, "mpp": mpp}
+    for name, value in wanted.items():
+        found = meta.get(name)
+        if value is not None and found != value:
+            raise OtherSettings(f"{path}: {name} is {found}, not {value}; give another --out")
+    return True
 
 
 def tile_slide(reader: Reader, plan: TilePlan, encoder, dim: int, settings: TileSettings) -> tuple:

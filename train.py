@@ -494,30 +494,6 @@ def is_pretrained(init: str) -> bool:
     return init not in ("none", "random")
 
 
-def check_no_leakage(init: str, folder: Path, cases: list) -> None:
-    """Refuse an encoder that was pretrained on any slide of this task's tune and test cases.
-
-    Another task's table may name further slides of such a case.
-    """
-    listed = encoder_folder(init) / "slides.csv"
-    if not listed.exists():
-        log(f"WARNING: {listed} is missing; nobody can tell which slides this encoder saw")
-        return
-    rows = data.read_csv(listed, ("slide_id", "role"))
-    seen = {row["slide_id"] for row in rows if row["role"] == "train"}
-    evaluated = {case.case_id for case in cases if case.split != "train"}
-    leaked = set()
-    for task in data.task_names(folder):
-        for case in data.read_task(folder, task):
-            if case.case_id in evaluated:
-                leaked |= seen.intersection(case.slide_ids)
-    if leaked:
-        raise MixmagError(
-            f"{init} was pretrained on {len(leaked)} slides of this task's tune or test cases, "
-            f"such as {min(leaked)!r}; pretrain without them"
-        )
-
-
 def make_classifier(config, slides: dict, cases: list, machine) -> mixmag.SlideClassifier:
     """The encoder of `config.init` under a new AB-MIL.
 
@@ -760,44 +736,6 @@ def finish_finetuning(config, run: Run, model, sets: dict, best: dict) -> None:
         result["auroc"] = OUTCOME.metric(labels, scores)
         result["interval"] = interval(bootstrap_aurocs(labels, scores, config.seed))
     data.write_json(run.folder / "result.json", result)
-
-
-def bootstrap_aurocs(labels, scores, seed: int, resamples: int = 1000) -> np.ndarray | None:
-    """(resamples,) AUROCs of cases drawn with replacement within each class.
-
-    None with fewer than two cases of a class.
-    """
-    positive = np.array([score for score, label in zip(scores, labels, strict=True) if label])
-    negative = np.array([score for score, label in zip(scores, labels, strict=True) if not label])
-    n1 = len(positive)
-    n0 = len(negative)
-    if min(n1, n0) < 2:
-        return None
-    rng = np.random.default_rng(seed)
-    drawn = [rng.choice(positive, (resamples, n1)), rng.choice(negative, (resamples, n0))]
-    ranks = stats.rankdata(np.concatenate(drawn, axis=1), axis=1)[:, :n1]  # of the positives
-    return (ranks.sum(axis=1) - n1 * (n1 + 1) / 2) / (n1 * n0)  # Mann-Whitney U / (n1 n0)
-
-
-def interval(samples: np.ndarray | None) -> list[float] | None:
-    return None if samples is None else np.percentile(samples, [2.5, 97.5]).tolist()
-
-
-def finetuning_plan(model, sets: dict) -> str:
-    """What the task asks for: cases, slides, regions and tokens of each split."""
-    lines = [f"{'':8s}{'cases':>8s}{'slides':>8s}{'regions':>9s}{'tokens':>13s}"]
-    largest = (0, "none")
-    for split, dataset in sets.items():
-        total = 0
-        for case in dataset.cases:
-            regions = sum(len(dataset.rows[i]) for i in case.slide_ids)
-            largest = max(largest, (regions, case.case_id))
-            total += regions
-        tokens = total * len(model.index)
-        lines.append(f"{split:8s}{len(dataset):8d}{len(dataset.rows):8d}{total:9d}{tokens:13,d}")
-    tokens = largest[0] * len(model.index)
-    lines.append(f"largest case: {largest[1]}, {largest[0]} regions, {tokens:,d} tokens")
-    return "\n".join(lines)
 
 
 # ======================================================================================== stop here
@@ -1083,6 +1021,68 @@ def newest_pretraining() -> Path:
 
 
 # ------------------------------------------------------------------------- measuring, export, curve
+
+
+def check_no_leakage(init: str, folder: Path, cases: list) -> None:
+    """Refuse an encoder that was pretrained on any slide of this task's tune and test cases.
+
+    Another task's table may name further slides of such a case.
+    """
+    listed = encoder_folder(init) / "slides.csv"
+    if not listed.exists():
+        log(f"WARNING: {listed} is missing; nobody can tell which slides this encoder saw")
+        return
+    rows = data.read_csv(listed, ("slide_id", "role"))
+    seen = {row["slide_id"] for row in rows if row["role"] == "train"}
+    evaluated = {case.case_id for case in cases if case.split != "train"}
+    leaked = set()
+    for task in data.task_names(folder):
+        for case in data.read_task(folder, task):
+            if case.case_id in evaluated:
+                leaked |= seen.intersection(case.slide_ids)
+    if leaked:
+        raise MixmagError(
+            f"{init} was pretrained on {len(leaked)} slides of this task's tune or test cases, "
+            f"such as {min(leaked)!r}; pretrain without them"
+        )
+
+
+def finetuning_plan(model, sets: dict) -> str:
+    """What the task asks for: cases, slides, regions and tokens of each split."""
+    lines = [f"{'':8s}{'cases':>8s}{'slides':>8s}{'regions':>9s}{'tokens':>13s}"]
+    largest = (0, "none")
+    for split, dataset in sets.items():
+        total = 0
+        for case in dataset.cases:
+            regions = sum(len(dataset.rows[i]) for i in case.slide_ids)
+            largest = max(largest, (regions, case.case_id))
+            total += regions
+        tokens = total * len(model.index)
+        lines.append(f"{split:8s}{len(dataset):8d}{len(dataset.rows):8d}{total:9d}{tokens:13,d}")
+    tokens = largest[0] * len(model.index)
+    lines.append(f"largest case: {largest[1]}, {largest[0]} regions, {tokens:,d} tokens")
+    return "\n".join(lines)
+
+
+def bootstrap_aurocs(labels, scores, seed: int, resamples: int = 1000) -> np.ndarray | None:
+    """(resamples,) AUROCs of cases drawn with replacement within each class.
+
+    None with fewer than two cases of a class.
+    """
+    positive = np.array([score for score, label in zip(scores, labels, strict=True) if label])
+    negative = np.array([score for score, label in zip(scores, labels, strict=True) if not label])
+    n1 = len(positive)
+    n0 = len(negative)
+    if min(n1, n0) < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    drawn = [rng.choice(positive, (resamples, n1)), rng.choice(negative, (resamples, n0))]
+    ranks = stats.rankdata(np.concatenate(drawn, axis=1), axis=1)[:, :n1]  # of the positives
+    return (ranks.sum(axis=1) - n1 * (n1 + 1) / 2) / (n1 * n0)  # Mann-Whitney U / (n1 n0)
+
+
+def interval(samples: np.ndarray | None) -> list[float] | None:
+    return None if samples is None else np.percentile(samples, [2.5, 97.5]).tolist()
 
 
 def check_finite(run: Run, recent: list, done: int) -> None:
