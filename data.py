@@ -1716,7 +1716,7 @@ def tile_command(args) -> int:
 
 # --------------------------------------------------------------------- import of other tools' files
 
-IMPORT_SECONDS = 1800  # assumed: no slide takes longer, unless a file hangs the HDF5 library
+IMPORT_SECONDS = 600  # assumed: no slide takes longer, unless a file hangs the HDF5 library
 STAMP_SNAP = 0.1  # assumed: how far STAMP's tiles may be off their lattice, in tiles
 MAX_RATIO = 1032  # gzip cannot shrink more, so an array is at most this many times its file
 IMPORT_FACTS = ("encoder", "magnifications", "mpp", "mpp_source")
