@@ -221,7 +221,7 @@ def windows(cells, region: int, stride: int, min_cover: float) -> tuple[np.ndarr
 
     cells (C, 2) -> rows (W, R*R), which of the C cells a window holds, -1 where a cell is missing,
     and corners (W, 2): col, row. Corners lie on a lattice of `stride`. With stride 1 windows
-    overlap: there is one at every cell.
+    overlap.
     """
     if not len(cells):
         return np.empty((0, region**2), int), np.empty((0, 2), int)
@@ -241,8 +241,8 @@ def windows(cells, region: int, stride: int, min_cover: float) -> tuple[np.ndarr
 def covering_windows(cells, region: int, min_cover: float) -> tuple[np.ndarray, np.ndarray]:
     """`windows` side by side, for fine-tuning and inference.
 
-    A slide may be so small or narrow that no window is full enough. Then the fullest window sets
-    the measure: windows count that hold `min_cover` of its number of cells.
+    A slide may be so small or narrow that no window is full enough. Then the limit is `min_cover`
+    of the cells of its fullest window.
     """
     rows, corners = windows(cells, region, region, 0.0)
     present = (rows >= 0).sum(axis=1)  # (W,)
@@ -302,7 +302,7 @@ class RegionDataset(torch.utils.data.Dataset):
 
     Sample i is a function of (seed, i) alone. Its epoch is i // W: in an epoch each of the W
     windows comes once, in random order. `len` is W, but indices may go on beyond it. With stride 1
-    windows overlap, so an epoch sees a cell up to R * R times.
+    windows overlap, so an epoch sees most cells several times.
 
     mask: the removal ratio. views: 2 for the contrastive loss, whose second window is drawn from a
     `source` x `source` window that holds the first (paper 3.1.2). turn: whether windows are turned.
@@ -546,7 +546,6 @@ class Outcome:
     """What a slide's label is: 0 or 1. Another kind of label is another class with these names."""
 
     outputs = 1  # numbers that the classifier gives for a slide
-    metric_name = "AUROC"
 
     def parse(self, text: str) -> int:
         """The label that a task table states. Raises ValueError that says what is expected."""

@@ -1,7 +1,7 @@
 """mixmag: a region mixing encoder for mixed-magnification tile embeddings, losses, pooling.
 
 Follows "Mixed Magnification Aggregation for Generalizable Region-Level Representations in
-Computational Pathology" (the paper). Each equation number stands at the line that implements it.
+Computational Pathology" (the paper). Each equation number stands at the lines that implement it.
 Numbers that the paper's text does not give are marked `assumed`. The file needs torch alone
 (and safetensors in `load_encoder`), so it can be copied into another project.
 
@@ -419,7 +419,7 @@ def removal_weights(geometry: Geometry, removed: Tensor, valid: Tensor | None = 
     """removed (B, M), valid (B, N) or None -> (B, M): w_i = 1 / (K m N_k) with m = M / N.
 
     The weights of Eq. 2. A token is removed with probability m, so each magnification weighs 1/K in
-    expectation. K and N_k count valid tokens; invalid ones weigh 0. Source: paper section 3.1.1.
+    expectation. N_k counts valid tokens, K magnifications with any. Source: paper section 3.1.1.
     """
     B, M = removed.shape
     N = geometry.num_tokens
@@ -584,7 +584,7 @@ class ContrastiveEmbeddingModel(MaskedEmbeddingModel):
 class GatedABMIL(nn.Module):
     """Gated attention pooling over ragged bags. Source: paper section 3.2; Ilse et al. 2018."""
 
-    def __init__(self, dim: int, hidden: int = 256):
+    def __init__(self, dim: int, hidden: int = 256):  # assumed
         super().__init__()
         self.V = nn.Linear(dim, hidden)
         self.U = nn.Linear(dim, hidden)

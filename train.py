@@ -190,9 +190,10 @@ LOG_EVERY = 10  # steps
 
 
 def pretrain(config: PretrainConfig) -> dict:
-    """MEM or CMEM on every slide that is in no tune or test split. Returns what result.json holds.
+    """MEM or CMEM on all slides that no task tunes or tests on, or on those of pretrain.csv.
 
-    Raises MixmagError for settings or data that cannot be used. Source: paper section 3.1.
+    Returns what result.json holds. Raises MixmagError for settings or data that cannot be used.
+    Source: paper section 3.1.
     """
     config = apply_preset(config)
     machine = start_machine(config.device, config.amp, preset_width(config.preset))
@@ -208,9 +209,11 @@ def pretrain(config: PretrainConfig) -> dict:
     if run.result():
         return run.result()
     torch.manual_seed(config.seed)
-    model = mixmag.MaskedEmbeddingModel(model_config)
+    model: mixmag.MaskedEmbeddingModel
     if config.source:
         model = mixmag.ContrastiveEmbeddingModel(model_config)
+    else:
+        model = mixmag.MaskedEmbeddingModel(model_config)
     mean, std, directions = data.feature_statistics(slides)
     model.encoder.standardize.fit(mean, std)
     model.to(machine.device)
@@ -349,8 +352,8 @@ def mem_step(model, parts: Iterable[dict], regions: int, machine) -> dict:
 def cmem_step(model, parts: Iterable[dict], regions: int, machine) -> dict:
     """As mem_step, with NT-Xent over the whole global batch, also when it comes in parts.
 
-    All projections are made first, without a graph, and give the gradient of NT-Xent with respect
-    to each projection. Each part then goes backward with its own. Source: GradCache (Gao, 2021).
+    1. All projections, without a graph. 2. The gradient of NT-Xent at each projection. 3. Each part
+    goes forward again and backward with its slice of that gradient. Source: GradCache (Gao, 2021).
     """
     parts = [data.to_device(part, machine.device) for part in parts]
     if len(parts) == 1 and machine.world == 1:
@@ -571,7 +574,7 @@ def finetune_loop(config, run: Run, model, sets: dict) -> dict:
         log(f"{split}: {len(dataset)} cases, {len(dataset.rows)} slides{dataset.uncovered}")
         if dataset.dropped:
             log(f"{len(dataset.dropped)} slides without a token to read: {dataset.dropped[:5]}")
-    best = {"tune_auroc": -1.0, **run.load(model, optimizer)}
+    best = {"tune_auroc": -math.inf, **run.load(model, optimizer)}
     start = best.pop("done")
     bar = progress(total=config.epochs * steps, initial=start * steps, desc="finetune")
     for epoch in range(start, config.epochs):
@@ -715,10 +718,11 @@ def finish_finetuning(config, run: Run, model, sets: dict, best: dict) -> None:
     model.load_state_dict(best["model_state"])
     sets["tune"].cached.clear()
     rows = []
+    scores = {}
     for split in ("tune", "test"):
         slide_scores = score_cases(model, sets[split], run.machine, config.batch_size)
-        scores = case_scores(sets[split], slide_scores, best["case_score"])
-        for case, score in zip(sets[split].cases, scores, strict=True):
+        scores[split] = case_scores(sets[split], slide_scores, best["case_score"])
+        for case, score in zip(sets[split].cases, scores[split], strict=True):
             rows.append((case.case_id, case.label, score, split))
     if not run.writes:
         return
@@ -733,8 +737,8 @@ def finish_finetuning(config, run: Run, model, sets: dict, best: dict) -> None:
         result[name] = best[name]
     labels = sets["test"].labels
     if len(set(labels)) > 1:
-        result["auroc"] = OUTCOME.metric(labels, scores)
-        result["interval"] = interval(bootstrap_aurocs(labels, scores, config.seed))
+        result["auroc"] = OUTCOME.metric(labels, scores["test"])
+        result["interval"] = interval(bootstrap_aurocs(labels, scores["test"], config.seed))
     data.write_json(run.folder / "result.json", result)
 
 
