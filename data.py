@@ -372,14 +372,19 @@ class RegionDataset(torch.utils.data.Dataset):
         slide = self.slide_of[window]
         x = np.empty((*window.shape, self.geometry.num_tokens, self.slides[0].dim), np.float16)
         valid = np.empty(x.shape[:-1], bool)
+        # as `token_index`, for windows of many slides at once
+        T = self.geometry.tokens_per_cell
+        place, token = np.divmod(self.turned_entries[turn], T)  # (views, B, N)
+        cell = np.take_along_axis(self.rows[window], place, axis=-1)
+        index = np.maximum(cell * T + token, 0)
         for view, b in np.ndindex(window.shape):
             its_slide = self.slides[slide[view, b]]
-            rows = self.rows[window[view, b], None]
-            entries = self.turned_entries[turn[view, b]]
-            index, valid[view, b] = token_index(its_slide, rows, entries)
+            rows = index[view, b]
+            valid[view, b] = its_slide.valid.reshape(-1)[rows]
             features = its_slide.features.reshape(-1, its_slide.dim)
             # by default numpy checks the index in a copy of `out`; "clip" writes into x itself
-            np.take(features, index[0], axis=0, out=x[view, b], mode="clip")
+            np.take(features, rows, axis=0, out=x[view, b], mode="clip")
+        valid &= cell >= 0
         x[~valid] = 0
         arrays: dict[str, Any] = {"x": x, "removed": removed, "valid": valid, "slide": slide}
         for key, array in arrays.items():
@@ -1478,18 +1483,7 @@ def load_virchow2(device, weights=None) -> Virchow2:
         raise MixmagError(f"--encoder virchow2 needs timm ({error}): {advice}") from None
     layers = {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU}
     if weights:
-        with torch.device("meta"):  # 2.5 GB that need not be drawn at random first
-            model = timm.create_model(
-                "vit_huge_patch14_224",
-                img_size=224,
-                init_values=1e-5,
-                num_classes=0,
-                reg_tokens=4,
-                mlp_ratio=5.3375,
-                global_pool="",
-                dynamic_img_size=True,
-                **layers,
-            )
+        model = empty_virchow2()
         load_weights(model, weights)
     else:
         try:
@@ -1501,6 +1495,26 @@ def load_virchow2(device, weights=None) -> Virchow2:
     encoder = Virchow2(model).to(device).eval()
     encode_tiles(encoder, np.full((2, TILE_PX, TILE_PX, 3), 200, np.uint8), 2, device, 1280)
     return encoder
+
+
+def empty_virchow2() -> torch.nn.Module:
+    """Its architecture, without memory for the weights: 2.5 GB that need not be drawn first."""
+    from timm import create_model
+    from timm.layers import SwiGLUPacked
+
+    with torch.device("meta"):
+        return create_model(
+            "vit_huge_patch14_224",
+            img_size=224,
+            init_values=1e-5,
+            num_classes=0,
+            reg_tokens=4,
+            mlp_ratio=5.3375,
+            global_pool="",
+            dynamic_img_size=True,
+            mlp_layer=SwiGLUPacked,
+            act_layer=torch.nn.SiLU,
+        )
 
 
 def load_weights(model: torch.nn.Module, path) -> None:

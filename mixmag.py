@@ -222,12 +222,16 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(2))  # (B, n - first, d)
 
 
+def swiglu_width(width: int) -> int:
+    return 64 * max(1, round(8 * width / 3 / 64))  # assumed: 2/3 * 4 * width, multiple of 64
+
+
 class SwiGLU(nn.Module):
     """Gated feed-forward layer W3 (silu(W1 x) * W2 x). Source: paper section 4.2."""
 
     def __init__(self, width: int):
         super().__init__()
-        hidden = 64 * max(1, round(8 * width / 3 / 64))  # assumed: 2/3 * 4 * width, multiple of 64
+        hidden = swiglu_width(width)
         self.w1 = nn.Linear(width, hidden)
         self.w2 = nn.Linear(width, hidden)
         self.w3 = nn.Linear(hidden, width)

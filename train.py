@@ -164,6 +164,10 @@ class TrainingConfig:
 # ---------------------------------------------------------------------------------- pretraining
 
 
+def auto_or_positive(text: str) -> str | int:
+    return text if text == "auto" else POSITIVE(text)
+
+
 @dataclass(kw_only=True)
 class PretrainConfig(TrainingConfig):
     """Settings of masked embedding modelling; each is a flag of `train.py pretrain`."""
@@ -173,7 +177,11 @@ class PretrainConfig(TrainingConfig):
     mask: float = setting(0.5, "removal ratio (paper: 0.25, 0.50, 0.75)", type=SHARE)
     source: int = setting(None, "CMEM: side of the source window, 3, 7, 11", type=POSITIVE)
     batch_size: int = setting(None, "global batch size", small=16, paper=4096, type=POSITIVE)
-    micro_batch: int = setting(64, "regions of one pass; gradients add up", type=POSITIVE)
+    micro_batch: int | str = setting(
+        "auto",
+        "regions of one pass; auto: as many as fit the GPU, 64 on a CPU",
+        type=auto_or_positive,
+    )
     steps: int = setting(None, "optimizer steps", 3000, type=POSITIVE)
     epochs: int = setting(None, "passes over all windows", paper=100, type=POSITIVE)
     lr: float = setting(None, "peak rate, instead of the base rate", type=RATE)
@@ -182,7 +190,7 @@ class PretrainConfig(TrainingConfig):
     min_cover: float = setting(1.0, "share of its cells that a window must hold", type=SHARE)
     holdout: float = setting(0.05, "share of cases to measure the loss on", type=BELOW_ONE)
     save_every: int = setting(100, "steps between checkpoints", type=POSITIVE)
-    compile: bool = setting(False, "torch.compile the model; the first step then takes minutes")
+    compile: bool = setting(False, "torch.compile the blocks; the first step then takes a minute")
 
 
 HIGHEST_RATE = 0.02  # assumed: ten times the rate of the small preset
@@ -285,21 +293,25 @@ def pretrain_loop(config, run: Run, model, dataset, total: int, peak: float) -> 
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)  # assumed: MAE
     train_step = cmem_step if config.source else mem_step
     if config.compile:
-        model.compile(dynamic=False)
+        compile_blocks(model)
     log(f"{run.folder}: {parameter_count(model)}, {machine}, {len(dataset.slides)} slides")
     log(f"{len(dataset)} windows, {total} steps of {config.batch_size}, peak rate {peak:.2e}")
     start = run.load(model, optimizer)["done"]
     own = config.batch_size // machine.world  # regions of this process in a batch
+    M = dataset.removed_tokens
+    micro_batch = config.micro_batch
+    if micro_batch == "auto":
+        micro_batch = fitting_micro_batch(model, M, dataset.views, machine)
     loads = data.prefetch(
         lambda indices: data.pinned(dataset.batch(indices), machine.device),
-        micro_batches(config, start, total, own, machine.rank),
+        micro_batches(config, start, total, own, machine.rank, micro_batch),
         config.workers,
     )
     began = time.time()
     recent = []
     bar = progress(total=total, initial=start, desc="pretrain")
     for step in range(start, total):
-        parts = itertools.islice(loads, math.ceil(own / config.micro_batch))
+        parts = itertools.islice(loads, math.ceil(own / micro_batch))
         sums = train_step(model, parts, config.batch_size, machine)
         sum_gradients(model, machine)
         rate = peak * lr_at(step, total, round(config.warmup * total))
@@ -320,17 +332,22 @@ def pretrain_loop(config, run: Run, model, dataset, total: int, peak: float) -> 
             raise Stopped
     bar.close()
     seconds = time.time() - began
-    tokens = (total - start) * config.batch_size * dataset.views * dataset.geometry.num_tokens
-    log(f"{tokens / max(seconds, 1e-9):,.0f} tokens per second over {seconds:.0f} s")
+    log_speed(model.config, M, (total - start) * own * dataset.views, seconds, machine)
     return seconds
 
 
-def micro_batches(config, start: int, total: int, own: int, rank: int):
-    """The samples of this process, step by step, in parts of at most `micro_batch`."""
+def micro_batches(config, start: int, total: int, own: int, rank: int, most: int):
+    """The samples of this process, step by step, in parts of at most `most`."""
     for step in range(start, total):
         first = step * config.batch_size + rank * own
-        for i in range(0, own, config.micro_batch):
-            yield range(first + i, first + min(i + config.micro_batch, own))
+        for i in range(0, own, most):
+            yield range(first + i, first + min(i + most, own))
+
+
+def compile_blocks(model) -> None:
+    """Equal blocks share one compiled graph: much sooner ready than the whole model."""
+    for block in [*model.encoder.blocks, *model.decoder.blocks]:
+        block.compile(dynamic=False)
 
 
 def mem_step(model, parts: Iterable[dict], regions: int, machine) -> dict:
@@ -772,6 +789,11 @@ class Machine:
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
+    def wait(self) -> None:
+        """Until the GPU has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def barrier(self) -> None:
         if self.world > 1:
             distributed.barrier()
@@ -1066,6 +1088,80 @@ def finetuning_plan(model, sets: dict) -> str:
     tokens = largest[0] * len(model.index)
     lines.append(f"largest case: {largest[1]}, {largest[0]} regions, {tokens:,d} tokens")
     return "\n".join(lines)
+
+
+def block_flops(width: int, n: int, wanted: int) -> int:
+    """Forward FLOPs of a block whose outputs at `wanted` of n tokens are used."""
+    hidden = mixmag.swiglu_width(width)
+    keys_values = 2 * n * 2 * width**2
+    attention = 2 * wanted * (2 * width**2 + 2 * n * width)
+    return keys_values + attention + 2 * wanted * 3 * width * hidden
+
+
+def region_flops(config: mixmag.Config, M: int) -> int:
+    """Useful FLOPs of MEM on a region: matrix products forward, and twice that backward."""
+    N = config.geometry().num_tokens
+    n = N - M + config.cls_tokens
+    d = config.decoder_width
+    encoder = config.depth * block_flops(config.width, n, n)
+    decoder = (config.decoder_depth - 1) * block_flops(d, n + M, n + M)
+    decoder += block_flops(d, n + M, M)  # the last block
+    decoder += 2 * n * config.width * d + 2 * M * d * config.dim  # its first and last layers
+    first = 2 * (N - M) * config.dim * config.width  # its input needs no gradient
+    return 3 * (encoder + decoder) + 2 * first
+
+
+def region_bytes(config: mixmag.Config, M: int, size: int) -> int:
+    """Memory that MEM keeps of a region for backward. size: bytes of a number in autocast.
+
+    A block keeps its two sums in fp32, and of each token six vectors of its width (two norms, q, k,
+    v, attention) and four of the gated layer's.
+    """
+    N = config.geometry().num_tokens
+    n = N - M + config.cls_tokens
+    total = (N + n) * config.dim * 4 + M * config.dim * 24  # inputs, and the cosine's vectors
+    for width, tokens, depth in (
+        (config.width, n, config.depth),
+        (config.decoder_width, n + M, config.decoder_depth),
+    ):
+        of_token = 8 * width + size * (6 * width + 4 * mixmag.swiglu_width(width))
+        total += depth * tokens * of_token
+    return total
+
+
+def fitting_micro_batch(model, M: int, views: int, machine) -> int:
+    """How many regions go through a GPU in one pass, with a fifth of the memory to spare."""
+    if machine.device.type != "cuda":
+        return 64
+    free, _ = torch.cuda.mem_get_info(machine.device)
+    free -= 12 * sum(p.numel() for p in model.parameters())  # gradients, AdamW's two moments
+    of_region = views * region_bytes(model.config, M, 2 if machine.dtype else 4)
+    fits = int(0.8 * free / of_region)
+    return max(1, fits // 64 * 64 or fits)
+
+
+def matrix_rate(machine, products: int = 8) -> float:
+    """FLOPs per second of plain matrix products in the run's precision."""
+    side = 8192 if machine.device.type == "cuda" else 1024
+    a = torch.randn(side, side, device=machine.device, dtype=machine.dtype)
+    for _ in range(2):  # the first round is slower
+        machine.wait()
+        began = time.perf_counter()
+        for _ in range(products):
+            torch.mm(a, a)
+        machine.wait()
+    return products * 2 * side**3 / (time.perf_counter() - began)
+
+
+def log_speed(config, M: int, regions: int, seconds: float, machine) -> None:
+    """Tokens per second, and the useful FLOPs as a share of what this device can do at most."""
+    rate = regions / max(seconds, 1e-9)
+    share = rate * region_flops(config, M) / matrix_rate(machine)
+    tokens = rate * config.geometry().num_tokens
+    log(f"{tokens:,.0f} tokens per second over {seconds:.0f} s, {share:.0%} of the matrix rate")
+    if machine.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(machine.device) / 1e9
+        log(f"peak memory {peak:.1f} GB")
 
 
 def bootstrap_aurocs(labels, scores, seed: int, resamples: int = 1000) -> np.ndarray | None:

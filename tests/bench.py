@@ -1,6 +1,7 @@
 """Speeds, each as a ratio to a limit or to a peer that is measured in the same run.
 
     python tests/bench.py [--only tiling] [--json FILE]      MIXMAG_REAL=folder adds real slides
+    python tests/bench.py --only gpu                         the paper preset on one GPU
 
 Whatever is compared runs in turn, several times. The ratio is the median over the rounds: a busy
 machine disturbs it least. Models are timed by the wall clock, or with OMP_NUM_THREADS=1 by
@@ -10,23 +11,33 @@ processor time, which other work hardly changes. The peer ViTMAE needs `pip inst
 import argparse
 import contextlib
 import functools
+import gc
+import importlib.util
 import io
+import itertools
+import json
 import math
 import multiprocessing
 import os
 import sys
 import tempfile
 import time
+import types
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import openslide
-import tifffile
 import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if "gpu" in sys.argv:  # a GPU machine may lack what reads slides, and nothing there uses it
+    for package in ("openslide", "simplejpeg", "h5py", "tifffile"):
+        sys.modules.setdefault(package, types.ModuleType(package))
+import openslide
+import tifffile
+
 import data
 import mixmag
 import train
@@ -38,6 +49,8 @@ ROW = "{:<45} {:9.1f} {:<8} {:6.2f} x {:<8} (target {:g})"
 
 def describe_machine() -> str:
     processor = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
+    if DEVICE.type == "cuda":
+        processor = f"{torch.cuda.get_device_name()}, {processor}"
     threads = torch.get_num_threads()
     return f"{processor}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}"
 
@@ -276,26 +289,6 @@ def memory():
 
 
 # ------------------------------------------------------------------------------------- pretraining
-def block_flops(width: int, n: int, wanted: int) -> int:
-    """Forward FLOPs of a block whose outputs at `wanted` of n tokens are used."""
-    hidden = mixmag.SwiGLU(width).w1.out_features
-    keys_values = 2 * n * 2 * width**2
-    attention = 2 * wanted * (2 * width**2 + 2 * n * width)
-    return keys_values + attention + 2 * wanted * 3 * width * hidden
-
-
-def step_flops(config, N: int, M: int) -> int:
-    """Useful FLOPs of a MEM step on a region: matrix products forward, and twice that backward."""
-    n = N - M + config.cls_tokens
-    d = config.decoder_width
-    encoder = config.depth * block_flops(config.width, n, n)
-    decoder = (config.decoder_depth - 1) * block_flops(d, n + M, n + M)
-    decoder += block_flops(d, n + M, M)  # the last block
-    decoder += 2 * n * config.width * d + 2 * M * d * config.dim  # its first and last layers
-    first = 2 * (N - M) * config.dim * config.width  # its input needs no gradient
-    return 3 * (encoder + decoder) + 2 * first
-
-
 def products(flops: float, dtype):
     """As many FLOPs in plain matrix products of the size that is fastest."""
     side = 1024 if DEVICE.type == "cpu" else 8192
@@ -361,10 +354,10 @@ def pretraining(repeats: int = 5):
     torch.manual_seed(0)
     config = mixmag.Config.paper()
     B = 16 if DEVICE.type == "cpu" else 256
-    flops = B * step_flops(config, 189, mixmag.removal_count(189, 0.5))
+    flops = B * train.region_flops(config, mixmag.removal_count(189, 0.5))
     model = mixmag.MaskedEmbeddingModel(config).to(DEVICE)
     compiled = mixmag.MaskedEmbeddingModel(config).to(DEVICE)
-    compiled.compile(dynamic=False)
+    train.compile_blocks(compiled)
     for name, ours, amp, target in (
         ("bf16", model, "bf16", 0.7),
         ("fp32", model, "off", 0.9),
@@ -398,7 +391,7 @@ def write_cohort(folder, slides: int, side: int, dim: int = 1280) -> None:
         data.write_slide(path, features, cells, valid, {"slide_id": path.stem, "n_bad": 0, **meta})
 
 
-def loading(batches: int = 600, size: int = train.PretrainConfig.micro_batch, repeats: int = 3):
+def loading(batches: int = 600, size: int = 64, repeats: int = 3):
     """Random windows of 484 kB from files that the system holds in memory. `bare`: the same rows
     out of the same memory maps into one buffer, and nothing else."""
     with tempfile.TemporaryDirectory() as folder:
@@ -433,9 +426,8 @@ def loading(batches: int = 600, size: int = train.PretrainConfig.micro_batch, re
 
 
 # ------------------------------------------------------------------------------------- fine-tuning
-def slide_cost(regions: int, learns: bool) -> tuple[float, int]:
-    """Seconds and bytes at most of a slide through the paper preset, with `learns` also back."""
-    config = mixmag.Config.paper()
+def slide_cost(config, regions: int, learns: bool) -> tuple[float, int]:
+    """Seconds and bytes at most of a slide through the encoder, with `learns` also back."""
     model = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config), dropout=0.2).to(DEVICE)
     machine = train.start_machine(width=config.width)
     x = torch.ones(regions, 189, 1280, dtype=torch.float16, device=DEVICE)
@@ -458,7 +450,7 @@ def finetuning(most: int = 1000):
     sizes = [most // 8, most // 4, most // 2, most]
     peaks = []
     for regions in sizes:
-        peaks.append(in_child(slide_cost, regions, True)[1] / 1e9)
+        peaks.append(in_child(slide_cost, mixmag.Config.paper(), regions, True)[1] / 1e9)
         line = f"slide of {regions} regions, {189 * regions:,} tokens"
         yield line, peaks[-1], "GB", 8 / peaks[-1], "8 GB", 1.0
     slope, base = np.polyfit(sizes, peaks, 1)
@@ -484,6 +476,222 @@ def bags(repeats: int = 9):
         loop = functools.partial(pool_bags, pool, alone)
         seconds = in_turn(repeats, model_clock, ours=together, loop=loop)
         yield row(f"AB-MIL, {name}", len(sizes), "bags/s", seconds, "loop", 3.0)
+
+
+# --------------------------------------------------------------------------------------- one GPU
+def seconds_of(function, repeats: int = 3) -> float:
+    """The median, after one call that is slower."""
+    function()
+    return float(np.median(in_turn(repeats, gpu_clock, ours=function)["ours"]))
+
+
+def gpu_clock() -> float:
+    train.start_machine().wait()
+    return time.perf_counter()
+
+
+def fits(function):
+    """function(), or None where the GPU has too little memory for it."""
+    try:
+        return function()
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        gc.collect()
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def most_held() -> float:
+    """GB on the GPU, or in this process."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return peak_memory() / 1e9
+
+
+def gpu():
+    """The paper preset on one GPU: five minutes. On a CPU a small one, to try the script."""
+    big = DEVICE.type == "cuda"
+    config = mixmag.Config.paper() if big else mixmag.Config.small(1280)
+    batch = 4096 if big else 32
+    machine = train.start_machine(amp="auto" if big else "off", width=config.width)
+    rate = train.matrix_rate(machine)
+    yield "matrix products", rate / 1e12, "TFLOP/s", 1.0, "products", 1
+    sizes = (64, 256, 512, 1024, 2048) if big else (8, 16)
+    yield from gpu_steps(config, batch, sizes, rate, machine)
+    yield from gpu_loader(config, batch, sizes[2 if big else 0], machine)
+    yield from gpu_finetuning(config, 1000 if big else 8)
+    yield from gpu_attention(config, 512 if big else 4, machine)
+    yield from gpu_virchow2(256 if big else 1)
+
+
+def training_step(config, batch: int, micro: int, machine, views: int = 1, compiled=False):
+    """A whole step on random regions that the device holds: forward, backward, AdamW."""
+    model_class = mixmag.MaskedEmbeddingModel if views == 1 else mixmag.ContrastiveEmbeddingModel
+    model = model_class(config).to(DEVICE)
+    if compiled:
+        train.compile_blocks(model)
+    groups = train.parameter_groups(model, 0.05)
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
+    N = config.geometry().num_tokens
+    parts = []
+    for _ in range(batch // micro):
+        x = torch.randn(views, micro, N, config.dim, device=DEVICE, dtype=torch.float16)
+        removed = mixmag.random_removal(views * micro, N, 0.5, device=DEVICE)
+        removed = removed.unflatten(0, (views, micro))
+        slide = torch.zeros(views, micro, device=DEVICE)
+        part = {"x": x, "removed": removed, "slide": slide}
+        if views == 1:
+            part = {key: value[0] for key, value in part.items()}
+        parts.append({**part, "valid": None})
+    train_step = train.mem_step if views == 1 else train.cmem_step
+
+    def step(parts=parts):
+        train_step(model, parts, batch, machine)
+        train.optimizer_step(model, optimizer, machine.scaler, 1e-4, 1.0)
+
+    return step
+
+
+def gpu_steps(config, batch: int, sizes: tuple, rate: float, machine):
+    """`products`: what the useful FLOPs would take as plain matrix products."""
+    M = mixmag.removal_count(config.geometry().num_tokens, 0.5)
+    flops = train.region_flops(config, M)
+    size = 2 if machine.dtype else 4
+    runs = [(micro, 1, False) for micro in sizes]
+    runs += [(micro, 1, True) for micro in sizes[1:4]]
+    runs += [(sizes[1], 2, False), (sizes[1], 2, True)]
+    for micro, views, compiled in runs:
+
+        def measure(micro=micro, views=views, compiled=compiled):
+            step = training_step(config, batch, micro, machine, views, compiled)
+            return seconds_of(step, 2), most_held()
+
+        name = "MEM step" if views == 1 else "CMEM 7x7 step"
+        name += f", {'--compile' if compiled else 'eager'}, {micro} at a time"
+        found = fits(measure)
+        if found is None:
+            yield f"{name}: out of memory", 0, "regions", 0, "products", 0.45
+            continue
+        seconds, held = found
+        regions = batch * views / seconds
+        yield name, regions, "regions", regions * flops / rate, "products", 0.45
+        formula = micro * views * train.region_bytes(config, M, size) / 1e9
+        yield "  memory", held, "GB", held / formula, "formula", 1
+    for compiled in (False, True):
+        step = training_step(config, sizes[1], sizes[1], machine, compiled=compiled)
+        step()
+        yield "waits for the GPU in a step", count_waits(step), "waits", 0, "none", 0
+        print_profile(step)
+
+
+def count_waits(step) -> int:
+    if DEVICE.type != "cuda":
+        return 0
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step()
+    torch.cuda.set_sync_debug_mode("default")
+    for warning in caught:
+        print(f"  {warning.filename}:{warning.lineno} {warning.message}")
+    return len(caught)
+
+
+def print_profile(step) -> None:
+    """The kernels that take most of a step."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if DEVICE.type == "cuda":
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        gpu_clock()
+    order = "self_cuda_time_total" if DEVICE.type == "cuda" else "self_cpu_time_total"
+    table = profile.key_averages().table(order, row_limit=16, max_name_column_width=60)
+    print(table, flush=True)
+
+
+def gpu_loader(config, batch: int, micro: int, machine):
+    """Steps that load their windows, beside steps whose windows are there already."""
+    steps = 3
+    with tempfile.TemporaryDirectory() as folder:
+        write_cohort(folder, 24, 16)
+        dataset = data.RegionDataset(data.read_slides(folder), mixmag.Geometry(3), 0, mask=0.5)
+        step = training_step(config, batch, micro, machine, compiled=DEVICE.type == "cuda")
+        resident = seconds_of(step)
+        for workers in (1, 4, 12):
+            loads = data.prefetch(
+                lambda indices: data.pinned(dataset.batch(indices), DEVICE),
+                [range(i, i + micro) for i in range(0, batch * (steps + 1), micro)],
+                workers,
+            )
+            own = batch // micro
+            step(itertools.islice(loads, own))
+            began = gpu_clock()
+            for _ in range(steps):
+                step(itertools.islice(loads, own))
+            seconds = (gpu_clock() - began) / steps
+            line = f"MEM step with its loader, {workers} workers, {micro} at a time"
+            yield line, batch / seconds, "regions", resident / seconds, "resident", 0.95
+
+
+def gpu_finetuning(config, regions: int):
+    for name, learns in (("learns", True), ("is frozen", False)):
+
+        def measure(learns=learns):
+            return *slide_cost(config, regions, learns), most_held()
+
+        fits(measure)  # the first is slower
+        seconds, _, held = fits(measure)
+        line = f"a slide of {regions} regions, whose encoder {name}"
+        yield line, regions / seconds, "regions", 1 / seconds, "1 s", 1
+        yield "  memory", held, "GB", 8 / held, "8 GB", 1
+
+
+def gpu_attention(config, B: int, machine):
+    """Forward and backward of one layer's attention by each of torch's kernels."""
+    M = mixmag.removal_count(config.geometry().num_tokens, 0.5)
+    n = config.geometry().num_tokens - M + config.cls_tokens
+    backends = torch.nn.attention.SDPBackend
+    for name, tokens, heads, width in (
+        ("encoder", n, config.heads, config.width),
+        ("decoder", n + M, config.decoder_heads, config.decoder_width),
+    ):
+        shape = (B, heads, tokens, width // heads)
+        qkv = torch.randn(3, *shape, device=DEVICE, dtype=machine.dtype, requires_grad=True)
+        flops = 3.5 * 4 * B * tokens**2 * width  # backward computes the scores again
+        for kind in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
+
+            def attend(qkv=qkv, kind=kind):
+                with torch.nn.attention.sdpa_kernel(getattr(backends, kind)):
+                    mixmag.attend(*qkv).sum().backward()
+
+            try:
+                seconds = seconds_of(attend)
+            except RuntimeError as error:
+                print(f"  {kind}: {str(error).splitlines()[0]}")
+                continue
+            line = f"attention, {name}, {tokens} tokens, {kind.lower()}"
+            yield line, flops / seconds / 1e12, "TFLOP/s", 1e6 * seconds / B, "us/region", 1
+
+
+def gpu_virchow2(tiles: int):
+    """Virchow2's architecture at random weights, which nobody's licence covers."""
+    if importlib.util.find_spec("timm") is None:
+        print("  timm is not installed: no tile encoder was timed")
+        return
+    model = data.empty_virchow2().to_empty(device=DEVICE)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    encoder = data.Virchow2(model).to(DEVICE).eval()
+    pictures = torch.randint(0, 256, (tiles, 224, 224, 3), dtype=torch.uint8, device=DEVICE)
+
+    def encode():
+        with torch.inference_mode():
+            encoder(pictures)
+
+    yield "Virchow2's architecture", tiles / seconds_of(encode), "tiles/s", most_held(), "GB", 1
 
 
 # ---------------------------------------------------------------------------------- how cost grows
@@ -517,7 +725,7 @@ def growth():
     tokens = 21 * np.square(sides)
     yield from growth_rows(name, region_cost, sides, tokens, "tokens in a region")
     regions = [6, 53, 530, 5300]
-    encode = functools.partial(slide_cost, learns=False)
+    encode = functools.partial(slide_cost, mixmag.Config.paper(), learns=False)
     tokens = 189 * np.array(regions)
     yield from growth_rows("regions of a slide, encoded", encode, regions, tokens, "tokens")
     slides = [10, 100, 1000]
@@ -538,24 +746,23 @@ def growth_rows(name: str, cost, sizes: list, amounts, unit: str):
     print(f"{base:.3g} MB + {slope:.3g} x {unit}")
 
 
-BENCHES = [tiling, memory, pretraining, loading, finetuning, bags, growth]
+BENCHES = [tiling, memory, pretraining, loading, finetuning, bags, growth, gpu]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     names = sorted(bench.__name__ for bench in BENCHES)
     parser.add_argument("--only", choices=names, help="this one alone")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there, too")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there, too, line by line")
     args = parser.parse_args()
     print(describe_machine())
-    rows = []
-    for bench in BENCHES:
-        if args.only in (None, bench.__name__):
-            for found in bench():
-                rows.append(dict(zip(COLUMNS, found, strict=True)))
-                print(ROW.format(*found), flush=True)
-    if args.json:
-        data.write_json(args.json, {"machine": describe_machine(), "rows": rows})
+    with open(args.json or os.devnull, "w") as file:
+        print(json.dumps({"machine": describe_machine()}), file=file, flush=True)
+        for bench in BENCHES:
+            if args.only in (None, bench.__name__):
+                for found in bench():
+                    print(ROW.format(*found), flush=True)
+                    print(json.dumps(dict(zip(COLUMNS, found, strict=True))), file=file, flush=True)
 
 
 if __name__ == "__main__":
