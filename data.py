@@ -306,6 +306,8 @@ class RegionDataset(torch.utils.data.Dataset):
 
     mask: the removal ratio. views: 2 for the contrastive loss, whose second window is drawn from a
     `source` x `source` window that holds the first (paper 3.1.2). turn: whether windows are turned.
+    swap: the share of samples that look as if stained and scanned like another slide: its mean
+    embedding of each magnification takes the place of their own slide's.
     """
 
     def __init__(
@@ -319,12 +321,17 @@ class RegionDataset(torch.utils.data.Dataset):
         stride: int = 1,
         min_cover: float = 1.0,
         turn: bool = True,
+        swap: float = 0.0,
     ):
         self.slides = slides
         self.geometry = geometry
         self.seed = seed
         self.views = views
         self.turn = turn
+        self.swap = swap
+        self.level = geometry.level().numpy()
+        if swap:
+            self.slide_means = slide_means(slides)  # (S, K, D)
         self.removed_tokens = removal_count(geometry.num_tokens, mask)  # M
         self.reach = (source or geometry.region) - geometry.region  # cells a view may lie off
         self.turned_entries = geometry.cell_order().numpy()[geometry.dihedral().numpy()]  # (8, N)
@@ -339,12 +346,14 @@ class RegionDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def draw(self, indices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of B samples: windows (views, B), turns of them (views, B), removed (views, B, M)."""
+    def draw(self, indices) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Of B samples: windows (views, B), turns of them (views, B), removed (views, B, M), and
+        the slides that they are to look like (B,)."""
         N = self.geometry.num_tokens
         window = np.empty((self.views, len(indices)), np.int64)
         turn = np.empty_like(window)
         removed = np.empty((*window.shape, self.removed_tokens), np.int64)
+        look = np.empty(len(indices), np.int64)
         for b, i in enumerate(indices):
             rng = np.random.default_rng([self.seed, i])
             epoch, position = divmod(int(i), len(self))
@@ -354,7 +363,10 @@ class RegionDataset(torch.utils.data.Dataset):
             for view in range(self.views):
                 turn[view, b] = rng.integers(8) * self.turn
                 removed[view, b] = rng.permutation(N)[: self.removed_tokens]
-        return window, turn, removed
+            look[b] = self.slide_of[window[0, b]]
+            if rng.random() < self.swap:
+                look[b] = rng.integers(len(self.slides))
+        return window, turn, removed, look
 
     def draw_partner(self, window: int, rng) -> int:
         """A random window inside a random source window that holds the given one."""
@@ -368,7 +380,7 @@ class RegionDataset(torch.utils.data.Dataset):
 
     def read(self, indices) -> dict:
         """As `batch`, with `valid` always a tensor."""
-        window, turn, removed = self.draw(indices)
+        window, turn, removed, look = self.draw(indices)
         slide = self.slide_of[window]
         x = np.empty((*window.shape, self.geometry.num_tokens, self.slides[0].dim), np.float16)
         valid = np.empty(x.shape[:-1], bool)
@@ -384,6 +396,9 @@ class RegionDataset(torch.utils.data.Dataset):
             features = its_slide.features.reshape(-1, its_slide.dim)
             # by default numpy checks the index in a copy of `out`; "clip" writes into x itself
             np.take(features, rows, axis=0, out=x[view, b], mode="clip")
+            if look[b] != slide[view, b]:
+                change = self.slide_means[look[b]] - self.slide_means[slide[view, b]]  # (K, D)
+                x[view, b] += change[self.level]
         valid &= cell >= 0
         x[~valid] = 0
         arrays: dict[str, Any] = {"x": x, "removed": removed, "valid": valid, "slide": slide}
@@ -540,6 +555,22 @@ def feature_statistics(slides, magnifications=None, limit: int = 20000) -> tuple
     std = np.sqrt(variance.clip(min=0))
     directions /= count.clip(min=1)
     return tuple(torch.from_numpy(array).float() for array in (mean, std, directions))
+
+
+def slide_means(slides, most: int = 32) -> np.ndarray:
+    """(S, K, D) float16: the mean embeddings of each magnification in evenly spread cells."""
+    levels = range(len(slides[0].meta["magnifications"]))
+    means = np.zeros((len(slides), len(levels), slides[0].dim), np.float16)
+    for i, slide in enumerate(progress(slides, desc="slide means", leave=False)):
+        count = len(slide.cells)
+        chosen = np.linspace(0, count - 1, min(count, most)).astype(int)
+        features = slide.features[chosen].astype(np.float32)
+        valid = slide.valid[chosen]
+        for k in levels:
+            entries = magnification_entries(k)
+            tokens = features[:, entries][valid[:, entries]]  # (n, D)
+            means[i, k] = tokens.sum(axis=0) / max(len(tokens), 1)
+    return means
 
 
 # --------------------------------------------------------------------------------- tasks and splits
@@ -863,7 +894,7 @@ def user_mpp(slide_id: str, manifest: dict, mpp: float | None) -> tuple[float | 
 MAX_TILE_BYTES = 2**30  # that a TIFF may claim for one of its tiles (assumed)
 START = b"\xff\xd8"  # of every JPEG picture
 ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0"  # the byte after it tells libjpeg YCbCr (1) or RGB (0)
-PLAIN_JPEG = (tifffile.COMPRESSION.JPEG, tifffile.PLANARCONFIG.CONTIG, 8, 3)  # bits, colours
+PLAIN_JPEG = (7, 1, 8, 3)  # compression JPEG, colours side by side, bits, colours
 
 
 class JpegLevel:

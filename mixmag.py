@@ -292,6 +292,9 @@ class Standardize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (at_least_fp32(x) - self.mean) / self.std
 
+    def inverse(self, x: Tensor) -> Tensor:
+        return at_least_fp32(x) * self.std + self.mean
+
 
 POSITION_SIZE = 0.5  # assumed: root mean square of the waves
 
@@ -367,16 +370,17 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(config.decoder_depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, config.dim)
+        self.standardize = Standardize(config.dim)  # its inverse makes embeddings of outputs
         self.apply(init_linear)
         nn.init.normal_(self.mask_token, std=0.02)  # assumed: as MAE
 
-    def forward(self, cls, tokens, kept, removed, valid=None) -> Tensor:
+    def forward(self, cls, tokens, kept, removed, valid=None, every=False) -> Tensor:
         """cls (B, 4, d), tokens (B, N - M, d) at kept (B, N - M), removed (B, M) -> (B, M, D).
 
         Eq. 4: the kept outputs and mask tokens, each with its position, go through the blocks.
-        valid (B, N) or None.
+        valid (B, N) or None. every: predict the kept tokens also, and first  (B, N, D).
         """
-        M = removed.shape[1]
+        first = cls.shape[1] if every else cls.shape[1] + kept.shape[1]
         cls, tokens = self.input(cls), self.input(tokens)
         tokens = tokens + F.embedding(kept, self.pos)
         masked = self.mask_token + F.embedding(removed, self.pos)  # (B, M, d')
@@ -386,8 +390,8 @@ class Decoder(nn.Module):
             mask = attention_mask(valid.gather(1, torch.cat([kept, removed], 1)), cls.shape[1])
         for block in self.blocks[:-1]:
             x = block(x, mask)
-        x = self.blocks[-1](x, mask, first=x.shape[1] - M)  # only these M are scored
-        return self.head(self.norm(x))
+        x = self.blocks[-1](x, mask, first)  # only these are scored
+        return self.standardize.inverse(self.head(self.norm(x)))
 
 
 # ------------------------------------------------------------------------------------------- MEM
@@ -459,34 +463,6 @@ def level_losses(
     return total, zeros.index_add(0, level, scored.flatten())
 
 
-def trivial_predictions(
-    geometry: Geometry, x: Tensor, removed: Tensor, mean: Tensor, valid: Tensor | None = None
-) -> dict[str, Tensor]:
-    """Predictions of the removed tokens that need no network: name -> (B, M, D).
-
-    x (B, N, D), removed (B, M). mean (K, D): for each magnification, the mean of its embeddings
-    after each is scaled to length 1. "mean" predicts that. "shift" adds what the region's visible
-    tokens have in common, such as a stain: their mean deviation. "parent", "children" and
-    "neighbours" predict the mean of the visible ones, or "mean" where none is visible.
-    """
-    level = geometry.level(x.device)
-    visible = torch.ones(x.shape[:2], device=x.device).scatter(1, removed, 0.0)  # (B, N)
-    if valid is not None:
-        visible = visible * valid
-        x = x.masked_fill(~valid[..., None], 0)
-    x = x.float()
-    deviation = (F.normalize(x, dim=-1) - mean[level]) * visible[..., None]  # (B, N, D)
-    shift = deviation.sum(1) / visible.sum(1, keepdim=True).clamp(min=1)  # (B, D)
-    constant = mean[level[removed]]  # (B, M, D)
-    predictions = {"mean": constant, "shift": constant + shift[:, None]}
-    for name, related in geometry.relatives().items():
-        weight = related.to(x.device)[removed] * visible[:, None]  # (B, M, N)
-        count = weight.sum(-1, keepdim=True)
-        average = weight @ x / count.clamp(min=1)
-        predictions[name] = torch.where(count > 0, average, constant)
-    return predictions
-
-
 @dataclass
 class Outputs:
     """What MEM returns. CMEM returns it for the 2B regions of its views, with three fields more."""
@@ -503,11 +479,16 @@ class Outputs:
 
 
 class MaskedEmbeddingModel(nn.Module):
-    """MEM: encode the kept tokens, predict the removed ones. Source: paper 3.1.1, figure 2a."""
+    """MEM: encode the kept tokens, predict the removed ones. Source: paper 3.1.1, figure 2a.
 
-    def __init__(self, config: Config):
+    visible: weight of the same loss at the kept tokens, which the paper does not have. It makes the
+    encoder's outputs hold what they were given.
+    """
+
+    def __init__(self, config: Config, visible: float = 0.0):
         super().__init__()
         self.config = config
+        self.visible = visible
         self.encoder = MixingEncoder(config)
         self.decoder = Decoder(config)
 
@@ -520,11 +501,16 @@ class MaskedEmbeddingModel(nn.Module):
         else:
             removed = random_removal(B, N, mask, generator, x.device)
         kept, cls, tokens = self.encode_kept(x, removed, valid)
-        pred = self.decoder(cls, tokens, kept, removed, valid)  # (B, M, D)
-        target = take(x, removed)  # (B, M, D) as they are: only the encoder's inputs are scaled
         if valid is not None:
-            target = target.masked_fill(~valid.gather(1, removed)[..., None], 0)
+            x = x.masked_fill(~valid[..., None], 0)
+        every = self.training and self.visible > 0
+        pred = self.decoder(cls, tokens, kept, removed, valid, every)  # (B, M or N, D)
+        seen, pred = pred.split([pred.shape[1] - removed.shape[1], removed.shape[1]], dim=1)
+        target = take(x, removed)  # (B, M, D) as they are: only the encoder's inputs are scaled
         loss = mem_loss(pred, target, removal_weights(geometry, removed, valid))
+        if every:
+            weight = removal_weights(geometry, kept, valid)
+            loss = loss + self.visible * mem_loss(seen, take(x, kept), weight)
         total, count = level_losses(geometry, pred.detach(), target, removed, valid)
         return Outputs(loss, pred, removed, cls, total / count, count)
 
@@ -555,8 +541,8 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
 class ContrastiveEmbeddingModel(MaskedEmbeddingModel):
     """CMEM: MEM on two nearby views, whose class tokens are aligned. Source: 3.1.2, figure 2b."""
 
-    def __init__(self, config: Config):
-        super().__init__(config)
+    def __init__(self, config: Config, visible: float = 0.0):
+        super().__init__(config, visible)
         self.projector = nn.Sequential(
             nn.Linear(config.cls_tokens * config.width, config.projector_hidden),
             nn.GELU(),

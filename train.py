@@ -186,7 +186,17 @@ class PretrainConfig(TrainingConfig):
     epochs: int = setting(None, "passes over all windows", paper=100, type=POSITIVE)
     lr: float = setting(None, "peak rate, instead of the base rate", type=RATE)
     blr: float = setting(None, "lr = blr * batch / 256", small=0.032, paper=1.5e-4, type=RATE)
-    weight_decay: float = setting(None, "on matrices", small=0.05, paper=0.05, type=DECAY)
+    weight_decay: float = setting(None, "on matrices", small=0.3, paper=0.05, type=DECAY)
+    visible: float = setting(
+        None,
+        "weight of the loss at kept tokens (the paper has none)",
+        small=0.5,
+        paper=0,
+        type=SHARE,
+    )
+    swap: float = setting(
+        None, "share of regions shifted to another slide's mean", small=0.5, paper=0, type=SHARE
+    )
     min_cover: float = setting(1.0, "share of its cells that a window must hold", type=SHARE)
     holdout: float = setting(0.05, "share of cases to measure the loss on", type=BELOW_ONE)
     save_every: int = setting(100, "steps between checkpoints", type=POSITIVE)
@@ -195,6 +205,8 @@ class PretrainConfig(TrainingConfig):
 
 HIGHEST_RATE = 0.02  # assumed: ten times the rate of the small preset
 LOG_EVERY = 10  # steps
+HELD_OUT_CASES = 4  # at least, where there are enough
+MEASUREMENTS = 12  # of the held-out loss in a run
 
 
 def pretrain(config: PretrainConfig) -> dict:
@@ -219,17 +231,22 @@ def pretrain(config: PretrainConfig) -> dict:
     torch.manual_seed(config.seed)
     model: mixmag.MaskedEmbeddingModel
     if config.source:
-        model = mixmag.ContrastiveEmbeddingModel(model_config)
+        model = mixmag.ContrastiveEmbeddingModel(model_config, config.visible)
     else:
-        model = mixmag.MaskedEmbeddingModel(model_config)
+        model = mixmag.MaskedEmbeddingModel(model_config, config.visible)
     mean, std, directions = data.feature_statistics(slides)
     model.encoder.standardize.fit(mean, std)
+    model.decoder.standardize.fit(mean, std)
     model.to(machine.device)
-    seconds = pretrain_loop(config, run, model, dataset, total, peak)
+    held_out = held_out_windows(config, model.encoder.geometry, held_out_ids)
+    seconds = pretrain_loop(config, run, model, dataset, held_out, total, peak)
     if run.writes:
         export_encoder(run, model.encoder, slides[0], config.preset, train_ids, held_out_ids)
         facts = {"steps": total, "seconds": round(seconds, 1)}
-        finish_pretraining(config, run, model, directions, held_out_ids, facts)
+        plain = dataclasses.replace(config, swap=0.0, source=0)
+        windows = pretraining_windows(plain, slides, model.encoder.geometry, machine)
+        yardsticks = Yardsticks(windows, directions)
+        finish_pretraining(config, run, model, held_out, yardsticks, facts)
     machine.barrier()
     return run.result()
 
@@ -238,6 +255,7 @@ def pretraining_split(folder: Path, holdout: float) -> tuple[list, list]:
     """Slide ids to train on, and to measure the loss on. Whole cases are held out.
 
     The cases whose hashed names come first are held out: the choice moves little with the cohort.
+    At least four are, but no more than a fifth.
     """
     case_of = {}
     for task in data.task_names(folder):
@@ -246,22 +264,23 @@ def pretraining_split(folder: Path, holdout: float) -> tuple[list, list]:
     ids = data.pretraining_ids(folder)
     cases = {case_of.get(i, i) for i in ids}
     ordered = sorted(cases, key=lambda case: hashlib.sha256(case.encode("utf-8")).digest())
-    held_out = set(ordered[: round(holdout * len(cases))])
+    count = min(max(HELD_OUT_CASES, round(holdout * len(cases))), len(cases) // 5)
+    held_out = set(ordered[: count if holdout else 0])
     held_out_ids = [i for i in ids if case_of.get(i, i) in held_out]
     return [i for i in ids if i not in set(held_out_ids)], held_out_ids
 
 
 def pretraining_windows(config, slides, geometry, machine) -> data.RegionDataset:
     """The windows to train on. Raises MixmagError for settings that do not fit them."""
-    if config.source is not None and config.source < config.region:
+    if config.source and config.source < config.region:
         raise MixmagError(f"--source {config.source} is smaller than --region {config.region}")
     if config.batch_size % machine.world:
         raise MixmagError(f"--batch-size does not divide into {machine.world} processes")
-    views = {"views": 2, "source": config.source} if config.source else {}
+    more = {"min_cover": config.min_cover, "swap": config.swap}
+    if config.source:
+        more |= {"views": 2, "source": config.source}
     try:
-        dataset = data.RegionDataset(
-            slides, geometry, config.seed, config.mask, min_cover=config.min_cover, **views
-        )
+        dataset = data.RegionDataset(slides, geometry, config.seed, config.mask, **more)
     except ValueError as error:
         raise MixmagError(f"--mask: {error}") from None
     if len(dataset) == 0:
@@ -286,7 +305,7 @@ def pretraining_length(config: PretrainConfig, windows: int) -> tuple[int, float
     return total, peak
 
 
-def pretrain_loop(config, run: Run, model, dataset, total: int, peak: float) -> float:
+def pretrain_loop(config, run: Run, model, dataset, held_out, total: int, peak: float) -> float:
     """All optimizer steps, from the last checkpoint on. Returns the seconds they took."""
     machine = run.machine
     groups = parameter_groups(model, config.weight_decay)
@@ -298,10 +317,9 @@ def pretrain_loop(config, run: Run, model, dataset, total: int, peak: float) -> 
     log(f"{len(dataset)} windows, {total} steps of {config.batch_size}, peak rate {peak:.2e}")
     start = run.load(model, optimizer)["done"]
     own = config.batch_size // machine.world  # regions of this process in a batch
-    M = dataset.removed_tokens
     micro_batch = config.micro_batch
     if micro_batch == "auto":
-        micro_batch = fitting_micro_batch(model, M, dataset.views, machine)
+        micro_batch = fitting_micro_batch(model, dataset, machine)
     loads = data.prefetch(
         lambda indices: data.pinned(dataset.batch(indices), machine.device),
         micro_batches(config, start, total, own, machine.rank, micro_batch),
@@ -309,6 +327,7 @@ def pretrain_loop(config, run: Run, model, dataset, total: int, peak: float) -> 
     )
     began = time.time()
     recent = []
+    measure_every = config.save_every * math.ceil(total / config.save_every / MEASUREMENTS)
     bar = progress(total=total, initial=start, desc="pretrain")
     for step in range(start, total):
         parts = itertools.islice(loads, math.ceil(own / micro_batch))
@@ -330,9 +349,11 @@ def pretrain_loop(config, run: Run, model, dataset, total: int, peak: float) -> 
             run.save(done, model, optimizer)
         if stop:
             raise Stopped
+        if done % measure_every == 0 or done == total:
+            note_held_out(run, done, model, held_out)
     bar.close()
     seconds = time.time() - began
-    log_speed(model.config, M, (total - start) * own * dataset.views, seconds, machine)
+    log_speed(model.config, dataset, (total - start) * own, seconds, machine)
     return seconds
 
 
@@ -1129,13 +1150,14 @@ def region_bytes(config: mixmag.Config, M: int, size: int) -> int:
     return total
 
 
-def fitting_micro_batch(model, M: int, views: int, machine) -> int:
+def fitting_micro_batch(model, dataset, machine) -> int:
     """How many regions go through a GPU in one pass, with a fifth of the memory to spare."""
     if machine.device.type != "cuda":
         return 64
     free, _ = torch.cuda.mem_get_info(machine.device)
     free -= 12 * sum(p.numel() for p in model.parameters())  # gradients, AdamW's two moments
-    of_region = views * region_bytes(model.config, M, 2 if machine.dtype else 4)
+    size = 2 if machine.dtype else 4
+    of_region = dataset.views * region_bytes(model.config, dataset.removed_tokens, size)
     fits = int(0.8 * free / of_region)
     return max(1, fits // 64 * 64 or fits)
 
@@ -1153,10 +1175,10 @@ def matrix_rate(machine, products: int = 8) -> float:
     return products * 2 * side**3 / (time.perf_counter() - began)
 
 
-def log_speed(config, M: int, regions: int, seconds: float, machine) -> None:
+def log_speed(config, dataset, regions: int, seconds: float, machine) -> None:
     """Tokens per second, and the useful FLOPs as a share of what this device can do at most."""
-    rate = regions / max(seconds, 1e-9)
-    share = rate * region_flops(config, M) / matrix_rate(machine)
+    rate = regions * dataset.views / max(seconds, 1e-9)
+    share = rate * region_flops(config, dataset.removed_tokens) / matrix_rate(machine)
     tokens = rate * config.geometry().num_tokens
     log(f"{tokens:,.0f} tokens per second over {seconds:.0f} s, {share:.0%} of the matrix rate")
     if machine.device.type == "cuda":
@@ -1198,6 +1220,12 @@ def check_finite(run: Run, recent: list, done: int) -> None:
             )
 
 
+def note_held_out(run: Run, step: int, model, held_out) -> None:
+    """One line of metrics: the mean loss over magnifications on unseen slides, if there are any."""
+    if held_out and run.writes:
+        run.note(step=step, held_out=float(np.mean(model_losses(model, held_out, run.machine))))
+
+
 def note_pretraining(run: Run, step, sums: dict, rate, norm, magnifications, bar) -> None:
     """One line of metrics: the sums of a step over all processes."""
     total = {}
@@ -1211,50 +1239,173 @@ def note_pretraining(run: Run, step, sums: dict, rate, norm, magnifications, bar
     bar.set_postfix(loss=f"{values['loss']:.3f}")
 
 
-def held_out_losses(model, dataset, mean, machine, batch_size: int = 64) -> dict:
-    """predictor -> (K,) mean of 1 - cosine on the removed tokens of every window of `dataset`.
-
-    The model stands beside the predictions that need no network. None: the lowest magnification
-    has no parents, the highest no children.
-    """
-    geometry = model.encoder.geometry
-    mean = mean.to(machine.device)
-    sums: dict = {}
-    model.eval()
-    for start in progress(range(0, len(dataset), batch_size), desc="held-out", leave=False):
-        indices = range(start, min(start + batch_size, len(dataset)))
-        batch = data.to_device(dataset.batch(indices), machine.device)
-        x = batch["x"]
-        removed = batch["removed"]
-        valid = batch["valid"]
-        with torch.no_grad(), machine.autocast():
-            out = mixmag.MaskedEmbeddingModel.forward(model, x, removed, valid)
-        predictions = mixmag.trivial_predictions(geometry, x, removed, mean, valid)
-        predictions["model"] = out.pred
-        target = mixmag.take(x, removed)
-        for name, pred in predictions.items():
-            total, count = mixmag.level_losses(geometry, pred, target, removed, valid)
-            sums[name] = sums.get(name, 0) + torch.stack([total, count]).double().cpu()
-    model.train()
-    losses = {name: (total / count).tolist() for name, (total, count) in sums.items()}
-    losses["parent"][0] = None
-    losses["children"][-1] = None
-    return losses
-
-
-def markdown(titles: list, rows: list) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
 PREDICTORS = {
     "mean": "mean embedding",
     "shift": "mean + the region's common shift",
     "parent": "visible parent",
     "children": "visible children",
     "neighbours": "visible neighbours",
+    "mixture": "mixture of them, 5 weights a magnification",
+    "kriging": "kriging, and the mixture for the rest",
     "model": "**mixing encoder**",
 }
+
+
+class Yardsticks:
+    """Predictions of removed tokens that need no network: what an encoder has to beat.
+
+    All start from the mean embedding of a magnification (each scaled to length 1) and add how
+    visible tokens deviate from theirs: "shift" the mean deviation of all, "parent", "children" and
+    "neighbours" theirs. Two are fitted on training windows: "mixture" weighs five such means, and
+    "kriging" is the conditional mean of a Gaussian with a covariance of places for each of the
+    first principal directions (the rest as the mixture).
+    """
+
+    def __init__(self, dataset, mean: torch.Tensor, windows: int = 1024, directions: int = 96):
+        """mean (K, D). dataset: RegionDataset of the training slides."""
+        self.geometry = dataset.geometry
+        self.level = self.geometry.level()
+        self.mean = mean
+        same = self.level[:, None] == self.level
+        related = [*self.geometry.relatives().values(), same, torch.ones_like(same)]
+        self.related = torch.stack(related).float()  # (5, N, N)
+        count = min(windows, 4 * len(dataset))
+        parts = [range(i, min(i + 16, count)) for i in range(0, count, 16)]
+        self.fit_mixture(dataset, parts[:16], directions)
+        self.fit_kriging(dataset, parts)
+
+    def deviations(self, x, valid=None) -> torch.Tensor:
+        """x (B, N, D) -> (B, N, D), 0 at invalid tokens."""
+        y = torch.nn.functional.normalize(x.float(), dim=-1) - self.mean[self.level]
+        return y if valid is None else y.masked_fill(~valid[..., None], 0)
+
+    def visible(self, removed, valid=None) -> torch.Tensor:
+        """(B, N) float: 1 where a token is given."""
+        given = torch.ones(len(removed), self.geometry.num_tokens).scatter(1, removed, 0.0)
+        return given if valid is None else given * valid
+
+    def relative_means(self, y, removed, visible) -> torch.Tensor:
+        """(5, B, M, D): mean deviations of the visible parent, children, neighbours, tokens of the
+        same magnification, and all; 0 where none is visible."""
+        weight = self.related[:, removed] * visible[:, None]  # (5, B, M, N)
+        return weight @ y / weight.sum(-1, keepdim=True).clamp(min=1)
+
+    def fit_mixture(self, dataset, parts, directions: int) -> None:
+        """weights (K, 5) by least squares, and basis (D, P), the first principal directions."""
+        K = self.geometry.levels
+        gram = torch.zeros(K, 5, 5)
+        right = torch.zeros(K, 5)
+        sample = []
+        for part in progress(parts, desc="yardsticks", leave=False):
+            batch = dataset.batch(part)
+            y = self.deviations(batch["x"], batch["valid"])
+            removed = batch["removed"]
+            visible = self.visible(removed, batch["valid"])
+            means = self.relative_means(y, removed, visible)
+            target = mixmag.take(y, removed)
+            for k in range(K):
+                of_level = self.level[removed] == k
+                a = means[:, of_level].flatten(1)  # (5, tokens * D)
+                gram[k] += a @ a.T
+                right[k] += a @ target[of_level].flatten()
+            sample.append(y.flatten(0, 1)[::7])
+        # one relative may tell nothing new, such as the only token of a magnification
+        ridge = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean() * torch.eye(5)
+        self.weights = torch.linalg.solve(gram + ridge, right)
+        tokens = torch.cat(sample)
+        P = min(directions, *tokens.shape)
+        self.basis = torch.pca_lowrank(tokens, P, center=False)[2]
+
+    def fit_kriging(self, dataset, parts) -> None:
+        """covariance (P, N, N) of places along each direction, equal for all turns."""
+        N = len(self.level)
+        total = torch.zeros(self.basis.shape[1], N, N)
+        for part in progress(parts, desc="yardsticks", leave=False):
+            batch = dataset.batch(part)
+            z = (self.deviations(batch["x"], batch["valid"]) @ self.basis).permute(2, 1, 0)
+            total += z @ z.transpose(1, 2)  # (P, N, N)
+        turns = self.geometry.dihedral()
+        covariance = torch.stack([total[:, turn][:, :, turn] for turn in turns]).mean(0)
+        covariance /= sum(len(part) for part in parts)
+        noise = 0.01 * covariance.diagonal(dim1=1, dim2=2).mean(1)  # (P,)
+        self.covariance = covariance + noise[:, None, None] * torch.eye(N)
+
+    def predict(self, x, removed, valid=None) -> dict[str, torch.Tensor]:
+        """name -> (B, M, D)."""
+        y = self.deviations(x, valid)
+        visible = self.visible(removed, valid)
+        means = self.relative_means(y, removed, visible)
+        level = self.level[removed]
+        gates = self.weights[level].permute(2, 0, 1)[..., None]  # (5, B, M, 1)
+        mixture = (gates * means).sum(0)
+        added = {"mean": torch.zeros_like(mixture), "shift": means[4]}
+        added |= {"parent": means[0], "children": means[1], "neighbours": means[2]}
+        added |= {"mixture": mixture, "kriging": self.krige(y, removed, visible, mixture)}
+        return {name: self.mean[level] + part for name, part in added.items()}
+
+    def krige(self, y, removed, visible, rest) -> torch.Tensor:
+        """rest (B, M, D), with the conditional mean along the principal directions."""
+        kept = mixmag.complement(removed, y.shape[1])
+        z = y @ self.basis  # (B, N, P)
+        predicted = []
+        for b in range(len(y)):
+            unknown = 1e6 * self.covariance.amax() * (1 - visible[b, kept[b]])  # invalid tokens
+            inner = self.covariance[:, kept[b]][:, :, kept[b]] + torch.diag(unknown)
+            solved = torch.linalg.solve(inner, z[b, kept[b]].T)  # (P, n)
+            across = self.covariance[:, removed[b]][:, :, kept[b]]  # (P, M, n)
+            predicted.append((across @ solved[..., None]).squeeze(-1).T)
+        return rest + (torch.stack(predicted) - rest @ self.basis) @ self.basis.T
+
+
+HELD_OUT_WINDOWS = 512  # at most so many are measured, evenly spread
+
+
+def held_out_windows(config, geometry, slide_ids) -> data.RegionDataset | None:
+    """The windows side by side of these slides, if any; they are neither turned nor shifted."""
+    if not slide_ids:
+        return None
+    slides = data.read_slides(Path(config.data), slide_ids)
+    whole = {"stride": config.region, "min_cover": config.min_cover, "turn": False}
+    dataset = data.RegionDataset(slides, geometry, config.seed, config.mask, **whole)
+    return dataset if len(dataset) else None
+
+
+def held_out_losses(dataset, predict, batch_size: int = 16) -> dict[str, list]:
+    """predictor -> (K,) mean of 1 - cosine on the removed tokens of the windows of `dataset`.
+
+    predict: a function of x, removed, valid that gives predictor -> (B, M, D).
+    """
+    sums: dict = {}
+    count = min(len(dataset), HELD_OUT_WINDOWS)
+    chosen = np.linspace(0, len(dataset) - 1, count).astype(int)
+    for start in progress(range(0, count, batch_size), desc="held-out", leave=False):
+        batch = dataset.batch(chosen[start : start + batch_size])
+        given = batch["x"], batch["removed"], batch["valid"]
+        target = mixmag.take(batch["x"], batch["removed"])
+        for name, pred in predict(*given).items():
+            found = mixmag.level_losses(dataset.geometry, pred, target, *given[1:])
+            sums[name] = sums.get(name, 0) + torch.stack(found).double()
+    return {name: (total / count).tolist() for name, (total, count) in sums.items()}
+
+
+def model_losses(model, dataset, machine) -> list[float]:
+    """(K,) as `held_out_losses`, of a model."""
+
+    def predict(*given) -> dict:
+        moved = [t if t is None else t.to(machine.device) for t in given]
+        with torch.no_grad(), machine.autocast():
+            out = mixmag.MaskedEmbeddingModel.forward(model, *moved)
+        return {"model": out.pred.float().cpu()}
+
+    model.eval()
+    losses = held_out_losses(dataset, predict)["model"]
+    model.train()
+    return losses
+
+
+def markdown(titles: list, rows: list) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def format_losses(losses: dict, magnifications, least: dict | None) -> str:
@@ -1264,9 +1415,7 @@ def format_losses(losses: dict, magnifications, least: dict | None) -> str:
         named["least possible (synthetic)"] = [least[str(m)] for m in magnifications]
     rows = []
     for title, values in named.items():
-        average = None if None in values else np.mean(values)
-        cells = ["-" if value is None else f"{value:.3f}" for value in (*values, average)]
-        rows.append([title, *cells])
+        rows.append([title, *(f"{value:.3f}" for value in (*values, np.mean(values)))])
     titles = ["predictor of the removed tokens", *(f"{m}x" for m in magnifications), "all"]
     return markdown(titles, rows)
 
@@ -1319,30 +1468,50 @@ def check_same_encoder(run, tile_encoder: str, config: mixmag.Config, slide) -> 
         raise MixmagError(f"{run} was trained on {trained_on}, the slides hold {found}")
 
 
-def finish_pretraining(config, run: Run, model, directions, held_out_ids, facts: dict) -> None:
+def finish_pretraining(config, run: Run, model, held_out, yardsticks, facts: dict) -> None:
     """Measure the loss on held-out slides, draw the curve, write SUMMARY.md and result.json."""
     folder = Path(config.data)
     cohort = data.synthetic_facts(folder)
     least = cohort.get("least_mem_loss")
     title = "synthetic cohort" if cohort else str(folder)
-    magnifications = model.config.magnifications
     text = "no held-out window: the loss was not measured on unseen slides"
     losses: dict = {}
-    if held_out_ids:
-        slides = data.read_slides(folder, held_out_ids)
-        every_window = {"stride": config.region, "min_cover": config.min_cover, "turn": False}
-        held_out = data.RegionDataset(
-            slides, model.config.geometry(), config.seed, config.mask, **every_window
-        )
-        if len(held_out):
-            losses = held_out_losses(model, held_out, directions, run.machine)
-            text = format_losses(losses, magnifications, least)
+    if held_out:
+        losses = held_out_losses(held_out, yardsticks.predict)
+        losses["model"] = model_losses(model, held_out, run.machine)
+        magnifications = model.config.magnifications
+        table = format_losses(losses, magnifications, least)
+        windows = min(len(held_out), HELD_OUT_WINDOWS)
+        measured = f"Measured on {windows} regions of {len(held_out.slides)} slides."
+        text = f"{table}\n\n{measured} {verdict(run, losses, magnifications)}"
+        if not data.task_names(folder):
+            text += (
+                "\n\nNo task table says which slides are of one patient: they may be on both sides."
+            )
     heading = f"# {run.folder.name}: loss (1 - cosine) on held-out slides, {title}"
     data.write_text(run.folder / "SUMMARY.md", f"{heading}\n\n{text}\n")
-    draw_curve(run, losses, magnifications, least, title)
+    draw_curve(run, losses, model.config.magnifications, least, title)
     result = {"kind": "pretrain", **facts, "held_out": losses or None}
     data.write_json(run.folder / "result.json", result)
     print(text)
+
+
+def verdict(run: Run, losses: dict, magnifications) -> str:
+    """In words: what the encoder is not better than, and whether it overfits."""
+    better = []
+    for name, values in losses.items():
+        for m, value, own in zip(magnifications, values, losses["model"], strict=True):
+            if name != "model" and own >= value:
+                better.append(f"{name} at {m}x ({value:.3f} against {own:.3f})")
+    text = "The encoder is better than every other predictor at each magnification."
+    if better:
+        text = f"The encoder is not better than {', '.join(better)}."
+    lines = [json.loads(line) for line in run.metric_lines()]
+    curve = [(line["held_out"], line["step"]) for line in lines if "held_out" in line]
+    (least, step), (last, _) = min(curve), curve[-1]
+    if last > 1.01 * least:
+        text += f" It overfits: its loss was least at step {step}, {least:.3f}."
+    return text
 
 
 def plot(width: float = 6.4, height: float = 3.6, **grid):
@@ -1364,14 +1533,18 @@ def save_figure(figure, path) -> None:
 def draw_curve(run: Run, losses: dict, magnifications, least: dict | None, title: str) -> None:
     """RUN/curve.png: the loss of each magnification, and the predictors that need no network."""
     lines = [json.loads(line) for line in run.metric_lines()]
-    steps = [line["step"] for line in lines]
+    trained = [line for line in lines if "loss" in line]
+    steps = [line["step"] for line in trained]
     figure, axis = plot()
     for m in magnifications:
-        axis.plot(steps, [line[f"{m}x"] for line in lines], lw=1, label=f"{m}x, training batches")
-    for name, style in {"mean": ":", "shift": "-.", "neighbours": "--", "model": "-"}.items():
+        axis.plot(steps, [line[f"{m}x"] for line in trained], lw=1, label=f"{m}x, training batches")
+    for name, style in {"shift": ":", "neighbours": "-.", "mixture": "--", "kriging": "-"}.items():
         if losses:
-            label = f"{PREDICTORS[name].strip('*')}, held out"
+            label = f"{name}, held out"
             axis.axhline(np.mean(losses[name]), color="black", ls=style, lw=1, label=label)
+    measured = [(line["step"], line["held_out"]) for line in lines if "held_out" in line]
+    if measured:
+        axis.plot(*zip(*measured, strict=True), "o-", color="crimson", label="encoder, held out")
     if least:
         bound = np.mean(list(least.values()))
         axis.axhline(bound, color="grey", lw=3, alpha=0.4, label="least possible")

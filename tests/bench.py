@@ -34,7 +34,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if "gpu" in sys.argv:  # a GPU machine may lack what reads slides, and nothing there uses it
     for package in ("openslide", "simplejpeg", "h5py", "tifffile"):
-        sys.modules.setdefault(package, types.ModuleType(package))
+        if importlib.util.find_spec(package) is None:
+            sys.modules[package] = types.ModuleType(package)
 import openslide
 import tifffile
 
@@ -399,7 +400,7 @@ def loading(batches: int = 600, size: int = 64, repeats: int = 3):
         dataset = data.RegionDataset(data.read_slides(folder), mixmag.Geometry(3), 0, mask=0.5)
         parts = [range(i, i + size) for i in range(0, size * batches, size)]
         places = []  # of each sample: its slide's embeddings, and which rows of them
-        (windows,), (turns,), _ = dataset.draw(range(size * batches))
+        (windows,), (turns,), _, _ = dataset.draw(range(size * batches))
         for window, turn in zip(windows, turns, strict=True):
             slide = dataset.slides[dataset.slide_of[window]]
             rows, _ = data.token_index(
@@ -565,6 +566,7 @@ def gpu_steps(config, batch: int, sizes: tuple, rate: float, machine):
     for micro, views, compiled in runs:
 
         def measure(micro=micro, views=views, compiled=compiled):
+            torch.compiler.reset()  # each size compiles anew, and torch has a limit for that
             step = training_step(config, batch, micro, machine, views, compiled)
             return seconds_of(step, 2), most_held()
 

@@ -516,7 +516,7 @@ def test_a_sample_is_a_function_of_seed_and_index(holed, views):
     axes = (2, 10) if views else (10,)
     assert batch["x"].shape == (*axes, 189, 8) and batch["removed"].shape == (*axes, 94)
     assert batch["slide"].shape == axes and batch["valid"].shape == (*axes, 189)
-    window, turn, _ = dataset.draw(indices)
+    window, turn, _, _ = dataset.draw(indices)
     for at, i in enumerate(indices):
         sample = copy[i]
         for key in ("x", "removed", "valid", "slide"):
@@ -548,7 +548,7 @@ def test_an_epoch_sees_every_window_once(cohort):
     dataset = data.RegionDataset(data.read_slides(cohort)[:20], Geometry(3), 0, 0.5)
     orders = []
     for epoch in (0, 3):
-        window, turn, removed = dataset.draw(epoch * len(dataset) + np.arange(len(dataset)))
+        window, turn, removed, _ = dataset.draw(epoch * len(dataset) + np.arange(len(dataset)))
         orders.append(window[0].tolist())
         assert sorted(orders[-1]) == list(range(len(dataset))) and set(turn[0]) == set(range(8))
         assert all(len(set(tokens)) == 94 for tokens in removed[0].tolist())
@@ -556,12 +556,31 @@ def test_an_epoch_sees_every_window_once(cohort):
     assert orders[0] != orders[1]
 
 
+def test_swapped_regions_take_the_mean_of_another_slide(cohort):
+    slides = data.read_slides(cohort)[:5]
+    plain = data.RegionDataset(slides, Geometry(3), 0, 0.5)
+    swapped = data.RegionDataset(slides, Geometry(3), 0, 0.5, swap=0.5)
+    *_, look = swapped.draw(range(64))
+    level = Geometry(3).level().numpy()
+    means = []
+    for slide in slides:
+        x = slide.features.astype(np.float32)
+        means.append([x[:, e].mean((0, 1)) for e in map(data.magnification_entries, range(3))])
+    batch, as_it_is = swapped.batch(range(64)), plain.batch(range(64))
+    assert torch.equal(batch["removed"], as_it_is["removed"])
+    assert 16 < (look != as_it_is["slide"].numpy()).sum() < 48
+    for b in range(64):
+        change = np.array(means)[look[b]] - np.array(means)[as_it_is["slide"][b]]  # (K, D)
+        found = (batch["x"][b].float() - as_it_is["x"][b].float()).numpy()
+        assert np.allclose(found, change[level], atol=0.02)
+
+
 def test_two_views_lie_in_one_source_window(cohort):
     """A second window is one of those in a random source window around the first, by a loop."""
     slides = data.read_slides(cohort)[:20]
     for source in (3, 5, 7):
         dataset = data.RegionDataset(slides, Geometry(3), 0, 0.5, views=2, source=source)
-        (first, second), _, removed = dataset.draw(range(300))
+        (first, second), _, removed, _ = dataset.draw(range(300))
         gaps = np.abs(dataset.corners[first] - dataset.corners[second]).max(axis=1)
         assert np.array_equal(dataset.slide_of[first], dataset.slide_of[second])
         assert (removed[0] != removed[1]).any(axis=1).all()

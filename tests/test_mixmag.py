@@ -268,36 +268,34 @@ def test_losses_are_in_full_precision_under_autocast():
     assert mixmag.nt_xent(a.half(), b.half(), 0.1).dtype == torch.float32
 
 
-def test_trivial_predictions_equal_the_loop():
-    torch.manual_seed(5)
-    g = Geometry(2)
-    table = g.token_table().tolist()
-    x = torch.randn(2, 84, 6)
-    mean = torch.randn(3, 6)
-    removed = mixmag.random_removal(2, 84, 0.6)
-    valid = torch.rand(2, 84) > 0.2
-    found = mixmag.trivial_predictions(g, x, removed, mean, valid)
-    for b in range(2):
-        hidden = removed[b].tolist()
-        visible = [i for i in range(84) if i not in hidden and valid[b, i]]
-        shift = torch.stack([x[b, i] / x[b, i].norm() - mean[table[i][0]] for i in visible]).mean(0)
-        for j, i in enumerate(hidden):
-            k, row, col = table[i]
-            expected = {"mean": mean[k], "shift": mean[k] + shift}
-            related = {"parent": [], "children": [], "neighbours": []}
-            for v in visible:
-                level, r, c = table[v]
-                if [level, r, c] == [k - 1, row // 2, col // 2]:
-                    related["parent"].append(v)
-                if [level, r // 2, c // 2] == [k + 1, row, col]:
-                    related["children"].append(v)
-                if level == k and max(abs(r - row), abs(c - col)) == 1:
-                    related["neighbours"].append(v)
-            for name, tokens in related.items():
-                expected[name] = x[b, tokens].mean(0) if tokens else mean[k]
-            assert found.keys() == expected.keys()
-            for name, value in expected.items():
-                assert torch.allclose(found[name][b, j], value, atol=1e-5)
+def test_kept_tokens_may_be_scored_also():
+    torch.manual_seed(0)
+    model = mixmag.MaskedEmbeddingModel(Config.small(6, region=1), visible=0.5)
+    model.decoder.standardize.fit(torch.randn(6), torch.rand(6) + 0.5)
+    x = torch.randn(3, 21, 6)
+    valid = torch.rand(3, 21) > 0.2
+    removed = mixmag.random_removal(3, 21, 0.5)
+    kept = mixmag.complement(removed, 21)
+    out = model(x, removed, valid)
+    every = torch.cat([kept, removed], 1)
+    cls, tokens = model.encoder(mixmag.take(x, kept), kept, valid.gather(1, kept))
+    pred = model.decoder(cls, tokens, kept, removed, valid, every=True)
+    cosine = torch.cosine_similarity(pred, mixmag.take(x, every), dim=-1)
+    level = model.encoder.geometry.level()
+    expected = 0.0
+    for b in range(3):
+        for share, chosen in ((1.0, removed[b]), (0.5, kept[b])):
+            for k in range(3):
+                count = (valid[b] & (level == k)).sum().clamp(min=1)  # N_k
+                present = valid[b].new_tensor([(valid[b] & (level == j)).any() for j in range(3)])
+                of_level = valid[b, chosen] & (level[chosen] == k)
+                at = [(every[b] == i).nonzero().item() for i in chosen[of_level]]
+                loss = (1 - cosine[b, at]).sum() / count / present.sum()
+                expected += share * loss * 21 / len(chosen) / 3
+    assert torch.isclose(out.loss, expected)
+    model.eval()
+    assert torch.allclose(model(x, removed, valid).pred, out.pred, atol=1e-6)
+    assert model(x, removed, valid).loss < out.loss
 
 
 def test_mem_reads_kept_tokens_and_predicts_removed_ones():

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -315,13 +316,81 @@ def lines(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+def test_yardsticks_equal_the_loop(cohort):
+    slides = data.read_slides(cohort)[:8]
+    geometry = mixmag.Geometry(2)
+    dataset = data.RegionDataset(slides, geometry, 0, 0.5)
+    _, _, mean = data.feature_statistics(slides)
+    found = train.Yardsticks(dataset, mean, windows=48, directions=5)
+    table = geometry.token_table().tolist()
+    level = geometry.level()
+    x, removed = dataset.read(range(3))["x"], dataset.read(range(3))["removed"]
+    valid = torch.rand(3, 84) > 0.2
+    predictions = found.predict(x, removed, valid)
+    y = torch.nn.functional.normalize(x.float(), dim=-1) - mean[level]  # (3, N, D)
+    for b in range(3):
+        visible = [i for i in range(84) if i not in removed[b].tolist() and valid[b, i]]
+        for j, i in enumerate(removed[b].tolist()):
+            k, row, col = table[i]
+            groups = {"parent": [], "children": [], "neighbours": [], "same": [], "shift": visible}
+            for v in visible:
+                its_level, r, c = table[v]
+                if [its_level, r, c] == [k - 1, row // 2, col // 2]:
+                    groups["parent"].append(v)
+                if [its_level, r // 2, c // 2] == [k + 1, row, col]:
+                    groups["children"].append(v)
+                if its_level == k and max(abs(r - row), abs(c - col)) == 1:
+                    groups["neighbours"].append(v)
+                if its_level == k:
+                    groups["same"].append(v)
+            means = {name: y[b, at].sum(0) / max(len(at), 1) for name, at in groups.items()}
+            mixture = sum(
+                w * part for w, part in zip(found.weights[k], means.values(), strict=True)
+            )
+            inner = found.covariance[:, visible][:, :, visible]
+            across = found.covariance[:, i][:, visible]  # (P, n)
+            kriged = torch.linalg.solve(inner, (y[b, visible] @ found.basis).T)
+            kriged = (across * kriged).sum(1) @ found.basis.T
+            kriging = mixture - mixture @ found.basis @ found.basis.T + kriged
+            expected = {**means, "mean": torch.zeros(64), "mixture": mixture, "kriging": kriging}
+            for name, pred in predictions.items():
+                assert torch.allclose(pred[b, j], mean[k] + expected[name], atol=1e-4), name
+
+
+def test_mixture_is_the_best_of_its_kind(cohort):
+    slides = data.read_slides(cohort)[:8]
+    dataset = data.RegionDataset(slides, mixmag.Geometry(2), 0, 0.5)
+    _, _, mean = data.feature_statistics(slides)
+    found = train.Yardsticks(dataset, mean, windows=48, directions=5)
+    batch = dataset.batch(range(48))
+    y = found.deviations(batch["x"], batch["valid"])
+    visible = found.visible(batch["removed"], batch["valid"])
+    means = found.relative_means(y, batch["removed"], visible)
+    target = mixmag.take(y, batch["removed"])
+    for k in range(3):
+        of_level = found.level[batch["removed"]] == k
+        a = means[:, of_level].flatten(1).T.numpy()
+        best, *_ = np.linalg.lstsq(a, target[of_level].flatten().numpy(), rcond=1e-3)
+        assert np.allclose(a @ found.weights[k].numpy(), a @ best, atol=2e-3)
+
+
+def test_verdict_names_what_is_better():
+    run = types.SimpleNamespace(
+        metric_lines=lambda: ['{"step": 10, "held_out": 0.2}', '{"step": 20, "held_out": 0.3}']
+    )
+    losses = {"mean": [0.5, 0.6], "mixture": [0.4, 0.3], "model": [0.3, 0.35]}
+    assert train.verdict(run, losses, (5, 10)) == (
+        "The encoder is not better than mixture at 10x (0.300 against 0.350). "
+        "It overfits: its loss was least at step 10, 0.200."
+    )
+
+
 def test_pretrain_leaves_a_whole_run(runs, cohort):
     folder = runs / "runs/mem-0.50"
     result = json.loads((folder / "result.json").read_text())
     assert result["steps"] == 12
     assert set(result["held_out"]) == set(train.PREDICTORS)
-    assert result["held_out"]["parent"][0] is None
-    assert result["held_out"]["children"][2] is None
+    assert "Measured on" in (folder / "SUMMARY.md").read_text()
     encoder = mixmag.load_encoder(folder / "encoder")
     state = torch.load(folder / "last.pt", weights_only=True)["model"]
     for name, value in encoder.state_dict().items():
@@ -331,7 +400,9 @@ def test_pretrain_leaves_a_whole_run(runs, cohort):
     roles = dict(table_rows(folder / "encoder/slides.csv", ("slide_id", "role")))
     assert not set(roles) & data.evaluation_slides(cohort)
     assert set(roles.values()) == {"train", "held-out"}
-    assert [line["step"] for line in lines(folder / "metrics.jsonl")] == [10, 12]
+    metrics = lines(folder / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [10, 12, 12]
+    assert metrics[-1]["held_out"] == pytest.approx(np.mean(result["held_out"]["model"]))
 
 
 def test_finetune_result_is_what_scikit_learn_says(runs):
