@@ -3,7 +3,7 @@
 Follows "Mixed Magnification Aggregation for Generalizable Region-Level Representations in
 Computational Pathology" (the paper). Each equation number stands at the lines that implement it.
 Numbers that the paper's text does not give are marked `assumed`. The file can be copied into
-another project: it needs torch >= 2.2 alone, and safetensors in `load_encoder`.
+another project: it needs torch >= 2.6 alone, and safetensors in `load_encoder`.
 
 Shape letters:
     B  regions in a batch        N  tokens of a region          n  tokens given, n <= N

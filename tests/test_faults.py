@@ -277,6 +277,7 @@ def test_a_folder_that_cannot_be_written_is_said(cohort, tmp_path, place):
 
 def test_nobody_reads_the_output(tmp_path):
     """`| head`: no traceback."""
+    task(tmp_path, [])
     script = f"{sys.executable} {ROOT / 'data.py'} verify {tmp_path} | true"
     command = ["bash", "-c", f"{script}; exit ${{PIPESTATUS[0]}}"]
     done = subprocess.run(command, capture_output=True, env={**os.environ, "LC_ALL": "C"})
