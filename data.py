@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import errno
 import functools
 import glob
 import hashlib
@@ -28,10 +29,11 @@ import multiprocessing
 import operator
 import os
 import re
-import shutil
+import reprlib
 import signal
 import sys
 import time
+import unicodedata
 from collections import defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -77,7 +79,7 @@ class Slide:
 
     @property
     def slide_id(self) -> str:
-        return self.meta["slide_id"]
+        return composed(self.meta["slide_id"])
 
     @property
     def features(self) -> np.ndarray:
@@ -145,11 +147,11 @@ def read_slide(path) -> Slide:
             cells = file.get_tensor("cells").numpy().copy()
             valid = file.get_tensor("valid").numpy().copy()
         check_arrays(features, cells, valid, meta["magnifications"])
-        if meta["slide_id"] != path.stem:
+        if composed(meta["slide_id"]) != composed(path.stem):
             raise ValueError(f"it holds slide {meta['slide_id']!r}; rename the file")
         version = path.stat().st_mtime_ns
     except (OSError, safetensors.SafetensorError, ValueError, TypeError) as error:
-        raise MixmagError(f"{path}: cannot be read as a slide file ({error})") from None
+        raise MixmagError(f"{path}: cannot be read as a slide file ({one_line(error)})") from None
     return Slide(path, meta, cells, valid, features.shape[2], version)
 
 
@@ -172,7 +174,7 @@ def read_slides(data, ids=None, failed: list | None = None) -> list[Slide]:
     are left out and listed there as (slide_id, stage, reason).
     """
     slides = []
-    paths = slide_paths(Path(data) / "slides", ids)
+    paths = slide_paths(data, ids)
     for path in progress(paths, desc="slides", leave=False):
         try:
             slides.append(read_slide(path))
@@ -190,22 +192,45 @@ def read_slides(data, ids=None, failed: list | None = None) -> list[Slide]:
     return slides
 
 
-def slide_paths(folder: Path, ids=None) -> list[Path]:
+def slide_files(data) -> dict[str, Path]:
+    """Slide id -> file. Raises MixmagError for two files of one id."""
+    folder = Path(data) / "slides"
     paths = visible_files(folder, "*.safetensors")
+    files = {composed(path.stem): path for path in paths}
+    if len(files) < len(paths):
+        raise MixmagError(f"{folder}: two files have one name, written in two forms of Unicode")
+    return files
+
+
+def slide_paths(data, ids=None) -> list[Path]:
+    files = slide_files(data)
     if ids is not None:
-        absent = sorted(set(ids) - {path.stem for path in paths})
-        if absent:
-            raise MixmagError(f"{folder}: {len(absent)} slides have no file, such as {absent[0]!r}")
-        paths = [path for path in paths if path.stem in ids]
-    if not paths:
-        raise MixmagError(f"{folder}: no slide files; make them with data.py tile or data.py synth")
-    return paths
+        if fault := absent_slides(ids, files):
+            raise MixmagError(f"{data}/slides: {fault}")
+        files = {i: files[i] for i in sorted(map(composed, ids))}
+    if not files:
+        raise MixmagError(f"{data}/slides: no slide files; make them with data.py tile or synth")
+    return list(files.values())
+
+
+def absent_slides(ids, files: dict) -> str:
+    """Says how many slides have no file, and the likely mistake. Empty where all have one."""
+    absent = sorted(set(map(composed, ids)) - files.keys())
+    if not absent:
+        return ""
+    advice = ""
+    if Path(absent[0]).stem in files:
+        advice = f"; an id has no suffix: {Path(absent[0]).stem}"
+    return f"{plural(len(absent), 'slide')} without a file, such as {absent[0]!r}{advice}"
 
 
 def embedding_signature(slide: Slide) -> str:
     """What slides must share to be used together."""
-    encoder = slide.meta["encoder"]
-    return f"encoder {encoder}, width {slide.dim}, magnifications {slide.meta['magnifications']}"
+    return signature(slide.meta["encoder"], slide.dim, slide.meta["magnifications"])
+
+
+def signature(encoder: str, dim: int, magnifications) -> str:
+    return f"encoder {encoder}, width {dim}, magnifications {list(magnifications)}"
 
 
 # ---------------------------------------------------------------------------- windows and data sets
@@ -585,9 +610,9 @@ class Outcome:
 
     def parse(self, text: str) -> int:
         """The label that a task table states. Raises ValueError that says what is expected."""
-        if text not in ("0", "1"):
+        if not re.fullmatch(r"[01](\.0*)?", text):  # spreadsheets write 1.0
             raise ValueError("expected 0 or 1")
-        return int(text)
+        return int(text[0])
 
     def loss(self, logit: torch.Tensor, label: torch.Tensor, smoothing: float) -> torch.Tensor:
         """logit (S,), label (S,) float, label smoothing -> (S,) binary cross-entropy."""
@@ -619,7 +644,12 @@ class Case:
 
 
 def task_names(data) -> list[str]:
-    return [path.stem for path in visible_files(Path(data) / "tasks", "*.csv")]
+    """Raises MixmagError for a table of another format: it would hold nothing out, in silence."""
+    paths = visible_files(Path(data) / "tasks", "*.*")
+    for path in paths:
+        if path.suffix in (".CSV", ".tsv", ".txt", ".xls", ".xlsx", ".ods"):
+            raise MixmagError(f"{path}: expected a table whose name ends with .csv")
+    return [path.stem for path in paths if path.suffix == ".csv"]
 
 
 def row_fault(row: dict) -> str:
@@ -669,26 +699,31 @@ def read_task(data, task) -> list[Case]:
         raise MixmagError(f"{data}/tasks/{task}.csv: no such task; found {', '.join(found)}")
     cases, findings = task_findings(Path(data) / "tasks" / f"{task}.csv")
     if findings:
-        raise MixmagError(f"{findings[0]} (data.py verify lists all {len(findings)} findings)")
+        raise MixmagError(f"{findings[0]} ({plural(len(findings), 'finding')} of data.py verify)")
     return cases
 
 
-def evaluation_slides(data) -> set:
-    """`evaluation_slides_of` all tasks; only pretrain.csv can give them to pretraining."""
-    cases = []
-    for task in task_names(data):
-        cases += read_task(data, task)
-    return evaluation_slides_of(cases)
+def read_tasks(data) -> dict[str, list[Case]]:
+    """The cases of every task. Raises MixmagError for a table that cannot hold out what it names:
+    it is faulty, or DATA has no such slides."""
+    files = slide_files(data)
+    tasks = {task: read_task(data, task) for task in task_names(data)}
+    for task, cases in tasks.items():
+        if fault := absent_slides(itertools.chain(*[case.slide_ids for case in cases]), files):
+            raise MixmagError(f"{data}/tasks/{task}.csv: {fault}")
+    return tasks
 
 
-def evaluation_slides_of(cases: list) -> set:
-    """All slides of every case that any of `cases` puts into a tune or test split."""
-    evaluation = {case.case_id for case in cases if case.split != "train"}
-    slides = set()
-    for case in cases:
-        if case.case_id in evaluation:
-            slides.update(case.slide_ids)
-    return slides
+def evaluation_slides(tasks: dict[str, list[Case]]) -> dict[str, set]:
+    """For each task the slides of its tune and test cases, as any of the tables lists them."""
+    slides_of: dict[str, set] = defaultdict(set)
+    for case in itertools.chain(*tasks.values()):
+        slides_of[case.case_id].update(case.slide_ids)
+    evaluation = {}
+    for task, cases in tasks.items():
+        held_out = [slides_of[case.case_id] for case in cases if case.split != "train"]
+        evaluation[task] = set().union(*held_out)
+    return evaluation
 
 
 def pretraining_ids(data) -> list[str]:
@@ -696,9 +731,8 @@ def pretraining_ids(data) -> list[str]:
     listed = Path(data) / "pretrain.csv"
     if listed.exists():
         return list(dict.fromkeys(row["slide_id"] for row in read_csv(listed, ("slide_id",))))
-    evaluation = evaluation_slides(data)
-    paths = visible_files(Path(data) / "slides", "*.safetensors")
-    return [path.stem for path in paths if path.stem not in evaluation]
+    evaluation = set().union(*evaluation_slides(read_tasks(data)).values())
+    return [slide_id for slide_id in slide_files(data) if slide_id not in evaluation]
 
 
 # ======================================================================================== stop here
@@ -880,7 +914,7 @@ def warn_unmatched_rows(manifest: dict, slide_ids: set) -> None:
     unmatched = sorted(manifest.keys() - slide_ids)
     if unmatched:
         rows = f"{len(unmatched)} of {len(manifest)} rows name no slide here"
-        print(f"--manifest: {rows}, such as {unmatched[0]}", file=sys.stderr)
+        log(f"--manifest: {rows}, such as {unmatched[0]}")
 
 
 def user_mpp(slide_id: str, manifest: dict, mpp: float | None) -> tuple[float | None, str]:
@@ -1254,7 +1288,7 @@ def plan_slide(reader: Reader, settings: TileSettings) -> TilePlan:
     """The lattice of cells, in exact mpp, from the corner of the slide's bounds, and the windows of
     region x region cells with enough tissue. A window at the border has those of its cells that lie
     wholly on the slide. Raises MixmagError for a slide that would have to be upsampled."""
-    given, giver = user_mpp(reader.path.stem, settings.manifest, settings.mpp)
+    given, giver = user_mpp(composed(reader.path.stem), settings.manifest, settings.mpp)
     mpp, source = slide_mpp(reader.properties, given, giver, settings.mpp_from_power)
     highest = settings.magnifications[-1]
     finest = 10.0 / highest  # 20x is 0.5 um/px, 5x is 2.0
@@ -1558,7 +1592,7 @@ def load_weights(model: torch.nn.Module, path) -> None:
         state = {name: tensor.float() for name, tensor in state.items()}
         model.load_state_dict(state, strict=True, assign=True)
     except Exception as error:  # each of the two libraries has half a dozen ways to say it
-        reason = " ".join(str(error).split())[:500]
+        reason = one_line(error)[:500]
         raise MixmagError(f"--weights {path}: no weights of Virchow2 ({reason})") from None
 
 
@@ -1596,10 +1630,9 @@ def already_done(path, wanted: dict, mpp: float | None) -> bool:
     meta = read_slide(path).meta
     if mpp is not None and not math.isclose(mpp, meta["mpp"], rel_tol=0.02):
         wanted = {**wanted, "mpp": mpp}
-    for name, value in wanted.items():
-        found = meta.get(name)
-        if value is not None and found != value:
-            raise OtherSettings(f"{path}: {name} is {found}, not {value}; give another --out")
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    if differing := differences({name: meta.get(name) for name in wanted}, wanted):
+        raise OtherSettings(f"{path} was made otherwise: {differing}; give another --out")
     return True
 
 
@@ -1649,7 +1682,7 @@ def find_slide_files(places) -> list[Path]:
     by_id: dict = {}
     for path in paths:
         kept = first.setdefault((path.parent.resolve(), dicom_series(path) or path.name), path)
-        other = by_id.setdefault(kept.stem.lower(), kept)
+        other = by_id.setdefault(composed(kept.stem).lower(), kept)
         if other != kept:
             raise MixmagError(f"slides with one id: {other} and {kept}: rename one")
     if not paths:
@@ -1659,8 +1692,9 @@ def find_slide_files(places) -> list[Path]:
 
 def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> str:
     """Tile one slide into its file; a report. Raises MixmagError."""
-    path.stem.encode("utf-8")  # a name in another encoding is refused now, not at the end
-    out = settings.out / "slides" / f"{path.stem}.safetensors"
+    slide_id = composed(path.stem)
+    slide_id.encode("utf-8")  # a name in another encoding is refused now, not at the end
+    out = settings.out / "slides" / f"{slide_id}.safetensors"
     mask = find_mask(path, settings.mask)
     meta: dict[str, Any] = {"encoder": settings.encoder}
     meta["magnifications"] = list(settings.magnifications)
@@ -1671,13 +1705,13 @@ def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> str:
         "mask": file_sha256(mask) if mask else None,
         "weights": settings.weights_sha256,
     }
-    mpp, _ = user_mpp(path.stem, settings.manifest, settings.mpp)
+    mpp, _ = user_mpp(slide_id, settings.manifest, settings.mpp)
     if already_done(out, meta, mpp):
-        return f"{path.stem}: done before"
+        return f"{slide_id}: done before"
     reader = Reader(path)
     plan = plan_slide(reader, settings)
     tokens = plan.cell_count * Geometry(1, plan.magnifications).tokens_per_cell
-    report = f"{path.stem}: {plan.mpp:.4g} um/px ({plan.mpp_source}), level {plan.level}, "
+    report = f"{slide_id}: {plan.mpp:.4g} um/px ({plan.mpp_source}), level {plan.level}, "
     report += f"{len(plan.windows)} of {plan.candidates} windows with {plan.tissue_held:.0%} of "
     report += f"the tissue: {plan.cell_count} cells, {tokens} tokens, "
     report += f"{tokens * dim * 2 / 1e6:.2f} MB"
@@ -1685,10 +1719,10 @@ def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> str:
         report += "; nothing to embed, so try a smaller --min-tissue"
     if settings.dry_run:
         return report
-    draw_qc(settings.out / "qc" / f"{path.stem}.png", reader, plan)
+    draw_qc(settings.out / "qc" / f"{slide_id}.png", reader, plan)
     features, cells, bad = tile_slide(reader, plan, encoder, dim, settings)
     meta |= {
-        "slide_id": path.stem,
+        "slide_id": slide_id,
         "tile_px": TILE_PX,
         "mpp": plan.mpp,
         "cell_px": plan.cell_px,
@@ -1709,14 +1743,14 @@ def tile_all(paths: list, encoder, dim: int, settings: TileSettings) -> list:
     failed = []
     for path in progress(paths, desc="slides"):
         try:
-            print(tile_one(path, encoder, dim, settings), flush=True)
+            show(tile_one(path, encoder, dim, settings))
         except (Stopped, BrokenPipeError):
             raise
         except Exception as error:  # whatever a slide, or the user's encoder, raises
             kind = "" if isinstance(error, MixmagError) else f"{type(error).__name__}: "
-            reason = " ".join(f"{kind}{error}".split())
+            reason = kind + one_line(error)
             failed.append((path.stem, "tile", reason))
-            print(f"{path.stem}: FAILED: {reason}", file=sys.stderr)
+            tqdm.write(f"{path.stem}: FAILED: {reason}", file=sys.stderr)
     return failed
 
 
@@ -1736,7 +1770,7 @@ def tile_command(args) -> int:
     if args.mask and Path(args.mask).is_file() and len(paths) > 1:
         raise MixmagError(f"--mask {args.mask} is one file for {len(paths)} slides; give a folder")
     manifest = read_manifest(args.manifest)
-    warn_unmatched_rows(manifest, {path.stem for path in paths})
+    warn_unmatched_rows(manifest, {composed(path.stem) for path in paths})
     device = find_device(args.device)
     encoder = tile_encoder(args.encoder, device, args.weights)
     white = np.full((1, TILE_PX, TILE_PX, 3), 255, np.uint8)
@@ -1747,11 +1781,11 @@ def tile_command(args) -> int:
     settings = TileSettings(**{name: flags[name] for name in TileSettings.__dataclass_fields__})
     paths = paths[share::shares]
     failed = tile_all(paths, encoder, dim, settings)
-    if "WORLD_SIZE" in os.environ:  # torchrun ends all processes with the first that fails
+    if process_rank()[1] > 1:  # torchrun ends all processes with the first that fails
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    print(f"{len(paths) - len(failed)} slides done, {len(failed)} failed")
+    print(f"{plural(len(paths) - len(failed), 'slide')} done, {len(failed)} failed")
     if args.dry_run:
         return 3 if failed else 0
     name = "failed.csv" if shares == 1 else f"failed-{share}-of-{shares}.csv"
@@ -1832,7 +1866,7 @@ def read_stamp(file: h5py.File) -> FeatureFile:
 def read_feature_file(path: Path, tool: str) -> FeatureFile:
     read = {"trident": read_trident, "stamp": read_stamp}[tool]
     try:
-        with h5py.File(path) as file:
+        with h5py.File(path, locking=False) as file:  # some disks know no locks
             found = read(file)
     except Exception as error:  # damage raises a dozen types
         raise MixmagError(f"{path}: {error}") from None
@@ -1977,7 +2011,7 @@ def import_worker(job: ImportJob) -> list:
 def find_feature_files(folder: Path) -> dict[str, Path]:
     """slide id -> file."""
     paths = visible_files(folder, "**/*.h5")  # STAMP repeats the folders of the slides
-    files = {path.stem: path for path in paths}
+    files = {composed(path.stem): path for path in paths}
     if not files:
         raise MixmagError(f"{folder}: no feature files (*.h5)")
     if len(files) < len(paths):
@@ -2002,6 +2036,9 @@ def import_command(args) -> int:
         job = ImportJob(i, paths, out, tool, args.encoder, args.class_token, *mpp)
         try:
             row = pool.submit(import_worker, job).result()
+        except OtherSettings:  # the tables stay as they are
+            pool.shutdown()
+            raise
         except BrokenExecutor:
             stop_if_asked()  # then a signal ended it
             pool = ProcessPoolExecutor(1, spawn)
@@ -2009,12 +2046,13 @@ def import_command(args) -> int:
         except Exception as error:  # no such file, a full disk, no memory
             row = [i, "failed", f"{type(error).__name__}: {error}"]
         rows.append(row)
-        print(*row[:3], sep=": ", flush=True)
+        show(": ".join(filter(None, row[:3])))
     pool.shutdown()
     failed = [(row[0], "import", row[2]) for row in rows if row[1] == "failed"]
     table = Path(args.out, "import.csv")
     write_csv(table, ("slide_id", "status", "reason", *IMPORT_FACTS, "cells", "tiles"), rows)
-    print(f"{len(rows) - len(failed)} slides imported, {len(failed)} failed; see {table}")
+    done = plural(len(rows) - len(failed), "slide")
+    print(f"{done} imported, {len(failed)} failed; see {table}")
     return report_failed(table.with_name("failed.csv"), failed)
 
 
@@ -2360,7 +2398,7 @@ def slide_findings(path) -> tuple[Slide | None, list[str]]:
     bad = ~np.isfinite(slide.features) & slide.valid[..., None]  # (C, T, D)
     if bad.any():
         cells = slide.cells[bad.any(axis=(1, 2))].tolist()
-        where = f"{len(cells)} cells, such as (col, row) {cells[0]}"
+        where = f"{plural(len(cells), 'cell')}, such as (col, row) {cells[0]}"
         findings.append(f"{path}: NaN or infinite features in {where}")
     return slide, findings
 
@@ -2371,11 +2409,11 @@ def table_findings(path: Path, slides: dict) -> tuple[list[Case], list[str]]:
         cases, findings = task_findings(path)
     except MixmagError as error:
         return [], [str(error)]
+    if fault := absent_slides(itertools.chain(*[case.slide_ids for case in cases]), slides):
+        findings.append(f"{path}: {fault}")
     split_of: dict[bytes, str] = {}  # sha256 of the features -> split
     for case in cases:
         for slide_id in case.slide_ids:
-            if slide_id not in slides:
-                findings.append(f"{path}: slide {slide_id!r} of case {case.case_id!r} has no file")
             slide = slides.get(slide_id)
             if slide is None or not len(slide.cells):
                 continue
@@ -2390,42 +2428,46 @@ def table_findings(path: Path, slides: dict) -> tuple[list[Case], list[str]]:
 
 
 def verify(data) -> list[str]:
-    """Every finding in DATA, one line each: slide files, task tables, leakage."""
+    """Every finding in DATA, one line each: slide files, task tables, leakage.
+
+    Raises MixmagError for a folder with neither slides nor tables."""
     data = Path(data)
     findings = []
     slides = {}
     made: dict[str, list] = defaultdict(list)  # how -> the slides made so
-    for path in progress(visible_files(data / "slides", "*.safetensors"), desc="slides"):
+    for slide_id, path in progress(list(slide_files(data).items()), desc="slides"):
         slide, found = slide_findings(path)
-        slides[path.stem] = slide
+        slides[slide_id] = slide
         findings += found
         if slide:
-            made[embedding_signature(slide)].append(path.stem)
+            made[embedding_signature(slide)].append(slide_id)
+    names = task_names(data)
+    if not slides and not names:
+        raise MixmagError(f"{data} is no DATA folder: neither slides/ nor tasks/ holds anything")
     if not slides:
         findings.append(f"{data}: no slide files in slides/")
     if len(made) > 1:
         for how, ids in made.items():
-            findings.append(f"{data}: {len(ids)} slides, such as {ids[0]}, have {how}")
-    cases = []
-    for task in task_names(data):
-        of_task, found = table_findings(data / "tasks" / f"{task}.csv", slides)
-        cases += of_task
+            findings.append(f"{data}: {plural(len(ids), 'slide')}, such as {ids[0]}, with {how}")
+    tasks = {}
+    for task in names:
+        tasks[task], found = table_findings(data / "tasks" / f"{task}.csv", slides)
         findings += found
     if (data / "pretrain.csv").exists():
-        findings += pretrain_findings(data, slides, evaluation_slides_of(cases))
+        findings += pretrain_findings(data, slides, evaluation_slides(tasks))
     return findings
 
 
-def pretrain_findings(data: Path, slides: dict, evaluation: set) -> list[str]:
-    findings = []
+def pretrain_findings(data: Path, slides: dict, evaluation: dict[str, set]) -> list[str]:
     try:
-        for slide_id in pretraining_ids(data):
-            if slide_id not in slides:
-                findings.append(f"pretrain.csv: slide {slide_id!r} has no file")
-            if slide_id in evaluation:
-                findings.append(f"pretrain.csv: slide {slide_id!r} belongs to a tune or test case")
+        ids = pretraining_ids(data)
     except MixmagError as error:
-        findings.append(str(error))
+        return [str(error)]
+    findings = []
+    if fault := absent_slides(ids, slides):
+        findings.append(f"pretrain.csv: {fault}")
+    for slide_id in sorted(set(ids) & set().union(*evaluation.values())):
+        findings.append(f"pretrain.csv: slide {slide_id!r} belongs to a tune or test case")
     return findings
 
 
@@ -2433,11 +2475,11 @@ def verify_command(args) -> int:
     findings = verify(args.data)
     for line in findings:
         print(line)
-    if findings:
-        print(f"{len(findings)} findings in {args.data}")
-        return 1
-    print(f"{args.data}: nothing wrong found")
-    return 0
+    slides = plural(len(slide_files(args.data)), "slide")
+    tables = plural(len(task_names(args.data)), "task table")
+    found = plural(len(findings), "finding") if findings else "nothing wrong found"
+    print(f"{args.data}: {slides}, {tables}: {found}")
+    return 1 if findings else 0
 
 
 # -------------------------------------------------------------------------- files, errors, progress
@@ -2452,7 +2494,7 @@ class SlideReadError(MixmagError):
 
 
 class OtherSettings(MixmagError):
-    """The output folder holds what was made with other settings."""
+    """The output folder holds what was made with other settings, or another process works there."""
 
 
 class Stopped(Exception):
@@ -2466,14 +2508,14 @@ STOP_SIGNALS: list[int] = []  # those received so far
 def catch_signals() -> None:
     """From now on a first signal is only noted, for `stop_if_asked`; a second one acts at once.
 
-    Under torchrun none acts at once: a second signal there is often the first one, passed on.
+    Of several processes none acts at once: a second signal there is often the first, passed on.
     """
+    alone = process_rank()[1] == 1
 
     def note(number, frame):
         STOP_SIGNALS.append(number)
-        if "RANK" not in os.environ:
-            for each in SIGNALS:
-                signal.signal(each, signal.SIG_DFL)
+        for each in SIGNALS if alone else ():
+            signal.signal(each, signal.SIG_DFL)
 
     for each in SIGNALS:
         signal.signal(each, note)
@@ -2487,18 +2529,20 @@ def stop_if_asked() -> None:
 
 def run_command(function, *args, **kwargs) -> int:
     """Call the function and turn its end into the exit code that README promises."""
-    catch_signals()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may not know every letter of a name
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        catch_signals()
         return function(*args, **kwargs) or 0
     except Stopped:
-        print("stopped by a signal; the same command goes on from what is saved", file=sys.stderr)
+        log("stopped by a signal; the same command goes on from what is saved")
         return 130 if signal.SIGINT in STOP_SIGNALS else 75
     except BrokenPipeError:  # `| head` closed our stdout: there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE  # what a shell reports for a program that does not catch it
     except (MixmagError, OSError, MemoryError) as error:
-        reason = str(error) or "out of memory"  # Python's own MemoryError says nothing
-        print(f"error: {reason}", file=sys.stderr)
+        reason = one_line(error) or "out of memory"  # Python's own MemoryError says nothing
+        tqdm.write(f"error: {reason}", file=sys.stderr)
         return 1
 
 
@@ -2508,7 +2552,8 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda":
-        wanted = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        alone = process_rank()[1] == 1
+        wanted = "cuda:0" if alone else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if wanted not in devices:
         raise MixmagError(f"--device {name}: expected auto, {', '.join(devices)}")
@@ -2516,8 +2561,66 @@ def find_device(name: str) -> torch.device:
 
 
 def process_rank() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun says."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """This process's number and how many there are, as torchrun says.
+
+    Raises MixmagError where a shell or a job left only some of torchrun's variables.
+    """
+    rank = os.environ.get("RANK") or "0"
+    world = os.environ.get("WORLD_SIZE") or "1"
+    if (rank, world) == ("0", "1"):
+        return 0, 1
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    absent = [name for name in names if not os.environ.get(name)]
+    if absent or not (rank + world).isdecimal() or int(rank) >= int(world):
+        found = f"RANK is {rank}, WORLD_SIZE is {world}, not set are {absent}"
+        raise MixmagError(f"{found}: start with torchrun, or unset RANK and WORLD_SIZE")
+    return int(rank), int(world)
+
+
+def log(text: str) -> None:
+    """To stderr, above any progress bar, from the first of several processes only."""
+    if process_rank()[0] == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+def show(text: str) -> None:
+    """A result, to stdout at once, above any progress bar."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, and the way out where a disk refuses memory maps."""
+    text = " ".join(str(error).split())
+    if "No such device" in text:
+        text += "; this disk takes no memory maps, so copy the files to another"
+    return text
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def composed(text: str) -> str:
+    """Text in one form: macOS decomposes letters such as é in file names, spreadsheets do not."""
+    return unicodedata.normalize("NFC", text)
+
+
+def flat(values: dict) -> dict:
+    """The keys of dictionaries inside stand in their place."""
+    plain = {}
+    for key, value in values.items():
+        plain.update(value if isinstance(value, dict) else {key: value})
+    return plain
+
+
+def differences(found: dict, wanted: dict) -> str:
+    """The keys whose values differ, with both values; else empty."""
+    there = flat(found)
+    now = flat(wanted)
+    short = reprlib.repr  # cuts what is long
+    keys = sorted(key for key in there.keys() | now.keys() if there.get(key) != now.get(key))
+    return ", ".join(f"{k} {short(there.get(k))} there, {short(now.get(k))} now" for k in keys)
 
 
 def progress(items=None, **settings):
@@ -2566,31 +2669,32 @@ def whole_file(path):
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # safetensors makes files that only their owner can read
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        if temporary.stat().st_mode != mode:  # safetensors' files are for their owner only
+            temporary.chmod(mode)
+        flush_to_disk(temporary)
         temporary.replace(path)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         # torch reports a full disk as a RuntimeError of this name and of several lines
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
-        reason = " ".join(str(error).split())
-        raise MixmagError(f"{path}: cannot be written ({reason})") from None
+        raise MixmagError(f"{path}: cannot be written ({one_line(error)})") from None
     finally:
         with contextlib.suppress(OSError):  # the parent may be no folder
             temporary.unlink()
 
 
+def flush_to_disk(path: Path) -> None:
+    with open(path, "rb+") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+                raise  # those three say that this disk knows no fsync
+
+
 def visible_files(folder: Path, pattern: str) -> list[Path]:
     """The folder's files, sorted, without hidden ones such as macOS leaves beside others."""
     return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
-
-
-def free_bytes(folder: Path) -> int:
-    """Free bytes on the disk that will hold a folder, which need not exist yet."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def file_sha256(path) -> str:
@@ -2624,24 +2728,36 @@ def write_csv(path, header, rows) -> None:
         csv.writer(file).writerows([header, *rows])
 
 
-def read_csv(path, columns) -> list[dict]:
-    """Rows as dicts of stripped strings, and under "line" the line where each ends.
+SEPARATORS = {";": "semicolons", "\t": "tabs"}  # that some spreadsheets write for commas
 
-    Raises MixmagError for a missing file or column."""
+
+def read_csv(path, columns) -> list[dict]:
+    """Rows as dicts of stripped, composed text, and under "line" the line where each ends.
+
+    Empty rows are skipped. Raises MixmagError for a file that is missing or no such table."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restval="")
-            missing = sorted(set(columns) - set(reader.fieldnames or ()))
-            if missing:
-                names = ", ".join(missing)
-                raise MixmagError(f"{path}: column {names} is missing; found {reader.fieldnames}")
-            rows = []
-            for values in reader:
-                row = {name: values[name].strip() for name in columns}
+        raw = Path(path).read_bytes()
+        if b"\0" in raw:
+            raise ValueError("it is UTF-16")
+        reader = csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""))
+        header = [name.strip() for name in next(reader, [])]
+        rows = []
+        for cells in reader:
+            texts = [composed(cell.strip()) for cell in cells]
+            if any(texts):
+                row = dict(itertools.zip_longest(header, texts[: len(header)], fillvalue=""))
                 rows.append({**row, "line": reader.line_num})
-            return rows
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise MixmagError(f"{path}: cannot be read as a UTF-8 CSV ({error})") from None
+    except OSError as error:
+        raise MixmagError(f"{path}: cannot be read ({error})") from None
+    except (ValueError, csv.Error) as error:
+        reason = f"{path}: cannot be read as a UTF-8 CSV ({error})"
+        raise MixmagError(f"{reason}; a spreadsheet saves it as 'CSV UTF-8'") from None
+    missing = ", ".join(name for name in columns if header.count(name) != 1)
+    if missing:
+        others = [word for mark, word in SEPARATORS.items() if mark in "".join(header)]
+        advice = "".join(f"; it has {word}, expected commas" for word in others)
+        raise MixmagError(f"{path}: column {missing} is missing or twice; found {header}{advice}")
+    return rows
 
 
 def report_failed(path, failed: list) -> int:
@@ -2675,6 +2791,13 @@ def number_in(kind, low, high):
         return value
 
     return number
+
+
+def slides_place(text: str) -> str:
+    """The type of a flag: a folder that is there, or a slide file, whose absence costs itself."""
+    if not Path(text).exists() and Path(text).suffix.lower() not in SLIDE_SUFFIXES:
+        raise argparse.ArgumentTypeError(f"{text} does not exist")
+    return text
 
 
 class Doublings(argparse.Action):
@@ -2718,7 +2841,8 @@ def add_tile_flags(parser) -> None:
     """turn whole-slide images into slide files: tissue, cells on one lattice, embeddings"""
     parser.epilog = "example: python data.py tile --slides slides/ --out data/mine --mpp 0.5"
     add = parser.add_argument
-    add("--slides", nargs="+", required=True, metavar="DIR|FILE", help="slides, or their folders")
+    files = {"nargs": "+", "metavar": "DIR|FILE", "type": slides_place}
+    add("--slides", required=True, help="slides, or their folders", **files)
     add_output_flags(parser)
     add("--region", type=POSITIVE, default=3, help="cells per side of a window")
     add("--encoder", default="texture", help="texture, virchow2, or module:factory (see README)")

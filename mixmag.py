@@ -2,8 +2,8 @@
 
 Follows "Mixed Magnification Aggregation for Generalizable Region-Level Representations in
 Computational Pathology" (the paper). Each equation number stands at the lines that implement it.
-Numbers that the paper's text does not give are marked `assumed`. The file needs torch alone
-(and safetensors in `load_encoder`), so it can be copied into another project.
+Numbers that the paper's text does not give are marked `assumed`. The file can be copied into
+another project: it needs torch >= 2.6 alone, and safetensors in `load_encoder`.
 
 Shape letters:
     B  regions in a batch        N  tokens of a region          n  tokens given, n <= N
@@ -145,10 +145,8 @@ class Config:
     @classmethod
     def small(cls, dim: int, **changes) -> Config:
         """About one million parameters, so that every command is usable on two CPU cores."""
-        encoder = {"width": 96, "depth": 4, "heads": 4}
-        decoder = {"decoder_width": 128, "decoder_heads": 4}
-        projector = {"projector_hidden": 256, "projector_dim": 64}
-        return cls(dim, **{**encoder, **decoder, **projector, **changes})
+        sizes = {"width": 96, "depth": 4, "heads": 4, "decoder_width": 128, "decoder_heads": 4}
+        return cls(dim, **{**sizes, "projector_hidden": 256, "projector_dim": 64, **changes})
 
     def __post_init__(self):
         self.magnifications = tuple(self.magnifications)
@@ -179,6 +177,11 @@ class Config:
 
 
 # ------------------------------------------------------------------------------------- transformer
+
+
+def check_shape(x: Tensor | None, *expected: int) -> None:
+    if x is not None and tuple(x.shape) != expected:
+        raise ValueError(f"expected a tensor of {expected}, found {tuple(x.shape)}")
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -290,7 +293,7 @@ class Standardize(nn.Module):
         self.std.copy_(torch.where(std < 1e-2 * typical, typical, std))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (at_least_fp32(x) - self.mean) / self.std
+        return ((at_least_fp32(x) - self.mean) / self.std).to(self.mean)  # the model's dtype
 
     def inverse(self, x: Tensor) -> Tensor:
         return at_least_fp32(x) * self.std + self.mean
@@ -340,10 +343,9 @@ class MixingEncoder(nn.Module):
         (B, n, d), the contextualized output. Outputs at invalid tokens have no meaning.
         Raises ValueError for shapes that do not fit.
         """
-        B, n, D = x.shape
-        expected = (B, self.geometry.num_tokens) if index is None else tuple(index.shape)
-        if (B, n, D) != (*expected, self.config.dim):
-            raise ValueError(f"expected x {(*expected, self.config.dim)}, found {(B, n, D)}")
+        B, n = (x.shape[0], self.geometry.num_tokens) if index is None else index.shape
+        check_shape(x, B, n, self.config.dim)
+        check_shape(valid, B, n)
         if valid is not None:
             x = x.masked_fill(~valid[..., None], 0)  # NaN in an invalid token would spread
         pos = self.pos if index is None else F.embedding(index, self.pos)
@@ -381,13 +383,11 @@ class Decoder(nn.Module):
         valid (B, N) or None. every: predict the kept tokens also, and first  (B, N, D).
         """
         first = cls.shape[1] if every else cls.shape[1] + kept.shape[1]
-        cls, tokens = self.input(cls), self.input(tokens)
-        tokens = tokens + F.embedding(kept, self.pos)
+        tokens = self.input(tokens) + F.embedding(kept, self.pos)
         masked = self.mask_token + F.embedding(removed, self.pos)  # (B, M, d')
-        x = torch.cat([cls, tokens, masked], dim=1)  # (B, 4 + N, d')
-        mask = None
-        if valid is not None:
-            mask = attention_mask(valid.gather(1, torch.cat([kept, removed], 1)), cls.shape[1])
+        x = torch.cat([self.input(cls), tokens, masked], dim=1)  # (B, 4 + N, d')
+        order = torch.cat([kept, removed], dim=1)
+        mask = attention_mask(None if valid is None else valid.gather(1, order), cls.shape[1])
         for block in self.blocks[:-1]:
             x = block(x, mask)
         x = self.blocks[-1](x, mask, first)  # only these are scored
@@ -407,7 +407,7 @@ def removal_count(N: int, mask: float) -> int:
 
 def random_removal(B: int, N: int, mask: float, generator=None, device=None) -> Tensor:
     """(B, M) long: M distinct tokens of each region, uniform over all."""
-    chance = torch.rand(B, N, generator=generator, device=device)
+    chance = torch.rand(B, N, generator=generator, device=device, dtype=torch.float32)
     return chance.argsort(dim=1)[:, : removal_count(N, mask)]
 
 
@@ -434,7 +434,7 @@ def removal_weights(geometry: Geometry, removed: Tensor, valid: Tensor | None = 
     level = geometry.level(removed.device)
     if valid is None:
         valid = torch.ones(B, N, dtype=torch.bool, device=removed.device)
-    zeros = torch.zeros(B, geometry.levels, device=removed.device)
+    zeros = torch.zeros(B, geometry.levels, device=removed.device, dtype=torch.float32)
     count = zeros.index_add(1, level, valid.float())  # N_k  (B, K)
     present = (count > 0).sum(1, keepdim=True).clamp(min=1)  # K  (B, 1)
     share = 1 / (present * count.clamp(min=1))  # (B, K)
@@ -496,8 +496,11 @@ class MaskedEmbeddingModel(nn.Module):
         """x (B, N, D), valid (B, N) or None; mask: the removal ratio, or the removed (B, M)."""
         geometry = self.encoder.geometry
         B, N, _ = x.shape
+        check_shape(x, B, geometry.num_tokens, self.config.dim)
+        check_shape(valid, B, N)
         if isinstance(mask, Tensor):
             removed = mask
+            check_shape(removed, B, removal_count(N, mask.shape[-1] / N))  # so 0 < M < N
         else:
             removed = random_removal(B, N, mask, generator, x.device)
         kept, cls, tokens = self.encode_kept(x, removed, valid)
@@ -552,6 +555,7 @@ class ContrastiveEmbeddingModel(MaskedEmbeddingModel):
 
     def forward(self, x, mask=0.5, valid=None, generator=None) -> Outputs:
         """As MEM, with a leading axis of two views: x (2, B, N, D), mask and valid likewise."""
+        check_shape(x, 2, *x.shape[1:])
         if isinstance(mask, Tensor):
             mask = mask.flatten(0, 1)  # (2B, M)
         flat_valid = None if valid is None else valid.flatten(0, 1)  # (2B, N)
@@ -586,13 +590,14 @@ class GatedABMIL(nn.Module):
         Returns pooled (bags, d) and attention (T,), which sums to 1 in each bag.
         Raises ValueError for an empty bag, or lengths that do not add up to T.
         """
-        T, bags = len(x), len(lengths)
-        if bags == 0 or int(lengths.min()) < 1 or int(lengths.sum()) != T:
-            raise ValueError(f"bags need one token or more, {T} in all; found {lengths.tolist()}")
-        bag = torch.repeat_interleave(torch.arange(bags, device=x.device), lengths)  # (T,)
+        T, bags = x.shape[0], lengths.shape[0]
+        fits = bags > 0 and ((lengths.min() >= 1) & (lengths.sum() == T)).item()
+        # unlike an `if` on numbers, torch.export can follow this
+        torch._check_value(fits, lambda: f"bags of one token or more, {T} in all: {lengths}")
+        bag = torch.arange(bags, device=x.device).repeat_interleave(lengths, output_size=T)  # (T,)
         gated = torch.tanh(self.V(x)) * torch.sigmoid(self.U(x))  # (T, hidden)
         # Eq. 8: a softmax over each bag, in fp32, because half precision makes scores equal
-        score = without_autocast(self.w, gated).squeeze(1)  # (T,)
+        score = without_autocast(F.linear, gated, self.w.weight, self.w.bias).squeeze(1)  # (T,)
         highest = score.new_full((bags,), -math.inf).scatter_reduce(0, bag, score.detach(), "amax")
         exponential = (score - highest[bag]).exp()
         denominator = exponential.new_zeros(bags).index_add(0, bag, exponential)
@@ -624,8 +629,6 @@ class SlideClassifier(nn.Module):
     for an unknown magnification.
     """
 
-    index: Tensor
-
     def __init__(
         self,
         config: Config,
@@ -645,10 +648,10 @@ class SlideClassifier(nn.Module):
         self.encoder = encoder
         self.tokens = tokens
         self.chunk = chunk or max(1, 256 * 96 // config.width)  # activations of about 2 GB
-        index = config.geometry().select(magnification)
-        self.register_buffer("index", index, persistent=False)  # (n,)
+        with torch.device("cpu"):  # the model itself may be made on "meta"
+            self.index = config.geometry().select(magnification)  # (n,)
         if encoder is None:
-            self.standardize = Standardize(len(index), config.dim)
+            self.standardize = Standardize(len(self.index), config.dim)
             width = config.dim
         else:
             width = config.width * (config.cls_tokens if tokens == "cls" else 1)
@@ -672,13 +675,10 @@ class SlideClassifier(nn.Module):
 
         Raises ValueError for another n or D than this classifier reads.
         """
-        W, n, D = x.shape
-        expected = (len(self.index), self.config.dim)
-        if (n, D) != expected:
-            raise ValueError(f"expected regions of {expected}, found {(n, D)}")
+        check_shape(x, len(x), len(self.index), self.config.dim)
         if self.encoder is None:
             return self.standardize(x)
-        cls, tokens = self.encoder(x, self.index.expand(W, -1), valid)
+        cls, tokens = self.encoder(x, self.index.to(x.device).expand(len(x), -1), valid)
         return cls.flatten(1)[:, None] if self.tokens == "cls" else tokens
 
     def encode_chunks(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -708,7 +708,7 @@ class SlideClassifier(nn.Module):
             lengths = torch.zeros_like(regions).index_add(0, slide, valid.sum(1))  # (S,)
             h = h[valid]  # (T, d)
         pooled, attention = self.pool(self.dropout(h), lengths)
-        logit = without_autocast(self.head, self.dropout(pooled))  # (S, outputs)
+        logit = without_autocast(F.linear, self.dropout(pooled), *self.head.parameters())
         return logit.squeeze(-1), attention
 
 

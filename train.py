@@ -12,6 +12,8 @@ config.json, metrics.jsonl, last.pt and prev.pt (checkpoints), its results, and 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -47,6 +49,9 @@ from data import (
     MixmagError,
     OtherSettings,
     Stopped,
+    log,
+    one_line,
+    plural,
     progress,
     whole_file,
 )
@@ -220,7 +225,9 @@ def pretrain(config: PretrainConfig) -> dict:
     folder = ensure_data(config.data, machine)
     train_ids, held_out_ids = pretraining_split(folder, config.holdout)
     if not train_ids:
-        raise MixmagError(f"{folder}: no slide is left to train on; see tasks/ and --holdout")
+        raise MixmagError(
+            f"no slide is left to train on with this --holdout: {used_slides(folder)}"
+        )
     slides = data.read_slides(folder, train_ids)
     model_config = make_model_config(config, slides[0])
     dataset = pretraining_windows(config, slides, model_config.geometry(), machine)
@@ -228,6 +235,7 @@ def pretrain(config: PretrainConfig) -> dict:
     run = Run(config, run_settings("pretrain", config, model_config, slides), machine)
     if run.result():
         return run.result()
+    log(used_slides(folder))
     torch.manual_seed(config.seed)
     model: mixmag.MaskedEmbeddingModel
     if config.source:
@@ -258,9 +266,8 @@ def pretraining_split(folder: Path, holdout: float) -> tuple[list, list]:
     At least four are, but no more than a fifth.
     """
     case_of = {}
-    for task in data.task_names(folder):
-        for case in data.read_task(folder, task):
-            case_of.update(dict.fromkeys(case.slide_ids, case.case_id))
+    for case in itertools.chain(*data.read_tasks(folder).values()):
+        case_of.update(dict.fromkeys(case.slide_ids, case.case_id))
     ids = data.pretraining_ids(folder)
     cases = {case_of.get(i, i) for i in ids}
     ordered = sorted(cases, key=lambda case: hashlib.sha256(case.encode("utf-8")).digest())
@@ -268,6 +275,24 @@ def pretraining_split(folder: Path, holdout: float) -> tuple[list, list]:
     held_out = set(ordered[: count if holdout else 0])
     held_out_ids = [i for i in ids if case_of.get(i, i) in held_out]
     return [i for i in ids if i not in set(held_out_ids)], held_out_ids
+
+
+def used_slides(folder: Path) -> str:
+    """How many slides pretraining sees, and what each table leaves out or will be refused for."""
+    used = set(data.pretraining_ids(folder))
+    parts = [f"{folder}: {len(used)} of {plural(len(data.slide_files(folder)), 'slide')} are used"]
+    tasks = data.read_tasks(folder)
+    if not tasks:
+        parts.append("no table in tasks/: finetune will refuse tasks that tune or test on them")
+    for task, slides in data.evaluation_slides(tasks).items():
+        left_out = sorted(slides - used)
+        named = ", ".join(left_out[:3])
+        parts.append(f"{task}.csv leaves out {len(left_out)}, such as {named}")
+        if slides & used:
+            parts.append(
+                f"finetune will refuse {task}: {len(slides & used)} of its slides are used"
+            )
+    return "; ".join(parts)
 
 
 def pretraining_windows(config, slides, geometry, machine) -> data.RegionDataset:
@@ -518,7 +543,7 @@ def finetune(config: FinetuneConfig) -> dict:
 
 def adopt_encoder_settings(config: FinetuneConfig) -> FinetuneConfig:
     """The config with an encoder, and with the preset and region of that encoder."""
-    init = config.init or str(newest_pretraining())
+    init = config.init or str(newest_pretraining(config))
     known: dict = {}
     if is_pretrained(init):
         known = data.read_json(encoder_folder(init) / "config.json")
@@ -788,12 +813,6 @@ def finish_finetuning(config, run: Run, model, sets: dict, best: dict) -> None:
 # ---------------------------------------------------------------------------- run folder, processes
 
 
-def log(*words) -> None:
-    """To stderr, from the first of several processes only."""
-    if data.process_rank()[0] == 0:
-        print(*words, file=sys.stderr, flush=True)
-
-
 @dataclass
 class Machine:
     """Where and in which precision this process computes, and which of how many it is."""
@@ -898,7 +917,7 @@ class Run:
             log(f"{self.folder}: this run is finished")
 
     def claim(self, settings: dict, resume: str) -> None:
-        """Write config.json. Raises OtherSettings for a run of other settings."""
+        """Write config.json. Raises OtherSettings for another run, or one that is going on."""
         stored = self.folder / "config.json"
         if not stored.exists() and (self.folder / "last.pt").exists():
             raise MixmagError(
@@ -906,20 +925,19 @@ class Run:
             )
         if stored.exists() and resume == "auto":
             found = data.read_json(stored)
-            keys = sorted(found.keys() | settings.keys())
-            differing = [key for key in keys if found.get(key) != settings.get(key)]
-            if differing:
-                listed = [f"{k} {found.get(k)!r} there, {settings.get(k)!r} now" for k in differing]
+            if differing := data.differences(without_places(found), without_places(settings)):
                 raise OtherSettings(
-                    f"{self.folder} holds a run with other settings: {', '.join(listed)}; "
+                    f"{self.folder} holds a run with other settings: {differing}; "
                     "give another --out, or --resume off to begin anew"
                 )
+        if resume == "auto" and self.result():
+            return
+        self.lock = lock(self.folder / "lock")  # held until this run is forgotten
         if resume == "off":
             for name in RUN_FILES:  # config.json last: until then this is the run that it was
                 (self.folder / name).unlink(missing_ok=True)
             shutil.rmtree(self.folder / "heatmap", ignore_errors=True)
-        if not stored.exists():
-            data.write_json(stored, settings)
+        data.write_json(stored, settings)
 
     def result(self) -> dict:
         """result.json, or {} while the run is not finished."""
@@ -990,13 +1008,33 @@ class Run:
         return state
 
 
+def lock(path: Path) -> io.FileIO:
+    """An open file that no other process can lock while this one lives.
+
+    Not flock: a notebook that failed must be able to start the same run again.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = io.FileIO(path, "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise OtherSettings(f"{path.parent}: another process works on this run") from None
+    except OSError as error:
+        log(f"WARNING: {path.parent} knows no locks ({error}); start this run only once at a time")
+    return file
+
+
+def without_places(settings: dict) -> dict:
+    """The settings without paths: the content of what lies there counts, as inputs_sha256 says."""
+    pretrained = is_pretrained(settings.get("init", "none"))
+    return {**settings, "data": "", "init": "RUN" if pretrained else settings.get("init")}
+
+
 def run_settings(kind: str, config, model_config, slides: list, files=()) -> dict:
     """What decides a run's outcome: the settings, and the content of the files that it reads."""
     settings = {"kind": kind, **dataclasses.asdict(config), "model": model_config.to_dict()}
     for name in ("out", "device", "workers", "resume", "save_every", "dry_run", "compile"):
         settings.pop(name, None)
-    for name in {"data", "init"} & settings.keys():
-        settings[name] = str(Path(settings[name]))  # one spelling for one folder
     digest = hashlib.sha256()
     for slide in slides:
         digest.update(slide.meta["sha256"].encode("utf-8"))
@@ -1055,16 +1093,22 @@ def ensure_data(path, machine: Machine | None = None) -> Path:
     return folder
 
 
-def newest_pretraining() -> Path:
-    """The newest finished pretraining run under runs/."""
+def newest_pretraining(config: FinetuneConfig) -> Path:
+    """The newest finished pretraining run under runs/ whose encoder fits DATA."""
+    advice = "run `python train.py pretrain`, or give --init RUN, --init random or --init none"
     results = Path("runs").glob("*/result.json")
     finished = [path for path in results if data.read_json(path).get("kind") == "pretrain"]
     if not finished:
-        raise MixmagError(
-            "no finished pretraining run under runs/; run `python train.py pretrain --mask 0.5`, "
-            "or give --init random or --init none"
-        )
-    return max(finished, key=lambda path: path.stat().st_mtime).parent
+        raise MixmagError(f"no finished pretraining run under runs/; {advice}")
+    folder = ensure_data(config.data, start_machine(config.device))
+    wanted = data.embedding_signature(data.read_slide(data.slide_paths(folder)[0]))
+    for path in sorted(finished, key=lambda path: -path.stat().st_mtime):
+        known = data.read_json(encoder_folder(path.parent) / "config.json")
+        model = known["model"]
+        if data.signature(known["tile_encoder"], model["dim"], model["magnifications"]) == wanted:
+            log(f"--init {path.parent}: the newest pretraining run that fits {folder}")
+            return path.parent
+    raise MixmagError(f"no pretraining run under runs/ fits {folder} ({wanted}); {advice}")
 
 
 # ------------------------------------------------------------------------- measuring, export, curve
@@ -1089,7 +1133,7 @@ def check_no_leakage(init: str, folder: Path, cases: list) -> None:
                 leaked |= seen.intersection(case.slide_ids)
     if leaked:
         raise MixmagError(
-            f"{init} was pretrained on {len(leaked)} slides of this task's tune or test cases, "
+            f"{init} was pretrained on {plural(len(leaked), 'slide')} of its tune or test cases, "
             f"such as {min(leaked)!r}; pretrain without them"
         )
 
@@ -1454,18 +1498,18 @@ def read_encoder(run, slide) -> mixmag.MixingEncoder:
     try:
         encoder = mixmag.load_encoder(folder)
         tile_encoder = data.read_json(folder / "config.json")["tile_encoder"]
-    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise MixmagError(f"{folder}: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise MixmagError(f"{folder}: {one_line(error)}") from None
     check_same_encoder(folder, tile_encoder, encoder.config, slide)
     return encoder
 
 
 def check_same_encoder(run, tile_encoder: str, config: mixmag.Config, slide) -> None:
     """Refuse a model that was trained on other embeddings than the slide's."""
-    trained_on = (tile_encoder, config.dim, config.magnifications)
-    found = (slide.meta["encoder"], slide.dim, tuple(slide.meta["magnifications"]))
+    trained_on = data.signature(tile_encoder, config.dim, config.magnifications)
+    found = data.embedding_signature(slide)
     if trained_on != found:
-        raise MixmagError(f"{run} was trained on {trained_on}, the slides hold {found}")
+        raise MixmagError(f"{run} was trained on {trained_on}; the slides hold {found}")
 
 
 def finish_pretraining(config, run: Run, model, held_out, yardsticks, facts: dict) -> None:
@@ -1476,10 +1520,10 @@ def finish_pretraining(config, run: Run, model, held_out, yardsticks, facts: dic
     title = "synthetic cohort" if cohort else str(folder)
     text = "no held-out window: the loss was not measured on unseen slides"
     losses: dict = {}
+    magnifications = model.config.magnifications
     if held_out:
         losses = held_out_losses(held_out, yardsticks.predict)
         losses["model"] = model_losses(model, held_out, run.machine)
-        magnifications = model.config.magnifications
         table = format_losses(losses, magnifications, least)
         windows = min(len(held_out), HELD_OUT_WINDOWS)
         measured = f"Measured on {windows} regions of {len(held_out.slides)} slides."
@@ -1490,7 +1534,10 @@ def finish_pretraining(config, run: Run, model, held_out, yardsticks, facts: dic
             )
     heading = f"# {run.folder.name}: loss (1 - cosine) on held-out slides, {title}"
     data.write_text(run.folder / "SUMMARY.md", f"{heading}\n\n{text}\n")
-    draw_curve(run, losses, model.config.magnifications, least, title)
+    try:
+        draw_curve(run, losses, magnifications, least, title)
+    except Exception as error:  # a picture never costs a result
+        log(f"WARNING: no curve.png ({type(error).__name__}: {one_line(error)})")
     result = {"kind": "pretrain", **facts, "held_out": losses or None}
     data.write_json(run.folder / "result.json", result)
     print(text)
@@ -1514,6 +1561,19 @@ def verdict(run: Run, losses: dict, magnifications) -> str:
     return text
 
 
+def own_style(draw: Callable) -> Callable:
+    """`draw` with matplotlib's own settings: a user's matplotlibrc may ask for LaTeX."""
+
+    @functools.wraps(draw)
+    def drawn(*args):
+        from matplotlib import style
+
+        with style.context("default"):
+            draw(*args)
+
+    return drawn
+
+
 def plot(width: float = 6.4, height: float = 3.6, **grid):
     """A figure and its axis, or its grid of axes."""
     from matplotlib.figure import Figure  # without pyplot: no display and nothing global
@@ -1530,6 +1590,7 @@ def save_figure(figure, path) -> None:
         figure.savefig(temporary, dpi=130, format="png")
 
 
+@own_style
 def draw_curve(run: Run, losses: dict, magnifications, least: dict | None, title: str) -> None:
     """RUN/curve.png: the loss of each magnification, and the predictors that need no network."""
     lines = [json.loads(line) for line in run.metric_lines()]
@@ -1549,7 +1610,7 @@ def draw_curve(run: Run, losses: dict, magnifications, least: dict | None, title
         bound = np.mean(list(least.values()))
         axis.axhline(bound, color="grey", lw=3, alpha=0.4, label="least possible")
     axis.set(xlabel="optimizer step", ylabel="1 - cosine at removed tokens")
-    axis.set_title(f"{run.folder.name}, {title}")
+    axis.set_title(f"{run.folder.name}, {title}", parse_math=False)
     axis.legend(fontsize=7, frameon=False, ncols=2)
     save_figure(figure, run.folder / "curve.png")
 
@@ -1569,8 +1630,7 @@ def read_classifier(folder) -> tuple[mixmag.SlideClassifier, dict]:
         model = mixmag.SlideClassifier(model_config, encoder, outputs=OUTCOME.outputs, **settings)
         model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise MixmagError(f"{folder}: not a finished fine-tuning run ({reason})") from None
+        raise MixmagError(f"{folder}: not a finished fine-tuning run ({one_line(error)})") from None
     return model.eval(), config
 
 
@@ -1605,7 +1665,8 @@ def predict(run, folder=None, slides=None, out=None, device: str = "auto") -> in
             failed.append((case.case_id, "predict", f"its score is {score}; see data.py verify"))
     path = Path(out or Path(run) / "predict.csv")
     data.write_csv(path, ("slide_id", "score"), rows)
-    print(f"{len(rows)} slides scored in {path}, {len(failed)} failed{dataset.uncovered}")
+    scored = plural(len(rows), "slide")
+    print(f"{scored} scored in {path}, {len(failed)} failed{dataset.uncovered}")
     return data.report_failed(path.with_name(f"{path.stem}-failed.csv"), failed)
 
 
@@ -1669,7 +1730,7 @@ def embed(init, out, folder=DEFAULT_DATA, tokens="cls", slides=None, min_cover=0
             raise
         except MixmagError as error:
             failed.append((slide.slide_id, "embed", str(error)))
-    print(f"{len(found)} slides in {out}, {len(failed)} failed{dataset.uncovered}")
+    print(f"{plural(len(found), 'slide')} in {out}, {len(failed)} failed{dataset.uncovered}")
     return data.report_failed(Path(out) / "failed.csv", failed)
 
 
@@ -1724,14 +1785,13 @@ def output_files(out: Path, model, meta: dict, made_by: dict):
 def is_written(path: Path, attributes: dict) -> bool:
     """Whether an earlier start wrote this file. OtherSettings where it was made otherwise."""
     try:
-        with h5py.File(path) as file:
+        with h5py.File(path, locking=False) as file:
             found = dict(file["features"].attrs)
     except (OSError, KeyError):
         return False  # missing, or damaged
     found["savetodir"] = attributes["savetodir"]  # the folder may have moved
-    names = [name for name in attributes if found.get(name) != attributes[name]]
-    if names:
-        raise OtherSettings(f"{path} was made with another {', '.join(names)}; give another --out")
+    if differing := data.differences({name: found.get(name) for name in attributes}, attributes):
+        raise OtherSettings(f"{path} was made otherwise: {differing}; give another --out")
     return True
 
 
@@ -1820,6 +1880,7 @@ def check_same_image(reader, table: AttentionTable) -> None:
         )
 
 
+@own_style
 def draw_attention(path, table: AttentionTable, k: int, picture, size, bounds, title: str) -> None:
     """A map of magnification k: the rank of each token, in its place on a slide of `size`.
 
@@ -1849,6 +1910,7 @@ def draw_attention(path, table: AttentionTable, k: int, picture, size, bounds, t
     save_figure(figure, path)
 
 
+@own_style
 def draw_regions(path, table: AttentionTable, reader, side: float) -> None:
     """The six regions of most attention, each of `side` level-0 px.
 
@@ -2110,6 +2172,14 @@ def demo(folder, out, seed: int, device: str) -> int:
 # ------------------------------------------------------------------------------------------- doctor
 
 
+def runs_on(code: str, capability: tuple) -> bool:
+    """Whether code such as sm_86, or compute_86 to be translated, runs on a GPU of (8, 6)."""
+    major, minor = divmod(int(re.sub(r"\D", "", code)), 10)
+    if code.startswith("compute"):
+        return (major, minor) <= capability
+    return major == capability[0] and minor <= capability[1]
+
+
 def doctor() -> int:
     """Versions, device, threads, precision, free disk. A WARNING says what to mend."""
     print(f"{'python':18s} {sys.version.split()[0]}")
@@ -2124,7 +2194,14 @@ def doctor() -> int:
         machine = start_machine(width=preset_width(preset))
         print(f"{'preset ' + preset:18s} {machine}, {torch.get_num_threads()} threads")
     print(f"{'bf16 instructions':18s} {torch.cpu._is_avx512_bf16_supported()}")
-    free = data.free_bytes(Path.cwd()) / 2**30
+    for i in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(i)
+        print(f"{f'cuda:{i}':18s} {torch.cuda.get_device_name(i)}, capability {capability}")
+        if not any(runs_on(code, capability) for code in torch.cuda.get_arch_list()):
+            print(f"WARNING: torch {torch.__version__} has no code for it; install another build")
+    if shutil.which("nvidia-smi") and not torch.cuda.is_available():
+        print(f"WARNING: torch {torch.__version__} sees no GPU here; it may be of another CUDA")
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
     print(f"{'free disk':18s} {free:.1f} GiB")
     if free < 2:
         print("WARNING: checkpoints and slide files may not fit on this disk")

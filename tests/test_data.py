@@ -1,6 +1,8 @@
 """Slide files, data sets, tasks, cohort, verify.     python -m pytest tests/test_data.py"""
 
+import errno
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -9,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+import types
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -225,7 +229,7 @@ def test_verify_finds_every_flipped_byte(tmp_path):
 
 FAULTS = [  # rows of a task table, and what is said of them
     (("c0", "other", 0, "test"), "line 8, case 'c0' is in two splits, train and test"),
-    (("new", "absent", 1, "test"), "slide 'absent' of case 'new' has no file"),
+    (("new", "absent", 1, "test"), "t.csv: 1 slide without a file, such as 'absent'"),
     (("c1", "nan", 0, "train"), "case 'c1' has two labels, 1 and 0"),
     (("x", "y", 2, "train"), "case 'x': label is '2', expected 0 or 1"),
     (("x", "y", 1, "later"), "case 'x': split is 'later', expected train, tune or test"),
@@ -259,23 +263,36 @@ def test_verify_prints_every_finding(tmp_path):
     data.write_csv(tmp_path / "pretrain.csv", ("slide_id",), [("s0",), ("new",), ("gone",)])
     findings = "\n".join(data.verify(tmp_path))
     words = [
-        "1 slides, such as other, have encoder another, width 8",
-        "NaN or infinite features in 1 cells, such as (col, row) [0, 0]",
+        "1 slide, such as other, with encoder another, width 8",
+        "NaN or infinite features in 1 cell, such as (col, row) [0, 0]",
         "holds slide 's0'",
         "cut.safetensors: cannot be read",
         "small.csv: split tune does not hold both classes",
-        "bad.csv: column label, split is missing",
+        "bad.csv: column label, split is missing or twice",
         "pretrain.csv: slide 'new' belongs to a tune or test case",  # c2 is one in another task
-        "pretrain.csv: slide 'gone' has no file",
+        "pretrain.csv: 2 slides without a file, such as 'gone'",
     ]
     for expected in words + [said for _, said in FAULTS]:
         assert expected in findings, f"{expected!r} not among\n{findings}"
     assert "'s0' belongs" not in findings
     out, _ = run("data.py verify", tmp_path, cwd=tmp_path, code=1)
     assert out.count("\n") == findings.count("\n") + 2
+    assert f"{tmp_path}: 11 slides, 3 task tables: " in out
     (tmp_path / "pretrain.csv").write_text("slide\nb\n")
     assert sum("column slide_id is missing" in line for line in data.verify(tmp_path)) == 1
-    assert data.verify(tmp_path / "absent") == [f"{tmp_path}/absent: no slide files in slides/"]
+
+
+def test_verify_says_what_it_checked(tmp_path, capsys):
+    with pytest.raises(MixmagError, match="is no DATA folder: neither slides/ nor tasks/"):
+        data.verify(tmp_path)
+    make_slide(tmp_path)
+    args = types.SimpleNamespace(data=tmp_path)
+    assert data.verify_command(args) == 0
+    assert capsys.readouterr().out == f"{tmp_path}: 1 slide, 0 task tables: nothing wrong found\n"
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "t.csv").write_text("")
+    assert data.verify_command(args) == 1
+    assert "1 slide, 1 task table: 1 finding\n" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------- tasks and splits
@@ -287,7 +304,7 @@ def test_task_tables_keep_ids_as_text_and_survive_bom_and_crlf(tmp_path, monkeyp
     assert found == [("001", ["0010"], 1), ("1", ["10"], 0)]
     with pytest.raises(MixmagError, match="no such task; found t"):
         data.read_task(tmp_path, "u")
-    for label in ("1.0", "yes", "", "nan", "2"):
+    for label in ("1.5", "yes", "", "nan", "2"):
         task(tmp_path, [("c", "s", label, "train")])
         with pytest.raises(MixmagError, match="expected 0 or 1"):
             data.read_task(tmp_path, "t")
@@ -436,7 +453,7 @@ def test_synthetic_images_open_and_tile(tmp_path):
     assert mpp == pytest.approx(0.5, rel=1e-3)
     command = "data.py tile --slides images --out d"
     out, _ = run(command, cwd=tmp_path)
-    assert "1 slides done, 0 failed" in out and data.verify(tmp_path / "d") == []
+    assert "1 slide done, 0 failed" in out and data.verify(tmp_path / "d") == []
     again, _ = run(command, cwd=tmp_path)
     assert "done before" in again
 
@@ -754,6 +771,9 @@ def test_exit_codes_are_those_of_the_contract(monkeypatch, capsys, error, signal
         data.run_command(lambda: 1 / 0)
 
 
+PLACE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
 @pytest.mark.parametrize("rank", [None, "0"])
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch, rank):
     """Also where torchrun started the process: it does not go on, in silence, on the processor."""
@@ -768,8 +788,145 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch, rank):
             data.find_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # left by another job
+    assert data.find_device("auto") == torch.device("cuda:0")
+    for name, value in PLACE.items():
+        monkeypatch.setenv(name, value)
     assert data.find_device("auto") == data.find_device("cuda") == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"RANK": "1"},
+        {"WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "2"},
+        {**PLACE, "RANK": "2"},
+        {**PLACE, "RANK": "one"},
+    ],
+)
+def test_half_of_what_torchrun_sets_is_refused(monkeypatch, left):
+    """A rank of its own would train and write nothing."""
+    for name in PLACE:
+        monkeypatch.delenv(name, raising=False)
+    for harmless in ({}, {"RANK": "0"}, {"WORLD_SIZE": "1"}, {"MASTER_PORT": "1"}):
+        with monkeypatch.context() as patch:
+            for name, value in harmless.items():
+                patch.setenv(name, value)
+            assert data.process_rank() == (0, 1)
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(MixmagError, match="start with torchrun, or unset RANK and WORLD_SIZE"):
+        data.process_rank()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_line_stands_by_itself_above_the_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    bar = data.progress(total=3, desc="bar")
+    data.log("a line")
+    bar.close()
+    assert "\ra line\n" in sys.stderr.getvalue()
+
+
+@pytest.mark.parametrize("refused", [errno.EINVAL, errno.ENOSPC])
+def test_a_share_need_not_know_fsync_or_modes(tmp_path, monkeypatch, refused):
+    """What it refuses is not what fails: a full disk still does."""
+
+    def fsync(descriptor):
+        raise OSError(refused, os.strerror(refused))
+
+    def chmod(path, mode):
+        raise PermissionError("modes are the server's")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "chmod", chmod)
+    path = tmp_path / "t.txt"
+    if refused == errno.EINVAL:
+        data.write_text(path, "whole")
+        assert path.read_text() == "whole"
+    else:
+        with pytest.raises(MixmagError, match="t.txt: cannot be written .*No space"):
+            data.write_text(path, "whole")
+        assert not list(tmp_path.iterdir())
+
+
+def test_weights_and_slides_can_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = make_slide(tmp_path)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_disk_without_memory_maps_is_said(tmp_path):
+    """The kernel's own files refuse them."""
+    (tmp_path / "slides").mkdir()
+    (tmp_path / "slides" / "a.safetensors").symlink_to("/proc/self/maps")
+    with pytest.raises(MixmagError, match="takes no memory maps, so copy the files to another"):
+        data.read_slides(tmp_path)
+
+
+TABLE = "case_id,slide_id,label,split\nc,S1,1,train\n"
+
+
+@pytest.mark.parametrize(
+    "raw, said",
+    [
+        (TABLE.replace(",", ";").encode(), "it has semicolons, expected commas"),
+        (TABLE.replace(",", "\t").encode(), "it has tabs, expected commas"),
+        (TABLE.encode("utf-16"), "it is UTF-16"),
+        (TABLE.encode("utf-16-le"), "it is UTF-16"),
+        (TABLE.replace("S1", "Grün").encode("cp1252"), "a spreadsheet saves it as 'CSV UTF-8'"),
+        (TABLE.replace("label", "label,label").encode(), "column label is missing or twice"),
+    ],
+)
+def test_what_spreadsheets_write_is_read_or_named(tmp_path, raw, said):
+    (tmp_path / "tasks").mkdir()
+    path = tmp_path / "tasks" / "t.csv"
+    path.write_bytes(raw)
+    with pytest.raises(MixmagError, match=f"t.csv: .*{said}"):
+        data.read_task(tmp_path, "t")
+    text = (
+        " case_id , slide_id,label ,split,note\n,,,\nc,S1,1.0,train,,\n,,,,,,\nd,S2,0.0,tune\n,,\n"
+    )
+    path.write_bytes(text.encode("utf-8-sig"))
+    cases = data.read_task(tmp_path, "t")
+    assert [(case.case_id, case.label, case.slide_ids) for case in cases] == [
+        ("c", 1, ["S1"]),
+        ("d", 0, ["S2"]),
+    ]
+
+
+def test_ids_are_compared_in_one_form_of_unicode(tmp_path):
+    """macOS names files with decomposed letters; a table of composed ones holds them out."""
+    forms = [unicodedata.normalize(form, "Größe é") for form in ("NFD", "NFC")]
+    for file_name, in_table in (forms, forms[::-1]):
+        folder = tmp_path / str(len(file_name))
+        make_slide(folder, file_name)
+        make_slide(folder, "other")
+        task(folder, [("c", in_table, 1, "test")])
+        assert data.pretraining_ids(folder) == ["other"]
+        assert [slide.slide_id for slide in data.read_slides(folder, [in_table])] == [forms[1]]
+        assert "without a file" not in str(data.verify(folder))
+    make_slide(folder, in_table)
+    with pytest.raises(MixmagError, match="two files have one name"):
+        data.read_slides(folder)
+
+
+def test_a_table_of_other_slides_holds_nothing_out_and_is_refused(tmp_path):
+    make_slide(tmp_path, "S1")
+    task(tmp_path, [("c", "S1.svs", 1, "test")])
+    with pytest.raises(MixmagError, match="t.csv: 1 slide .*'S1.svs'; an id has no suffix: S1"):
+        data.pretraining_ids(tmp_path)
+    (tmp_path / "tasks" / "t.csv").rename(tmp_path / "tasks" / "t.CSV")
+    with pytest.raises(MixmagError, match="t.CSV: expected a table whose name ends with .csv"):
+        data.pretraining_ids(tmp_path)
 
 
 @pytest.mark.parametrize("threads", [0, 2])

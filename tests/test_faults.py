@@ -4,6 +4,8 @@ python -m pytest tests/test_faults.py            MIXMAG_LONG=1 kills and mutates
 """
 
 import contextlib
+import errno
+import fcntl
 import json
 import math
 import os
@@ -275,6 +277,7 @@ def test_a_folder_that_cannot_be_written_is_said(cohort, tmp_path, place):
 
 def test_nobody_reads_the_output(tmp_path):
     """`| head`: no traceback."""
+    task(tmp_path, [])
     script = f"{sys.executable} {ROOT / 'data.py'} verify {tmp_path} | true"
     command = ["bash", "-c", f"{script}; exit ${{PIPESTATUS[0]}}"]
     done = subprocess.run(command, capture_output=True, env={**os.environ, "LC_ALL": "C"})
@@ -309,6 +312,40 @@ def test_zone_and_locale_change_nothing(tmp_path):
         del meta["sha256"]
         found.append((meta, tensors))
     assert found[0] == found[1]
+
+
+def test_an_ascii_terminal_shows_names_escaped(tmp_path):
+    write_tiff(tmp_path / "Größe.tiff", pink(1000, 1000), 0.5)
+    command = f"{sys.executable} {ROOT}/{TILE} --slides Größe.tiff --out d --dry-run".split()
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=tmp_path, env=ascii_only, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Gr\\xf6\\xdfe: 0.5 um/px" in done.stdout
+
+
+def test_a_run_that_is_going_on_is_not_begun_again(cohort, tmp_path, capsys, monkeypatch):
+    """Until it is killed. Where a disk knows no locks, this is said."""
+    command = PRETRAIN.replace("--steps 12", "--steps 100000")
+    flags = ("--data", cohort, "--out", "out")
+    first = Command(command, *flags, cwd=tmp_path)
+    while not (tmp_path / "out" / "prev.pt").exists():
+        time.sleep(0.05)
+    for resume in ("auto", "off"):
+        _, err = run(command, *flags, "--resume", resume, cwd=tmp_path, code=1)
+        assert "out: another process works on this run" in one_error(err)
+    os.kill(first.process.pid, signal.SIGKILL)
+    first.end()
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == sorted(set(steps))
+    train.lock(tmp_path / "out" / "lock").close()
+
+    def no_locks(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    train.lock(tmp_path / "out" / "lock").close()
+    assert "knows no locks" in capsys.readouterr().err
 
 
 def test_two_processes_may_write_the_same_slide(tmp_path):
@@ -429,7 +466,7 @@ def test_ids_are_no_paths(tmp_path, name):
     task(tmp_path / "d", [("1", name, 0, "train")])
     with pytest.raises(MixmagError, match="is a path, expected the name of a file in slides/"):
         data.read_task(tmp_path / "d", "t")
-    with pytest.raises(MixmagError, match="1 slides have no file"):
+    with pytest.raises(MixmagError, match="1 slide without a file"):
         data.read_slides(tmp_path / "d", [name])
     with pytest.raises(MixmagError, match="no such task; found t"):
         data.read_task(tmp_path / "d", name)

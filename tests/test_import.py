@@ -1,6 +1,7 @@
 """Import of TRIDENT's and STAMP's files.     python -m pytest tests/test_import.py"""
 
 import csv
+import fcntl
 import os
 import subprocess
 import sys
@@ -424,6 +425,21 @@ def test_an_imported_cohort_trains(tmp_path):
         (folder / "cut.h5").unlink()
     out, _ = run("data.py", *args, cwd=tmp_path)
     assert out.count("done before") == 2 and not (tmp_path / "d" / "failed.csv").exists()
+
+
+def test_a_refused_import_changes_nothing_and_says_what_differs(tmp_path):
+    """Also where another process holds a lock on the file, or the disk knows none."""
+    folders = slide_of_three(tmp_path, "a")
+    args = ("import", "--trident", *folders, "--out", tmp_path / "d")
+    with open(folders[1] / "a.h5") as locked:
+        fcntl.flock(locked, fcntl.LOCK_EX)
+        run("data.py", *args, cwd=tmp_path)
+    before = (tmp_path / "d" / "import.csv").read_bytes()
+    _, err = run("data.py", *args, "--no-class-token", cwd=tmp_path, code=1)
+    assert "class_token None there, False now; give another --out" in err
+    assert "sources" not in err
+    assert (tmp_path / "d" / "import.csv").read_bytes() == before
+    assert not (tmp_path / "d" / "failed.csv").exists()
 
 
 def test_a_killed_import_goes_on(tmp_path):

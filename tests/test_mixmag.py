@@ -171,7 +171,7 @@ def test_attention_in_bf16_is_as_exact_as_torchs(masked):
 def test_encoder_refuses_wrong_shapes(shape, index):
     if index is not None:
         index = torch.zeros(index, dtype=torch.long)
-    with pytest.raises(ValueError, match="expected x"):
+    with pytest.raises(ValueError, match="expected a tensor of .2, "):
         MixingEncoder(tiny())(torch.randn(2, *shape), index)
 
 
@@ -181,7 +181,7 @@ def test_standardize_survives_constant_dimensions():
     assert layer(torch.full((1, 4), 6.0)).tolist() == [[0.5] * 4]
     layer.fit(torch.zeros(4), torch.zeros(4))
     assert layer(torch.ones(1, 4)).tolist() == [[1.0] * 4]
-    assert layer(torch.ones(1, 4, dtype=DOUBLE)).dtype == DOUBLE
+    assert layer.double()(torch.ones(1, 4)).dtype == DOUBLE
 
 
 def test_positions_start_close_in_a_family():
@@ -334,6 +334,23 @@ def test_mem_refuses_to_remove_nothing_or_everything(mask, count):
         MaskedEmbeddingModel(tiny())(torch.randn(2, 84, 10), mask)
 
 
+@pytest.mark.parametrize("n", [44, 83, 85])
+def test_mem_refuses_what_is_no_region(n):
+    """Any number of tokens but N, also of `valid`; removed tokens of another number of regions."""
+    model = MaskedEmbeddingModel(tiny())
+    x = torch.randn(2, 84, 10)
+    with pytest.raises(ValueError, match=rf"expected a tensor of \(2, 84, 10\), found \(2, {n}"):
+        model(torch.randn(2, n, 10))
+    with pytest.raises(ValueError, match=rf"\(2, 84\), found \(2, {n}\)"):
+        model(x, valid=torch.ones(2, n, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"\(2, 42\), found \(1, 42\)"):
+        model(x, torch.arange(42)[None])
+    with pytest.raises(ValueError, match="removes 84 of 84"):
+        model(x, torch.arange(84).expand(2, -1))
+    with pytest.raises(ValueError, match=r"\(2, 3, 84, 10\), found \(4, 3, 84, 10\)"):
+        mixmag.ContrastiveEmbeddingModel(tiny())(torch.randn(4, 3, 84, 10))
+
+
 def test_cmem_is_mem_on_both_views_and_nt_xent_between_them():
     model = mixmag.ContrastiveEmbeddingModel(tiny()).eval()
     views = torch.randn(2, 5, 84, 10)
@@ -436,9 +453,7 @@ def test_classifier_serves_every_row(mixing, tokens, magnification, region):
         alone, _ = model(x[regions], torch.tensor([len(regions)]), valid[regions])
         expected.append(alone.item())
     assert logit.tolist() == pytest.approx(expected, abs=1e-5)
-    with pytest.raises(
-        ValueError, match=rf"expected regions of \({n}, 10\), found \({n + 1}, 10\)"
-    ):
+    with pytest.raises(ValueError, match=rf"of \(6, {n}, 10\), found \(6, {n + 1}, 10\)"):
         model(torch.randn(6, n + 1, 10), torch.tensor([6]))
 
 
@@ -478,6 +493,74 @@ def test_classifier_takes_another_pool_and_more_outputs():
     _, tokens = model.encoder(x)
     expected = model.head(torch.stack([tokens[:2].mean((0, 1)), tokens[2:].mean((0, 1))]))
     assert torch.allclose(logit, expected, atol=1e-5)
+
+
+def classifier(mixing=True, tokens="patch", magnification="all"):
+    config = tiny()
+    encoder = MixingEncoder(config) if mixing else None
+    return mixmag.SlideClassifier(config, encoder, tokens, magnification, 16).eval()
+
+
+@pytest.mark.parametrize("empty", [torch.device("meta"), None], ids=["meta", "to_empty"])
+def test_a_classifier_made_without_numbers_gets_all_of_them_from_its_state(empty):
+    made = classifier(magnification=10)
+    with empty or torch.device("cpu"):
+        filled = classifier(magnification=10)
+    if empty is None:
+        filled = filled.to("meta").to_empty(device="cpu")
+    filled.load_state_dict(made.state_dict(), assign=True)
+    x = torch.randn(3, 16, 10)
+    regions = torch.tensor([1, 2])
+    for expected, found in zip(made(x, regions), filled(x, regions), strict=True):
+        assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, DOUBLE])
+def test_every_dtype_of_the_model_and_of_its_inputs_works(dtype):
+    """Nearly as in fp32; also where it is torch's default."""
+    models = [MaskedEmbeddingModel(tiny()), mixmag.ContrastiveEmbeddingModel(tiny())]
+    models += [classifier(), classifier(tokens="cls"), classifier(mixing=False)]
+    x = torch.randn(2, 3, 84, 10)
+    removed = mixmag.random_removal(6, 84, 0.5).view(2, 3, -1)
+    inputs = [(x[0], removed[0]), (x, removed), *3 * [(x[0], torch.tensor([1, 2]))]]
+    for model, (x, second) in zip(models, inputs, strict=True):
+
+        def result(x, model=model, second=second):
+            out = model(x, second)
+            return out.loss if isinstance(out, mixmag.Outputs) else out[0].sum()
+
+        expected = result(x).item()
+        assert result(x.to(dtype)).item() == pytest.approx(expected, abs=0.02)
+        model.to(dtype)
+        assert result(x).item() == pytest.approx(expected, abs=0.02)
+        loss = result(x.to(dtype))
+        assert loss.item() == pytest.approx(expected, abs=0.02)
+        loss.backward()
+    torch.set_default_dtype(dtype)
+    try:
+        assert MaskedEmbeddingModel(tiny())(x).loss.isfinite()
+        assert classifier()(x, second)[0].isfinite().all()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_encoder_and_classifier_can_be_exported():
+    """With another number of regions for the encoder; empty bags are still refused."""
+    x = torch.randn(3, 84, 10)
+    valid = torch.rand(3, 84) > 0.3
+    batch = {0: torch.export.Dim("B", min=2, max=9)}
+    encoder = MixingEncoder(tiny()).eval()
+    exported = torch.export.export(encoder, (x,), dynamic_shapes={"x": batch}).module()
+    five = torch.randn(5, 84, 10)
+    for expected, found in zip(encoder(five), exported(five), strict=True):
+        assert torch.allclose(expected, found, atol=1e-5)
+    for model in (classifier(), classifier(tokens="cls"), classifier(mixing=False)):
+        exported = torch.export.export(model, (x, torch.tensor([1, 2]), valid)).module()
+        regions = torch.tensor([2, 1])
+        pairs = zip(model(x, regions, valid), exported(x, regions, valid), strict=True)
+        assert all(torch.allclose(expected, found, atol=1e-5) for expected, found in pairs)
+    with pytest.raises(RuntimeError):
+        exported(x, torch.tensor([3, 0]), valid)
 
 
 def test_classifier_refuses_class_tokens_without_an_encoder():

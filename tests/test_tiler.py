@@ -1097,7 +1097,7 @@ def test_dry_run_plans_and_writes_nothing(tmp_path, capsys):
         "level 1",
         "1 of 1 windows with",
         "1 cells, 21 tokens, 0.00 MB",
-        "1 slides done, 0 failed",
+        "1 slide done, 0 failed",
     ):
         assert words in out
     write_tiff(slides / "no-mpp.tiff", pink(1000, 1000), None)
@@ -1148,7 +1148,9 @@ def test_flags_of_one_run_do_not_undo_another(tmp_path, monkeypatch, capsys):
     assert tile(*flags) == 3
     assert tile(*flags, "--mpp", 0.5) == 0 and "says: done before" in capsys.readouterr().out
     assert tile(*flags, "--mpp", 0.4) == 3
-    assert "mpp is 0.5, not 0.4" in failures(out)["says"]
+    assert "mpp 0.5 there, 0.4 now" in failures(out)["says"]
+    assert tile(*flags, "--min-tissue", 0.5) == 3
+    assert "made otherwise: min_tissue 0.25 there, 0.5 now; give" in failures(out)["says"]
     monkeypatch.setattr(data, "tile_encoder", lambda *rest: data.texture)
     flags = ("--slides", slides / "says.tiff", "--out", tmp_path / "e", "--encoder", "virchow2")
     codes = []
@@ -1156,6 +1158,13 @@ def test_flags_of_one_run_do_not_undo_another(tmp_path, monkeypatch, capsys):
         weights.write_text(words)
         codes.append(tile(*flags, "--weights", weights))
     assert codes == [0, 0, 3] and "give another --out" in failures(tmp_path / "e")["says"]
+
+
+def test_a_folder_that_is_not_there_is_a_usage_error(tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        tile("--slides", tmp_path / "slide", "--out", tmp_path / "d")
+    assert left.value.code == 2 and "slide does not exist" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_shares_and_their_lists_of_failures(tmp_path, monkeypatch):
@@ -1170,7 +1179,7 @@ def test_shares_and_their_lists_of_failures(tmp_path, monkeypatch):
     assert tile(*flags) == 3 and (out / "failed.csv").exists()
     with pytest.raises(MixmagError, match="expected i/n with 0 <= i < n"):
         tile(*flags, "--shard", "2/2")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(data, "process_rank", lambda: (0, 2))
     with pytest.raises(MixmagError, match="and no torchrun"):
         tile(*flags, "--shard", "0/2")
 
@@ -1191,7 +1200,7 @@ def test_processes_share_the_slides_and_a_bad_one_ends_none_of_them(tmp_path):
     )
     assert done.returncode != 0 and "a: FAILED" in done.stderr, done.stderr
     assert {path.stem for path in (tmp_path / "d" / "slides").iterdir()} == {"b", "c", "d"}
-    assert "2 slides done, 0 failed" in done.stdout and "1 slides done, 1 failed" in done.stdout
+    assert "2 slides done, 0 failed" in done.stdout and "1 slide done, 1 failed" in done.stdout
     assert [path.name for path in (tmp_path / "d").glob("failed*")] == ["failed-0-of-2.csv"]
 
 

@@ -1,6 +1,7 @@
 """Schedule, steps, runs and commands of training.     python -m pytest tests/test_train.py"""
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import sys
 import types
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -275,7 +277,7 @@ def test_a_run_begun_anew_is_never_a_mixture(tmp_path, monkeypatch):
     config = train.PretrainConfig(out=str(tmp_path), resume="off")
     train.Run(config, {"lr": 1}, machine_of())
     assert gone[len(train.RUN_FILES) - 1] == "config.json"
-    assert {path.name for path in tmp_path.iterdir()} == {"encoder", "config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"encoder", "config.json", "lock"}
     assert json.loads((tmp_path / "config.json").read_text()) == {"lr": 1}
 
 
@@ -398,7 +400,8 @@ def test_pretrain_leaves_a_whole_run(runs, cohort):
     assert (folder / "curve.png").stat().st_size > 5000
     assert "mixing encoder" in (folder / "SUMMARY.md").read_text()
     roles = dict(table_rows(folder / "encoder/slides.csv", ("slide_id", "role")))
-    assert not set(roles) & data.evaluation_slides(cohort)
+    evaluation = data.evaluation_slides(data.read_tasks(cohort))
+    assert not set(roles) & set().union(*evaluation.values())
     assert set(roles.values()) == {"train", "held-out"}
     metrics = lines(folder / "metrics.jsonl")
     assert [line["step"] for line in metrics if "loss" in line] == [10, 12]
@@ -511,6 +514,86 @@ def test_other_settings_are_refused_and_named(runs, cohort):
     assert "this run is finished" in err
 
 
+def test_the_same_data_elsewhere_is_the_same_run(runs, cohort, tmp_path):
+    """Content decides, not the path: a job copies its data to a disk of its own."""
+    folder = shutil.copytree(cohort, tmp_path / "d")
+    flags = ("--holdout", 0.2, *QUICK_PRETRAIN, "--out", "runs/mem-0.50")
+    _, err = run("train.py pretrain --data", folder, *flags, cwd=runs)
+    assert "this run is finished" in err
+    shutil.copytree(runs / "runs/mem-0.50", tmp_path / "p")
+    flags = (*QUICK_FINETUNE, "--out", "runs/skin_braf-mem-0.50-patch-all", "--data", folder)
+    command = "train.py finetune --task skin_braf --init"
+    _, err = run(command, tmp_path / "p", *flags, cwd=runs)
+    assert "this run is finished" in err
+    _, err = run(command, "random", "--preset", "small", *flags, cwd=runs, code=1)
+    assert "init 'RUN' there, 'random' now" in err
+    some = next(iter((folder / "slides").iterdir()))
+    shutil.copy(some, tmp_path)
+    slide = data.read_slide(some)
+    data.write_slide(some, slide.features[::-1], slide.cells, slide.valid, slide.meta)
+    table = (folder / "tasks/skin_braf.csv").read_text()
+    (folder / "tasks/skin_braf.csv").write_text(table + "\n")
+    _, err = run(command, tmp_path / "p", *flags, cwd=runs, code=1)
+    assert "inputs_sha256" in err
+
+
+def finished_pretraining(folder, time, **changes):
+    """What newest_pretraining looks at."""
+    (folder / "encoder").mkdir(parents=True)
+    model = {"dim": 64, "magnifications": [5, 10, 20]}
+    known = {"tile_encoder": "synthetic-3", "model": {**model, **changes}}
+    data.write_json(folder / "encoder/config.json", known)
+    (folder / "encoder/model.safetensors").touch()
+    data.write_json(folder / "result.json", {"kind": "pretrain"})
+    os.utime(folder / "result.json", (time, time))
+
+
+def test_the_newest_encoder_that_fits_is_taken_and_named(cohort, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = train.FinetuneConfig(task="skin_braf", data=str(cohort))
+    finished_pretraining(tmp_path / "runs/wide", 3, dim=1280)
+    finished_pretraining(tmp_path / "runs/other", 2, magnifications=[10, 20])
+    with pytest.raises(MixmagError, match="no pretraining run .* fits .*width 64"):
+        train.newest_pretraining(config)
+    finished_pretraining(tmp_path / "runs/old", 0)
+    finished_pretraining(tmp_path / "runs/fits", 1)
+    assert train.newest_pretraining(config) == Path("runs/fits")
+    assert "--init runs/fits: the newest" in capsys.readouterr().err
+
+
+def test_what_the_tables_leave_out_is_said(cohort, copy_of):
+    """Three folds leave nothing; of the slides of a case another table may name more."""
+    ids = sorted(data.slide_files(cohort))
+    tables = {}
+    for fold in range(3):
+        splits = [("test", "tune", "train")[(i + fold) % 3] for i in range(len(ids))]
+        rows = [(i, ids[i], i % 2, splits[i]) for i in range(len(ids))]
+        tables[f"fold{fold}"] = rows
+    text = train.used_slides(copy_of("all", **tables))
+    assert f"0 of {len(ids)} slides are used; fold0.csv leaves out" in text
+    assert f"fold2.csv leaves out {2 * len(ids) // 3}, such as {ids[1]}" in text
+    text = train.used_slides(copy_of("none"))
+    assert f"{len(ids)} of {len(ids)} slides are used; no table in tasks/: finetune will" in text
+    folder = copy_of("listed", fold0=tables["fold0"])
+    data.write_csv(folder / "pretrain.csv", ("slide_id",), [[ids[0]], [ids[2]]])
+    text = train.used_slides(folder)
+    assert f"2 of {len(ids)} slides are used" in text
+    assert "finetune will refuse fold0: 1 of its slides are used" in text
+
+
+def test_a_picture_costs_no_result(cohort, tmp_path, monkeypatch, capsys):
+    """A user's matplotlibrc may ask for LaTeX; where drawing fails all the same, that is said."""
+    config = train.PretrainConfig(data=str(cohort), out=str(tmp_path / "a"), steps=2, batch_size=2)
+    with matplotlib.rc_context({"text.usetex": True}):
+        train.pretrain(config)
+        assert matplotlib.rcParams["text.usetex"]
+    assert (tmp_path / "a" / "curve.png").exists()
+    monkeypatch.setattr(train, "plot", lambda: 1 / 0)
+    result = train.pretrain(dataclasses.replace(config, out=str(tmp_path / "b")))
+    assert result["steps"] == 2
+    assert "WARNING: no curve.png (ZeroDivisionError: division by zero)" in capsys.readouterr().err
+
+
 def test_a_checkpoint_without_a_config_is_not_taken_up(runs, cohort, tmp_path):
     shutil.copy(runs / "runs/mem-0.50/last.pt", tmp_path)
     flags = ("--data", cohort, *QUICK_PRETRAIN, "--out", tmp_path)
@@ -585,7 +668,7 @@ def test_a_seen_case_is_a_leak_also_by_another_tasks_slide(runs, cohort, copy_of
     command = f"train.py finetune --task skin_braf --data {folder} --out f"
     for init in (encoder.parent, encoder):
         _, err = run(command, "--init", init, cwd=tmp_path, code=1)
-        assert f"1 slides of this task's tune or test cases, such as '{seen}'" in err
+        assert f"1 slide of its tune or test cases, such as '{seen}'" in err
 
 
 def test_nothing_left_to_train_on_is_said(cohort, copy_of, tmp_path):
@@ -593,6 +676,7 @@ def test_nothing_left_to_train_on_is_said(cohort, copy_of, tmp_path):
     folder = copy_of("d", t=[(i, slide_id, i % 2, "test") for i, slide_id in enumerate(ids)])
     _, err = run(f"train.py pretrain --data {folder}", cwd=tmp_path, code=1)
     assert "no slide is left to train on" in err
+    assert f"t.csv leaves out {len(ids)}, such as {ids[0]}" in err
 
 
 def test_the_encoder_brings_preset_and_region(runs):
