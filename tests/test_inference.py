@@ -189,7 +189,7 @@ def test_embed_goes_on_and_refuses_to_mix(odd, tmp_path):
     assert [path.read_bytes() for path in paths] == before
     paths[0].unlink()  # what is missing is no reason to write over the others
     for other in ({"init": "run1"}, {"min_cover": 1.0}):
-        with pytest.raises(data.OtherSettings, match="was made with .*give another --out"):
+        with pytest.raises(data.OtherSettings, match="was made otherwise: .*give another --out"):
             embed(odd, tmp_path, "holes", tokens="patch", **other)
     assert [path.read_bytes() for path in paths[1:]] == before[1:]
 
