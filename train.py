@@ -1824,6 +1824,8 @@ def attention_table(model, dataset, machine) -> tuple[AttentionTable, float]:
     if not np.isfinite(weight).all():
         raise MixmagError(f"{places.slide.path}: its attention is not finite; see data.py verify")
     rank = np.empty(len(weight))
+    from scipy.stats import rankdata
+
     for k in np.unique(places.k):
         here = places.k == k
         rank[here] = rankdata(weight[here]) / here.sum()  # equal weights share their mean
