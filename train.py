@@ -1816,6 +1816,8 @@ class AttentionTable(OutputPlaces):
 
 def attention_table(model, dataset, machine) -> tuple[AttentionTable, float]:
     """The attention over the only slide of `dataset`, and the slide's score."""
+    from scipy.stats import rankdata  # its import takes a second
+
     batch = data.to_device(dataset.batch([0]), machine.device)
     with torch.no_grad(), machine.autocast():
         logit, attention = model(batch["x"], batch["regions"], batch["valid"])
@@ -1824,8 +1826,6 @@ def attention_table(model, dataset, machine) -> tuple[AttentionTable, float]:
     if not np.isfinite(weight).all():
         raise MixmagError(f"{places.slide.path}: its attention is not finite; see data.py verify")
     rank = np.empty(len(weight))
-    from scipy.stats import rankdata
-
     for k in np.unique(places.k):
         here = places.k == k
         rank[here] = rankdata(weight[here]) / here.sum()  # equal weights share their mean
