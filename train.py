@@ -341,9 +341,7 @@ def pretrain_loop(config, run: Run, model, dataset, held_out, total: int, peak: 
     log(f"{len(dataset)} windows, {total} steps of {config.batch_size}, peak rate {peak:.2e}")
     start = run.load(model, optimizer)["done"]
     own = config.batch_size // machine.world  # regions of this process in a batch
-    micro_batch = config.micro_batch
-    if micro_batch == "auto":
-        micro_batch = fitting_micro_batch(model, dataset, machine)
+    micro_batch = micro_batch_size(config, model, dataset, machine)
     loads = data.prefetch(
         lambda indices: data.pinned(dataset.batch(indices), machine.device),
         micro_batches(config, start, total, own, machine.rank, micro_batch),
@@ -362,23 +360,28 @@ def pretrain_loop(config, run: Run, model, dataset, held_out, total: int, peak: 
         recent.append(torch.stack([sums["loss"], norm]))
         done = step + 1
         stop = machine.stop_asked()
-        saves = done % config.save_every == 0 or done == total or stop
-        if saves or done % LOG_EVERY == 0:  # only here does anything wait for the device
+        saves = stop or is_due(done, config.save_every, total)
+        logs = is_due(done, LOG_EVERY, total)
+        if saves or logs:  # only here does anything wait for the device
             check_finite(run, recent, done)
             recent.clear()
-        if done % LOG_EVERY == 0 or done == total:
+        if logs:
             note_pretraining(run, done, sums, rate, norm, model.config.magnifications, bar)
         bar.update()
         if saves:
             run.save(done, model, optimizer)
         if stop:
             raise Stopped
-        if done % measure_every == 0 or done == total:
+        if is_due(done, measure_every, total):
             note_held_out(run, done, model, held_out)
     bar.close()
     seconds = time.time() - began
     log_speed(model.config, dataset, (total - start) * own, seconds, machine)
     return seconds
+
+
+def is_due(done: int, every: int, total: int) -> bool:
+    return done % every == 0 or done == total
 
 
 def micro_batches(config, start: int, total: int, own: int, rank: int, most: int):
@@ -960,6 +963,12 @@ class Run:
             return []
         return self.metrics.read_text("utf-8").splitlines(keepends=True)
 
+    def curve(self, name: str) -> tuple[list, list]:
+        """The steps and the values of a metric."""
+        lines = [json.loads(line) for line in self.metric_lines()]
+        noted = [line for line in lines if name in line]
+        return [line["step"] for line in noted], [line[name] for line in noted]
+
     def save(self, done: int, model, optimizer, **more) -> None:
         """Write last.pt; the one before stays as prev.pt. Plain types and tensors only."""
         if not self.writes:
@@ -1193,8 +1202,10 @@ def region_bytes(config: mixmag.Config, M: int, size: int) -> int:
     return total
 
 
-def fitting_micro_batch(model, dataset, machine) -> int:
-    """How many regions go through a GPU in one pass, with a fifth of the memory to spare."""
+def micro_batch_size(config, model, dataset, machine) -> int:
+    """auto: as many regions as a GPU holds, with a fifth of its memory to spare."""
+    if config.micro_batch != "auto":
+        return config.micro_batch
     if machine.device.type != "cuda":
         return 64
     free, _ = torch.cuda.mem_get_info(machine.device)
@@ -1554,10 +1565,10 @@ def verdict(run: Run, losses: dict, magnifications) -> str:
     text = "The encoder is better than every other predictor at each magnification."
     if better:
         text = f"The encoder is not better than {', '.join(better)}."
-    lines = [json.loads(line) for line in run.metric_lines()]
-    curve = [(line["held_out"], line["step"]) for line in lines if "held_out" in line]
-    (least, step), (last, _) = min(curve), curve[-1]
-    if last > 1.01 * least:
+    steps, curve = run.curve("held_out")
+    least = min(curve)
+    if curve[-1] > 1.01 * least:
+        step = steps[curve.index(least)]
         text += f" It overfits: its loss was least at step {step}, {least:.3f}."
     return text
 
@@ -1594,19 +1605,19 @@ def save_figure(figure, path) -> None:
 @own_style
 def draw_curve(run: Run, losses: dict, magnifications, least: dict | None, title: str) -> None:
     """RUN/curve.png: the loss of each magnification, and the predictors that need no network."""
-    lines = [json.loads(line) for line in run.metric_lines()]
-    trained = [line for line in lines if "loss" in line]
-    steps = [line["step"] for line in trained]
     figure, axis = plot()
     for m in magnifications:
-        axis.plot(steps, [line[f"{m}x"] for line in trained], lw=1, label=f"{m}x, training batches")
-    for name, style in {"shift": ":", "neighbours": "-.", "mixture": "--", "kriging": "-"}.items():
-        if losses:
+        axis.plot(*run.curve(f"{m}x"), lw=1, label=f"{m}x, training batches")
+    if losses:
+        for name, style in {
+            "shift": ":",
+            "neighbours": "-.",
+            "mixture": "--",
+            "kriging": "-",
+        }.items():
             label = f"{name}, held out"
             axis.axhline(np.mean(losses[name]), color="black", ls=style, lw=1, label=label)
-    measured = [(line["step"], line["held_out"]) for line in lines if "held_out" in line]
-    if measured:
-        axis.plot(*zip(*measured, strict=True), "o-", color="crimson", label="encoder, held out")
+        axis.plot(*run.curve("held_out"), "o-", color="crimson", label="encoder, held out")
     if least:
         bound = np.mean(list(least.values()))
         axis.axhline(bound, color="grey", lw=3, alpha=0.4, label="least possible")

@@ -377,9 +377,7 @@ def test_mixture_is_the_best_of_its_kind(cohort):
 
 
 def test_verdict_names_what_is_better():
-    run = types.SimpleNamespace(
-        metric_lines=lambda: ['{"step": 10, "held_out": 0.2}', '{"step": 20, "held_out": 0.3}']
-    )
+    run = types.SimpleNamespace(curve=lambda name: ([10, 20], [0.2, 0.3]))
     losses = {"mean": [0.5, 0.6], "mixture": [0.4, 0.3], "model": [0.3, 0.35]}
     assert train.verdict(run, losses, (5, 10)) == (
         "The encoder is not better than mixture at 10x (0.300 against 0.350). "
