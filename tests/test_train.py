@@ -318,6 +318,23 @@ def lines(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+def test_micro_batch_is_what_a_gpu_holds(monkeypatch):
+    """An H200 held 84.9 GB in a step of 2,048 regions, 3.2 of them weights and the batch itself."""
+    config = mixmag.Config.paper()
+    assert 2048 * train.region_bytes(config, 94, size=2) == pytest.approx(81.7e9, rel=0.03)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80e9, 80e9))
+    model = mixmag.MaskedEmbeddingModel(mixmag.Config.small(1280))
+    model.config = config
+    dataset = types.SimpleNamespace(removed_tokens=94, views=1)
+    machine = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    auto = train.PretrainConfig()
+    assert train.micro_batch_size(auto, model, dataset, machine) == 1600
+    dataset.views = 2
+    assert train.micro_batch_size(auto, model, dataset, machine) == 768
+    assert train.micro_batch_size(train.PretrainConfig(micro_batch=7), model, dataset, machine) == 7
+    assert train.micro_batch_size(auto, model, dataset, train.start_machine("cpu")) == 64
+
+
 def test_yardsticks_equal_the_loop(cohort):
     slides = data.read_slides(cohort)[:8]
     geometry = mixmag.Geometry(2)
