@@ -963,13 +963,12 @@ HALO = 32  # mask pixels over which ink may fade
 
 def otsu(values: np.ndarray) -> int:
     """Of uint8 values (Otsu 1979); the upper class is > threshold. 0 if all values are the same."""
-    count = np.bincount(values.reshape(-1), minlength=256).astype(np.float64)
-    below = count.cumsum()
-    above = below[-1] - below
-    total = (count * np.arange(256)).cumsum()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        distance = total / below - (total[-1] - total) / above
-    return int(np.nan_to_num(below * above * distance**2).argmax())
+    count = np.bincount(values.reshape(-1), minlength=256)
+    below = count.cumsum() / values.size
+    total = (count * np.arange(256)).cumsum() / values.size
+    spread = below * (1 - below)
+    between = np.divide((below * total[-1] - total) ** 2, spread, np.zeros(256), where=spread > 0)
+    return int(between.argmax())
 
 
 def thumbnail(reader: Reader, mpp: float) -> tuple[np.ndarray, np.ndarray]:
@@ -1077,8 +1076,7 @@ def png_mask(path: Path, reader: Reader, size: tuple) -> np.ndarray:
     with Image.open(path) as image:
         colours = [band != "A" for band in image.getbands()]
         pixels = np.asarray(image).reshape(image.height, image.width, -1)
-    width, height = reader.size
-    if abs(image.width / image.height / (width / height) - 1) > 0.02:
+    if abs(np.divide(*image.size) / np.divide(*reader.size) - 1) > 0.02:
         raise MixmagError(f"{path}: {image.size} is another shape than the slide's {reader.size}")
     tissue = Image.fromarray(pixels[..., colours].any(axis=2).astype(np.uint8) * 255)
     return np.asarray(tissue.resize(size, Image.Resampling.BOX)) > 127
@@ -1086,24 +1084,20 @@ def png_mask(path: Path, reader: Reader, size: tuple) -> np.ndarray:
 
 def polygon_rings(node) -> list:
     """[[outer ring, hole, ...], ...] of all polygons in a GeoJSON text."""
-    if node is None:  # a point or a line, or a feature without a geometry
-        return []
     if isinstance(node, list):
         return [rings for part in node for rings in polygon_rings(part)]
     if node["type"] == "Polygon":
         return [node["coordinates"]]
     if node["type"] == "MultiPolygon":
         return node["coordinates"]
-    inside = ("features", "geometries", "geometry")
-    return polygon_rings([node[name] for name in inside if name in node])
+    parts = map(node.get, ("features", "geometries", "geometry"))  # none in a point or a line
+    return polygon_rings([part for part in parts if part])
 
 
 def geojson_mask(path: Path, reader: Reader, size: tuple) -> np.ndarray:
     """Polygons in level-0 px -> (h, w) bool."""
     drawn = json.loads(path.read_text("utf-8-sig"))
-    corner = reader.bounds[:2]  # QuPath counts from here
-    if "crs" in drawn:  # as TRIDENT writes, which counts from the slide's corner
-        corner = (0, 0)
+    corner = (0, 0) if "crs" in drawn else reader.bounds[:2]  # as TRIDENT counts, and QuPath
     canvas = Image.new("1", size)
     for rings in polygon_rings(drawn):
         polygon = Image.new("1", size)  # of its own: a hole cuts no other polygon
