@@ -1022,7 +1022,8 @@ def jpeg_levels(reader: Reader) -> dict[int, JpegLevel]:
 # --------------------------------------------------------------------------------- tissue and masks
 
 TISSUE_UM = 16.0  # um per pixel of thumbnail and mask; all that follows was set at it
-TISSUE_CHROMA = (40, 60)  # assumed: haze is below, stained tissue above, Otsu decides between
+TISSUE_CHROMA = (30, 60)  # assumed: haze is below, stained tissue above, Otsu decides between
+DETAIL = 4  # parts of a pixel's side: nuclei, which 16 um average away, are texture at 4 um
 TEXTURE = 4.0  # assumed: glass and haze vary less within 80 um, pale tissue and fat more
 SPECK = 25  # mask pixels (0.006 mm2): smaller pieces are dropped
 HOLE = 200  # mask pixels (0.05 mm2): smaller holes are filled
@@ -1033,38 +1034,40 @@ HALO = 32  # mask pixels over which ink may fade
 
 def otsu(values: np.ndarray) -> int:
     """Of uint8 values (Otsu 1979); the upper class is > threshold. 0 if all values are the same."""
-    count = np.bincount(values.reshape(-1), minlength=256).astype(np.float64)
-    below = count.cumsum()
-    above = below[-1] - below
-    total = (count * np.arange(256)).cumsum()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        distance = total / below - (total[-1] - total) / above
-    return int(np.nan_to_num(below * above * distance**2).argmax())
+    count = np.bincount(values.reshape(-1), minlength=256)
+    below = count.cumsum() / values.size
+    total = (count * np.arange(256)).cumsum() / values.size
+    spread = below * (1 - below)
+    between = np.divide((below * total[-1] - total) ** 2, spread, np.zeros(256), where=spread > 0)
+    return int(between.argmax())
 
 
-def thumbnail(reader: Reader, mpp: float) -> tuple[np.ndarray, np.ndarray]:
-    """(h, w, 3) uint8 of the whole slide at TISSUE_UM, box-averaged over white, and (h, w) bool
-    where it cannot be read. A block that fails is read from a finer level."""
-    width, height = reader.size
-    w = max(1, round(width * mpp / TISSUE_UM))
-    h = max(1, round(height * mpp / TISSUE_UM))
-    coarsest = reader.level_for(TISSUE_UM / mpp)
+def thumbnail(reader: Reader, mpp: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The whole slide at TISSUE_UM, (h, w, 3) uint8 box-averaged over white; the variance of green
+    inside its pixels; (h, w) bool: unreadable. A block that fails is read from a finer level."""
+    w, h = (max(1, round(side * mpp / TISSUE_UM)) for side in reader.size)
+    scale = np.divide(reader.size, (w, h))
+    coarsest = reader.level_for(1.25 * TISSUE_UM / DETAIL / mpp)  # scanners' 4 um/px are 3.7 to 4.3
     step = max(1, int(1024 * reader.downsamples[coarsest] * mpp / TISSUE_UM))
     rgb = np.full((h, w, 3), 255, np.uint8)
+    variance = np.zeros((h, w), np.float32)
     unread = np.ones((h, w), bool)
     for y, x in itertools.product(range(0, h, step), range(0, w, step)):
         stop_if_asked()
-        right = min(x + step, w)
-        bottom = min(y + step, h)
-        box = (x * width / w, y * height / h, right * width / w, bottom * height / h)
+        block = np.s_[y : y + step, x : x + step]
+        rows, cols = unread[block].shape
+        box = (*(x, y) * scale, *(x + cols, y + rows) * scale)
         for level in reversed(range(coarsest + 1)):
             with contextlib.suppress(SlideReadError):
                 picture, within = reader.read(level, box)
-                picture = picture.resize((right - x, bottom - y), Image.Resampling.BOX, within)
-                rgb[y:bottom, x:right] = picture
-                unread[y:bottom, x:right] = False
+                rgb[block] = picture.resize((cols, rows), Image.Resampling.BOX, within)
+                size = (cols * DETAIL, rows * DETAIL)
+                fine = picture.getchannel("G").resize(size, Image.Resampling.BOX, within)
+                parts = np.asarray(fine, np.float32).reshape(rows, DETAIL, cols, DETAIL)
+                variance[block] = parts.var(axis=(1, 3))
+                unread[block] = False
                 break
-    return rgb, unread
+    return rgb, variance, unread
 
 
 def ink_mask(colour: np.ndarray, textured: np.ndarray) -> np.ndarray:
@@ -1099,27 +1102,27 @@ def large_components(mask: np.ndarray, least: int) -> np.ndarray:
 
 
 def on_white_glass(colour: np.ndarray) -> np.ndarray:
-    """(3, h, w) with its colours scaled so that glass, if there is any, is white."""
-    high = colour.max(0)
+    """(3, h, w) with its colours scaled so that glass, if there is any, is white. Pure white is
+    where nothing was scanned; the brightest of what looks like glass is no pale tissue."""
     low = colour.min(0)
-    # Pure white is where nothing was scanned.
-    glass = colour[:, (low >= 180) & (low < 254) & (high - low < 40)]
+    glass = colour[:, (low >= 180) & (low < 254) & (colour.max(0) - low < 40)]
     if glass.shape[1] <= 0.01 * low.size:
         return colour
-    darkest = glass.min(0)
-    white = np.median(glass[:, darkest >= np.quantile(darkest, 0.75)], axis=1)
+    white = np.quantile(glass, 0.95, axis=1)
     return np.minimum(colour * (255 / white[:, None, None]), 255)
 
 
-def find_tissue(rgb: np.ndarray) -> np.ndarray:
-    """(h, w, 3) uint8 at TISSUE_UM -> (h, w) bool, for H&E and DAB. Tissue is coloured more than
-    haze, or coloured and textured (pale stains, fat). It is no ink and no speck."""
+def find_tissue(rgb: np.ndarray, inside: np.ndarray | float = 0.0) -> np.ndarray:
+    """(h, w, 3) uint8 at TISSUE_UM, the variance inside its pixels -> (h, w) bool, for H&E and DAB.
+    Tissue is coloured more than haze, or coloured and textured (pale, fat). No ink, no speck."""
     colour = on_white_glass(rgb.transpose(2, 0, 1).astype(np.float32, order="C"))  # (3, h, w)
     chroma = colour.max(0) - colour.min(0)
     drop = 255 - colour.min(0)
     mean = functools.partial(ndimage.uniform_filter, size=5)
-    textured = (mean(drop**2) - mean(drop) ** 2 > TEXTURE**2) & (mean(chroma) > 5)
-    ink = ink_mask(colour, textured)
+    coloured = mean(chroma) > 4
+    between = mean(drop**2) - mean(drop) ** 2
+    ink = ink_mask(colour, coloured & (between > TEXTURE**2))  # it may have grain inside pixels
+    textured = coloured & (between + mean(inside) > TEXTURE**2)
     chroma[ink] = 0
     # Edges of haze are textured, but thin.
     inner = ndimage.binary_erosion(textured & ~ink, np.ones((5, 5)), border_value=1)
@@ -1147,8 +1150,7 @@ def png_mask(path: Path, reader: Reader, size: tuple) -> np.ndarray:
     with Image.open(path) as image:
         colours = [band != "A" for band in image.getbands()]
         pixels = np.asarray(image).reshape(image.height, image.width, -1)
-    width, height = reader.size
-    if abs(image.width / image.height / (width / height) - 1) > 0.02:
+    if abs(np.divide(*image.size) / np.divide(*reader.size) - 1) > 0.02:
         raise MixmagError(f"{path}: {image.size} is another shape than the slide's {reader.size}")
     tissue = Image.fromarray(pixels[..., colours].any(axis=2).astype(np.uint8) * 255)
     return np.asarray(tissue.resize(size, Image.Resampling.BOX)) > 127
@@ -1156,24 +1158,20 @@ def png_mask(path: Path, reader: Reader, size: tuple) -> np.ndarray:
 
 def polygon_rings(node) -> list:
     """[[outer ring, hole, ...], ...] of all polygons in a GeoJSON text."""
-    if node is None:  # a point or a line, or a feature without a geometry
-        return []
     if isinstance(node, list):
         return [rings for part in node for rings in polygon_rings(part)]
     if node["type"] == "Polygon":
         return [node["coordinates"]]
     if node["type"] == "MultiPolygon":
         return node["coordinates"]
-    inside = ("features", "geometries", "geometry")
-    return polygon_rings([node[name] for name in inside if name in node])
+    parts = map(node.get, ("features", "geometries", "geometry"))  # none in a point or a line
+    return polygon_rings([part for part in parts if part])
 
 
 def geojson_mask(path: Path, reader: Reader, size: tuple) -> np.ndarray:
     """Polygons in level-0 px -> (h, w) bool."""
     drawn = json.loads(path.read_text("utf-8-sig"))
-    corner = reader.bounds[:2]  # QuPath counts from here
-    if "crs" in drawn:  # as TRIDENT writes, which counts from the slide's corner
-        corner = (0, 0)
+    corner = (0, 0) if "crs" in drawn else reader.bounds[:2]  # as TRIDENT counts, and QuPath
     canvas = Image.new("1", size)
     for rings in polygon_rings(drawn):
         polygon = Image.new("1", size)  # of its own: a hole cuts no other polygon
@@ -1200,9 +1198,9 @@ def read_mask(path: Path, reader: Reader, shape: tuple) -> np.ndarray:
 
 def tissue_mask(reader: Reader, mpp: float, own: Path | None = None) -> tuple:
     """The thumbnail, (h, w, 3) uint8 at TISSUE_UM, and where tissue is, (h, w) bool."""
-    picture, unread = thumbnail(reader, mpp)
+    picture, variance, unread = thumbnail(reader, mpp)
     # What cannot be read counts as tissue, so that its windows are tried and counted as unreadable.
-    mask = read_mask(own, reader, unread.shape) if own else find_tissue(picture) | unread
+    mask = read_mask(own, reader, unread.shape) if own else find_tissue(picture, variance) | unread
     picture[unread] = 128
     return picture, mask
 

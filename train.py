@@ -1975,7 +1975,7 @@ def heatmap(run, slide, folder=None, image=None, out=None, device: str = "auto")
     print(f"{len(table.k)} weights in {path}/attention.csv, with .geojson and .png\n{REMARK}")
     picture = None
     if image:  # 1600 px long
-        colours, _ = data.thumbnail(reader, 1600 * data.TISSUE_UM / max(bounds[2:]))
+        colours, _, _ = data.thumbnail(reader, 1600 * data.TISSUE_UM / max(bounds[2:]))
         picture = colours.mean(axis=2)
     for k in shown:
         title = f"{slide}\n{table.labels[k]}, run {Path(run).resolve().name}, score {score:.3f}"
