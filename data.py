@@ -1859,7 +1859,8 @@ def read_stamp(file: h5py.File) -> FeatureFile:
     side = float(file.attrs["tile_size_um"])
     tile_px = int(file.attrs["tile_size_px"])
     magnification = round(10 * tile_px / side, 6)
-    encoder = file.attrs.get("extractor")
+    # Up to version 2.3 a hash of STAMP's own code ends it (KatherLab/STAMP#57).
+    encoder = re.sub("-[0-9a-f]{8}$", "", file.attrs.get("extractor", ""))
     return FeatureFile(features, corners, side, tile_px, magnification, encoder)
 
 
@@ -1872,6 +1873,8 @@ def read_feature_file(path: Path, tool: str) -> FeatureFile:
         raise MixmagError(f"{path}: {error}") from None
     with np.errstate(over="ignore"):
         found.features = found.features.astype(np.float16)
+    if found.features.shape == (0,):  # TRIDENT has no width where there is no tile
+        found.features = found.features.reshape(0, 0)
     good = np.isfinite(found.features).all(axis=1)
     good &= found.features.any(axis=1)  # HDF5 reads zeros where a row was never written
     if not good.all():
@@ -1893,15 +1896,25 @@ def settle_trident_sides(files: list[FeatureFile]) -> None:
 
 def check_same_slide(files: list[FeatureFile]) -> None:
     for low, high in itertools.pairwise(files):
-        if (low.encoder, low.slide_size) != (high.encoder, high.slide_size):
-            raise MixmagError("its files differ in encoder or slide size")
+        if low.slide_size != high.slide_size:
+            sizes = [" x ".join(map(str, file.slide_size)) for file in (low, high)]
+            raise MixmagError(f"its files say that the slide has {' and '.join(sizes)} px")
         if high.magnification != 2 * low.magnification or high.side != low.side / 2:
-            found = [f"{file.magnification:g}x {file.side:g}" for file in files]
+            found = ", ".join(f"{file.magnification:g}x {file.side:g}" for file in files)
             raise MixmagError(f"expected doublings and half the side each, found {found}")
+
+
+def encoder_of(files: list[FeatureFile]) -> str:
+    names = sorted({file.encoder or "no encoder" for file in files})
+    if names != [files[0].encoder]:
+        raise MixmagError(f"its files name {' and '.join(names)}; give the name with --encoder")
+    return names[0]
 
 
 def embedding_width(width: int, encoder: str, class_token: bool | None) -> int:
     """How many numbers to keep. Virchow2's 2560 are its class token, then the mean patch token."""
+    if not width:
+        raise MixmagError("its files hold no tile, and no width of an embedding")
     unclear = class_token is None and width == 2560 and encoder != "virchow2"
     if unclear or (class_token and width != 2560):
         rule = "--class-token keeps 1280 of 2560, --no-class-token keeps all"
@@ -1941,9 +1954,12 @@ def assemble_cells(files: list, positions: list) -> tuple[np.ndarray, np.ndarray
     keys = [(position >> k) @ [1, 2**32] for k, position in enumerate(positions)]
     cells = np.unique(np.concatenate(keys))
     T = magnification_entries(len(files)).start
-    features = np.zeros((len(cells), T, files[0].features.shape[1]), np.float16)
+    width = max(file.features.shape[1] for file in files)
+    features = np.zeros((len(cells), T, width), np.float16)
     valid = np.zeros((len(cells), T), bool)
     for k, file in enumerate(files):
+        if not len(file.features):  # of any width
+            continue
         row = np.searchsorted(cells, keys[k])
         col_inside, row_inside = (positions[k] % 2**k).T
         entry = magnification_entries(k).start + row_inside * 2**k + col_inside
@@ -1965,14 +1981,12 @@ def import_slide(job: ImportJob) -> str:
         settle_trident_sides(files)
     check_same_slide(files)
     first = files[0]
-    encoder = job.encoder or first.encoder
-    if encoder is None:
-        raise MixmagError("its files do not name the encoder; give it with --encoder")
-    width = embedding_width(first.features.shape[1], encoder, job.class_token)
-    mpp, mpp_source = import_mpp(files, job)
-    cell_px = first.side / mpp if job.tool == "stamp" else first.side
+    encoder = job.encoder or encoder_of(files)
     positions = [lattice_positions(file, job.tool) for file in files]
     features, cells, valid = assemble_cells(files, positions)
+    width = embedding_width(features.shape[2], encoder, job.class_token)
+    mpp, mpp_source = import_mpp(files, job)
+    cell_px = first.side / mpp if job.tool == "stamp" else first.side
     size = first.slide_size
     if None in size:
         size = (cells.max(axis=0, initial=-1) + 1) * cell_px
