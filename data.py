@@ -870,12 +870,9 @@ def stated_mpp(properties, from_power: bool) -> tuple:
 
 
 def slide_mpp(properties, given: float | None = None, giver: str = "--mpp", from_power=False):
-    """Micrometres per level-0 pixel, and who says so (a flag, or a property of the slide).
-
-    The order: `given` by the flag `giver`; the slide's mpp; its TIFF resolution; with from_power,
-    10 / objective power. A given value mends an implausible one of the slide, and never overrules a
-    plausible one. Nothing is guessed: raises MixmagError.
-    """
+    """Micrometres per level-0 pixel, and who says so: the flag `giver`, or a property of the slide.
+    A given value mends an implausible one of the slide, and never overrules a plausible one.
+    Nothing is guessed: raises MixmagError."""
     x, y, name = stated_mpp(properties, from_power and given is None)
     mpp = plausible_mpp(x, y)
     stated = f"the slide says {x:.4g} x {y:.4g} um/px ({name})"
@@ -1243,18 +1240,15 @@ class TilePlan:
     mask: np.ndarray  # (h, w) where its tissue is
     mask_scale: np.ndarray  # (2,) pixels of the mask per level-0 pixel, in x and y
     windows: list = field(default_factory=list)  # those with enough tissue
-    candidates: int = 0  # windows looked at
-    fullest: float = 0.0  # the largest share of tissue in any of them
+    shares: list = field(default_factory=list)  # of tissue in each window looked at
     unscanned: set = field(default_factory=set)  # cells read so far with pixels that do not exist
 
     def choose_windows(self, R: int, min_tissue: float) -> None:
         cols, rows = (len(lines) - 1 for lines in self.lines)
         for row, col in itertools.product(range(0, rows, R), range(0, cols, R)):
             window = (col, row, min(R, cols - col), min(R, rows - row))
-            self.candidates += 1
-            share = self.patch(self.mask, *window).mean()
-            self.fullest = max(self.fullest, share)
-            if share >= min_tissue:
+            self.shares.append(self.patch(self.mask, *window).mean())
+            if self.shares[-1] >= min_tissue:
                 self.windows.append(window)
 
     @property
@@ -1709,9 +1703,9 @@ def plan_report(reader: Reader, plan: TilePlan, dim: int, min_tissue: float) -> 
     source = plan.mpp_source + power_conflict(reader.properties, plan.mpp)
     report = f"{composed(reader.path.stem)}: {plan.mpp:.4g} um/px ({source})"
     if not plan.windows:
-        report += f": nothing to embed; its fullest window holds {plan.fullest:.1%} tissue"
+        report += f": nothing to embed; its fullest window holds {max(plan.shares):.1%} tissue"
         return f"{report}, --min-tissue wants {min_tissue:.1%}"
-    windows = f"{len(plan.windows)} of {plural(plan.candidates, 'window')}"
+    windows = f"{len(plan.windows)} of {plural(len(plan.shares), 'window')}"
     tokens = plan.cell_count * Geometry(1, plan.magnifications).tokens_per_cell
     report += f", level {plan.level}, {windows} with {plan.tissue_held:.0%} of the tissue: "
     return (
@@ -1813,10 +1807,8 @@ def tile_command(args) -> int:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    done = f"{plural(len(paths) - len(failed), 'slide')} done"
-    if empty:
-        done += f", {empty} with nothing to embed"
-    print(f"{done}, {len(failed)} failed")
+    nothing = f", {empty} with nothing to embed" if empty else ""
+    print(f"{plural(len(paths) - len(failed), 'slide')} done{nothing}, {len(failed)} failed")
     if args.dry_run:
         return 3 if failed else 0
     name = "failed.csv" if shares == 1 else f"failed-{share}-of-{shares}.csv"
@@ -1889,10 +1881,9 @@ def read_stamp(file: h5py.File) -> FeatureFile:
     corners = read_array(file, "coords")
     side = float(file.attrs["tile_size_um"])
     tile_px = int(file.attrs["tile_size_px"])
-    magnification = round(10 * tile_px / side, 6)
     # Up to version 2.3 a hash of STAMP's own code ends it (KatherLab/STAMP#57).
     encoder = re.sub("-[0-9a-f]{8}$", "", file.attrs.get("extractor", ""))
-    return FeatureFile(features, corners, side, tile_px, magnification, encoder)
+    return FeatureFile(features, corners, side, tile_px, round(10 * tile_px / side, 6), encoder)
 
 
 def read_feature_file(path: Path, tool: str) -> FeatureFile:
@@ -2050,7 +2041,7 @@ def import_worker(job: ImportJob) -> list:
     status = import_slide(job)
     slide = read_slide(job.out)
     facts = [slide.meta[name] for name in IMPORT_FACTS]
-    entries = map(magnification_entries, range(len(slide.meta["magnifications"])))
+    entries = map(magnification_entries, range(len(job.paths)))
     tiles = [int(slide.valid[:, entry].sum()) for entry in entries]
     return [job.slide_id, status, "", *facts, len(slide.cells), tiles]
 
@@ -2060,11 +2051,10 @@ def import_report(slide_id: str, status: str, reason: str, *facts) -> str:
     if status == "failed":
         return f"{slide_id}: failed: {reason}"
     _, magnifications, mpp, source, cells, tiles = facts
-    counts = []
-    for k, (found, magnification) in enumerate(zip(tiles, magnifications, strict=True)):
-        counts.append(f"{found} of {plural(cells * 4**k, 'tile')} at {magnification}x")
-    lattice = f"{mpp:.4g} um/px ({source}), {plural(cells, 'cell')}"
-    return f"{slide_id}: {status}, {lattice}: {', '.join(counts)}"
+    report = f"{slide_id}: {status}, {mpp:.4g} um/px ({source}), {plural(cells, 'cell')}"
+    for k, found in enumerate(tiles):
+        report += f", {found} of {plural(cells * 4**k, 'tile')} at {magnifications[k]}x"
+    return report
 
 
 def find_feature_files(folder: Path) -> dict[str, Path]:

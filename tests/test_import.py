@@ -439,7 +439,7 @@ def test_an_imported_cohort_trains(tmp_path):
     os.truncate(folders[1] / "cut.h5", 5000)
     args = ("import", "--trident", *folders, "--out", tmp_path / "d")
     out, _ = run("data.py", *args, cwd=tmp_path, code=3)
-    counts = "18 cells: 18 of 18 tiles at 5x, 72 of 72 tiles at 10x, 288 of 288 tiles at 20x"
+    counts = "18 cells, 18 of 18 tiles at 5x, 72 of 72 tiles at 10x, 288 of 288 tiles at 20x"
     assert f"a: imported, 0.25 um/px (nominal), {counts}\n" in out
     assert "2 slides imported, 2 failed" in out
     assert "cut: failed: " in out and "lone: failed: FileNotFoundError" in out
