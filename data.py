@@ -1629,10 +1629,8 @@ class TileSettings:
 
 
 def already_done(path, wanted: dict, mpp: float | None) -> Slide | None:
-    """The slide of this file, if it exists. Raises OtherSettings where others made it.
-
-    wanted: metadata that it must have; None stands for any value. mpp: the user's, if given.
-    """
+    """The slide of this file, if it exists. Raises OtherSettings if it was made with others.
+    wanted: metadata that it must have; None stands for any value. mpp: the user's, if given."""
     if not Path(path).exists():
         return None
     slide = read_slide(path)
