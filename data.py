@@ -870,12 +870,9 @@ def stated_mpp(properties, from_power: bool) -> tuple:
 
 
 def slide_mpp(properties, given: float | None = None, giver: str = "--mpp", from_power=False):
-    """Micrometres per level-0 pixel, and who says so (a flag, or a property of the slide).
-
-    The order: `given` by the flag `giver`; the slide's mpp; its TIFF resolution; with from_power,
-    10 / objective power. A given value mends an implausible one of the slide, and never overrules a
-    plausible one. Nothing is guessed: raises MixmagError.
-    """
+    """Micrometres per level-0 pixel, and who says so: the flag `giver`, or a property of the slide.
+    A given value mends an implausible one of the slide, and never overrules a plausible one.
+    Nothing is guessed: raises MixmagError."""
     x, y, name = stated_mpp(properties, from_power and given is None)
     mpp = plausible_mpp(x, y)
     stated = f"the slide says {x:.4g} x {y:.4g} um/px ({name})"
@@ -888,10 +885,16 @@ def slide_mpp(properties, given: float | None = None, giver: str = "--mpp", from
     if name is None:
         raise MixmagError("the slide says no mpp; give --mpp, --manifest or --mpp-from-power")
     if math.isnan(mpp):
-        raise MixmagError(
-            f"{stated}, expected 0.1 to 4, equal in x and y; give --mpp or --manifest"
-        )
+        raise MixmagError(f"{stated}, not 0.1 to 4, equal in x and y; give --mpp or --manifest")
     return mpp, name
+
+
+def power_conflict(properties, mpp: float) -> str:
+    """Says that a slide's objective power is not that of its mpp, which counts; else empty."""
+    power = number(properties.get("openslide.objective-power"))
+    expected = 10 / mpp
+    conflict = abs(power - expected) > 0.4 * expected  # assumed; a 40x scan has 0.2 to 0.3 um/px
+    return f", not its objective power of {power:g}" if conflict else ""
 
 
 def read_manifest(path) -> dict:
@@ -911,10 +914,9 @@ def read_manifest(path) -> dict:
 
 
 def warn_unmatched_rows(manifest: dict, slide_ids: set) -> None:
-    unmatched = sorted(manifest.keys() - slide_ids)
-    if unmatched:
-        rows = f"{len(unmatched)} of {len(manifest)} rows name no slide here"
-        log(f"--manifest: {rows}, such as {unmatched[0]}")
+    if unmatched := sorted(manifest.keys() - slide_ids):
+        rows = f"{len(unmatched)} of {plural(len(manifest), 'row')}"
+        log(f"--manifest: no slide here for {rows}, such as {unmatched[0]}")
 
 
 def user_mpp(slide_id: str, manifest: dict, mpp: float | None) -> tuple[float | None, str]:
@@ -978,10 +980,13 @@ def plain_jpeg_pages(reader: Reader, tiff: tifffile.TiffFile) -> dict:
     """{level: page} of the levels whose tiles are JPEG pictures of three 8-bit colours.
 
     Raises SlideReadError for tiles so large that OpenSlide would end the process for want of
-    memory, and for more or fewer than the level has, which OpenSlide would mix up."""
+    memory, for more or fewer than the level has, and for a picture larger than level 0."""
     found: dict = {}
     for page in map(operator.methodcaller("aspage"), tiff.pages):
         size = (page.imagewidth, page.imagelength)
+        if math.prod(size) > math.prod(reader.size):  # OpenSlide takes the macro for the scan
+            pictures = f"level 0 of {reader.size} px is smaller than another picture, {size} px"
+            raise SlideReadError(f"{reader.path}: {pictures}; save the scan as the first one")
         if not page.is_tiled or size not in reader.level_sizes:
             continue
         largest = max(4 * page.tilewidth * page.tilelength, *page.databytecounts)
@@ -1189,6 +1194,9 @@ def read_mask(path: Path, reader: Reader, shape: tuple) -> np.ndarray:
     read = png_mask if path.suffix.lower() == ".png" else geojson_mask
     try:
         mask = read(path, reader, shape[::-1])
+    except Image.DecompressionBombError:
+        enough = f"{shape[1]} x {shape[0]} px are enough for this slide"
+        raise MixmagError(f"{path}: too large to be decoded; {enough}") from None
     except (OSError, SyntaxError, ValueError, KeyError, TypeError) as error:
         raise MixmagError(f"{path}: cannot be read as a mask ({error!r})") from None
     if not mask.any():
@@ -1230,15 +1238,15 @@ class TilePlan:
     mask: np.ndarray  # (h, w) where its tissue is
     mask_scale: np.ndarray  # (2,) pixels of the mask per level-0 pixel, in x and y
     windows: list = field(default_factory=list)  # those with enough tissue
-    candidates: int = 0  # windows looked at
+    shares: list = field(default_factory=list)  # of tissue in each window looked at
     unscanned: set = field(default_factory=set)  # cells read so far with pixels that do not exist
 
     def choose_windows(self, R: int, min_tissue: float) -> None:
         cols, rows = (len(lines) - 1 for lines in self.lines)
         for row, col in itertools.product(range(0, rows, R), range(0, cols, R)):
             window = (col, row, min(R, cols - col), min(R, rows - row))
-            self.candidates += 1
-            if self.patch(self.mask, *window).mean() >= min_tissue:
+            self.shares.append(self.patch(self.mask, *window).mean())
+            if self.shares[-1] >= min_tissue:
                 self.windows.append(window)
 
     @property
@@ -1618,20 +1626,19 @@ class TileSettings:
     dry_run: bool = False
 
 
-def already_done(path, wanted: dict, mpp: float | None) -> bool:
-    """Whether this slide file exists. Raises OtherSettings where it was made with other settings.
-
-    wanted: metadata that it must have; None stands for any value. mpp: the user's, if given.
-    """
+def already_done(path, wanted: dict, mpp: float | None) -> Slide | None:
+    """The slide of this file, if it exists. Raises OtherSettings if it was made with others.
+    wanted: metadata that it must have; None stands for any value. mpp: the user's, if given."""
     if not Path(path).exists():
-        return False
-    meta = read_slide(path).meta
+        return None
+    slide = read_slide(path)
+    meta = slide.meta
     if mpp is not None and not math.isclose(mpp, meta["mpp"], rel_tol=0.02):
         wanted = {**wanted, "mpp": mpp}
     wanted = {name: value for name, value in wanted.items() if value is not None}
     if differing := differences({name: meta.get(name) for name in wanted}, wanted):
         raise OtherSettings(f"{path} was made otherwise: {differing}; give another --out")
-    return True
+    return slide
 
 
 def tile_slide(reader: Reader, plan: TilePlan, encoder, dim: int, settings: TileSettings) -> tuple:
@@ -1653,7 +1660,7 @@ def tile_slide(reader: Reader, plan: TilePlan, encoder, dim: int, settings: Tile
         if isinstance(tiles, SlideReadError):
             unreadable.add(window)
             if len(unreadable) > MAX_BAD_WINDOWS * len(plan.windows):
-                share = f"{len(unreadable)} of {len(plan.windows)} windows cannot be read"
+                share = f"{len(unreadable)} of {plural(len(plan.windows), 'window')} cannot be read"
                 raise MixmagError(f"{share}, more than 1%: {tiles}")
             continue
         done.append((window, *cell))
@@ -1688,8 +1695,22 @@ def find_slide_files(places) -> list[Path]:
     return list(first.values())
 
 
-def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> str:
-    """Tile one slide into its file; a report. Raises MixmagError."""
+def plan_report(reader: Reader, plan: TilePlan, dim: int, min_tissue: float) -> str:
+    source = plan.mpp_source + power_conflict(reader.properties, plan.mpp)
+    report = f"{composed(reader.path.stem)}: {plan.mpp:.4g} um/px ({source})"
+    if not plan.windows:
+        report += f": nothing to embed; its fullest window holds {max(plan.shares):.1%} tissue"
+        return f"{report}, --min-tissue wants {min_tissue:.1%}"
+    windows = f"{len(plan.windows)} of {plural(len(plan.shares), 'window')}"
+    tokens = plan.cell_count * Geometry(1, plan.magnifications).tokens_per_cell
+    report += f", level {plan.level}, {windows} with {plan.tissue_held:.0%} of the tissue: "
+    return (
+        report + f"{plural(plan.cell_count, 'cell')}, {tokens} tokens, {tokens * dim / 5e5:.2f} MB"
+    )
+
+
+def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> tuple[str, int]:
+    """Tile one slide into its file; a report, and the number of cells. Raises MixmagError."""
     slide_id = composed(path.stem)
     slide_id.encode("utf-8")  # a name in another encoding is refused now, not at the end
     out = settings.out / "slides" / f"{slide_id}.safetensors"
@@ -1704,19 +1725,13 @@ def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> str:
         "weights": settings.weights_sha256,
     }
     mpp, _ = user_mpp(slide_id, settings.manifest, settings.mpp)
-    if already_done(out, meta, mpp):
-        return f"{slide_id}: done before"
+    if slide := already_done(out, meta, mpp):
+        return f"{slide_id}: done before", len(slide.cells)
     reader = Reader(path)
     plan = plan_slide(reader, settings)
-    tokens = plan.cell_count * Geometry(1, plan.magnifications).tokens_per_cell
-    report = f"{slide_id}: {plan.mpp:.4g} um/px ({plan.mpp_source}), level {plan.level}, "
-    report += f"{len(plan.windows)} of {plan.candidates} windows with {plan.tissue_held:.0%} of "
-    report += f"the tissue: {plan.cell_count} cells, {tokens} tokens, "
-    report += f"{tokens * dim * 2 / 1e6:.2f} MB"
-    if not plan.windows:
-        report += "; nothing to embed, so try a smaller --min-tissue"
+    report = plan_report(reader, plan, dim, settings.min_tissue)
     if settings.dry_run:
-        return report
+        return report, plan.cell_count
     draw_qc(settings.out / "qc" / f"{slide_id}.png", reader, plan)
     features, cells, bad = tile_slide(reader, plan, encoder, dim, settings)
     meta |= {
@@ -1731,17 +1746,22 @@ def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> str:
         "n_unscanned": len(plan.unscanned),
     }
     write_slide(out, features, cells, np.ones(features.shape[:2], bool), meta)
-    if bad or plan.unscanned:
-        report += f"; {bad} windows unreadable, {len(plan.unscanned)} cells partly not scanned"
-    return report
+    if bad:
+        report += f"; {plural(bad, 'window')} unreadable"
+    if plan.unscanned:
+        report += f"; {plural(len(plan.unscanned), 'cell')} partly not scanned"
+    return report, len(cells)
 
 
-def tile_all(paths: list, encoder, dim: int, settings: TileSettings) -> list:
-    """The (slide_id, stage, reason) of each slide that fails."""
+def tile_all(paths: list, encoder, dim: int, settings: TileSettings) -> tuple[list, int]:
+    """The (slide_id, stage, reason) of each slide that fails; the number of empty ones."""
     failed = []
+    empty = 0
     for path in progress(paths, desc="slides"):
         try:
-            show(tile_one(path, encoder, dim, settings))
+            report, cells = tile_one(path, encoder, dim, settings)
+            empty += cells == 0
+            show(report)
         except (Stopped, BrokenPipeError):
             raise
         except Exception as error:  # whatever a slide, or the user's encoder, raises
@@ -1749,7 +1769,7 @@ def tile_all(paths: list, encoder, dim: int, settings: TileSettings) -> list:
             reason = kind + one_line(error)
             failed.append((path.stem, "tile", reason))
             tqdm.write(f"{path.stem}: FAILED: {reason}", file=sys.stderr)
-    return failed
+    return failed, empty
 
 
 def share_of_slides(shard: str | None) -> tuple[int, int]:
@@ -1778,12 +1798,13 @@ def tile_command(args) -> int:
     flags["weights_sha256"] = file_sha256(args.weights) if args.weights else None
     settings = TileSettings(**{name: flags[name] for name in TileSettings.__dataclass_fields__})
     paths = paths[share::shares]
-    failed = tile_all(paths, encoder, dim, settings)
+    failed, empty = tile_all(paths, encoder, dim, settings)
     if process_rank()[1] > 1:  # torchrun ends all processes with the first that fails
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    print(f"{plural(len(paths) - len(failed), 'slide')} done, {len(failed)} failed")
+    nothing = f", {empty} with nothing to embed" if empty else ""
+    print(f"{plural(len(paths) - len(failed), 'slide')} done{nothing}, {len(failed)} failed")
     if args.dry_run:
         return 3 if failed else 0
     name = "failed.csv" if shares == 1 else f"failed-{share}-of-{shares}.csv"
@@ -1856,9 +1877,9 @@ def read_stamp(file: h5py.File) -> FeatureFile:
     corners = read_array(file, "coords")
     side = float(file.attrs["tile_size_um"])
     tile_px = int(file.attrs["tile_size_px"])
-    magnification = round(10 * tile_px / side, 6)
-    encoder = file.attrs.get("extractor")
-    return FeatureFile(features, corners, side, tile_px, magnification, encoder)
+    # Up to version 2.3 a hash of STAMP's own code ends it (KatherLab/STAMP#57).
+    encoder = re.sub("-[0-9a-f]{8}$", "", file.attrs.get("extractor", ""))
+    return FeatureFile(features, corners, side, tile_px, round(10 * tile_px / side, 6), encoder)
 
 
 def read_feature_file(path: Path, tool: str) -> FeatureFile:
@@ -1870,10 +1891,13 @@ def read_feature_file(path: Path, tool: str) -> FeatureFile:
         raise MixmagError(f"{path}: {error}") from None
     with np.errstate(over="ignore"):
         found.features = found.features.astype(np.float16)
+    if found.features.shape == (0,):  # TRIDENT has no width where there is no tile
+        found.features = found.features.reshape(0, 0)
     good = np.isfinite(found.features).all(axis=1)
     good &= found.features.any(axis=1)  # HDF5 reads zeros where a row was never written
     if not good.all():
-        raise MixmagError(f"{path}: {sum(~good)} of {len(good)} tiles are NaN, infinite or zero")
+        bad = f"{sum(~good)} of {plural(len(good), 'tile')}"
+        raise MixmagError(f"{path}: NaN, infinite or zero: {bad}")
     return found
 
 
@@ -1891,15 +1915,25 @@ def settle_trident_sides(files: list[FeatureFile]) -> None:
 
 def check_same_slide(files: list[FeatureFile]) -> None:
     for low, high in itertools.pairwise(files):
-        if (low.encoder, low.slide_size) != (high.encoder, high.slide_size):
-            raise MixmagError("its files differ in encoder or slide size")
+        if low.slide_size != high.slide_size:
+            sizes = [" x ".join(map(str, file.slide_size)) for file in (low, high)]
+            raise MixmagError(f"its files say that the slide has {' and '.join(sizes)} px")
         if high.magnification != 2 * low.magnification or high.side != low.side / 2:
-            found = [f"{file.magnification:g}x {file.side:g}" for file in files]
+            found = ", ".join(f"{file.magnification:g}x {file.side:g}" for file in files)
             raise MixmagError(f"expected doublings and half the side each, found {found}")
+
+
+def encoder_of(files: list[FeatureFile]) -> str:
+    names = sorted({file.encoder or "no encoder" for file in files})
+    if names != [files[0].encoder]:
+        raise MixmagError(f"its files name {' and '.join(names)}; give the name with --encoder")
+    return names[0]
 
 
 def embedding_width(width: int, encoder: str, class_token: bool | None) -> int:
     """How many numbers to keep. Virchow2's 2560 are its class token, then the mean patch token."""
+    if not width:
+        raise MixmagError("its files hold no tile, and no width of an embedding")
     unclear = class_token is None and width == 2560 and encoder != "virchow2"
     if unclear or (class_token and width != 2560):
         rule = "--class-token keeps 1280 of 2560, --no-class-token keeps all"
@@ -1929,8 +1963,9 @@ def lattice_positions(file: FeatureFile, tool: str) -> np.ndarray:
         tolerance = STAMP_SNAP + position / file.tile_px
     fits = (np.abs(exact - position) <= tolerance) & (position >= 0) & (position < 2**31)
     if not fits.all():
-        off = f"{np.count_nonzero(~fits.all(axis=1))} of {len(fits)} tiles"
-        raise MixmagError(f"{file.magnification:g}x: {off} are off the lattice of {file.side:g}")
+        lattice = f"the lattice of {file.side:g} {'um' if tool == 'stamp' else 'px'}"
+        off = f"{np.count_nonzero(~fits.all(axis=1))} of {plural(len(fits), 'tile')}"
+        raise MixmagError(f"off {lattice}: {off} at {file.magnification:g}x")
     return position.astype(np.int64)
 
 
@@ -1939,9 +1974,12 @@ def assemble_cells(files: list, positions: list) -> tuple[np.ndarray, np.ndarray
     keys = [(position >> k) @ [1, 2**32] for k, position in enumerate(positions)]
     cells = np.unique(np.concatenate(keys))
     T = magnification_entries(len(files)).start
-    features = np.zeros((len(cells), T, files[0].features.shape[1]), np.float16)
+    width = max(file.features.shape[1] for file in files)
+    features = np.zeros((len(cells), T, width), np.float16)
     valid = np.zeros((len(cells), T), bool)
     for k, file in enumerate(files):
+        if not len(file.features):  # of any width
+            continue
         row = np.searchsorted(cells, keys[k])
         col_inside, row_inside = (positions[k] % 2**k).T
         entry = magnification_entries(k).start + row_inside * 2**k + col_inside
@@ -1963,14 +2001,12 @@ def import_slide(job: ImportJob) -> str:
         settle_trident_sides(files)
     check_same_slide(files)
     first = files[0]
-    encoder = job.encoder or first.encoder
-    if encoder is None:
-        raise MixmagError("its files do not name the encoder; give it with --encoder")
-    width = embedding_width(first.features.shape[1], encoder, job.class_token)
-    mpp, mpp_source = import_mpp(files, job)
-    cell_px = first.side / mpp if job.tool == "stamp" else first.side
+    encoder = job.encoder or encoder_of(files)
     positions = [lattice_positions(file, job.tool) for file in files]
     features, cells, valid = assemble_cells(files, positions)
+    width = embedding_width(features.shape[2], encoder, job.class_token)
+    mpp, mpp_source = import_mpp(files, job)
+    cell_px = first.side / mpp if job.tool == "stamp" else first.side
     size = first.slide_size
     if None in size:
         size = (cells.max(axis=0, initial=-1) + 1) * cell_px
@@ -2001,9 +2037,20 @@ def import_worker(job: ImportJob) -> list:
     status = import_slide(job)
     slide = read_slide(job.out)
     facts = [slide.meta[name] for name in IMPORT_FACTS]
-    entries = map(magnification_entries, range(len(slide.meta["magnifications"])))
+    entries = map(magnification_entries, range(len(job.paths)))
     tiles = [int(slide.valid[:, entry].sum()) for entry in entries]
     return [job.slide_id, status, "", *facts, len(slide.cells), tiles]
+
+
+def import_report(slide_id: str, status: str, reason: str, *facts) -> str:
+    """A row of import.csv in words."""
+    if status == "failed":
+        return f"{slide_id}: failed: {reason}"
+    _, magnifications, mpp, source, cells, tiles = facts
+    report = f"{slide_id}: {status}, {mpp:.4g} um/px ({source}), {plural(cells, 'cell')}"
+    for k, found in enumerate(tiles):
+        report += f", {found} of {plural(cells * 4**k, 'tile')} at {magnifications[k]}x"
+    return report
 
 
 def find_feature_files(folder: Path) -> dict[str, Path]:
@@ -2041,10 +2088,12 @@ def import_command(args) -> int:
             stop_if_asked()  # then a signal ended it
             pool = ProcessPoolExecutor(1, spawn)
             row = [i, "failed", "its files bring the HDF5 library down, or hang it"]
+        except MixmagError as error:
+            row = [i, "failed", str(error)]
         except Exception as error:  # no such file, a full disk, no memory
             row = [i, "failed", f"{type(error).__name__}: {error}"]
         rows.append(row)
-        show(": ".join(filter(None, row[:3])))
+        show(import_report(*row))
     pool.shutdown()
     failed = [(row[0], "import", row[2]) for row in rows if row[1] == "failed"]
     table = Path(args.out, "import.csv")
@@ -2364,6 +2413,8 @@ def verify(data) -> list[str]:
         findings += found
         if slide:
             made[embedding_signature(slide)].append(slide_id)
+            if not len(slide.cells):
+                show(f"{path}: nothing embedded, which is no finding")
     names = task_names(data)
     if not slides and not names:
         raise MixmagError(f"{data} is no DATA folder: neither slides/ nor tasks/ holds anything")

@@ -197,9 +197,32 @@ def test_stamps_micrometres_are_snapped_to_the_lattice(tmp_path, mpp, given):
     assert not meta["size_known"]
 
 
+@pytest.mark.parametrize(
+    "extractors, flag, name",
+    [
+        (("virchow2-dab38abe", "virchow2-0c1f23de"), None, "virchow2"),
+        (("virchow2-dab38abe", "virchow2"), None, "virchow2"),
+        (("uni", "uni2"), "mine", "mine"),
+    ],
+)
+def test_stamps_hash_is_no_part_of_the_encoders_name(tmp_path, extractors, flag, name):
+    """It is of STAMP's own code, and another in each version. --encoder goes before all names."""
+    paths = [tmp_path / str(m) / "s.h5" for m in (5, 10)]
+    for k, path in enumerate(paths):
+        side = 448.0 / 2**k
+        stamp_file(path, side, 0.25, 4 * 2**k, 3 * 2**k, drop=-1, extractor=extractors[k])
+    slide, _ = import_files(tmp_path, paths, "stamp", encoder=flag)
+    assert slide.meta["encoder"] == name and slide.valid.all()
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (0,)])  # TRIDENT wrote both
 @pytest.mark.parametrize("empty", [(5, 10, 20), (5,), (10, 20)])
-def test_empty_magnifications_are_invalid_tokens(tmp_path, empty):
-    nothing = {"corners": [], "features": np.zeros((0, 8), np.float32)}
+def test_empty_magnifications_are_invalid_tokens(tmp_path, empty, shape):
+    nothing = {"corners": [], "features": np.zeros(shape, np.float32)}
+    if len(empty) == 3 and shape == (0,):
+        with pytest.raises(MixmagError, match="no tile, and no width"):
+            import_files(tmp_path, three(tmp_path, dict.fromkeys(empty, nothing)))
+        return
     slide, _ = import_files(tmp_path, three(tmp_path, dict.fromkeys(empty, nothing)))
     assert slide.features.shape == (0 if len(empty) == 3 else 12, 21, 8)
     for k, m in enumerate(THREE):
@@ -273,24 +296,28 @@ def moved(x, y):
 @pytest.mark.parametrize(
     "changes, flags, message",
     [
-        ({10: {"corners": moved(1, 0)}}, {}, "10x: 1 of 48 tiles are off the lattice of 896"),
-        ({10: {"corners": moved(-896 * 6, 0)}}, {}, "10x: 1 of 48 tiles are off the lattice"),
+        ({10: {"corners": moved(1, 0)}}, {}, "off the lattice of 896 px: 1 of 48 tiles at 10x"),
+        ({10: {"corners": moved(-896 * 6, 0)}}, {}, ": 1 of 48 tiles at 10x"),
         ({10: {"corners": moved(896, 0)}}, {}, "some tiles stand where another does"),
-        ({20: {"corners": grid(16, 12, 416)}}, {}, "20x: .* off the lattice of 448"),
-        ({20: {"patch_size_level0": 446}}, {}, "half the side each, found .*'20x 446'"),
-        ({20: {"magnification": 40}}, {}, "expected doublings .*'40x 448'"),
-        ({20: {"level0_width": 29000}}, {}, "differ in encoder or slide size"),
-        ({20: {"encoder": "uni_v2"}}, {}, "differ in encoder or slide size"),
+        ({20: {"corners": grid(16, 12, 416)}}, {}, "off the lattice of 448 px: .* at 20x"),
+        (
+            {20: {"patch_size_level0": 446}},
+            {},
+            "half the side each, found 5x 1792, 10x 896, 20x 446",
+        ),
+        ({20: {"magnification": 40}}, {}, "expected doublings .*, 40x 448"),
+        ({20: {"level0_width": 29000}}, {}, "30000 x 20000 and 29000 x 20000 px"),
+        ({20: {"encoder": "uni_v2"}}, {}, "name uni_v2 and virchow2; .*--encoder"),
         ({20: {"features": random_features(192, 9)}}, {}, "shape mismatch"),
         ({20: {"features": random_features(191)}}, {}, "shape mismatch"),
         ({20: {"patch_size_level0": None}}, {}, "20x_.*s.h5: .*patch_size_level0"),
         ({20: {"target_magnification": "x"}}, {}, "20x_.*s.h5: could not convert"),
-        ({20: {"features": np.full((192, 8), 7e4)}}, {}, "192 of 192 tiles are .*infinite"),
-        ({5: {"features": np.eye(12)[:, :11]}}, {}, "5x_.*s.h5: 1 of 12 tiles are .*zero"),
-        ({5: {"features": np.full((12, 8), np.nan)}}, {}, "12 of 12 tiles are NaN"),
+        ({20: {"features": np.full((192, 8), 7e4)}}, {}, "infinite or zero: 192 of 192 tiles"),
+        ({5: {"features": np.eye(12)[:, :11]}}, {}, "5x_.*s.h5: .*zero: 1 of 12 tiles"),
+        ({5: {"features": np.full((12, 8), np.nan)}}, {}, "NaN, .*: 12 of 12 tiles"),
         ({5: {"features": np.ones((12, 8, 1))}}, {}, "shape mismatch"),
         ({}, {"mpp": 0.31}, "--mpp says 0.31, its tiles say 0.25"),
-        ({m: {"encoder": None} for m in THREE}, {}, "do not name the encoder"),
+        ({m: {"encoder": None} for m in THREE}, {}, "name no encoder"),
         ({}, {"class_token": True}, "8 numbers of 'virchow2': --class-token keeps"),
     ],
 )
@@ -305,10 +332,13 @@ def test_what_does_not_match_is_refused_by_name(tmp_path, changes, flags, messag
     [
         ({"tile_size_um": None}, "tile_size_um"),
         ({"tile_size_px": 0}, "doublings"),
-        ({"extractor": "uni"}, "differ in encoder"),
+        ({"extractor": "uni"}, "name uni and virchow2"),
         ({"tile_size_um": 300.0}, "doublings"),
-        ({"coords": np.array(grid(6, 5, 224.0)) + [0, 70]}, "10x: 30 of 30 tiles are off"),
-        ({"coords": np.full((30, 2), np.nan)}, "10x: 30 of 30 tiles are off"),
+        (
+            {"coords": np.array(grid(6, 5, 224.0)) + [0, 70]},
+            "off the lattice of 224 um: 30 of 30 tiles at 10x",
+        ),
+        ({"coords": np.full((30, 2), np.nan)}, "off the lattice of 224 um: 30 of 30 tiles at 10x"),
     ],
 )
 def test_stamp_files_that_do_not_fit_are_refused(tmp_path, changes, message):
@@ -362,7 +392,7 @@ def test_rows_that_were_never_written_are_refused(tmp_path, written):
     with h5py.File(paths[0], "a") as f:
         del f["features"]
         f.create_dataset("features", (12, 8), np.float32, chunks=(1, 8))[:written] = 1
-    with pytest.raises(MixmagError, match=f"{12 - written} of 12 tiles are .*zero"):
+    with pytest.raises(MixmagError, match=f"zero: {12 - written} of 12 tiles"):
         import_files(tmp_path, paths)
 
 
@@ -387,7 +417,7 @@ def test_import_takes_each_slides_own_mpp(tmp_path):
     (tmp_path / "m.csv").write_text("slide,mpp\na.svs,0.2528\nb.1,0.4991\nz.svs,0.25\n")
     args = ("import", "--stamp", 5, 10, "--out", "d", "--mpp", 0.25, "--manifest", "m.csv")
     _, err = run("data.py", *args, cwd=tmp_path)
-    assert "1 of 3 rows name no slide here, such as z" in err
+    assert "no slide here for 1 of 3 rows, such as z" in err
     rows = table(tmp_path / "d" / "import.csv")
     assert {i: (row["mpp"], row["mpp_source"]) for i, row in rows.items()} == {
         "a": ("0.2528", "--manifest row a"),
@@ -409,7 +439,9 @@ def test_an_imported_cohort_trains(tmp_path):
     os.truncate(folders[1] / "cut.h5", 5000)
     args = ("import", "--trident", *folders, "--out", tmp_path / "d")
     out, _ = run("data.py", *args, cwd=tmp_path, code=3)
-    assert "a: imported" in out and "2 slides imported, 2 failed" in out
+    counts = "18 cells, 18 of 18 tiles at 5x, 72 of 72 tiles at 10x, 288 of 288 tiles at 20x"
+    assert f"a: imported, 0.25 um/px (nominal), {counts}\n" in out
+    assert "2 slides imported, 2 failed" in out
     assert "cut: failed: " in out and "lone: failed: FileNotFoundError" in out
     rows = table(tmp_path / "d" / "import.csv")
     failed = table(tmp_path / "d" / "failed.csv")

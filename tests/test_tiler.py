@@ -260,6 +260,22 @@ def test_nothing_is_upsampled(no_tissue):
     assert plan(0.25, (1.0, 1.95), [(9000, 9000), (4500, 4737)]).level == 0
 
 
+def write_macro_and_scan(path, subfiletype):
+    """The macro is the first picture, the scan the second."""
+    with tifffile.TiffWriter(path) as tiff:
+        for picture, kind in ((glass(900, 1200), 0), (pink(2000, 2000), subfiletype)):
+            tiff.write(picture, tile=(256, 256), photometric="rgb", subfiletype=kind)
+    return path
+
+
+def test_a_macro_is_never_taken_for_the_scan(tmp_path):
+    """As a level of the pyramid it does not fit, and is passed over."""
+    reader = data.Reader(write_macro_and_scan(tmp_path / "s.tiff", 1))
+    assert reader.level_sizes == ((2000, 2000), (1200, 900)) and reader.level_for(8.0) == 0
+    with pytest.raises(SlideReadError, match=r"\(1200, 900\) px is smaller .* \(2000, 2000\) px"):
+        data.Reader(write_macro_and_scan(tmp_path / "s.tiff", 0))
+
+
 @pytest.mark.parametrize("levels", [(1, 2), (1, 2, 32)])
 def test_levels_that_are_padded_to_whole_tiles_are_passed_over(tmp_path, levels):
     """OpenSlide's downsample is wrong for them: tissue and pixels would be taken from elsewhere."""
@@ -514,6 +530,17 @@ def says(x=None, y=None, res=None, unit=None, power=None):
 def test_mpp_comes_from_who_says_it(properties, given, power, mpp, source):
     found = data.slide_mpp(properties, given, from_power=power)
     assert found == (pytest.approx(mpp), source)
+
+
+@pytest.mark.parametrize(
+    "power, words", [("40", ", not its objective power of 40"), ("20", ""), ("", ""), ("0", "")]
+)
+def test_a_slides_power_is_no_mpp_and_said_where_it_is_another(tmp_path, power, words):
+    reader = data.Reader(write_tiff(tmp_path / "s.tiff", pink(1000, 1000), 0.5))
+    reader.properties["openslide.objective-power"] = power
+    plan = data.plan_slide(reader, TileSettings())
+    report = data.plan_report(reader, plan, 46, 0.25)
+    assert report.startswith(f"s: 0.5 um/px (openslide.mpp-x{words}), level 0, 1 of 1 window with")
 
 
 @pytest.mark.parametrize(
@@ -907,6 +934,14 @@ def test_masks_that_are_none_are_refused(tmp_path, name, content, message):
         data.read_mask(tmp_path / name, WHOLE, SHAPE)
 
 
+def test_a_mask_of_too_many_pixels_is_told_how_many_are_enough(tmp_path):
+    Image.new("1", (27000, 15000)).save(tmp_path / "m.png")
+    with pytest.raises(
+        MixmagError, match="m.png: too large to be decoded; 281 x 156 px are enough"
+    ):
+        data.read_mask(tmp_path / "m.png", WHOLE, SHAPE)
+
+
 def test_masks_belong_to_slides_by_name(tmp_path):
     for name in ("a.png", "b.geojson"):
         (tmp_path / name).touch()
@@ -990,7 +1025,7 @@ def test_bad_windows_are_dropped_alone_and_more_than_one_percent_is_a_failure(tm
     out = tmp_path / "d"
     flags = ("--region", 1, "--magnifications", 20, "--batch-size", 50)
     assert tile("--slides", clean, bad, worse, "--out", out, *flags) == 3
-    assert "1 windows unreadable" in capsys.readouterr().out
+    assert "; 1 window unreadable\n" in capsys.readouterr().out
     [(failed, reason)] = failures(out).items()
     assert failed == worse.stem and "2 of 121 windows cannot be read, more than 1%" in reason
     whole, less = tiled(out, clean.stem), tiled(out, bad.stem)
@@ -1005,8 +1040,7 @@ def test_pixels_that_the_file_does_not_have_are_counted(tmp_path, capsys):
     clean = write_tiff(tmp_path / "s.tiff", pink(2700, 2700), 0.5)
     less = without(clean, *range(5 * 11, 6 * 11))
     assert tile("--slides", less, clean, "--out", tmp_path / "d") == 0
-    words = "3 cells partly not scanned"
-    assert capsys.readouterr().out.count(words) == 1
+    assert capsys.readouterr().out.count("MB; 3 cells partly not scanned\n") == 1
     assert [tiled(tmp_path / "d", i).meta["n_unscanned"] for i in ("less-s", "s")] == [3, 0]
 
 
@@ -1053,12 +1087,16 @@ def test_bad_slides_are_listed_and_the_rest_is_done(tmp_path):
     (tmp_path / os.fsdecode(b"Pr\xe4parat.tiff")).write_bytes(good.read_bytes())
     places = (tmp_path, tmp_path / "gone.svs")
     out, _ = run("data.py tile", "--slides", *places, "--out", "d", cwd=tmp_path, code=3)
-    assert "2 slides done, 6 failed" in out
+    assert "2 slides done, 1 with nothing to embed, 6 failed" in out
+    assert "white: 0.5 um/px (openslide.mpp-x): nothing to embed; its fullest window " in out
+    assert "holds 0.0% tissue, --min-tissue wants 25.0%\n" in out
     failed = failures(tmp_path / "d")
     assert set(failed) == {"no-mpp", "empty", "text", "cut", "Pr\\udce4parat", "gone"}
     assert "cannot open it" in failed["empty"] and "--mpp" in failed["no-mpp"]
     assert "'utf-8' codec can't encode" in failed["Pr\\udce4parat"]
     assert [len(tiled(tmp_path / "d", i).cells) for i in ("good", "white")] == [1, 0]
+    out, _ = run("data.py verify", "d", cwd=tmp_path)
+    assert "white.safetensors: nothing embedded" in out and "nothing wrong found" in out
     assert data.verify(tmp_path / "d") == []
 
 
@@ -1076,7 +1114,7 @@ def test_manifest_mask_and_qc_from_the_command_line(tmp_path, capsys):
     assert tile(*flags) == 3
     printed, err = capsys.readouterr()
     assert "a: 0.5 um/px (--manifest row a)" in printed and "2 slides done, 2 failed" in printed
-    assert "1 of 3 rows name no slide here, such as gone" in err
+    assert "no slide here for 1 of 3 rows, such as gone" in err
     failed = failures(out)
     assert "--manifest row b says 0.25" in failed["b"] and "e.png" in failed["e"]
     made_with = tiled(out, "a").meta["settings"]
@@ -1115,8 +1153,8 @@ def test_dry_run_plans_and_writes_nothing(tmp_path, capsys):
     for words in (
         "0.25 um/px (openslide.mpp-x)",
         "level 1",
-        "1 of 1 windows with",
-        "1 cells, 21 tokens, 0.00 MB",
+        "1 of 1 window with",
+        "1 cell, 21 tokens, 0.00 MB",
         "1 slide done, 0 failed",
     ):
         assert words in out
