@@ -367,13 +367,13 @@ def pretrain_loop(config, run: Run, model, dataset, held_out, total: int, peak: 
             recent.clear()
         if logs:
             note_pretraining(run, done, sums, rate, norm, model.config.magnifications, bar)
+        if is_due(done, measure_every, total):
+            note_held_out(run, done, model, held_out)
         bar.update()
         if saves:
             run.save(done, model, optimizer)
         if stop:
             raise Stopped
-        if is_due(done, measure_every, total):
-            note_held_out(run, done, model, held_out)
     bar.close()
     seconds = time.time() - began
     log_speed(model.config, dataset, (total - start) * own, seconds, machine)
@@ -1434,7 +1434,7 @@ def held_out_losses(dataset, predict, batch_size: int = 16) -> dict[str, list]:
     sums: dict = {}
     count = min(len(dataset), HELD_OUT_WINDOWS)
     chosen = np.linspace(0, len(dataset) - 1, count).astype(int)
-    for start in progress(range(0, count, batch_size), desc="held-out", leave=False):
+    for start in range(0, count, batch_size):  # short, so no signal interrupts it
         batch = dataset.batch(chosen[start : start + batch_size])
         given = batch["x"], batch["removed"], batch["valid"]
         target = mixmag.take(batch["x"], batch["removed"])
