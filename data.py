@@ -2135,6 +2135,7 @@ CASES = {  # paper, supplementary table: cases, slides, fraction of positive cas
 }
 COHORT = {task: dict(zip(SPLITS, counts, strict=True)) for task, counts in CASES.items()}
 QUICK_FLOORS = {"train": (120, 40), "tune": (60, 20), "test": (200, 60)}  # cases, positive ones
+SYNTHETIC = 2  # version of what follows
 WRONG_LABELS = 0.015  # so many cases of a class, in each split, have slides of the other class
 BIAS = 0.8  # its standard deviation over dimensions
 SHIFT, TISSUE, NOISE = 0.22, 0.46, 0.32  # shares of a latent vector's variance
@@ -2270,7 +2271,13 @@ def synth_cohort(out, scale="quick", dim=64, regions=4, seed=0) -> None:
     """Write DATA/slides, DATA/tasks and DATA/synthetic.json, which says `complete` at the end.
     Slide files that are there are kept. Raises MixmagError where they are of other arguments."""
     out = Path(out)
-    settings = {"synthetic": 2, "scale": scale, "dim": dim, "regions": regions, "seed": seed}
+    settings = {
+        "synthetic": SYNTHETIC,
+        "scale": scale,
+        "dim": dim,
+        "regions": regions,
+        "seed": seed,
+    }
     world = synth_world(dim, seed)
     facts = synthetic_facts(out)
     if not facts:
@@ -2298,7 +2305,11 @@ def write_synthetic_slide(out: Path, slide_id: str, features, cells, seed: int) 
     if path.exists():
         return
     width, height = (896 * (cells.max(axis=0) + 1)).tolist()
-    meta: dict[str, Any] = {"slide_id": slide_id, "encoder": f"synthetic-2-{seed}", "n_bad": 0}
+    meta: dict[str, Any] = {
+        "slide_id": slide_id,
+        "encoder": f"synthetic-{SYNTHETIC}-{seed}",
+        "n_bad": 0,
+    }
     meta |= {"magnifications": [5, 10, 20], "tile_px": TILE_PX, "mpp": 0.5, "cell_px": 896.0}
     meta |= {"origin": [0.0, 0.0], "width": width, "height": height}
     meta["created"] = "2000-01-01T00:00:00+00:00"  # fixed: the same seed gives the same checksum

@@ -1090,7 +1090,10 @@ def parameter_count(model) -> str:
 def ensure_data(path, machine: Machine | None = None) -> Path:
     """The DATA folder. The first process makes the default one where it is missing."""
     folder = Path(path)
-    complete = data.synthetic_facts(folder).get("complete")
+    facts = data.synthetic_facts(folder)
+    if facts.get("synthetic", data.SYNTHETIC) != data.SYNTHETIC:
+        raise MixmagError(f"{folder}: a synthetic cohort of an earlier version; remove the folder")
+    complete = facts.get("complete")
     if str(folder) == DEFAULT_DATA and not complete and data.process_rank()[0] == 0:
         log(f"making the quick synthetic cohort first (data.py synth --out {folder})")
         data.synth_cohort(folder)

@@ -576,6 +576,12 @@ def test_the_newest_encoder_that_fits_is_taken_and_named(cohort, tmp_path, monke
     assert "--init runs/fits: the newest" in capsys.readouterr().err
 
 
+def test_a_synthetic_cohort_of_an_earlier_version_is_refused(tmp_path):
+    data.write_json(tmp_path / "synthetic.json", {"synthetic": True, "complete": True})
+    with pytest.raises(MixmagError, match="earlier version; remove"):
+        train.ensure_data(tmp_path)
+
+
 def test_what_the_tables_leave_out_is_said(cohort, copy_of):
     """Three folds leave nothing; of the slides of a case another table may name more."""
     ids = sorted(data.slide_files(cohort))
