@@ -277,17 +277,23 @@ def covering_windows(cells, region: int, min_cover: float) -> tuple[np.ndarray, 
     return rows[kept], corners[kept]
 
 
+def entry_index(rows, entries, T: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of embeddings that are listed cell by cell, T each, which ones are wanted; is the cell there?
+
+    rows (..., R*R): the cells of windows, entries (..., n) as in `token_index` -> both (..., n).
+    """
+    cell = np.take_along_axis(rows, entries // T, axis=-1)
+    return np.maximum(cell * T + entries % T, 0), cell >= 0  # any legal one where it is missing
+
+
 def token_index(slide: Slide, rows, entries) -> tuple[np.ndarray, np.ndarray]:
     """Where tokens of windows stand in the slide: (W, n) of its C*T embeddings, and valid (W, n).
 
     rows (W, R*R): the cells of each window. entries (n,) or (W, n): the wanted tokens, counted cell
     by cell: entry e is token e % T of the window's cell e // T.
     """
-    T = slide.valid.shape[1]
-    entries = np.atleast_2d(entries)
-    cell = np.take_along_axis(rows, entries // T, axis=1)
-    index = np.maximum(cell * T + entries % T, 0)  # any legal one where the cell is missing
-    return index, (cell >= 0) & slide.valid.reshape(-1)[index]
+    index, present = entry_index(rows, np.atleast_2d(entries), slide.valid.shape[1])
+    return index, present & slide.valid.reshape(-1)[index]
 
 
 def gather(slide: Slide, rows, entries) -> tuple[np.ndarray, np.ndarray]:
@@ -409,22 +415,19 @@ class RegionDataset(torch.utils.data.Dataset):
         slide = self.slide_of[window]
         x = np.empty((*window.shape, self.geometry.num_tokens, self.slides[0].dim), np.float16)
         valid = np.empty(x.shape[:-1], bool)
-        # as `token_index`, for windows of many slides at once
         T = self.geometry.tokens_per_cell
-        place, token = np.divmod(self.turned_entries[turn], T)  # (views, B, N)
-        cell = np.take_along_axis(self.rows[window], place, axis=-1)
-        index = np.maximum(cell * T + token, 0)
+        index, present = entry_index(self.rows[window], self.turned_entries[turn], T)
         for view, b in np.ndindex(window.shape):
             its_slide = self.slides[slide[view, b]]
-            rows = index[view, b]
-            valid[view, b] = its_slide.valid.reshape(-1)[rows]
+            tokens = index[view, b]  # (N,)
+            valid[view, b] = its_slide.valid.reshape(-1)[tokens]
             features = its_slide.features.reshape(-1, its_slide.dim)
             # by default numpy checks the index in a copy of `out`; "clip" writes into x itself
-            np.take(features, rows, axis=0, out=x[view, b], mode="clip")
+            np.take(features, tokens, axis=0, out=x[view, b], mode="clip")
             if look[b] != slide[view, b]:
                 change = self.slide_means[look[b]] - self.slide_means[slide[view, b]]  # (K, D)
                 x[view, b] += change[self.level]
-        valid &= cell >= 0
+        valid &= present
         x[~valid] = 0
         arrays: dict[str, Any] = {"x": x, "removed": removed, "valid": valid, "slide": slide}
         for key, array in arrays.items():
@@ -1699,7 +1702,9 @@ def plan_report(reader: Reader, plan: TilePlan, dim: int, min_tissue: float) -> 
     source = plan.mpp_source + power_conflict(reader.properties, plan.mpp)
     report = f"{composed(reader.path.stem)}: {plan.mpp:.4g} um/px ({source})"
     if not plan.windows:
-        report += f": nothing to embed; its fullest window holds {max(plan.shares):.1%} tissue"
+        report += (
+            f": nothing to embed; its fullest window holds {max(plan.shares, default=0):.1%} tissue"
+        )
         return f"{report}, --min-tissue wants {min_tissue:.1%}"
     windows = f"{len(plan.windows)} of {plural(len(plan.shares), 'window')}"
     tokens = plan.cell_count * Geometry(1, plan.magnifications).tokens_per_cell

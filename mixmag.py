@@ -708,7 +708,8 @@ class SlideClassifier(nn.Module):
             lengths = torch.zeros_like(regions).index_add(0, slide, valid.sum(1))  # (S,)
             h = h[valid]  # (T, d)
         pooled, attention = self.pool(self.dropout(h), lengths)
-        logit = without_autocast(F.linear, self.dropout(pooled), *self.head.parameters())
+        pooled = self.dropout(pooled)
+        logit = without_autocast(F.linear, pooled, self.head.weight, self.head.bias)  # (S, outputs)
         return logit.squeeze(-1), attention
 
 

@@ -250,10 +250,7 @@ def pretrain(config: PretrainConfig) -> dict:
     if run.writes:
         export_encoder(run, model.encoder, slides[0], config.preset, train_ids, held_out_ids)
         facts = {"steps": total, "seconds": round(seconds, 1)}
-        plain = dataclasses.replace(config, swap=0.0, source=0)
-        windows = pretraining_windows(plain, slides, model.encoder.geometry, machine)
-        yardsticks = Yardsticks(windows, directions)
-        finish_pretraining(config, run, model, held_out, yardsticks, facts)
+        finish_pretraining(config, run, model, slides, directions, held_out, facts)
     machine.barrier()
     return run.result()
 
@@ -1527,8 +1524,11 @@ def check_same_encoder(run, tile_encoder: str, config: mixmag.Config, slide) -> 
         raise MixmagError(f"{run} was trained on {trained_on}; the slides hold {found}")
 
 
-def finish_pretraining(config, run: Run, model, held_out, yardsticks, facts: dict) -> None:
-    """Measure the loss on held-out slides, draw the curve, write SUMMARY.md and result.json."""
+def finish_pretraining(config, run: Run, model, slides, directions, held_out, facts) -> None:
+    """Measure the loss on held-out slides, draw the curve, write SUMMARY.md and result.json.
+
+    slides: those of training, directions (K, D) their means: the yardsticks are fitted on them.
+    """
     folder = Path(config.data)
     cohort = data.synthetic_facts(folder)
     least = cohort.get("least_mem_loss")
@@ -1537,7 +1537,9 @@ def finish_pretraining(config, run: Run, model, held_out, yardsticks, facts: dic
     losses: dict = {}
     magnifications = model.config.magnifications
     if held_out:
-        losses = held_out_losses(held_out, yardsticks.predict)
+        plain = dataclasses.replace(config, swap=0.0, source=0)
+        trained = pretraining_windows(plain, slides, held_out.geometry, run.machine)
+        losses = held_out_losses(held_out, Yardsticks(trained, directions).predict)
         losses["model"] = model_losses(model, held_out, run.machine)
         table = format_losses(losses, magnifications, least)
         windows = min(len(held_out), HELD_OUT_WINDOWS)
@@ -1612,12 +1614,8 @@ def draw_curve(run: Run, losses: dict, magnifications, least: dict | None, title
     for m in magnifications:
         axis.plot(*run.curve(f"{m}x"), lw=1, label=f"{m}x, training batches")
     if losses:
-        for name, style in {
-            "shift": ":",
-            "neighbours": "-.",
-            "mixture": "--",
-            "kriging": "-",
-        }.items():
+        styles = {"shift": ":", "neighbours": "-.", "mixture": "--", "kriging": "-"}
+        for name, style in styles.items():
             label = f"{name}, held out"
             axis.axhline(np.mean(losses[name]), color="black", ls=style, lw=1, label=label)
         axis.plot(*run.curve("held_out"), "o-", color="crimson", label="encoder, held out")
