@@ -130,6 +130,14 @@ def tiled(folder, slide_id):
 
 
 # ------------------------------------------------------------------------- cells: the right pixels
+def tile_edges(plan, axis, k):
+    """Where the tiles of magnification index k begin and end, in the level's pixels: every interval
+    of the lattice in 2^k equal parts. Axis 0 is x."""
+    lines = plan.lines[axis]
+    places = np.arange((len(lines) - 1) * 2**k + 1) / 2**k
+    return np.interp(places, np.arange(len(lines)), lines)
+
+
 def area_mean(picture, left, top, right, bottom, n):
     """The definition: (n, n, 3) floats, each the mean of a picture over its part of a box."""
 
@@ -159,7 +167,7 @@ def test_tiles_are_area_means(tmp_path, scale, levels):
     tiles = data.read_cell(reader, plan, 0, 0)
     source = shrunk(picture, int(plan.downsample))
     for entry, (k, r, c) in enumerate(Geometry(1, [10, 20]).token_table().tolist()):
-        x, y = plan.edges(0, k), plan.edges(1, k)
+        x, y = tile_edges(plan, 0, k), tile_edges(plan, 1, k)
         off = tiles[entry] - area_mean(source, x[c], y[r], x[c + 1], y[r + 1], 224)
         assert abs(off.mean()) < 0.5 and np.abs(off).mean() < 0.8
     parent = tiles[1:].reshape(2, 2, 224, 224, 3).swapaxes(1, 2).reshape(224, 2, 224, 2, 3)
@@ -224,11 +232,11 @@ def test_children_tile_their_parent_at_any_mpp(no_tissue):
         assert plan.cell_px == pytest.approx(448 / mpp, rel=1e-12)
         assert plan.downsample <= finest * 1.02
         for axis, (k, magnification) in itertools.product(range(2), enumerate(magnifications)):
-            edges = plan.edges(axis, k) * plan.downsample
+            edges = tile_edges(plan, axis, k) * plan.downsample
             exact = plan.cell_px / 2**k * np.arange(len(edges))
             assert np.abs(edges - exact).max() <= finest and (np.diff(edges) > 0).all()
             if k > 0:
-                parents = plan.edges(axis, k - 1) * plan.downsample
+                parents = tile_edges(plan, axis, k - 1) * plan.downsample
                 assert np.abs(edges[::2] - parents).max() < 1e-6
             effective = np.diff(edges) * mpp / 224
             assert np.allclose(effective, 10 / magnification, rtol=0.02)
@@ -1141,6 +1149,25 @@ def test_qc_shows_the_tiles_in_their_places(tmp_path):
     for picture in pictures:
         expected = Image.fromarray(region).resize(picture.size, Image.Resampling.BOX)
         assert np.abs(np.subtract(picture, expected, dtype=float)).max() <= 3
+
+
+def test_qc_says_how_much_is_read_and_how_long_a_millimetre_is(tmp_path):
+    picture = glass(1500, 6000)
+    picture[:896, :2688] = pink(896, 2688)
+    picture[:400, 5000:5300] = pink(400, 300)  # under a quarter of its window
+    reader = data.Reader(write_tiff(tmp_path / "s.tiff", picture, 0.5))
+    plan = data.plan_slide(reader, TileSettings())
+    assert plan.reads == f"{plan.tissue_held:.0%} of the tissue" and 0.9 < plan.tissue_held < 0.99
+    plan.windows.clear()
+    assert plan.reads == "0% of the tissue (more with a lower --min-tissue)"
+    data.draw_qc(tmp_path / "qc.png", reader, plan)
+    with Image.open(tmp_path / "qc.png") as sheet:
+        legend = np.asarray(sheet)[:80, 90:]  # four lines, the last one with the scale bar
+    assert sheet.size == (600, 680)
+    black = (legend[70] == 0).all(axis=1)
+    assert abs(black.sum() - 200) <= 2  # 1 mm where 600 px are 3 mm
+    blue = (legend[40:60] == (0, 0, 255)).all(axis=2)
+    assert blue.any() and not blue[:, -5:].any()
 
 
 def test_dry_run_plans_and_writes_nothing(tmp_path, capsys):
