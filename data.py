@@ -1656,7 +1656,9 @@ def already_done(path, wanted: dict, mpp: float | None) -> Slide | None:
         wanted = {**wanted, "mpp": mpp}
     wanted = {name: value for name, value in wanted.items() if value is not None}
     if differing := differences({name: meta.get(name) for name in wanted}, wanted):
-        raise OtherSettings(f"{path} was made otherwise: {differing}; give another --out")
+        raise OtherSettings(
+            f"{path} was made otherwise: {differing}; give another --out, or remove it"
+        )
     return slide
 
 
@@ -1775,15 +1777,19 @@ def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> tuple[str
 
 
 def tile_all(paths: list, encoder, dim: int, settings: TileSettings) -> tuple[list, int]:
-    """The (slide_id, stage, reason) of each slide that fails; the number of empty ones."""
+    """The (slide_id, stage, reason) of each slide that fails; the number of empty ones.
+
+    Raises OtherSettings, before any other work, for a slide that was tiled with others."""
     failed = []
     empty = 0
-    for path in progress(paths, desc="slides"):
+    done = slide_files(settings.out)
+    done_first = sorted(paths, key=lambda path: composed(path.stem) not in done)
+    for path in progress(done_first, desc="slides"):
         try:
             report, cells = tile_one(path, encoder, dim, settings)
             empty += cells == 0
             show(report)
-        except (Stopped, BrokenPipeError):
+        except (Stopped, BrokenPipeError, OtherSettings):
             raise
         except Exception as error:  # whatever a slide, or the user's encoder, raises
             kind = "" if isinstance(error, MixmagError) else f"{type(error).__name__}: "

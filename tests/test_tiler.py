@@ -1134,7 +1134,8 @@ def test_manifest_mask_and_qc_from_the_command_line(tmp_path, capsys):
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 1000
     assert tile(*flags) == 3 and "a: done before" in capsys.readouterr().out
     Image.new("L", (30, 30), 255).save(masks / "a.png")
-    assert tile(*flags) == 3 and "give another --out" in failures(out)["a"]
+    with pytest.raises(data.OtherSettings, match="a.safetensors .* mask .*give another --out"):
+        tile(*flags)
     with pytest.raises(MixmagError, match="one file for 4 slides"):
         tile("--slides", slides, "--out", out, "--mask", masks / "a.png")
 
@@ -1223,8 +1224,8 @@ def test_folders_are_searched_by_links_and_not_where_hidden(tmp_path):
 
 
 def test_flags_of_one_run_do_not_undo_another(tmp_path, monkeypatch, capsys):
-    """--mpp for a slide that says nothing leaves what was tiled at the slide's own mpp; another
-    mpp, or an encoder with other weights, is refused."""
+    """--mpp for a slide that says nothing leaves what was tiled at the slide's own mpp. Another
+    mpp, share of tissue or encoder's weights are refused at once, before a new slide is tiled."""
     slides, out, weights = (tmp_path / name for name in ("s", "d", "weights.pt"))
     slides.mkdir()
     write_tiff(slides / "says.tiff", pink(900, 900), 0.5)
@@ -1232,17 +1233,20 @@ def test_flags_of_one_run_do_not_undo_another(tmp_path, monkeypatch, capsys):
     flags = ("--slides", slides, "--out", out, "--region", 1)
     assert tile(*flags) == 3
     assert tile(*flags, "--mpp", 0.5) == 0 and "says: done before" in capsys.readouterr().out
-    assert tile(*flags, "--mpp", 0.4) == 3
-    assert "mpp 0.5 there, 0.4 now" in failures(out)["says"]
-    assert tile(*flags, "--min-tissue", 0.5) == 3
-    assert "made otherwise: min_tissue 0.25 there, 0.5 now; give" in failures(out)["says"]
+    write_tiff(slides / "a-new-one.tiff", pink(900, 900), 0.5)
+    with pytest.raises(data.OtherSettings, match="mpp 0.5 there, 0.4 now"):
+        tile(*flags, "--mpp", 0.4)
+    with pytest.raises(data.OtherSettings, match="min_tissue 0.25 there, 0.5 now; give another"):
+        tile(*flags, "--min-tissue", 0.5)
+    assert data.slide_files(out).keys() == {"says", "silent"}
     monkeypatch.setattr(data, "tile_encoder", lambda *rest: data.texture)
     flags = ("--slides", slides / "says.tiff", "--out", tmp_path / "e", "--encoder", "virchow2")
-    codes = []
-    for words in ("one", "one", "other"):
+    for words in ("one", "one"):
         weights.write_text(words)
-        codes.append(tile(*flags, "--weights", weights))
-    assert codes == [0, 0, 3] and "give another --out" in failures(tmp_path / "e")["says"]
+        assert tile(*flags, "--weights", weights) == 0
+    weights.write_text("other")
+    with pytest.raises(data.OtherSettings, match="weights .* there, .* now"):
+        tile(*flags, "--weights", weights)
 
 
 def test_a_folder_that_is_not_there_is_a_usage_error(tmp_path, capsys):
