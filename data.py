@@ -32,6 +32,7 @@ import re
 import reprlib
 import signal
 import sys
+import textwrap
 import time
 import unicodedata
 from collections import defaultdict, deque
@@ -1259,6 +1260,13 @@ class TilePlan:
         return held / max(1, self.mask.sum())
 
     @property
+    def reads(self) -> str:
+        """How much of the tissue is read, and what reads more of it."""
+        more = self.tissue_held < 0.9 and len(self.windows) < np.count_nonzero(self.shares)
+        advice = " (more with a lower --min-tissue)" if more else ""
+        return f"{self.tissue_held:.0%} of the tissue{advice}"
+
+    @property
     def cell_count(self) -> int:
         return sum(cols * rows for _, _, cols, rows in self.windows)
 
@@ -1284,13 +1292,6 @@ class TilePlan:
         holes = ndimage.binary_fill_holes(self.mask) & ~self.mask
         small_holes = holes & ~large_components(holes, 4 * HOLE)
         return ndimage.binary_erosion(self.mask | small_holes, iterations=2)
-
-    def edges(self, axis: int, k: int) -> np.ndarray:
-        """Where the tiles of magnification index k begin and end, in the level's pixels: every
-        interval of the lattice in 2^k equal parts. Axis 0 is x."""
-        lines = self.lines[axis]
-        places = np.arange((len(lines) - 1) * 2**k + 1) / 2**k
-        return np.interp(places, np.arange(len(lines)), lines)
 
 
 def plan_slide(reader: Reader, settings: TileSettings) -> TilePlan:
@@ -1341,9 +1342,8 @@ def check_nothing_lost(plan: TilePlan, alpha: np.ndarray, col: int, row: int) ->
     SlideReadError if there was tissue."""
     plan.unscanned.add((col, row))
     inside = plan.patch(plan.inside, col, row)
-    size = inside.shape[::-1]
-    absent = np.asarray(Image.fromarray(alpha).resize(size, Image.Resampling.BOX)) == 0
-    if (inside & absent).mean() > MAX_LOST:
+    seen = Image.fromarray(alpha).resize(inside.shape[::-1], Image.Resampling.BOX)
+    if (inside & (np.asarray(seen) == 0)).mean() > MAX_LOST:
         raise SlideReadError(f"cell ({col}, {row}) has no pixels where the thumbnail shows tissue")
 
 
@@ -1401,19 +1401,22 @@ def read_cells(reader: Reader, plan: TilePlan):
     return prefetch(read, cells, torch.get_num_threads())
 
 
-def scale_bar(axis, across: float) -> None:
-    """A bar of a round length at the lower left of a picture in um that shows `across`."""
+def round_length(across: float) -> tuple[float, str]:
+    """The um of a bar on a picture that shows `across` um, and how they are written."""
     lengths = [n * 10.0**k for n in (1, 2, 5) for k in range(6)]
     length = max(n for n in lengths if n <= max(across / 3, 1))
+    return length, f"{length:g} um" if length < 1000 else f"{length / 1000:g} mm"
+
+
+def scale_bar(axis, across: float) -> None:
+    """A bar of a round length at the lower left of a picture in um that shows `across`."""
+    length, label = round_length(across)
     left, right = axis.get_xlim()
     bottom, top = axis.get_ylim()
     x = left + 0.04 * (right - left)
     y = bottom + 0.04 * (top - bottom)
-    for colour, thick in (("white", 5), ("black", 3)):
-        axis.plot([x, x + length], [y, y], color=colour, lw=thick, solid_capstyle="butt")
-    label = f"{length:g} um" if length < 1000 else f"{length / 1000:g} mm"
-    box = {"facecolor": "white", "alpha": 0.7, "lw": 0, "pad": 1}
-    axis.annotate(label, (x, y), (0, 5), textcoords="offset points", fontsize=8, bbox=box)
+    axis.plot([x, x + length], [y, y], color="black", lw=3, solid_capstyle="butt")
+    axis.annotate(label, (x, y), (0, 5), textcoords="offset points", fontsize=8)
 
 
 def window_pictures(reader: Reader, plan: TilePlan, window: tuple) -> list:
@@ -1431,23 +1434,36 @@ def window_pictures(reader: Reader, plan: TilePlan, window: tuple) -> list:
 
 
 def draw_qc(path, reader: Reader, plan: TilePlan) -> None:
-    """A PNG to look at: the thumbnail with the contours of its tissue (green) and the kept windows
-    (blue), and the window with most tissue (red), put together from each magnification's tiles."""
-    thumbnail = plan.thumbnail.copy()
-    thumbnail[plan.mask & ~ndimage.binary_erosion(plan.mask)] = (0, 200, 0)
-    overview = Image.fromarray(thumbnail)
+    """A PNG to look at: the thumbnail with its tissue's contours and the kept windows, and the
+    window with most tissue, put together from each magnification's tiles. Text is the legend."""
+    overview = ImageOps.contain(Image.fromarray(plan.thumbnail), (QC_SIDE, QC_SIDE))
+    mask = np.asarray(Image.fromarray(plan.mask).resize(overview.size))
+    inner = ndimage.binary_erosion(mask, iterations=2)
+    overview.paste("green", mask=Image.fromarray(mask & ~inner))
     draw = ImageDraw.Draw(overview)
-    pictures = [overview]
+    zoom = overview.width / plan.mask.shape[1]
     for window in plan.windows:
-        draw.rectangle(plan.box(*window), outline="blue")
+        draw.rectangle([zoom * edge for edge in plan.box(*window)], outline="blue")
+    pictures = [overview]
+    text = [(line, "black") for line in textwrap.wrap(composed(reader.path.stem), 60)]
+    text += [("tissue", "green"), (f"windows that are read: {plan.reads}", "blue")]
     if plan.windows:
         best = max(plan.windows, key=lambda window: plan.patch(plan.mask, *window).sum())
-        draw.rectangle(plan.box(*best), outline="red", width=2)
+        draw.rectangle([zoom * edge for edge in plan.box(*best)], outline="red", width=2)
+        text.append((f"the window with most tissue, beside at {plan.magnifications}", "red"))
         with contextlib.suppress(SlideReadError):  # tiling says it
             pictures += window_pictures(reader, plan, best)
-    sheet = Image.new("RGB", (QC_SIDE * len(pictures), QC_SIDE), "white")
+    length, label = round_length(plan.mpp * reader.size[0])
+    text.append((label, "black"))
+    top = 20 * len(text)
+    sheet = Image.new("RGB", (QC_SIDE * len(pictures), top + QC_SIDE), "white")
     for i, picture in enumerate(pictures):
-        sheet.paste(ImageOps.contain(picture, (QC_SIDE, QC_SIDE)), (i * QC_SIDE, 0))
+        sheet.paste(ImageOps.contain(picture, (QC_SIDE, QC_SIDE)), (i * QC_SIDE, top))
+    draw = ImageDraw.Draw(sheet)
+    for i, (line, colour) in enumerate(text):
+        draw.text((4, 20 * i), line, colour, font_size=16)
+    end = 90 + length / plan.mpp * overview.width / reader.size[0]
+    draw.line((90, top - 10, end, top - 10), "black", width=4)
     with whole_file(path) as temporary:
         sheet.save(temporary, "PNG")
 
@@ -1640,7 +1656,9 @@ def already_done(path, wanted: dict, mpp: float | None) -> Slide | None:
         wanted = {**wanted, "mpp": mpp}
     wanted = {name: value for name, value in wanted.items() if value is not None}
     if differing := differences({name: meta.get(name) for name in wanted}, wanted):
-        raise OtherSettings(f"{path} was made otherwise: {differing}; give another --out")
+        raise OtherSettings(
+            f"{path} was made otherwise: {differing}; give another --out, or remove it"
+        )
     return slide
 
 
@@ -1708,7 +1726,7 @@ def plan_report(reader: Reader, plan: TilePlan, dim: int, min_tissue: float) -> 
         return f"{report}, --min-tissue wants {min_tissue:.1%}"
     windows = f"{len(plan.windows)} of {plural(len(plan.shares), 'window')}"
     tokens = plan.cell_count * Geometry(1, plan.magnifications).tokens_per_cell
-    report += f", level {plan.level}, {windows} with {plan.tissue_held:.0%} of the tissue: "
+    report += f", level {plan.level}, {windows} with {plan.reads}: "
     return (
         report + f"{plural(plan.cell_count, 'cell')}, {tokens} tokens, {tokens * dim / 5e5:.2f} MB"
     )
@@ -1759,15 +1777,19 @@ def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> tuple[str
 
 
 def tile_all(paths: list, encoder, dim: int, settings: TileSettings) -> tuple[list, int]:
-    """The (slide_id, stage, reason) of each slide that fails; the number of empty ones."""
+    """The (slide_id, stage, reason) of each slide that fails; the number of empty ones.
+
+    Raises OtherSettings, before any other work, for a slide that was tiled with others."""
     failed = []
     empty = 0
-    for path in progress(paths, desc="slides"):
+    done = slide_files(settings.out)
+    done_first = sorted(paths, key=lambda path: composed(path.stem) not in done)
+    for path in progress(done_first, desc="slides"):
         try:
             report, cells = tile_one(path, encoder, dim, settings)
             empty += cells == 0
             show(report)
-        except (Stopped, BrokenPipeError):
+        except (Stopped, BrokenPipeError, OtherSettings):
             raise
         except Exception as error:  # whatever a slide, or the user's encoder, raises
             kind = "" if isinstance(error, MixmagError) else f"{type(error).__name__}: "

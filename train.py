@@ -25,6 +25,7 @@ import platform
 import re
 import shutil
 import sys
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -1811,19 +1812,39 @@ def is_written(path: Path, attributes: dict) -> bool:
 # ------------------------------------------------------------------------------------------ heatmap
 
 REMARK = "attention says what the model weighed in its sum, not why: it is no evidence of causality"
+UNREAD = "tissue outside the frames was not read; see tile --min-tissue and finetune --min-cover"
 COLOURS = ("tab:cyan", "yellow", "black", "white")  # of the magnifications' tiles
+WEIGHTS = ("attention", "ratio", "rank")  # fields of the next class
 
 
 @dataclass
 class AttentionTable(OutputPlaces):
     """What a model pooled of a slide, in its order, and with what weight."""
 
-    weight: np.ndarray  # (T,) sums to 1
+    attention: np.ndarray  # (T,) its weights, which sum to 1
+    ratio: np.ndarray  # (T,) to the mean weight of the magnification
     rank: np.ndarray  # (T,) share of the magnification's weights that are no larger
 
-    def outlines(self) -> np.ndarray:
-        """(T, 5, 2): a closed polygon around each box, level-0 px."""
-        return self.box[:, [0, 1, 2, 1, 2, 3, 0, 3, 0, 1]].reshape(-1, 5, 2)
+    def frames(self) -> np.ndarray:
+        """(W, 4): the box around the tokens of each region."""
+        first = np.unique(self.window, return_index=True)[1]
+        corner = np.minimum.reduceat(self.box[:, :2], first)
+        return np.hstack([corner, np.maximum.reduceat(self.box[:, 2:], first)])
+
+
+def outlines(box: np.ndarray) -> np.ndarray:
+    """(T, 5, 2): a closed polygon around each box, level-0 px."""
+    return box[:, [0, 1, 2, 1, 2, 3, 0, 3, 0, 1]].reshape(-1, 5, 2)
+
+
+def attention_colours():
+    """A norm of ratios, and its colours: clear up to 1, so that glass stays white. It ends at 10,
+    whatever the weights are, so that nearly even ones look nearly even."""
+    from matplotlib import colors
+
+    steps = [(1, 0.8, 0, 0), (1, 0.4, 0, 0.5), (0.7, 0, 0, 0.7)]
+    scale = colors.LinearSegmentedColormap.from_list("attention", steps)
+    return colors.LogNorm(1, 10, clip=True), scale
 
 
 def attention_table(model, dataset, machine) -> tuple[AttentionTable, float]:
@@ -1834,51 +1855,42 @@ def attention_table(model, dataset, machine) -> tuple[AttentionTable, float]:
     with torch.no_grad(), machine.autocast():
         logit, attention = model(batch["x"], batch["regions"], batch["valid"])
     places = output_places(model, dataset, dataset.cases[0].case_id)
+    score = OUTCOME.score(logit).item()
     weight = attention.double().cpu().numpy()
     if not np.isfinite(weight).all():
         raise MixmagError(f"{places.slide.path}: its attention is not finite; see data.py verify")
+    ratio = np.empty(len(weight))
     rank = np.empty(len(weight))
     for k in np.unique(places.k):
         here = places.k == k
+        ratio[here] = weight[here] / max(weight[here].mean(), 1e-300)  # all may be 0
         rank[here] = rankdata(weight[here]) / here.sum()  # equal weights share their mean
-    return AttentionTable(**vars(places), weight=weight, rank=rank), OUTCOME.score(logit).item()
+    return AttentionTable(**vars(places), attention=weight, ratio=ratio, rank=rank), score
 
 
 def write_attention(path, table: AttentionTable) -> None:
     """A CSV with a row per token."""
-    columns = {
-        "magnification": [table.labels[k].removesuffix("x") for k in table.k],
-        "col": table.place[:, 0],
-        "row": table.place[:, 1],
-        "x": table.box[:, 0],
-        "y": table.box[:, 1],
-        "side": table.side,
-        "region_col": table.region[:, 0],
-        "region_row": table.region[:, 1],
-        "attention": table.weight,
-        "rank": table.rank,
-    }
+    columns: dict = {"magnification": [table.labels[k].removesuffix("x") for k in table.k]}
+    columns["col"], columns["row"] = table.place.T
+    columns["x"], columns["y"] = table.box[:, :2].T
+    columns["side"] = table.side
+    columns["region_col"], columns["region_row"] = table.region.T
+    columns |= {name: getattr(table, name) for name in WEIGHTS}
     data.write_csv(path, columns, zip(*columns.values(), strict=True))
 
 
 def write_geojson(path, table: AttentionTable, k: int, offset) -> None:
-    """GeoJSON that QuPath shows as detections: a rectangle per token, coloured by its rank.
-
-    offset (x, y) is subtracted, because QuPath counts pixels from the corner of a slide's bounds.
-    """
-    import matplotlib
-
-    outlines = table.outlines() - offset
-    colours = (255 * matplotlib.colormaps["inferno"](table.rank)[:, :3]).round().astype(int)
+    """GeoJSON detections for QuPath: a rectangle per token, coloured as in the picture. QuPath
+    counts pixels from the corner of a slide's bounds, so `offset` (x, y) is subtracted."""
+    corners = outlines(table.box) - offset
+    norm, scale = attention_colours()
+    colours = (255 * scale(norm(table.ratio))[:, :3]).round().astype(int)
     features = []
     for i in np.flatnonzero(table.k == k):
-        properties = {
-            "objectType": "detection",
-            "name": f"{table.labels[k]} {table.place[i, 0]}, {table.place[i, 1]}",
-            "color": colours[i].tolist(),
-            "measurements": {"attention": table.weight[i].item(), "rank": table.rank[i].item()},
-        }
-        shape = {"type": "Polygon", "coordinates": [outlines[i].tolist()]}
+        name = f"{table.labels[k]} {table.place[i, 0]}, {table.place[i, 1]}"
+        properties = {"objectType": "detection", "name": name, "color": colours[i].tolist()}
+        properties["measurements"] = {n: getattr(table, n)[i].item() for n in WEIGHTS}
+        shape = {"type": "Polygon", "coordinates": [corners[i].tolist()]}
         features.append({"type": "Feature", "geometry": shape, "properties": properties})
     text = json.dumps({"type": "FeatureCollection", "features": features}, allow_nan=False)
     data.write_text(path, text)
@@ -1897,56 +1909,60 @@ def check_same_image(reader, table: AttentionTable) -> None:
 
 @own_style
 def draw_attention(path, table: AttentionTable, k: int, picture, size, bounds, title: str) -> None:
-    """A map of magnification k: the rank of each token, in its place on a slide of `size`.
-
-    picture: of the whole slide, or None. bounds: what is shown. Nothing is smoothed.
-    """
+    """A map of magnification k: the ratio of each token, in its place on a slide of `size`.
+    picture: of the whole slide, or None. bounds: what is shown. Nothing is smoothed."""
     from matplotlib.collections import PolyCollection
 
     um = table.slide.meta["mpp"]  # the axes are in um, for the scale bar
     left, top, width, height = np.array(bounds) * um
     inches = 7 / max(width, height)
-    figure, axis = plot(max(5, inches * width + 1.2), inches * height + 1)
+    figure, axis = plot(max(5, inches * width + 1.2), inches * height + 1.4)
     if picture is not None:  # pale, so that the colours keep their meaning
         extent = (0, size[0] * um, size[1] * um, 0)
-        axis.imshow(picture, cmap="gray", vmin=-255, vmax=255, extent=extent)
+        axis.imshow(picture, cmap="gray", vmin=-80, vmax=240, extent=extent)
     here = table.k == k
-    squares = PolyCollection(
-        table.outlines()[here] * um, array=table.rank[here], cmap="inferno", alpha=0.7, lw=0
-    )
-    squares.set(clim=(0, 1), antialiased=False)
+    ratio = table.ratio[here]
+    norm, scale = attention_colours()
+    squares = PolyCollection(outlines(table.box[here]) * um, array=ratio, cmap=scale, norm=norm)
+    squares.set(lw=0, antialiased=False)
     axis.add_collection(squares)
+    axis.plot(*(outlines(table.frames()) * um).T, color="tab:blue", lw=0.6)
     axis.set(xlim=(left, left + width), ylim=(top + height, top), aspect="equal")
     axis.set(xticks=[], yticks=[])
-    figure.colorbar(squares, shrink=0.8, label="rank percentile of attention")
+    bar = figure.colorbar(squares, label="times the magnification's mean weight", shrink=0.8)
+    bar.set_ticks((1, 2, 5, 10), labels=("1", "2", "5", "10"), minor=False)
     data.scale_bar(axis, width)
-    axis.set_title(title, fontsize=8, parse_math=False)
-    figure.supxlabel(REMARK, fontsize=7)
+    share = f"{table.labels[k]}: {table.attention[here].sum():.1%} of all attention"
+    title += f"\n{share}, up to {ratio.max():.2f} times its mean"
+    figure.suptitle(title, fontsize=8, parse_math=False)
+    figure.supxlabel(f"{UNREAD}\n{REMARK}", fontsize=7)
     save_figure(figure, path)
 
 
 @own_style
 def draw_regions(path, table: AttentionTable, reader, side: float) -> None:
-    """The six regions of most attention, each of `side` level-0 px.
-
-    In each its tile of most attention of each magnification is outlined.
-    """
-    total = np.bincount(table.window, table.weight)
+    """The six regions of most attention, `side` level-0 px wide, in each its tiles of most."""
+    total = np.bincount(table.window, table.attention)
     best = np.argsort(-total, kind="stable")[:6]
-    figure, axes = plot(2.3 * len(best), 2.6, ncols=len(best), squeeze=False)
+    inches = min(4.5, 14 / len(best))
+    figure, axes = plot(inches * len(best), inches + 1.1, ncols=len(best), squeeze=False)
     for axis, window in zip(axes[0], best, strict=True):
         here = table.window == window
         region = table.region[here][0]
         start = table.slide.meta["origin"] + region * side
         left, top, right, bottom = np.clip([*start, *(start + side)], 0, reader.size * 2)
-        picture, within = reader.read(reader.level_for(side / 400), (left, top, right, bottom))
+        picture, within = reader.read(reader.level_for(side / 600), (left, top, right, bottom))
         axis.imshow(picture.crop(within), extent=(left, right, bottom, top))
         for k in np.unique(table.k[here]):
             tokens = np.flatnonzero(here & (table.k == k))
-            token = tokens[table.weight[tokens].argmax()]
-            axis.plot(*table.outlines()[token].T, color=COLOURS[k % len(COLOURS)], lw=1.5)
-        axis.set(xticks=[], yticks=[])
-        axis.set_title(f"region {region.tolist()}: {total[window]:.2%}", fontsize=8)
+            box = table.box[tokens[table.attention[tokens].argmax()]]
+            line = {"color": COLOURS[k % len(COLOURS)], "label": f"most at {table.labels[k]}"}
+            axis.plot(*outlines(box[None])[0].T, lw=1.5, **line)
+        axis.set(xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top))
+        title = f"region {region.tolist()}: {total[window]:.2%} of the attention"
+        even = f"{total[window] / here.mean():.2f} times an equal share"
+        axis.set_title(f"{title}\n{even}", fontsize=8)
+    axes[0, 0].legend(loc="upper left", bbox_to_anchor=(0, 0), fontsize=8, facecolor="lightgrey")
     save_figure(figure, path)
 
 
@@ -1973,17 +1989,17 @@ def heatmap(run, slide, folder=None, image=None, out=None, device: str = "auto")
         write_geojson(path / f"attention-{table.labels[k]}.geojson", table, k, offset)
     rule = data.read_json(Path(run) / "result.json")["case_score"]
     print(f"{slide}: score {score:.4f}; a case's score is the {rule} over its slides")
-    print(f"{len(table.k)} weights in {path}/attention.csv, with .geojson and .png\n{REMARK}")
+    weights = f"{len(table.k)} weights in {path}/attention.csv, with .geojson and .png"
+    print(f"{weights}{dataset.uncovered}\n{REMARK}")
     picture = None
     if image:  # 1600 px long
         colours, _, _ = data.thumbnail(reader, 1600 * data.TISSUE_UM / max(bounds[2:]))
         picture = colours.mean(axis=2)
+        draw_regions(path / "regions.png", table, reader, model.config.region * meta["cell_px"])
+    title = f"{textwrap.fill(slide, 60)}\nrun {Path(run).resolve().name}, score {score:.3f}"
     for k in shown:
-        title = f"{slide}\n{table.labels[k]}, run {Path(run).resolve().name}, score {score:.3f}"
         map_path = path / f"attention-{table.labels[k]}.png"
         draw_attention(map_path, table, k, picture, size, bounds, title)
-    if image:
-        draw_regions(path / "regions.png", table, reader, model.config.region * meta["cell_px"])
     return 0
 
 

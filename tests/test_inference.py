@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import run
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from PIL import Image
 
 import data
@@ -314,7 +316,7 @@ KINDS = [
 
 @pytest.mark.parametrize("init, tokens, magnification", KINDS)
 def test_attention_lies_where_loops_put_it(odd, init, tokens, magnification, monkeypatch):
-    """Order, places, weights, ranks and pictures of every kind of run, against loops."""
+    """Order, places, weights, ratios, ranks and pictures of every kind of run, against loops."""
     torch.manual_seed(3)
     encoder = None if init == "none" else mixmag.MixingEncoder(CONFIG)
     model = mixmag.SlideClassifier(CONFIG, encoder, tokens, magnification, hidden=8).eval()
@@ -333,17 +335,47 @@ def test_attention_lies_where_loops_put_it(odd, init, tokens, magnification, mon
     found = [(w, k, place, tuple(box)) for w, k, place, box in zip(*columns, strict=True)]
     assert found == [token[:4] for token in expected]
     assert table.region.tolist() == [[i // 2 for i in windows[w][2]] for w, *_ in expected]
-    assert np.allclose(table.weight, attention, atol=1e-6)
-    assert table.weight.sum() == pytest.approx(1, abs=1e-6)
+    assert np.allclose(table.attention, attention, atol=1e-6)
+    assert table.attention.sum() == pytest.approx(1, abs=1e-6)
     for k in set(table.k.tolist()):
         here = table.k == k
-        weights = table.weight[here]
+        weights = table.attention[here]
         smaller = (weights < weights[:, None]).sum(axis=1)
         equal = (weights == weights[:, None]).sum(axis=1)
         assert np.allclose(table.rank[here], (smaller + (equal + 1) / 2) / len(weights))
         boxes = map(tuple, table.box[here].tolist())
-        values = dict(zip(boxes, table.rank[here], strict=True))
+        assert np.allclose(table.ratio[here], weights / weights.mean())
+        values = dict(zip(boxes, table.ratio[here], strict=True))
         assert painted(table, k, monkeypatch) == pytest.approx(values)
+
+
+def test_a_map_is_as_dramatic_as_its_weights(odd, tmp_path, monkeypatch):
+    """Nearly even weights leave glass white. The caption says what was not read, and no text is
+    cut off where a name is long and a slide narrow."""
+    model = mixmag.SlideClassifier(CONFIG, mixmag.MixingEncoder(CONFIG))
+    dataset = train.one_case_per_slide(model, [read_slide(odd, "many")], 0.5)
+    table, _ = train.attention_table(model, dataset, MACHINE)
+    glass = np.full((30, 40), 245)
+    view = (0, 0, 40000, 30000)
+    pictures = []
+    for ratio in (1.0, 1.1, 20.0):
+        table.ratio[:] = ratio
+        train.draw_attention(tmp_path / "m.png", table, 2, glass, view[2:], view, "title")
+        with Image.open(tmp_path / "m.png") as picture:
+            pictures.append(np.asarray(picture.convert("RGB"), float)[100:])  # below the title
+    plain, even, strong = pictures
+    assert np.abs(even - plain).max() < 60 and np.abs(strong - plain).max() > 150
+    figures = []
+    monkeypatch.setattr(train, "save_figure", lambda figure, _: figures.append(figure))
+    title = train.textwrap.fill("x" * 200, 60)
+    train.draw_attention(None, table, 2, None, view[2:], (0, 0, 900, 30000), title)
+    (figure,) = figures
+    figure.draw_without_rendering()
+    texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    assert any("not read; see tile --min-tissue" in text.get_text() for text in texts)
+    for text in texts:
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.y0 >= 0 and (box.max <= figure.bbox.max).all(), text
 
 
 @pytest.fixture(scope="module")
@@ -429,6 +461,8 @@ def test_heatmap_of_a_slide_image(pictured, tmp_path, capsys, monkeypatch):
     train.predict(pictured / "patch", pictured / "d", ["synthetic-000"], tmp_path / "p.csv")
     (predicted,) = data.read_csv(tmp_path / "p.csv", ("slide_id", "score"))
     assert f"score {float(predicted['score']):.4f};" in said
+    with Image.open(tmp_path / "a" / "regions.png") as picture:
+        assert picture.width >= 550  # also of a slide with one region
     for m in (5, 10, 20):
         name = f"attention-{m}x.geojson"
         found = read_geojson(tmp_path / "a" / name)
@@ -499,7 +533,7 @@ def test_top_regions_are_those_of_the_highest_sum(odd, tmp_path, monkeypatch):
     model = mixmag.SlideClassifier(CONFIG, mixmag.MixingEncoder(CONFIG))
     places = train.output_places(model, train.one_case_per_slide(model, [slide], 0.5), "many")
     weight = np.random.default_rng(2).random(len(tokens)) ** 4
-    table = train.AttentionTable(**vars(places), weight=weight, rank=weight)
+    table = train.AttentionTable(**vars(places), attention=weight, ratio=weight, rank=weight)
     cut = []
     outlined = []
 
@@ -513,8 +547,9 @@ def test_top_regions_are_those_of_the_highest_sum(odd, tmp_path, monkeypatch):
             cut.append(tuple(box))
             return Image.new("RGB", (8, 8)), (0, 0, 8, 8)
 
-    def plot(axis, x, y, **_):
+    def plot(axis, x, y, **style):
         outlined.append((x[0], y[0], x[2], y[2]))
+        return axis.add_line(Line2D(x, y, **style))
 
     monkeypatch.setattr("matplotlib.axes.Axes.plot", plot)
     train.draw_regions(tmp_path / "r.png", table, Reader(), 2 * ODD["cell_px"])

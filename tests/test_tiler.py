@@ -130,6 +130,14 @@ def tiled(folder, slide_id):
 
 
 # ------------------------------------------------------------------------- cells: the right pixels
+def tile_edges(plan, axis, k):
+    """Where the tiles of magnification index k begin and end, in the level's pixels: every interval
+    of the lattice in 2^k equal parts. Axis 0 is x."""
+    lines = plan.lines[axis]
+    places = np.arange((len(lines) - 1) * 2**k + 1) / 2**k
+    return np.interp(places, np.arange(len(lines)), lines)
+
+
 def area_mean(picture, left, top, right, bottom, n):
     """The definition: (n, n, 3) floats, each the mean of a picture over its part of a box."""
 
@@ -159,7 +167,7 @@ def test_tiles_are_area_means(tmp_path, scale, levels):
     tiles = data.read_cell(reader, plan, 0, 0)
     source = shrunk(picture, int(plan.downsample))
     for entry, (k, r, c) in enumerate(Geometry(1, [10, 20]).token_table().tolist()):
-        x, y = plan.edges(0, k), plan.edges(1, k)
+        x, y = tile_edges(plan, 0, k), tile_edges(plan, 1, k)
         off = tiles[entry] - area_mean(source, x[c], y[r], x[c + 1], y[r + 1], 224)
         assert abs(off.mean()) < 0.5 and np.abs(off).mean() < 0.8
     parent = tiles[1:].reshape(2, 2, 224, 224, 3).swapaxes(1, 2).reshape(224, 2, 224, 2, 3)
@@ -224,11 +232,11 @@ def test_children_tile_their_parent_at_any_mpp(no_tissue):
         assert plan.cell_px == pytest.approx(448 / mpp, rel=1e-12)
         assert plan.downsample <= finest * 1.02
         for axis, (k, magnification) in itertools.product(range(2), enumerate(magnifications)):
-            edges = plan.edges(axis, k) * plan.downsample
+            edges = tile_edges(plan, axis, k) * plan.downsample
             exact = plan.cell_px / 2**k * np.arange(len(edges))
             assert np.abs(edges - exact).max() <= finest and (np.diff(edges) > 0).all()
             if k > 0:
-                parents = plan.edges(axis, k - 1) * plan.downsample
+                parents = tile_edges(plan, axis, k - 1) * plan.downsample
                 assert np.abs(edges[::2] - parents).max() < 1e-6
             effective = np.diff(edges) * mpp / 224
             assert np.allclose(effective, 10 / magnification, rtol=0.02)
@@ -1126,7 +1134,8 @@ def test_manifest_mask_and_qc_from_the_command_line(tmp_path, capsys):
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 1000
     assert tile(*flags) == 3 and "a: done before" in capsys.readouterr().out
     Image.new("L", (30, 30), 255).save(masks / "a.png")
-    assert tile(*flags) == 3 and "give another --out" in failures(out)["a"]
+    with pytest.raises(data.OtherSettings, match="a.safetensors .* mask .*give another --out"):
+        tile(*flags)
     with pytest.raises(MixmagError, match="one file for 4 slides"):
         tile("--slides", slides, "--out", out, "--mask", masks / "a.png")
 
@@ -1141,6 +1150,25 @@ def test_qc_shows_the_tiles_in_their_places(tmp_path):
     for picture in pictures:
         expected = Image.fromarray(region).resize(picture.size, Image.Resampling.BOX)
         assert np.abs(np.subtract(picture, expected, dtype=float)).max() <= 3
+
+
+def test_qc_says_how_much_is_read_and_how_long_a_millimetre_is(tmp_path):
+    picture = glass(1500, 6000)
+    picture[:896, :2688] = pink(896, 2688)
+    picture[:400, 5000:5300] = pink(400, 300)  # under a quarter of its window
+    reader = data.Reader(write_tiff(tmp_path / "s.tiff", picture, 0.5))
+    plan = data.plan_slide(reader, TileSettings())
+    assert plan.reads == f"{plan.tissue_held:.0%} of the tissue" and 0.9 < plan.tissue_held < 0.99
+    plan.windows.clear()
+    assert plan.reads == "0% of the tissue (more with a lower --min-tissue)"
+    data.draw_qc(tmp_path / "qc.png", reader, plan)
+    with Image.open(tmp_path / "qc.png") as sheet:
+        legend = np.asarray(sheet)[:80, 90:]  # four lines, the last one with the scale bar
+    assert sheet.size == (600, 680)
+    black = (legend[70] == 0).all(axis=1)
+    assert abs(black.sum() - 200) <= 2  # 1 mm where 600 px are 3 mm
+    blue = (legend[40:60] == (0, 0, 255)).all(axis=2)
+    assert blue.any() and not blue[:, -5:].any()
 
 
 def test_dry_run_plans_and_writes_nothing(tmp_path, capsys):
@@ -1196,8 +1224,8 @@ def test_folders_are_searched_by_links_and_not_where_hidden(tmp_path):
 
 
 def test_flags_of_one_run_do_not_undo_another(tmp_path, monkeypatch, capsys):
-    """--mpp for a slide that says nothing leaves what was tiled at the slide's own mpp; another
-    mpp, or an encoder with other weights, is refused."""
+    """--mpp for a slide that says nothing leaves what was tiled at the slide's own mpp. Another
+    mpp, share of tissue or encoder's weights are refused at once, before a new slide is tiled."""
     slides, out, weights = (tmp_path / name for name in ("s", "d", "weights.pt"))
     slides.mkdir()
     write_tiff(slides / "says.tiff", pink(900, 900), 0.5)
@@ -1205,17 +1233,20 @@ def test_flags_of_one_run_do_not_undo_another(tmp_path, monkeypatch, capsys):
     flags = ("--slides", slides, "--out", out, "--region", 1)
     assert tile(*flags) == 3
     assert tile(*flags, "--mpp", 0.5) == 0 and "says: done before" in capsys.readouterr().out
-    assert tile(*flags, "--mpp", 0.4) == 3
-    assert "mpp 0.5 there, 0.4 now" in failures(out)["says"]
-    assert tile(*flags, "--min-tissue", 0.5) == 3
-    assert "made otherwise: min_tissue 0.25 there, 0.5 now; give" in failures(out)["says"]
+    write_tiff(slides / "a-new-one.tiff", pink(900, 900), 0.5)
+    with pytest.raises(data.OtherSettings, match="mpp 0.5 there, 0.4 now"):
+        tile(*flags, "--mpp", 0.4)
+    with pytest.raises(data.OtherSettings, match="min_tissue 0.25 there, 0.5 now; give another"):
+        tile(*flags, "--min-tissue", 0.5)
+    assert data.slide_files(out).keys() == {"says", "silent"}
     monkeypatch.setattr(data, "tile_encoder", lambda *rest: data.texture)
     flags = ("--slides", slides / "says.tiff", "--out", tmp_path / "e", "--encoder", "virchow2")
-    codes = []
-    for words in ("one", "one", "other"):
+    for words in ("one", "one"):
         weights.write_text(words)
-        codes.append(tile(*flags, "--weights", weights))
-    assert codes == [0, 0, 3] and "give another --out" in failures(tmp_path / "e")["says"]
+        assert tile(*flags, "--weights", weights) == 0
+    weights.write_text("other")
+    with pytest.raises(data.OtherSettings, match="weights .* there, .* now"):
+        tile(*flags, "--weights", weights)
 
 
 def test_a_folder_that_is_not_there_is_a_usage_error(tmp_path, capsys):
