@@ -297,9 +297,8 @@ def pretraining_windows(config, slides, geometry, machine) -> data.RegionDataset
         raise MixmagError(f"--source {config.source} is smaller than --region {config.region}")
     if config.batch_size % machine.world:
         raise MixmagError(f"--batch-size does not divide into {machine.world} processes")
-    more = {"min_cover": config.min_cover, "swap": config.swap}
-    if config.source:
-        more |= {"views": 2, "source": config.source}
+    views = {"views": 2, "source": config.source} if config.source else {}
+    more = {"min_cover": config.min_cover, "swap": config.swap, **views}
     try:
         dataset = data.RegionDataset(slides, geometry, config.seed, config.mask, **more)
     except ValueError as error:
@@ -1123,17 +1122,10 @@ def check_no_leakage(init: str, folder: Path, cases: list) -> None:
 def finetuning_plan(model, sets: dict) -> str:
     """What the task asks for: cases, slides, regions and tokens of each split."""
     lines = [f"{'':8s}{'cases':>8s}{'slides':>8s}{'regions':>9s}{'tokens':>13s}"]
-    largest = (0, "none")
     for split, dataset in sets.items():
-        total = 0
-        for case in dataset.cases:
-            regions = sum(len(dataset.rows[i]) for i in case.slide_ids)
-            largest = max(largest, (regions, case.case_id))
-            total += regions
-        tokens = total * len(model.index)
-        lines.append(f"{split:8s}{len(dataset):8d}{len(dataset.rows):8d}{total:9d}{tokens:13,d}")
-    tokens = largest[0] * len(model.index)
-    lines.append(f"largest case: {largest[1]}, {largest[0]} regions, {tokens:,d} tokens")
+        regions = sum(len(rows) for rows in dataset.rows.values())
+        tokens = regions * len(model.index)
+        lines.append(f"{split:8s}{len(dataset):8d}{len(dataset.rows):8d}{regions:9d}{tokens:13,d}")
     return "\n".join(lines)
 
 
@@ -1193,19 +1185,17 @@ def bootstrap_aurocs(labels, scores, seed: int, resamples: int = 1000) -> np.nda
 
     None with fewer than two cases of a class.
     """
-    from scipy.stats import rankdata  # its import takes a second
+    from scipy.stats import mannwhitneyu  # its import takes a second
 
     is_positive = np.array(labels) == 1
     positive = np.array(scores)[is_positive]
     negative = np.array(scores)[~is_positive]
-    n1 = len(positive)
-    n0 = len(negative)
-    if min(n1, n0) < 2:
+    if min(len(positive), len(negative)) < 2:
         return None
     rng = np.random.default_rng(seed)
-    drawn = [rng.choice(positive, (resamples, n1)), rng.choice(negative, (resamples, n0))]
-    ranks = rankdata(np.concatenate(drawn, axis=1), axis=1)[:, :n1]  # of the positives
-    return (ranks.sum(axis=1) - n1 * (n1 + 1) / 2) / (n1 * n0)  # Mann-Whitney U / (n1 n0)
+    drawn = [rng.choice(group, (resamples, len(group))) for group in (positive, negative)]
+    u = mannwhitneyu(*drawn, axis=1, method="asymptotic").statistic  # AUROC x pairs of cases
+    return u / (len(positive) * len(negative))
 
 
 def interval(samples: np.ndarray | None) -> list[float] | None:
@@ -1233,9 +1223,7 @@ def note_held_out(run: Run, step: int, model, held_out) -> None:
 
 def note_pretraining(run: Run, step, sums: dict, rate, norm, magnifications, bar) -> None:
     """One line of metrics: the sums of a step over all processes."""
-    total = {}
-    for name, value in sums.items():
-        total[name] = run.machine.sum(value.double().cpu())
+    total = {name: run.machine.sum(value.double().cpu()) for name, value in sums.items()}
     of_level, count = total.pop("levels")
     values = {name: value.item() for name, value in total.items()}
     for magnification, loss in zip(magnifications, (of_level / count).tolist(), strict=True):
@@ -1370,7 +1358,7 @@ def held_out_losses(dataset, predict, batch_size: int = 16) -> dict[str, list]:
 
     predict: a function of x, removed, valid that gives predictor -> (B, M, D).
     """
-    sums: dict = {}
+    sums: dict = defaultdict(float)
     count = min(len(dataset), HELD_OUT_WINDOWS)
     chosen = np.linspace(0, len(dataset) - 1, count).astype(int)
     for start in range(0, count, batch_size):  # short, so no signal interrupts it
@@ -1379,7 +1367,7 @@ def held_out_losses(dataset, predict, batch_size: int = 16) -> dict[str, list]:
         target = mixmag.take(batch["x"], batch["removed"])
         for name, pred in predict(*given).items():
             found = mixmag.level_losses(dataset.geometry, pred, target, *given[1:])
-            sums[name] = sums.get(name, 0) + torch.stack(found).double()
+            sums[name] += torch.stack(found).double()
     return {name: (total / count).tolist() for name, (total, count) in sums.items()}
 
 
