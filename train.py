@@ -901,8 +901,6 @@ class Run:
         if self.writes:
             self.claim(settings, config.resume)
         machine.barrier()
-        if self.result():
-            log(f"{self.folder}: this run is finished")
 
     def claim(self, settings: dict, resume: str) -> None:
         """Write config.json. Raises OtherSettings for another run, or one that is going on."""
@@ -916,6 +914,7 @@ class Run:
                     "give another --out, or --resume off to begin anew"
                 )
         if resume == "auto" and self.result():
+            log(f"{self.folder}: this run is finished")
             return
         self.lock = lock(self.folder / "lock")  # held until this run is forgotten
         if resume == "off":
@@ -1353,7 +1352,7 @@ def held_out_windows(config, geometry, slide_ids) -> data.RegionDataset | None:
     return dataset if len(dataset) else None
 
 
-def held_out_losses(dataset, predict, batch_size: int = 16) -> dict[str, list]:
+def held_out_losses(dataset, predict) -> dict[str, list]:
     """predictor -> (K,) mean of 1 - cosine on the removed tokens of the windows of `dataset`.
 
     predict: a function of x, removed, valid that gives predictor -> (B, M, D).
@@ -1361,8 +1360,8 @@ def held_out_losses(dataset, predict, batch_size: int = 16) -> dict[str, list]:
     sums: dict = defaultdict(float)
     count = min(len(dataset), HELD_OUT_WINDOWS)
     chosen = np.linspace(0, len(dataset) - 1, count).astype(int)
-    for start in range(0, count, batch_size):  # short, so no signal interrupts it
-        batch = dataset.batch(chosen[start : start + batch_size])
+    for start in range(0, count, 16):  # short, so no signal interrupts it
+        batch = dataset.batch(chosen[start : start + 16])
         given = batch["x"], batch["removed"], batch["valid"]
         target = mixmag.take(batch["x"], batch["removed"])
         for name, pred in predict(*given).items():
@@ -1454,9 +1453,6 @@ def finish_pretraining(config, run: Run, model, slides, directions, held_out, fa
 
     slides: those of training, directions (K, D) their means: the yardsticks are fitted on them.
     """
-    folder = Path(config.data)
-    cohort = data.synthetic_facts(folder)
-    title = "synthetic cohort" if cohort else str(folder)
     text = "no held-out window: the loss was not measured on unseen slides"
     losses: dict = {}
     magnifications = model.config.magnifications
@@ -1466,16 +1462,16 @@ def finish_pretraining(config, run: Run, model, slides, directions, held_out, fa
         losses = held_out_losses(held_out, Yardsticks(trained, directions).predict)
         losses["model"] = model_losses(model, held_out, run.machine)
         words = verdict(run, losses, magnifications)
-        if cohort:
-            losses["least"] = list(cohort["least_mem_loss"].values())
+        if least := data.synthetic_facts(config.data).get("least_mem_loss"):
+            losses["least"] = list(least.values())
         windows = min(len(held_out), HELD_OUT_WINDOWS)
         text = f"{format_losses(losses, magnifications)}\n\n"
         text += f"Measured on {windows} regions of {len(held_out.slides)} slides. {words}"
-        if not data.task_names(folder):
+        if not data.task_names(config.data):
             text += "\n\nNo task table says which slides are of one patient: some may be in both."
-    heading = f"# {run.folder.name}: loss (1 - cosine) on held-out slides, {title}"
+    heading = f"# {run.folder.name}: loss (1 - cosine) on held-out slides of {config.data}"
     data.write_text(run.folder / "SUMMARY.md", f"{heading}\n\n{text}\n")
-    draw_curve(run, losses, magnifications, title)
+    draw_curve(run, losses, magnifications, config.data)
     result = {"kind": "pretrain", **facts, "held_out": losses or None}
     data.write_json(run.folder / "result.json", result)
     print(text)
