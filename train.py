@@ -1501,7 +1501,7 @@ def own_style(draw: Callable) -> Callable:
     def drawn(*args):
         from matplotlib import style
 
-        with style.context("default"):
+        with style.context(["default", {"axes.spines.top": False, "axes.spines.right": False}]):
             draw(*args)
 
     return drawn
@@ -1512,10 +1512,7 @@ def plot(width: float = 6.4, height: float = 3.6, **grid):
     from matplotlib.figure import Figure  # without pyplot: no display and nothing global
 
     figure = Figure((width, height), layout="constrained")
-    axes = figure.subplots(**grid)
-    for axis in np.ravel(axes):
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return figure, figure.subplots(**grid)
 
 
 def save_figure(figure, path) -> None:
