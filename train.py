@@ -993,9 +993,7 @@ class Run:
 
 def lock(path: Path) -> io.FileIO:
     """An open file that no other process can lock while this one lives.
-
-    Not flock: a notebook that failed must be able to start the same run again.
-    """
+    With flock a notebook that failed could not start the same run again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = io.FileIO(path, "a")
     try:
@@ -1202,10 +1200,7 @@ def interval(samples: np.ndarray | None) -> list[float] | None:
 
 
 def check_finite(run: Run, recent: list, done: int) -> None:
-    """Raises MixmagError where the loss or the gradient of a recent step is not finite.
-
-    recent: (loss, norm of the gradient) of the last steps, the last one being `done`.
-    """
+    """Refuse a loss or gradient norm that is not finite. recent: both, of the steps to `done`."""
     for step, (loss, norm) in enumerate(torch.stack(recent).tolist(), done - len(recent)):
         if not math.isfinite(loss) or not (math.isfinite(norm) or run.machine.may_skip()):
             raise MixmagError(
@@ -1450,9 +1445,7 @@ def check_same_encoder(run, tile_encoder: str, config: mixmag.Config, slide) -> 
 
 def finish_pretraining(config, run: Run, model, slides, directions, held_out, facts) -> None:
     """Measure the loss on held-out slides, draw the curve, write SUMMARY.md and result.json.
-
-    slides: those of training, directions (K, D) their means: the yardsticks are fitted on them.
-    """
+    The yardsticks are fitted on `slides`, those of training, with their `directions` (K, D)."""
     text = "no held-out window: the loss was not measured on unseen slides"
     losses: dict = {}
     magnifications = model.config.magnifications

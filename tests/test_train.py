@@ -320,7 +320,10 @@ def lines(path):
 def test_flops_are_those_of_the_formulas():
     """Forward and twice that backward; torch's count has the last block's unused queries too."""
     config = mixmag.Config.paper()
-    n, M, d, e = 95 + 4, 94, config.width, config.decoder_width
+    M = 94
+    n = 189 - M + config.cls_tokens
+    d = config.width
+    e = config.decoder_width
 
     def block(width, tokens, wanted):
         hidden = mixmag.swiglu_width(width)
