@@ -297,8 +297,9 @@ def pretraining_windows(config, slides, geometry, machine) -> data.RegionDataset
         raise MixmagError(f"--source {config.source} is smaller than --region {config.region}")
     if config.batch_size % machine.world:
         raise MixmagError(f"--batch-size does not divide into {machine.world} processes")
-    views = {"views": 2, "source": config.source} if config.source else {}
-    more = {"min_cover": config.min_cover, "swap": config.swap, **views}
+    more = {"min_cover": config.min_cover, "swap": config.swap}
+    if config.source:
+        more |= {"views": 2, "source": config.source}
     try:
         dataset = data.RegionDataset(slides, geometry, config.seed, config.mask, **more)
     except ValueError as error:
@@ -1217,7 +1218,9 @@ def note_held_out(run: Run, step: int, model, held_out) -> None:
 
 def note_pretraining(run: Run, step, sums: dict, rate, norm, magnifications, bar) -> None:
     """One line of metrics: the sums of a step over all processes."""
-    total = {name: run.machine.sum(value.double().cpu()) for name, value in sums.items()}
+    total = {}
+    for name, value in sums.items():
+        total[name] = run.machine.sum(value.double().cpu())
     of_level, count = total.pop("levels")
     values = {name: value.item() for name, value in total.items()}
     for magnification, loss in zip(magnifications, (of_level / count).tolist(), strict=True):
@@ -1316,10 +1319,15 @@ class Yardsticks:
         parent, children, neighbours, _, shift = means
         level = self.level[removed]
         mixture = torch.einsum("bmw,wbmd->bmd", self.weights[level], means)
-        kriging = mixture + self.krige(y, visible, removed, mixture)
-        added = {"mean": torch.zeros_like(shift), "shift": shift, "parent": parent}
-        added |= {"children": children, "neighbours": neighbours}
-        added |= {"mixture": mixture, "kriging": kriging}
+        added = {
+            "mean": torch.zeros_like(shift),
+            "shift": shift,
+            "parent": parent,
+            "children": children,
+            "neighbours": neighbours,
+            "mixture": mixture,
+            "kriging": mixture + self.krige(y, visible, removed, mixture),
+        }
         return {name: self.mean[level] + part for name, part in added.items()}
 
     def krige(self, y, visible, removed, start) -> torch.Tensor:
@@ -2095,7 +2103,9 @@ def demo(folder, out, seed: int, device: str) -> int:
 
 def doctor() -> int:
     """Versions, device, threads, precision, free disk. A WARNING says what to mend."""
-    facts: dict = {"python": sys.version.split()[0], "OpenSlide library": data.openslide_version()}
+    facts: dict = {}
+    facts["python"] = sys.version.split()[0]
+    facts["OpenSlide library"] = data.openslide_version()
     requirements = Path(__file__).with_name("requirements.txt").read_text("utf-8")
     for package in re.findall(r"^[\w-]+", requirements, re.MULTILINE):
         try:
