@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import functools
 import hashlib
 import importlib.metadata
 import io
@@ -39,6 +38,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import distributed
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import mixmag
@@ -543,7 +543,7 @@ def finetune(config: FinetuneConfig) -> dict:
 
 def adopt_encoder_settings(config: FinetuneConfig) -> FinetuneConfig:
     """The config with an encoder, and with the preset and region of that encoder."""
-    init = config.init or str(newest_pretraining(config))
+    init = config.init or str(newest_pretraining())
     known: dict = {}
     if is_pretrained(init):
         known = data.read_json(encoder_folder(init) / "config.json")
@@ -829,11 +829,6 @@ class Machine:
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
-    def wait(self) -> None:
-        """Until the GPU has done all that it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def barrier(self) -> None:
         if self.world > 1:
             distributed.barrier()
@@ -880,16 +875,11 @@ def start_machine(device: str = "auto", amp: str = "auto", width: int = 96) -> M
 
 def sum_gradients(model, machine: Machine) -> None:
     """Add up the processes' shares of the gradient of the global batch's mean."""
-    if machine.world == 1:
-        return
-    learning = [p for p in model.parameters() if p.requires_grad]
-    for p in learning:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    flat = torch.cat([p.grad.flatten() for p in learning])
-    sums = machine.sum(flat).split([p.numel() for p in learning])
-    for p, gradient in zip(learning, sums, strict=True):
-        p.grad = gradient.view_as(p)
+    for p in model.parameters():
+        if p.requires_grad and machine.world > 1:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            machine.sum(p.grad)
 
 
 RUN_FILES = [
@@ -909,21 +899,16 @@ class Run:
         self.folder = Path(config.out or Path("runs") / run_name(config))
         self.machine = machine
         self.writes = machine.rank == 0
-        self.metrics = self.folder / "metrics.jsonl"
+        self.metrics: list[dict] = []  # the lines of metrics.jsonl
         if self.writes:
             self.claim(settings, config.resume)
         machine.barrier()
-        if self.result():
-            log(f"{self.folder}: this run is finished")
 
     def claim(self, settings: dict, resume: str) -> None:
         """Write config.json. Raises OtherSettings for another run, or one that is going on."""
         stored = self.folder / "config.json"
-        if not stored.exists() and (self.folder / "last.pt").exists():
-            raise MixmagError(
-                f"{self.folder} holds last.pt without config.json; name another --out"
-            )
-        if stored.exists() and resume == "auto":
+        begun = stored.exists() or (self.folder / "last.pt").exists()
+        if begun and resume == "auto":
             found = data.read_json(stored)
             if differing := data.differences(without_places(found), without_places(settings)):
                 raise OtherSettings(
@@ -931,6 +916,7 @@ class Run:
                     "give another --out, or --resume off to begin anew"
                 )
         if resume == "auto" and self.result():
+            log(f"{self.folder}: this run is finished")
             return
         self.lock = lock(self.folder / "lock")  # held until this run is forgotten
         if resume == "off":
@@ -948,23 +934,16 @@ class Run:
         """One line of metrics. It holds no times, so equal runs have equal files."""
         if not self.writes:
             return
-        line = {}
         for name, value in values.items():
             if isinstance(value, float):
-                value = round(value, 6) if math.isfinite(value) else None
-            line[name] = value
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def metric_lines(self) -> list[str]:
-        if not self.metrics.exists():
-            return []
-        return self.metrics.read_text("utf-8").splitlines(keepends=True)
+                values[name] = round(value, 6) if math.isfinite(value) else None
+        self.metrics.append(values)
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
 
     def curve(self, name: str) -> tuple[list, list]:
         """The steps and the values of a metric."""
-        lines = [json.loads(line) for line in self.metric_lines()]
-        noted = [line for line in lines if name in line]
+        noted = [line for line in self.metrics if name in line]
         return [line["step"] for line in noted], [line[name] for line in noted]
 
     def save(self, done: int, model, optimizer, **more) -> None:
@@ -974,7 +953,7 @@ class Run:
         state = {
             **more,
             "done": done,
-            "lines": len(self.metric_lines()),
+            "metrics": self.metrics,
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scaler": self.machine.scaler.state_dict(),
@@ -987,14 +966,13 @@ class Run:
                 os.replace(last, self.folder / "prev.pt")  # killed here, a run resumes from prev.pt
 
     def load(self, model, optimizer) -> dict:
-        """Go on from the newest whole checkpoint. Returns what `save` was given.
+        """Go on from the newest whole checkpoint, with the metrics up to it.
 
-        The metrics are cut back to where the checkpoint was written. Raises MixmagError where all
-        checkpoints are damaged.
+        Returns what `save` was given. Raises MixmagError where all checkpoints are damaged.
         """
         checkpoints = [self.folder / "last.pt", self.folder / "prev.pt"]
         existing = [path for path in checkpoints if path.exists()]
-        state: dict = {"done": 0, "lines": 0}
+        state: dict = {"done": 0, "metrics": []}
         for path in existing:
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
@@ -1008,17 +986,16 @@ class Run:
             self.machine.scaler.load_state_dict(state.pop("scaler"))
         elif existing:
             raise MixmagError(f"{self.folder}: no checkpoint can be read; --resume off begins anew")
-        lines = state.pop("lines")
+        self.metrics = state.pop("metrics")
         if self.writes:
-            data.write_text(self.metrics, "".join(self.metric_lines()[:lines]))
+            lines = [json.dumps(line) + "\n" for line in self.metrics]
+            data.write_text(self.folder / "metrics.jsonl", "".join(lines))
         return state
 
 
 def lock(path: Path) -> io.FileIO:
     """An open file that no other process can lock while this one lives.
-
-    Not flock: a notebook that failed must be able to start the same run again.
-    """
+    With flock a notebook that failed could not start the same run again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = io.FileIO(path, "a")
     try:
@@ -1102,22 +1079,16 @@ def ensure_data(path, machine: Machine | None = None) -> Path:
     return folder
 
 
-def newest_pretraining(config: FinetuneConfig) -> Path:
-    """The newest finished pretraining run under runs/ whose encoder fits DATA."""
-    advice = "run `python train.py pretrain`, or give --init RUN, --init random or --init none"
+def newest_pretraining() -> Path:
+    """The newest finished pretraining run under runs/."""
     results = Path("runs").glob("*/result.json")
     finished = [path for path in results if data.read_json(path).get("kind") == "pretrain"]
     if not finished:
+        advice = "run `python train.py pretrain`, or give --init RUN, --init random or --init none"
         raise MixmagError(f"no finished pretraining run under runs/; {advice}")
-    folder = ensure_data(config.data, start_machine(config.device))
-    wanted = data.embedding_signature(data.read_slide(data.slide_paths(folder)[0]))
-    for path in sorted(finished, key=lambda path: -path.stat().st_mtime):
-        known = data.read_json(encoder_folder(path.parent) / "config.json")
-        model = known["model"]
-        if data.signature(known["tile_encoder"], model["dim"], model["magnifications"]) == wanted:
-            log(f"--init {path.parent}: the newest pretraining run that fits {folder}")
-            return path.parent
-    raise MixmagError(f"no pretraining run under runs/ fits {folder} ({wanted}); {advice}")
+    newest = max(finished, key=lambda path: path.stat().st_mtime).parent
+    log(f"--init {newest}: the newest pretraining run")
+    return newest
 
 
 # ------------------------------------------------------------------------- measuring, export, curve
@@ -1150,84 +1121,51 @@ def check_no_leakage(init: str, folder: Path, cases: list) -> None:
 def finetuning_plan(model, sets: dict) -> str:
     """What the task asks for: cases, slides, regions and tokens of each split."""
     lines = [f"{'':8s}{'cases':>8s}{'slides':>8s}{'regions':>9s}{'tokens':>13s}"]
-    largest = (0, "none")
     for split, dataset in sets.items():
-        total = 0
-        for case in dataset.cases:
-            regions = sum(len(dataset.rows[i]) for i in case.slide_ids)
-            largest = max(largest, (regions, case.case_id))
-            total += regions
-        tokens = total * len(model.index)
-        lines.append(f"{split:8s}{len(dataset):8d}{len(dataset.rows):8d}{total:9d}{tokens:13,d}")
-    tokens = largest[0] * len(model.index)
-    lines.append(f"largest case: {largest[1]}, {largest[0]} regions, {tokens:,d} tokens")
+        regions = sum(len(rows) for rows in dataset.rows.values())
+        tokens = regions * len(model.index)
+        lines.append(f"{split:8s}{len(dataset):8d}{len(dataset.rows):8d}{regions:9d}{tokens:13,d}")
     return "\n".join(lines)
 
 
-def block_flops(width: int, n: int, wanted: int) -> int:
-    """Forward FLOPs of a block whose outputs at `wanted` of n tokens are used."""
-    hidden = mixmag.swiglu_width(width)
-    keys_values = 2 * n * 2 * width**2
-    attention = 2 * wanted * (2 * width**2 + 2 * n * width)
-    return keys_values + attention + 2 * wanted * 3 * width * hidden
-
-
 def region_flops(config: mixmag.Config, M: int) -> int:
-    """Useful FLOPs of MEM on a region: matrix products forward, and twice that backward."""
-    N = config.geometry().num_tokens
-    n = N - M + config.cls_tokens
-    d = config.decoder_width
-    encoder = config.depth * block_flops(config.width, n, n)
-    decoder = (config.decoder_depth - 1) * block_flops(d, n + M, n + M)
-    decoder += block_flops(d, n + M, M)  # the last block
-    decoder += 2 * n * config.width * d + 2 * M * d * config.dim  # its first and last layers
-    first = 2 * (N - M) * config.dim * config.width  # its input needs no gradient
-    return 3 * (encoder + decoder) + 2 * first
-
-
-def region_bytes(config: mixmag.Config, M: int, size: int) -> int:
-    """Memory that MEM keeps of a region for backward. size: bytes of a number in autocast.
-
-    A block keeps its two sums in fp32, and of each token six vectors of its width (two norms, q, k,
-    v, attention) and four of the gated layer's.
-    """
-    N = config.geometry().num_tokens
-    n = N - M + config.cls_tokens
-    total = (N + n) * config.dim * 4 + M * config.dim * 24  # inputs, and the cosine's vectors
-    for width, tokens, depth in (
-        (config.width, n, config.depth),
-        (config.decoder_width, n + M, config.decoder_depth),
-    ):
-        of_token = 8 * width + size * (6 * width + 4 * mixmag.swiglu_width(width))
-        total += depth * tokens * of_token
-    return total
+    """FLOPs of the matrix products of MEM on a region, forward and backward, as torch counts."""
+    with torch.device("meta"):
+        model = mixmag.MaskedEmbeddingModel(config)
+        x = torch.empty(1, config.geometry().num_tokens, config.dim)
+        removed = torch.empty(1, M, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(x, removed).loss.backward()
+    return counter.get_total_flops()
 
 
 def micro_batch_size(config, model, dataset, machine) -> int:
-    """auto: as many regions as a GPU holds, with a fifth of its memory to spare."""
+    """auto: what a GPU holds by a trial of 32 regions, with a fifth of its memory to spare."""
     if config.micro_batch != "auto":
         return config.micro_batch
     if machine.device.type != "cuda":
         return 64
     free, _ = torch.cuda.mem_get_info(machine.device)
     free -= 12 * sum(p.numel() for p in model.parameters())  # gradients, AdamW's two moments
-    size = 2 if machine.dtype else 4
-    of_region = dataset.views * region_bytes(model.config, dataset.removed_tokens, size)
+    before = torch.cuda.memory_allocated(machine.device)
+    torch.cuda.reset_peak_memory_stats(machine.device)
+    with torch.compiler.set_stance("force_eager"):
+        mem_step(model, [dataset.batch(range(32))], 32, machine)
+    model.zero_grad(set_to_none=True)
+    of_region = (torch.cuda.max_memory_allocated(machine.device) - before) / 32
+    torch.cuda.empty_cache()
     fits = int(0.8 * free / of_region)
     return max(1, fits // 64 * 64 or fits)
 
 
-def matrix_rate(machine, products: int = 8) -> float:
+def matrix_rate(machine) -> float:
     """FLOPs per second of plain matrix products in the run's precision."""
+    from torch.utils.benchmark import Timer  # its import takes a quarter of a second
+
     side = 8192 if machine.device.type == "cuda" else 1024
     a = torch.randn(side, side, device=machine.device, dtype=machine.dtype)
-    for _ in range(2):  # the first round is slower
-        machine.wait()
-        began = time.perf_counter()
-        for _ in range(products):
-            torch.mm(a, a)
-        machine.wait()
-    return products * 2 * side**3 / (time.perf_counter() - began)
+    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+    return 2 * side**3 / timer.timeit(8).mean
 
 
 def log_speed(config, dataset, regions: int, seconds: float, machine) -> None:
@@ -1246,18 +1184,17 @@ def bootstrap_aurocs(labels, scores, seed: int, resamples: int = 1000) -> np.nda
 
     None with fewer than two cases of a class.
     """
-    from scipy.stats import rankdata  # its import takes a second
+    from scipy.stats import mannwhitneyu  # its import takes a second
 
-    positive = np.array([score for score, label in zip(scores, labels, strict=True) if label])
-    negative = np.array([score for score, label in zip(scores, labels, strict=True) if not label])
-    n1 = len(positive)
-    n0 = len(negative)
-    if min(n1, n0) < 2:
+    is_positive = np.array(labels) == 1
+    positive = np.array(scores)[is_positive]
+    negative = np.array(scores)[~is_positive]
+    if min(len(positive), len(negative)) < 2:
         return None
     rng = np.random.default_rng(seed)
-    drawn = [rng.choice(positive, (resamples, n1)), rng.choice(negative, (resamples, n0))]
-    ranks = rankdata(np.concatenate(drawn, axis=1), axis=1)[:, :n1]  # of the positives
-    return (ranks.sum(axis=1) - n1 * (n1 + 1) / 2) / (n1 * n0)  # Mann-Whitney U / (n1 n0)
+    drawn = [rng.choice(group, (resamples, len(group))) for group in (positive, negative)]
+    u = mannwhitneyu(*drawn, axis=1, method="asymptotic").statistic  # AUROC x pairs of cases
+    return u / (len(positive) * len(negative))
 
 
 def interval(samples: np.ndarray | None) -> list[float] | None:
@@ -1265,10 +1202,7 @@ def interval(samples: np.ndarray | None) -> list[float] | None:
 
 
 def check_finite(run: Run, recent: list, done: int) -> None:
-    """Raises MixmagError where the loss or the gradient of a recent step is not finite.
-
-    recent: (loss, norm of the gradient) of the last steps, the last one being `done`.
-    """
+    """Refuse a loss or gradient norm that is not finite. recent: both, of the steps to `done`."""
     for step, (loss, norm) in enumerate(torch.stack(recent).tolist(), done - len(recent)):
         if not math.isfinite(loss) or not (math.isfinite(norm) or run.machine.may_skip()):
             raise MixmagError(
@@ -1305,6 +1239,7 @@ PREDICTORS = {
     "mixture": "mixture of them, 5 weights a magnification",
     "kriging": "kriging, and the mixture for the rest",
     "model": "**mixing encoder**",
+    "least": "least possible (synthetic)",
 }
 
 
@@ -1320,98 +1255,92 @@ class Yardsticks:
 
     def __init__(self, dataset, mean: torch.Tensor, windows: int = 1024, directions: int = 96):
         """mean (K, D). dataset: RegionDataset of the training slides."""
-        self.geometry = dataset.geometry
-        self.level = self.geometry.level()
         self.mean = mean
+        self.level = dataset.geometry.level()
         same = self.level[:, None] == self.level
-        related = [*self.geometry.relatives().values(), same, torch.ones_like(same)]
+        related = [*dataset.geometry.relatives().values(), same, torch.ones_like(same)]
         self.related = torch.stack(related).float()  # (5, N, N)
         count = min(windows, 4 * len(dataset))
-        parts = [range(i, min(i + 16, count)) for i in range(0, count, 16)]
-        self.fit_mixture(dataset, parts[:16], directions)
-        self.fit_kriging(dataset, parts)
+        self.fit_mixture(dataset, min(count, 256), directions)
+        self.fit_kriging(dataset, count)
 
-    def deviations(self, x, valid=None) -> torch.Tensor:
-        """x (B, N, D) -> (B, N, D), 0 at invalid tokens."""
+    def deviations(self, x, removed, valid=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """y (B, N, D), 0 at invalid tokens, and visible (B, N): 1 where a token is given."""
         y = torch.nn.functional.normalize(x.float(), dim=-1) - self.mean[self.level]
-        return y if valid is None else y.masked_fill(~valid[..., None], 0)
+        valid = torch.ones_like(y[..., 0]) if valid is None else valid.float()
+        return y * valid[..., None], valid.scatter(1, removed, 0.0)
 
-    def visible(self, removed, valid=None) -> torch.Tensor:
-        """(B, N) float: 1 where a token is given."""
-        given = torch.ones(len(removed), self.geometry.num_tokens).scatter(1, removed, 0.0)
-        return given if valid is None else given * valid
+    def read(self, dataset, count: int):
+        """Yields y, visible and removed of the first `count` windows, 16 at a time."""
+        for i in progress(range(0, count, 16), desc="yardsticks", leave=False):
+            batch = dataset.batch(range(i, min(i + 16, count)))
+            y, visible = self.deviations(batch["x"], batch["removed"], batch["valid"])
+            yield y, visible, batch["removed"]
 
-    def relative_means(self, y, removed, visible) -> torch.Tensor:
+    def relative_means(self, y, visible, removed) -> torch.Tensor:
         """(5, B, M, D): mean deviations of the visible parent, children, neighbours, tokens of the
         same magnification, and all; 0 where none is visible."""
         weight = self.related[:, removed] * visible[:, None]  # (5, B, M, N)
         return weight @ y / weight.sum(-1, keepdim=True).clamp(min=1)
 
-    def fit_mixture(self, dataset, parts, directions: int) -> None:
+    def fit_mixture(self, dataset, count: int, directions: int) -> None:
         """weights (K, 5) by least squares, and basis (D, P), the first principal directions."""
-        K = self.geometry.levels
-        gram = torch.zeros(K, 5, 5)
-        right = torch.zeros(K, 5)
+        gram = torch.zeros(len(self.mean), 6, 6)
         sample = []
-        for part in progress(parts, desc="yardsticks", leave=False):
-            batch = dataset.batch(part)
-            y = self.deviations(batch["x"], batch["valid"])
-            removed = batch["removed"]
-            visible = self.visible(removed, batch["valid"])
-            means = self.relative_means(y, removed, visible)
-            target = mixmag.take(y, removed)
-            for k in range(K):
-                of_level = self.level[removed] == k
-                a = means[:, of_level].flatten(1)  # (5, tokens * D)
+        for y, visible, removed in self.read(dataset, count):
+            means = self.relative_means(y, visible, removed)
+            columns = torch.cat([means, mixmag.take(y, removed)[None]])  # (6, B, M, D)
+            for k in range(len(gram)):
+                a = columns[:, self.level[removed] == k].flatten(1)  # (6, tokens * D)
                 gram[k] += a @ a.T
-                right[k] += a @ target[of_level].flatten()
             sample.append(y.flatten(0, 1)[::7])
+        inner = gram[:, :5, :5]
         # one relative may tell nothing new, such as the only token of a magnification
-        ridge = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean() * torch.eye(5)
-        self.weights = torch.linalg.solve(gram + ridge, right)
+        ridge = 1e-6 * inner.diagonal(dim1=1, dim2=2).mean() * torch.eye(5)
+        self.weights = torch.linalg.solve(inner + ridge, gram[:, :5, 5])
         tokens = torch.cat(sample)
-        P = min(directions, *tokens.shape)
-        self.basis = torch.pca_lowrank(tokens, P, center=False)[2]
+        self.basis = torch.pca_lowrank(tokens, min(directions, *tokens.shape), center=False)[2]
 
-    def fit_kriging(self, dataset, parts) -> None:
+    def fit_kriging(self, dataset, count: int) -> None:
         """covariance (P, N, N) of places along each direction, equal for all turns."""
         N = len(self.level)
         total = torch.zeros(self.basis.shape[1], N, N)
-        for part in progress(parts, desc="yardsticks", leave=False):
-            batch = dataset.batch(part)
-            z = (self.deviations(batch["x"], batch["valid"]) @ self.basis).permute(2, 1, 0)
-            total += z @ z.transpose(1, 2)  # (P, N, N)
-        turns = self.geometry.dihedral()
-        covariance = torch.stack([total[:, turn][:, :, turn] for turn in turns]).mean(0)
-        covariance /= sum(len(part) for part in parts)
+        for y, _, _ in self.read(dataset, count):
+            z = (y @ self.basis).permute(2, 1, 0)  # (P, N, B)
+            total += z @ z.transpose(1, 2)
+        turned = [total[:, turn][:, :, turn] for turn in dataset.geometry.dihedral()]
+        covariance = torch.stack(turned).mean(0) / count
         noise = 0.01 * covariance.diagonal(dim1=1, dim2=2).mean(1)  # (P,)
         self.covariance = covariance + noise[:, None, None] * torch.eye(N)
 
     def predict(self, x, removed, valid=None) -> dict[str, torch.Tensor]:
         """name -> (B, M, D)."""
-        y = self.deviations(x, valid)
-        visible = self.visible(removed, valid)
-        means = self.relative_means(y, removed, visible)
+        y, visible = self.deviations(x, removed, valid)
+        means = self.relative_means(y, visible, removed)
+        parent, children, neighbours, _, shift = means
         level = self.level[removed]
-        gates = self.weights[level].permute(2, 0, 1)[..., None]  # (5, B, M, 1)
-        mixture = (gates * means).sum(0)
-        added = {"mean": torch.zeros_like(mixture), "shift": means[4]}
-        added |= {"parent": means[0], "children": means[1], "neighbours": means[2]}
-        added |= {"mixture": mixture, "kriging": self.krige(y, removed, visible, mixture)}
+        mixture = torch.einsum("bmw,wbmd->bmd", self.weights[level], means)
+        added = {
+            "mean": torch.zeros_like(shift),
+            "shift": shift,
+            "parent": parent,
+            "children": children,
+            "neighbours": neighbours,
+            "mixture": mixture,
+            "kriging": mixture + self.krige(y, visible, removed, mixture),
+        }
         return {name: self.mean[level] + part for name, part in added.items()}
 
-    def krige(self, y, removed, visible, rest) -> torch.Tensor:
-        """rest (B, M, D), with the conditional mean along the principal directions."""
-        kept = mixmag.complement(removed, y.shape[1])
-        z = y @ self.basis  # (B, N, P)
+    def krige(self, y, visible, removed, start) -> torch.Tensor:
+        """(B, M, D): from `start` to the conditional mean along the principal directions."""
         predicted = []
-        for b in range(len(y)):
-            unknown = 1e6 * self.covariance.amax() * (1 - visible[b, kept[b]])  # invalid tokens
-            inner = self.covariance[:, kept[b]][:, :, kept[b]] + torch.diag(unknown)
-            solved = torch.linalg.solve(inner, z[b, kept[b]].T)  # (P, n)
-            across = self.covariance[:, removed[b]][:, :, kept[b]]  # (P, M, n)
-            predicted.append((across @ solved[..., None]).squeeze(-1).T)
-        return rest + (torch.stack(predicted) - rest @ self.basis) @ self.basis.T
+        for z, given, wanted in zip(y @ self.basis, visible, removed, strict=True):  # z (N, P)
+            seen = given.nonzero().flatten()  # (n,)
+            inner = self.covariance[:, seen][:, :, seen]
+            across = self.covariance[:, wanted][:, :, seen]  # (P, M, n)
+            solved = torch.linalg.solve(inner, z[seen].T)  # (P, n)
+            predicted.append(torch.einsum("pmn,pn->mp", across, solved))
+        return (torch.stack(predicted) - start @ self.basis) @ self.basis.T
 
 
 HELD_OUT_WINDOWS = 512  # at most so many are measured, evenly spread
@@ -1427,21 +1356,21 @@ def held_out_windows(config, geometry, slide_ids) -> data.RegionDataset | None:
     return dataset if len(dataset) else None
 
 
-def held_out_losses(dataset, predict, batch_size: int = 16) -> dict[str, list]:
+def held_out_losses(dataset, predict) -> dict[str, list]:
     """predictor -> (K,) mean of 1 - cosine on the removed tokens of the windows of `dataset`.
 
     predict: a function of x, removed, valid that gives predictor -> (B, M, D).
     """
-    sums: dict = {}
+    sums: dict = defaultdict(float)
     count = min(len(dataset), HELD_OUT_WINDOWS)
     chosen = np.linspace(0, len(dataset) - 1, count).astype(int)
-    for start in range(0, count, batch_size):  # short, so no signal interrupts it
-        batch = dataset.batch(chosen[start : start + batch_size])
+    for start in range(0, count, 16):  # short, so no signal interrupts it
+        batch = dataset.batch(chosen[start : start + 16])
         given = batch["x"], batch["removed"], batch["valid"]
         target = mixmag.take(batch["x"], batch["removed"])
         for name, pred in predict(*given).items():
             found = mixmag.level_losses(dataset.geometry, pred, target, *given[1:])
-            sums[name] = sums.get(name, 0) + torch.stack(found).double()
+            sums[name] += torch.stack(found).double()
     return {name: (total / count).tolist() for name, (total, count) in sums.items()}
 
 
@@ -1465,14 +1394,12 @@ def markdown(titles: list, rows: list) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def format_losses(losses: dict, magnifications, least: dict | None) -> str:
-    """A Markdown table of `held_out_losses`, with the least loss of a synthetic cohort."""
-    named = {title: losses[name] for name, title in PREDICTORS.items()}
-    if least:
-        named["least possible (synthetic)"] = [least[str(m)] for m in magnifications]
+def format_losses(losses: dict, magnifications) -> str:
+    """A Markdown table of `held_out_losses`."""
     rows = []
-    for title, values in named.items():
-        rows.append([title, *(f"{value:.3f}" for value in (*values, np.mean(values)))])
+    for name, values in losses.items():
+        numbers = [f"{value:.3f}" for value in (*values, np.mean(values))]
+        rows.append([PREDICTORS[name], *numbers])
     titles = ["predictor of the removed tokens", *(f"{m}x" for m in magnifications), "all"]
     return markdown(titles, rows)
 
@@ -1527,13 +1454,7 @@ def check_same_encoder(run, tile_encoder: str, config: mixmag.Config, slide) -> 
 
 def finish_pretraining(config, run: Run, model, slides, directions, held_out, facts) -> None:
     """Measure the loss on held-out slides, draw the curve, write SUMMARY.md and result.json.
-
-    slides: those of training, directions (K, D) their means: the yardsticks are fitted on them.
-    """
-    folder = Path(config.data)
-    cohort = data.synthetic_facts(folder)
-    least = cohort.get("least_mem_loss")
-    title = "synthetic cohort" if cohort else str(folder)
+    The yardsticks are fitted on `slides`, those of training, with their `directions` (K, D)."""
     text = "no held-out window: the loss was not measured on unseen slides"
     losses: dict = {}
     magnifications = model.config.magnifications
@@ -1542,20 +1463,17 @@ def finish_pretraining(config, run: Run, model, slides, directions, held_out, fa
         trained = pretraining_windows(plain, slides, held_out.geometry, run.machine)
         losses = held_out_losses(held_out, Yardsticks(trained, directions).predict)
         losses["model"] = model_losses(model, held_out, run.machine)
-        table = format_losses(losses, magnifications, least)
+        words = verdict(run, losses, magnifications)
+        if least := data.synthetic_facts(config.data).get("least_mem_loss"):
+            losses["least"] = list(least.values())
         windows = min(len(held_out), HELD_OUT_WINDOWS)
-        measured = f"Measured on {windows} regions of {len(held_out.slides)} slides."
-        text = f"{table}\n\n{measured} {verdict(run, losses, magnifications)}"
-        if not data.task_names(folder):
-            text += (
-                "\n\nNo task table says which slides are of one patient: they may be on both sides."
-            )
-    heading = f"# {run.folder.name}: loss (1 - cosine) on held-out slides, {title}"
+        text = f"{format_losses(losses, magnifications)}\n\n"
+        text += f"Measured on {windows} regions of {len(held_out.slides)} slides. {words}"
+        if not data.task_names(config.data):
+            text += "\n\nNo task table says which slides are of one patient: some may be in both."
+    heading = f"# {run.folder.name}: loss (1 - cosine) on held-out slides of {config.data}"
     data.write_text(run.folder / "SUMMARY.md", f"{heading}\n\n{text}\n")
-    try:
-        draw_curve(run, losses, magnifications, least, title)
-    except Exception as error:  # a picture never costs a result
-        log(f"WARNING: no curve.png ({type(error).__name__}: {one_line(error)})")
+    draw_curve(run, losses, magnifications, config.data)
     result = {"kind": "pretrain", **facts, "held_out": losses or None}
     data.write_json(run.folder / "result.json", result)
     print(text)
@@ -1582,11 +1500,10 @@ def verdict(run: Run, losses: dict, magnifications) -> str:
 def own_style(draw: Callable) -> Callable:
     """`draw` with matplotlib's own settings: a user's matplotlibrc may ask for LaTeX."""
 
-    @functools.wraps(draw)
     def drawn(*args):
         from matplotlib import style
 
-        with style.context("default"):
+        with style.context(["default", {"axes.spines.top": False, "axes.spines.right": False}]):
             draw(*args)
 
     return drawn
@@ -1597,10 +1514,7 @@ def plot(width: float = 6.4, height: float = 3.6, **grid):
     from matplotlib.figure import Figure  # without pyplot: no display and nothing global
 
     figure = Figure((width, height), layout="constrained")
-    axes = figure.subplots(**grid)
-    for axis in np.ravel(axes):
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return figure, figure.subplots(**grid)
 
 
 def save_figure(figure, path) -> None:
@@ -1609,7 +1523,7 @@ def save_figure(figure, path) -> None:
 
 
 @own_style
-def draw_curve(run: Run, losses: dict, magnifications, least: dict | None, title: str) -> None:
+def draw_curve(run: Run, losses: dict, magnifications, title: str) -> None:
     """RUN/curve.png: the loss of each magnification, and the predictors that need no network."""
     figure, axis = plot()
     for m in magnifications:
@@ -1620,9 +1534,9 @@ def draw_curve(run: Run, losses: dict, magnifications, least: dict | None, title
             label = f"{name}, held out"
             axis.axhline(np.mean(losses[name]), color="black", ls=style, lw=1, label=label)
         axis.plot(*run.curve("held_out"), "o-", color="crimson", label="encoder, held out")
-    if least:
-        bound = np.mean(list(least.values()))
-        axis.axhline(bound, color="grey", lw=3, alpha=0.4, label="least possible")
+    if "least" in losses:
+        least = np.mean(losses["least"])
+        axis.axhline(least, color="grey", lw=3, alpha=0.4, label="least possible")
     axis.set(xlabel="optimizer step", ylabel="1 - cosine at removed tokens")
     axis.set_title(f"{run.folder.name}, {title}", parse_math=False)
     axis.legend(fontsize=7, frameon=False, ncols=2)
@@ -2203,39 +2117,28 @@ def demo(folder, out, seed: int, device: str) -> int:
 # ------------------------------------------------------------------------------------------- doctor
 
 
-def runs_on(code: str, capability: tuple) -> bool:
-    """Whether code such as sm_86, or compute_86 to be translated, runs on a GPU of (8, 6)."""
-    major, minor = divmod(int(re.sub(r"\D", "", code)), 10)
-    if code.startswith("compute"):
-        return (major, minor) <= capability
-    return major == capability[0] and minor <= capability[1]
-
-
 def doctor() -> int:
     """Versions, device, threads, precision, free disk. A WARNING says what to mend."""
-    print(f"{'python':18s} {sys.version.split()[0]}")
+    facts: dict = {}
+    facts["python"] = sys.version.split()[0]
+    facts["OpenSlide library"] = data.openslide_version()
     requirements = Path(__file__).with_name("requirements.txt").read_text("utf-8")
     for package in re.findall(r"^[\w-]+", requirements, re.MULTILINE):
         try:
-            print(f"{package:18s} {importlib.metadata.version(package)}")
+            facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            print(f"WARNING: {package} is missing: pip install -r requirements.txt")
-    print(f"{'OpenSlide library':18s} {data.openslide_version()}")
+            facts[package] = "WARNING: missing; pip install -r requirements.txt"
     for preset in PRESETS:
         machine = start_machine(width=preset_width(preset))
-        print(f"{'preset ' + preset:18s} {machine}, {torch.get_num_threads()} threads")
-    print(f"{'bf16 instructions':18s} {torch.cpu._is_avx512_bf16_supported()}")
-    for i in range(torch.cuda.device_count()):
-        capability = torch.cuda.get_device_capability(i)
-        print(f"{f'cuda:{i}':18s} {torch.cuda.get_device_name(i)}, capability {capability}")
-        if not any(runs_on(code, capability) for code in torch.cuda.get_arch_list()):
-            print(f"WARNING: torch {torch.__version__} has no code for it; install another build")
+        facts[f"preset {preset}"] = f"{machine}, {torch.get_num_threads()} threads"
+    facts["bf16 instructions"] = torch.cpu._is_avx512_bf16_supported()
+    for i in range(torch.cuda.device_count()):  # torch itself warns of a card it has no code for
+        facts[f"cuda:{i}"] = torch.cuda.get_device_name(i)
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
-        print(f"WARNING: torch {torch.__version__} sees no GPU here; it may be of another CUDA")
-    free = shutil.disk_usage(Path.cwd()).free / 2**30
-    print(f"{'free disk':18s} {free:.1f} GiB")
-    if free < 2:
-        print("WARNING: checkpoints and slide files may not fit on this disk")
+        facts["cuda"] = "WARNING: torch sees no GPU here; it may be of another CUDA"
+    facts["free disk"] = f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB"
+    for name, value in facts.items():
+        print(f"{name:18s} {value}")
     return 0
 
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,6 @@ import types
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, run
 from sklearn.metrics import roc_auc_score
 
@@ -145,22 +145,6 @@ def test_demo_wants_its_own_task(cohort, tmp_path):
     assert "{'gastric_her2'}: no such row or task" in err
 
 
-@pytest.mark.parametrize(
-    "code, runs",
-    [("sm_80", True), ("sm_86", True), ("sm_89", False), ("sm_75", False), ("sm_90a", False)]
-    + [("compute_75", True), ("compute_86", True), ("compute_90", False)],
-)
-def test_doctor_says_when_torch_has_no_code_for_the_card(monkeypatch, capsys, code, runs):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (8, 6))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "A card")
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_50", code])
-    train.doctor()
-    out = capsys.readouterr().out
-    assert "A card, capability (8, 6)" in out
-    assert ("has no code for it" in out) != runs
-
-
 def test_doctor_names_what_is_there_and_what_is_missing(monkeypatch, capsys):
     versions = {"torch": "1.2.3"}
     monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
@@ -169,5 +153,5 @@ def test_doctor_names_what_is_there_and_what_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: disk)
     assert train.doctor() == 0
     out = capsys.readouterr().out
-    for text in ("1.2.3", "WARNING: h5py is missing", "1.0 GiB", "WARNING: checkpoints"):
-        assert text in out
+    for pattern in ("torch +1.2.3", "h5py +WARNING: missing; pip", "free disk +1.0 GiB"):
+        assert re.search(pattern, out)
