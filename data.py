@@ -2140,8 +2140,8 @@ def import_command(args) -> int:
 #                first, and half of them the second, as often but in other regions;
 #     adjacent   the same with two patterns of one magnification, in tiles side by side.
 # How many cells show them, and how strongly, differs from slide to slide. STRENGTH was set before
-# any mixing encoder was run: at quick scale (seeds 1, 2) AB-MIL on the best magnification has a test
-# AUROC of .77 to .88 (alone) or .56 to .69, one who knows all but noise and label .975 or more.
+# any mixing encoder was run. At quick scale (seeds 1, 2) AB-MIL on the best magnification has a
+# test AUROC of .77 to .88 (alone) or .56 to .69; one who knows all but noise and label has .975.
 MECHANISMS = {  # rule, (magnification index, pattern), (magnification index, pattern), in words
     "breast_cdh1": ("alone", (2, 0), (2, 0), "a 20x pattern: visible at 20x only"),
     "bladder_fgfr": ("alone", (1, 0), (1, 0), "a 10x pattern: visible at 10x only"),

@@ -543,7 +543,7 @@ def finetune(config: FinetuneConfig) -> dict:
 
 def adopt_encoder_settings(config: FinetuneConfig) -> FinetuneConfig:
     """The config with an encoder, and with the preset and region of that encoder."""
-    init = config.init or str(newest_pretraining())
+    init = config.init or str(newest_pretraining(config))
     known: dict = {}
     if is_pretrained(init):
         known = data.read_json(encoder_folder(init) / "config.json")
@@ -1079,16 +1079,22 @@ def ensure_data(path, machine: Machine | None = None) -> Path:
     return folder
 
 
-def newest_pretraining() -> Path:
-    """The newest finished pretraining run under runs/."""
+def newest_pretraining(config: FinetuneConfig) -> Path:
+    """The newest finished pretraining run under runs/ whose encoder fits DATA."""
+    advice = "run `python train.py pretrain`, or give --init RUN, --init random or --init none"
     results = Path("runs").glob("*/result.json")
     finished = [path for path in results if data.read_json(path).get("kind") == "pretrain"]
     if not finished:
-        advice = "run `python train.py pretrain`, or give --init RUN, --init random or --init none"
         raise MixmagError(f"no finished pretraining run under runs/; {advice}")
-    newest = max(finished, key=lambda path: path.stat().st_mtime).parent
-    log(f"--init {newest}: the newest pretraining run")
-    return newest
+    folder = ensure_data(config.data, start_machine(config.device))
+    wanted = data.embedding_signature(data.read_slide(data.slide_paths(folder)[0]))
+    for path in sorted(finished, key=lambda path: -path.stat().st_mtime):
+        known = data.read_json(encoder_folder(path.parent) / "config.json")
+        model = known["model"]
+        if data.signature(known["tile_encoder"], model["dim"], model["magnifications"]) == wanted:
+            log(f"--init {path.parent}: the newest pretraining run that fits {folder}")
+            return path.parent
+    raise MixmagError(f"no pretraining run under runs/ fits {folder} ({wanted}); {advice}")
 
 
 # ------------------------------------------------------------------------- measuring, export, curve
@@ -1139,21 +1145,34 @@ def region_flops(config: mixmag.Config, M: int) -> int:
     return counter.get_total_flops()
 
 
+def region_bytes(config: mixmag.Config, M: int, size: int) -> int:
+    """Memory that MEM keeps of a region for backward. size: bytes of a number in autocast.
+
+    A block keeps its two sums in fp32, and of each token six vectors of its width (two norms, q, k,
+    v, attention) and four of the gated layer's.
+    """
+    N = config.geometry().num_tokens
+    n = N - M + config.cls_tokens
+    total = (N + n) * config.dim * 4 + M * config.dim * 24  # inputs, and the cosine's vectors
+    for width, tokens, depth in (
+        (config.width, n, config.depth),
+        (config.decoder_width, n + M, config.decoder_depth),
+    ):
+        of_token = 8 * width + size * (6 * width + 4 * mixmag.swiglu_width(width))
+        total += depth * tokens * of_token
+    return total
+
+
 def micro_batch_size(config, model, dataset, machine) -> int:
-    """auto: what a GPU holds by a trial of 32 regions, with a fifth of its memory to spare."""
+    """auto: as many regions as a GPU holds, with a fifth of its memory to spare."""
     if config.micro_batch != "auto":
         return config.micro_batch
     if machine.device.type != "cuda":
         return 64
     free, _ = torch.cuda.mem_get_info(machine.device)
     free -= 12 * sum(p.numel() for p in model.parameters())  # gradients, AdamW's two moments
-    before = torch.cuda.memory_allocated(machine.device)
-    torch.cuda.reset_peak_memory_stats(machine.device)
-    with torch.compiler.set_stance("force_eager"):
-        mem_step(model, [dataset.batch(range(32))], 32, machine)
-    model.zero_grad(set_to_none=True)
-    of_region = (torch.cuda.max_memory_allocated(machine.device) - before) / 32
-    torch.cuda.empty_cache()
+    size = 2 if machine.dtype else 4
+    of_region = dataset.views * region_bytes(model.config, dataset.removed_tokens, size)
     fits = int(0.8 * free / of_region)
     return max(1, fits // 64 * 64 or fits)
 
@@ -1455,6 +1474,8 @@ def check_same_encoder(run, tile_encoder: str, config: mixmag.Config, slide) -> 
 def finish_pretraining(config, run: Run, model, slides, directions, held_out, facts) -> None:
     """Measure the loss on held-out slides, draw the curve, write SUMMARY.md and result.json.
     The yardsticks are fitted on `slides`, those of training, with their `directions` (K, D)."""
+    cohort = data.synthetic_facts(config.data)
+    title = f"{config.data}, synthetic" if cohort else config.data
     text = "no held-out window: the loss was not measured on unseen slides"
     losses: dict = {}
     magnifications = model.config.magnifications
@@ -1464,19 +1485,19 @@ def finish_pretraining(config, run: Run, model, slides, directions, held_out, fa
         losses = held_out_losses(held_out, Yardsticks(trained, directions).predict)
         losses["model"] = model_losses(model, held_out, run.machine)
         words = verdict(run, losses, magnifications)
-        if least := data.synthetic_facts(config.data).get("least_mem_loss"):
-            losses["least"] = list(least.values())
+        if cohort:
+            losses["least"] = list(cohort["least_mem_loss"].values())
         windows = min(len(held_out), HELD_OUT_WINDOWS)
         text = f"{format_losses(losses, magnifications)}\n\n"
         text += f"Measured on {windows} regions of {len(held_out.slides)} slides. {words}"
         if not data.task_names(config.data):
             text += "\n\nNo task table says which slides are of one patient: some may be in both."
-    heading = f"# {run.folder.name}: loss (1 - cosine) on held-out slides of {config.data}"
+    heading = f"# {run.folder.name}: loss (1 - cosine) on held-out slides of {title}"
     data.write_text(run.folder / "SUMMARY.md", f"{heading}\n\n{text}\n")
-    draw_curve(run, losses, magnifications, config.data)
     result = {"kind": "pretrain", **facts, "held_out": losses or None}
     data.write_json(run.folder / "result.json", result)
     print(text)
+    draw_curve(run, losses, magnifications, title)  # last: a picture never costs a result
 
 
 def verdict(run: Run, losses: dict, magnifications) -> str:
@@ -2132,8 +2153,12 @@ def doctor() -> int:
         machine = start_machine(width=preset_width(preset))
         facts[f"preset {preset}"] = f"{machine}, {torch.get_num_threads()} threads"
     facts["bf16 instructions"] = torch.cpu._is_avx512_bf16_supported()
-    for i in range(torch.cuda.device_count()):  # torch itself warns of a card it has no code for
+    for i in range(torch.cuda.device_count()):
         facts[f"cuda:{i}"] = torch.cuda.get_device_name(i)
+        try:
+            torch.ones(1, device=f"cuda:{i}").add(1).item()
+        except RuntimeError as error:  # this torch has no code for this card, for instance
+            facts[f"cuda:{i}"] += f" WARNING: {one_line(error)}; install another build of torch"
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
         facts["cuda"] = "WARNING: torch sees no GPU here; it may be of another CUDA"
     facts["free disk"] = f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB"

@@ -560,6 +560,7 @@ def gpu_steps(config, batch: int, sizes: tuple, rate: float, machine):
     """`products`: what the useful FLOPs would take as plain matrix products."""
     M = mixmag.removal_count(config.geometry().num_tokens, 0.5)
     flops = train.region_flops(config, M)
+    size = 2 if machine.dtype else 4
     runs = [(micro, 1, False) for micro in sizes]
     runs += [(micro, 1, True) for micro in sizes[1:4]]
     runs += [(sizes[1], 2, False), (sizes[1], 2, True)]
@@ -579,7 +580,8 @@ def gpu_steps(config, batch: int, sizes: tuple, rate: float, machine):
         seconds, held = found
         regions = batch * views / seconds
         yield name, regions, "regions", regions * flops / rate, "products", 0.45
-        yield "  memory", held, "GB", 1e3 * held / (micro * views), "MB/region", 1
+        formula = micro * views * train.region_bytes(config, M, size) / 1e9
+        yield "  memory", held, "GB", held / formula, "formula", 1
     for compiled in (False, True):
         step = training_step(config, sizes[1], sizes[1], machine, compiled=compiled)
         step()

@@ -1,6 +1,7 @@
 """Schedule, steps, runs and commands of training.     python -m pytest tests/test_train.py"""
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -337,19 +338,18 @@ def test_flops_are_those_of_the_formulas():
 
 
 def test_micro_batch_is_what_a_gpu_holds(monkeypatch):
-    """A GPU of 80 GB, of which the trial's 32 regions took 1.28."""
+    """An H200 held 84.9 GB in a step of 2,048 regions, 3.2 of them weights and the batch itself."""
+    config = mixmag.Config.paper()
+    assert 2048 * train.region_bytes(config, 94, size=2) == pytest.approx(81.7e9, rel=0.03)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80e9, 80e9))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1e9)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2.28e9)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    tried = []
-    monkeypatch.setattr(train, "mem_step", lambda *arguments: tried.append(arguments[1:3]))
-    model = mixmag.MaskedEmbeddingModel(mixmag.Config.small(8))
-    dataset = types.SimpleNamespace(batch=list)
-    machine = types.SimpleNamespace(device=torch.device("cuda"))
+    model = mixmag.MaskedEmbeddingModel(mixmag.Config.small(1280))
+    model.config = config
+    dataset = types.SimpleNamespace(removed_tokens=94, views=1)
+    machine = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
     auto = train.PretrainConfig()
-    assert train.micro_batch_size(auto, model, dataset, machine) == 1536  # 1599 fit
-    assert tried == [([list(range(32))], 32)]
+    assert train.micro_batch_size(auto, model, dataset, machine) == 1600
+    dataset.views = 2
+    assert train.micro_batch_size(auto, model, dataset, machine) == 768
     assert train.micro_batch_size(train.PretrainConfig(micro_batch=7), model, dataset, machine) == 7
     assert train.micro_batch_size(auto, model, dataset, train.start_machine("cpu")) == 64
 
@@ -570,14 +570,28 @@ def test_the_same_data_elsewhere_is_the_same_run(runs, cohort, tmp_path):
     assert "inputs_sha256" in err
 
 
-def test_the_newest_encoder_is_taken_and_named(tmp_path, monkeypatch, capsys):
+def finished_pretraining(folder, time, **changes):
+    """What newest_pretraining looks at."""
+    (folder / "encoder").mkdir(parents=True)
+    model = {"dim": 64, "magnifications": [5, 10, 20]}
+    known = {"tile_encoder": f"synthetic-{data.SYNTHETIC}-3", "model": {**model, **changes}}
+    data.write_json(folder / "encoder/config.json", known)
+    (folder / "encoder/model.safetensors").touch()
+    data.write_json(folder / "result.json", {"kind": "pretrain"})
+    os.utime(folder / "result.json", (time, time))
+
+
+def test_the_newest_encoder_that_fits_is_taken_and_named(cohort, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name, kind, time in (("old", "pretrain", 0), ("new", "pretrain", 1), ("t", "finetune", 2)):
-        path = Path("runs") / name / "result.json"
-        data.write_json(path, {"kind": kind})
-        os.utime(path, (time, time))
-    assert train.newest_pretraining() == Path("runs/new")
-    assert "--init runs/new: the newest" in capsys.readouterr().err
+    config = train.FinetuneConfig(task="skin_braf", data=str(cohort))
+    finished_pretraining(tmp_path / "runs/wide", 3, dim=1280)
+    finished_pretraining(tmp_path / "runs/other", 2, magnifications=[10, 20])
+    with pytest.raises(MixmagError, match="no pretraining run .* fits .*width 64"):
+        train.newest_pretraining(config)
+    finished_pretraining(tmp_path / "runs/old", 0)
+    finished_pretraining(tmp_path / "runs/fits", 1)
+    assert train.newest_pretraining(config) == Path("runs/fits")
+    assert "--init runs/fits: the newest" in capsys.readouterr().err
 
 
 def test_a_synthetic_cohort_of_an_earlier_version_is_refused(tmp_path):
@@ -606,13 +620,18 @@ def test_what_the_tables_leave_out_is_said(cohort, copy_of):
     assert "finetune will refuse fold0: 1 of its slides are used" in text
 
 
-def test_pictures_are_drawn_with_matplotlibs_own_settings(cohort, tmp_path):
-    """A user's matplotlibrc may ask for LaTeX."""
-    config = train.PretrainConfig(data=str(cohort), out=str(tmp_path), steps=2, batch_size=2)
+def test_a_picture_costs_no_result(cohort, tmp_path, monkeypatch):
+    """A user's matplotlibrc may ask for LaTeX; where drawing fails, the run is done."""
+    config = train.PretrainConfig(data=str(cohort), out=str(tmp_path / "a"), steps=2, batch_size=2)
     with matplotlib.rc_context({"text.usetex": True}):
         train.pretrain(config)
         assert matplotlib.rcParams["text.usetex"]
-    assert (tmp_path / "curve.png").exists()
+    assert (tmp_path / "a" / "curve.png").exists()
+    monkeypatch.setattr(train, "plot", lambda: 1 / 0)
+    again = dataclasses.replace(config, out=str(tmp_path / "b"))
+    with pytest.raises(ZeroDivisionError):
+        train.pretrain(again)
+    assert train.pretrain(again)["steps"] == 2
 
 
 def test_a_checkpoint_without_a_config_is_not_taken_up(runs, cohort, tmp_path):
