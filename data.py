@@ -35,7 +35,7 @@ import signal
 import sys
 import time
 import unicodedata
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -2505,9 +2505,10 @@ def clam_folds(rows: list[dict], folder: Path) -> None:
         pairs = itertools.product(read_csv(path, words), words)
         listed = [(line[word], word) for line, word in pairs if line[word]]
         split_of = dict(listed)
-        if len(listed) > len(split_of) or split_of.keys() != known:
-            wrong = min(split_of.keys() ^ known, default="one of them twice")
-            raise MixmagError(f"{path}: expected each slide of the table once; found {wrong}")
+        counts = Counter([*known, *(slide_id for slide_id, _ in listed)])
+        if wrong := [slide_id for slide_id, count in counts.items() if count != 2]:
+            names = ", ".join(sorted(wrong)[:3])
+            raise MixmagError(f"{path}: not once there and in the table: slide {names}")
         for row in rows:
             row[f"fold_{fold}"] = split_of[row["slide_id"]].replace("val", "tune")
 

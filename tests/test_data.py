@@ -4,12 +4,14 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import types
 import unicodedata
@@ -22,6 +24,8 @@ import safetensors
 import scipy.stats
 import torch
 from conftest import ROOT, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader, RandomSampler
 
@@ -383,7 +387,7 @@ def test_the_outcome_of_more_classes_equals_its_definition():
         outcome.metric([1, 1, 3], score[:3])
 
 
-# --------------------------------------------------------------------------------------------- folds
+# -------------------------------------------------------------------------------------------- folds
 
 
 def fold_table(folder, rows, name="t"):
@@ -404,7 +408,7 @@ def slides_in(cases, *splits):
     st.integers(2, 6),
     st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_no_case_is_on_both_sides_of_a_fold(cases, folds, seed):
     """Whatever the table: new folds test each case once, whole; carved tune cases follow from seed
     and ids alone; the same --fold and --seed leave them out of pretraining."""
@@ -415,8 +419,7 @@ def test_no_case_is_on_both_sides_of_a_fold(cases, folds, seed):
             rows += [(f"p{i}", f"p{i}-{s}", "abc"[label]) for s in range(slides)]
         data.write_csv(folder / "own.csv", ("case_id", "slide_id", "label"), rows)
         out = folder / "tasks" / "t.csv"
-        asked = types.SimpleNamespace(table=folder / "own.csv", out=out, label="label", clam=None)
-        data.split_command(types.SimpleNamespace(**vars(asked), folds=folds, seed=seed))
+        split(folder / "own.csv", "--folds", folds, "--seed", seed, "--out", out)
         (folder / "slides").mkdir()
         for _, slide_id, _ in rows:
             (folder / "slides" / f"{slide_id}.safetensors").touch()
@@ -494,61 +497,56 @@ def test_verify_looks_into_every_fold(tmp_path):
     assert f"{path}: line 6, case 'p1' is in two splits, test and train" in findings
 
 
-CLAM = ("train,val,test", "s0,s2,s1", "s3,,")
+def split(*arguments) -> None:
+    args = data.parse_command(["split", *map(str, arguments)], "data.py", "", data.COMMANDS)
+    assert args.function(args) == 0
+
+
+def test_patho_bench_tables_are_read(tmp_path):
+    """Tabs, the task's own column, val for tune; p0 has two slides."""
+    table = tmp_path / "k=all.tsv"
+    rows = ["case_id slide_id BRAF fold_0 fold_1", "p0 s0 0 train val", "p1 s1 1 test train"]
+    rows += ["p2 s2 2 val test", "p0 s3 0 train val"]
+    table.write_text("\n".join(rows).replace(" ", "\t"))
+    out = tmp_path / "tasks" / "t.csv"
+    split(table, "--label", "BRAF", "--out", out)
+    for fold, splits in enumerate((["train", "test", "tune"], ["tune", "train", "test"])):
+        cases = data.read_task(tmp_path, "t", fold)
+        assert [case.split for case in cases] == splits
+        assert [(case.label, case.slide_ids) for case in cases][0] == (0, ["s0", "s3"])
+    with pytest.raises(MixmagError, match="t.csv has fold_0, fold_1: no --clam or --folds"):
+        split(out, "--folds", 5, "--out", out)
+    table.write_text("\n".join(rows).replace(" ", "\t").replace("train\tval", "train\tlater", 1))
+    with pytest.raises(MixmagError, match="line 2, case 'p0': fold_1 is 'later', expected train"):
+        split(table, "--label", "BRAF", "--out", tmp_path / "new.csv")
+    assert not (tmp_path / "new.csv").exists()
 
 
 @pytest.mark.parametrize(
-    "files, expected",
+    "last, said",
     [
-        ({"k=all.tsv": ("gene", "train,val", "test,train", "val,test", "train,train")}, None),
-        ({"own.csv": ("label",), "clam/splits_0.csv": CLAM, "clam/splits_0_bool.csv": ()}, None),
-        ({"own.csv": ("label",), "clam/splits_0.csv": (*CLAM, "s2,,")}, "one of them twice"),
-        ({"own.csv": ("label",), "clam/splits_0.csv": (*CLAM, "s7,,")}, "once; found s7"),
-        ({"own.csv": ("label",), "clam/splits_0.csv": CLAM[:2]}, "once; found s3"),
-        ({"own.csv": ("label",), "clam/splits_1.csv": CLAM}, "splits_0.csv: cannot be read"),
-        ({"k=all.tsv": ("gene", "train,val", "test,train", "val,test", "then,train")}, "is 'then'"),
+        ("2,s3,,", ""),
+        ("2,s3,s2,", "splits_1.csv: not once there and in the table: slide s2"),
+        ("2,s3,,s9", "splits_1.csv: not once there and in the table: slide s9"),
+        ("2,,,", "splits_1.csv: not once there and in the table: slide s3"),
+        ("2,,s3,", "case 'p0' is in two splits, train and tune"),
     ],
 )
-def test_splits_of_other_tools_become_fold_columns(tmp_path, files, expected):
-    """Patho-Bench's k=all.tsv; CLAM's splits_0.csv, ... beside a table of labels."""
-    for name, lines in files.items():
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        if name.startswith("clam"):
-            path.write_text("\n".join(f"{i},{line}" for i, line in enumerate(lines)))
-            continue
-        mark = "\t" if path.suffix == ".tsv" else ","
-        folds = [f"fold_{i}" for i in range(2)] if mark == "\t" else []
-        rows = [["case_id", "slide_id", lines[0], *folds]]
-        for i in range(4):
-            rows.append(
-                [f"p{i % 3}", f"s{i}", str(i % 3), *"".join(lines[i + 1 : i + 2]).split(",")]
-            )
-        rows[4][3:] = rows[1][3:] if expected is None else rows[4][3:]  # p0 again
-        path.write_text("\n".join(mark.join(filter(None, row)) for row in rows))
-        label = lines[0]
-        table = path
-    clam = tmp_path / "clam" if (tmp_path / "clam").exists() else None
-    out = tmp_path / "tasks" / "t.csv"
-    flags = ["--out", str(out), "--label", label, *(["--clam", str(clam)] if clam else [])]
-    args = data.parse_command(["split", str(table), *flags], "data.py", "", data.COMMANDS)
-    if expected:
-        with pytest.raises(MixmagError, match=expected):
-            args.function(args)
-        assert not out.exists()
+def test_clam_splits_are_read(tmp_path, last, said):
+    """The columns of a file are lists of slides, padded with blanks."""
+    (tmp_path / "splits_0.csv").write_text(",train,val,test\n0,s1,s0,s2\n1,,s3,\n")
+    (tmp_path / "splits_1.csv").write_text(f",train,val,test\n0,s0,s2,s1\n{last}\n")
+    (tmp_path / "splits_0_bool.csv").write_text(",train,val,test\ns0,True,False,False\n")
+    table = tmp_path / "labels.csv"
+    table.write_text("case_id,slide_id,label\np0,s0,a\np1,s1,b\np2,s2,a\np0,s3,a\n")
+    command = (table, "--clam", tmp_path, "--out", tmp_path / "tasks" / "t.csv")
+    if said:
+        with pytest.raises(MixmagError, match=said):
+            split(*command)
         return
-    assert args.function(args) == 0
-    of_fold = data.read_task(tmp_path, "t", 0)
-    found = {case.case_id: (case.split, case.label) for case in of_fold}
-    if clam:
-        assert found == {"p0": ("train", 0), "p1": ("test", 1), "p2": ("tune", 2)}
-    else:
-        assert found == {"p0": ("train", 0), "p1": ("test", 1), "p2": ("tune", 2)}
-        assert [c.split for c in data.read_task(tmp_path, "t", 1)] == ["tune", "train", "test"]
-    args.folds = 3
-    args.table = out
-    with pytest.raises(MixmagError, match="t.csv has fold_0"):
-        args.function(args)
+    split(*command)
+    assert [case.split for case in data.read_task(tmp_path, "t", 0)] == ["tune", "train", "test"]
+    assert [case.split for case in data.read_task(tmp_path, "t", 1)] == ["train", "test", "tune"]
 
 
 @pytest.mark.parametrize(
