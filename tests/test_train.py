@@ -620,68 +620,63 @@ def folded(cohort, tmp_path):
     return tmp_path / "d"
 
 
-def test_a_fold_is_pretrained_and_tuned_without_its_cases(folded, tmp_path):
+def test_a_fold_is_pretrained_and_tuned_without_its_cases(folded, monkeypatch, capsys):
     """Three classes by name, from pretraining to predict and heatmap."""
-    _, err = run("train.py pretrain --data d", *QUICK_PRETRAIN, cwd=tmp_path, code=1)
-    assert "grade.csv: over its 2 folds every case may be tested; choose one with --fold K" in err
-    _, err = run("train.py pretrain --data d --fold 1", *QUICK_PRETRAIN, cwd=tmp_path)
+    monkeypatch.chdir(folded.parent)
+    pretraining = train.PretrainConfig(data="d", steps=2, batch_size=2)
+    with pytest.raises(MixmagError, match="over its 2 folds every case may be .* --fold K"):
+        train.pretrain(pretraining)
+    train.pretrain(dataclasses.replace(pretraining, fold=1))
     cases = data.read_task(folded, "grade", 1)
-    kept = [i for case in cases if case.split != "train" for i in case.slide_ids]
-    assert f"grade.csv leaves out {len(kept)}, such as {min(kept)}" in err
-    seen = {
-        i
-        for i, _ in table_rows(
-            tmp_path / "runs/mem-0.50-f1/encoder/slides.csv", ("slide_id", "role")
-        )
-    }
-    assert seen == {i for case in cases if case.split == "train" for i in case.slide_ids}
-    finetune = "train.py finetune --data d --task grade --init runs/mem-0.50-f1"
-    for flags in ("--fold 0", "--fold 1 --seed 5"):
-        _, err = run(f"{finetune} {flags}", cwd=tmp_path, code=1)
-        assert "of its tune or test cases" in err and "the same --fold and --seed" in err
-    _, err = run(finetune, cwd=tmp_path, code=1)
-    assert "no column split, found fold_0, fold_1; --fold K reads fold_K" in err
-    out, err = run(f"{finetune} --fold 1 --out f", *QUICK_FINETUNE, cwd=tmp_path)
-    assert "grade: classes high, low, medium; a score for each" in err
-    assert "mean over classes, each against the rest: test AUROC" in out
+    of_split = {split: [c for c in cases if c.split == split] for split in data.SPLITS}
+    unseen = [i for split in ("tune", "test") for case in of_split[split] for i in case.slide_ids]
+    said = f"grade.csv leaves out {len(unseen)}, such as {min(unseen)}"
+    assert said in capsys.readouterr().err
+    seen = table_rows("runs/mem-0.50-f1/encoder/slides.csv", ("slide_id",))
+    assert {i for (i,) in seen} == {i for case in of_split["train"] for i in case.slide_ids}
+    config = train.FinetuneConfig(
+        data="d", task="grade", init="runs/mem-0.50-f1", out="f", epochs=2
+    )
+    for other in ({"fold": 0}, {"fold": 1, "seed": 5}):
+        with pytest.raises(MixmagError, match="tune or test cases.* the same --fold and --seed"):
+            train.finetune(dataclasses.replace(config, **other))
+    with pytest.raises(MixmagError, match="no column split, found fold_0, fold_1; --fold K reads"):
+        train.finetune(config)
+    result = train.finetune(dataclasses.replace(config, fold=1))
+    assert "grade: classes high, low, medium; a score for each" in capsys.readouterr().err
+    assert result["classes"] == ["high", "low", "medium"]
     columns = ("score_high", "score_low", "score_medium")
-    rows = table_rows(tmp_path / "f/predictions.csv", ("case_id", "label", "split", *columns))
-    of_case = {case.case_id: case for case in cases}
+    rows = table_rows("f/predictions.csv", ("case_id", "label", "split", *columns))
     for split, name in (("test", "auroc"), ("tune", "tune_auroc")):
         mine = [row for row in rows if row[2] == split]
-        assert {row[0] for row in mine} == {i for i, c in of_case.items() if c.split == split}
+        assert [row[0] for row in mine] == [case.case_id for case in of_split[split]]
         scores = np.array([row[3:] for row in mine], float)
         by_sklearn = roc_auc_score([row[1] for row in mine], scores, multi_class="ovr")
-        result = json.loads((tmp_path / "f/result.json").read_text())
         assert result[name] == pytest.approx(by_sklearn, abs=1e-12)
-    assert result["classes"] == ["high", "low", "medium"]
-    run("train.py predict --run f", cwd=tmp_path)
-    scores = {
-        i: np.array(s, float)
-        for i, *s in table_rows(tmp_path / "f/predict.csv", ("slide_id", *columns))
+    assert train.predict("f") == 0
+    of_slide = {
+        i: np.array(s, float) for i, *s in table_rows("f/predict.csv", ("slide_id", *columns))
     }
-    for case_id, _, _, *found in rows:
-        of_slides = train.CASE_SCORES[result["case_score"]](
-            [scores[i] for i in of_case[case_id].slide_ids], axis=0
-        )
-        assert np.array(found, float) == pytest.approx(of_slides / of_slides.sum(), abs=1e-5)
+    rule = train.CASE_SCORES[result["case_score"]]
+    for row, case in zip(rows, of_split["tune"] + of_split["test"], strict=True):
+        expected = rule([of_slide[i] for i in case.slide_ids], axis=0)
+        assert np.array(row[3:], float) == pytest.approx(expected / expected.sum(), abs=1e-5)
     slide_id = cases[0].slide_ids[0]
-    out, _ = run("train.py heatmap --run f --slide", slide_id, cwd=tmp_path)
-    best = scores[slide_id].argmax()
-    assert f"{slide_id}: predicted class {['high', 'low', 'medium'][best]}" in out
-    assert f"score {scores[slide_id][best]:.3f}" in out
+    train.heatmap("f", slide_id)
+    best = of_slide[slide_id].argmax()
+    out = capsys.readouterr().out
+    assert f"{slide_id}: predicted class {result['classes'][best]}" in out
+    assert f"score {of_slide[slide_id][best]:.3f}" in out
 
 
-def test_a_class_that_a_split_lacks_is_named(folded, tmp_path):
+def test_a_class_that_a_split_lacks_is_named(folded):
     path = folded / "tasks" / "grade.csv"
-    text = path.read_text().splitlines()
-    text[1:3] = [line.replace("low", "hihg") for line in text[1:3]]  # a slip of one case
-    path.write_text("\n".join(text))
-    _, err = run(
-        "train.py finetune --data d --task grade --init none --fold 0", cwd=tmp_path, code=1
-    )
-    assert "labels ['high', 'low', 'medium']; two classes or more are needed, and all of" in err
-    assert "'hihg'" in err
+    lines = path.read_text().splitlines()
+    lines[1:3] = [line.replace("low", "hihg") for line in lines[1:3]]  # a slip in one case
+    path.write_text("\n".join(lines))
+    config = train.FinetuneConfig(data=str(folded), task="grade", init="none", fold=0)
+    with pytest.raises(MixmagError, match="'medium'.; two classes or more .* all of .*'hihg'"):
+        train.finetune(config)
 
 
 def test_a_picture_costs_no_result(cohort, tmp_path, monkeypatch, capsys):
