@@ -655,6 +655,7 @@ def readme_world(folder, cohort):
     """The folder in which README's commands are given: slides, a task, folders of TRIDENT."""
     rows = [(f"case {i}", f"S{i}", i % 2, data.SPLITS[i % 3]) for i in range(1, 7)]
     task(folder / "data" / "mine", rows, "msi")
+    data.write_csv(folder / "labels.csv", ("case_id", "slide_id", "label"), [r[:3] for r in rows])
     os.symlink(cohort, folder / "data" / "synthetic")
     (folder / "slides").mkdir()
     for i in range(1, 7):
@@ -691,7 +692,7 @@ def readme_run(cohort, tmp_path_factory):
 def test_every_command_of_the_readme_runs(readme_run):
     """Where one wants what is not at hand (a GPU, torchrun) its flags are parsed."""
     folder, ran = readme_run
-    commands = "demo pretrain finetune predict heatmap embed table tile import verify"
+    commands = "demo pretrain finetune predict heatmap embed table tile import split verify"
     assert ran.keys() >= set(commands.split())
     for made in ("runs/demo/SUMMARY.md", "embeddings/**/S1.h5", "runs/msi/heatmap/S1/*.png"):
         assert list(folder.glob(made)), made
