@@ -2578,8 +2578,7 @@ def table_findings(path: Path, slides: dict) -> tuple[list[Case], list[str]]:
         findings.append(f"{path}: {fault}")
     content = {}  # slide id -> sha256 of its features
     for slide_id in slide_ids:
-        slide = slides.get(slide_id)
-        if slide is not None and len(slide.cells):
+        if (slide := slides.get(slide_id)) and len(slide.cells):
             content[slide_id] = hashlib.sha256(slide.features).hexdigest()
     for column, fold in itertools.zip_longest(table.columns, table.folds):
         for fault in split_faults(table.in_fold(fold), content, table.classes):

@@ -2112,36 +2112,30 @@ def table(folder, out, rows, tasks, seeds, preset, steps, epochs, frozen_epochs,
 
 
 def train_cell(seed: int, row: str, task: str, out: Path, pretraining, finetuning) -> dict:
-    """Pretrain where the row needs it, then fine-tune, in each fold if the task's table has folds.
-
-    Returns result.json of the fine-tuning, or of the test cases of all folds together.
-    """
-    folder = out / f"seed-{seed}" / f"{task}-{row}"
-    pretraining = dataclasses.replace(pretraining, seed=seed)
-    finetuning = dataclasses.replace(finetuning, seed=seed, task=task, out=str(folder))
+    """result.json of the fine-tuning, or of the test cases of all folds if the task has folds."""
     table = data.read_table(finetuning.data, task)
     if not table.folds:
-        return train_row(row, pretraining, finetuning)
-    folders = []
+        return train_fold(seed, row, task, None, out, pretraining, finetuning)
     for fold in table.folds:
-        place = f"{folder}-fold-{fold}"
-        folders.append(Path(place))
-        of_fold = dataclasses.replace(finetuning, fold=fold, out=place)
-        train_row(row, dataclasses.replace(pretraining, fold=fold), of_fold)
-    return pool_folds(folders, folder, table.classes, seed)
+        train_fold(seed, row, task, fold, out, pretraining, finetuning)
+    return pool_folds(out / f"seed-{seed}" / f"{task}-{row}", table.folds, table.classes, seed)
 
 
-def train_row(row: str, pretraining, finetuning) -> dict:
+def train_fold(seed: int, row: str, task: str, fold, out: Path, pretraining, finetuning) -> dict:
+    """Pretrain where the row needs it, then fine-tune. Returns result.json of the fine-tuning."""
     method, setting, *tokens = row.split("-")
+    folder = out / f"seed-{seed}"
+    end = "" if fold is None else f"-fold-{fold}"
+    finetuning = dataclasses.replace(finetuning, seed=seed, task=task, fold=fold)
+    finetuning.out = str(folder / f"{task}-{row}{end}")
     if tokens:
         finetuning.tokens = tokens[0]
     if method in ("abmil", "random"):
         finetuning.init = {"abmil": "none", "random": "random"}[method]
         finetuning.magnification = parse_magnification(setting)
         return finetune(finetuning)
-    fold = "" if pretraining.fold is None else f"-fold-{pretraining.fold}"
-    finetuning.init = str(Path(finetuning.out).with_name(f"{method}-{setting}{fold}"))
-    pretraining.out = finetuning.init
+    finetuning.init = str(folder / f"{method}-{setting}{end}")
+    pretraining = dataclasses.replace(pretraining, seed=seed, fold=fold, out=finetuning.init)
     if method == "mem":
         pretraining.mask = float(setting)
     else:
@@ -2150,16 +2144,19 @@ def train_row(row: str, pretraining, finetuning) -> dict:
     return finetune(finetuning)
 
 
-def pool_folds(folders: list[Path], folder: Path, classes, seed: int) -> dict:
+def pool_folds(folder: Path, folds: list[int], classes, seed: int) -> dict:
     """Write to `folder`, and return, one result of the test cases of all folds.
 
     A case that several folds test on has the mean of its scores.
     """
     scores = defaultdict(list)  # (case, label) -> its scores
-    for case_id, label, text in itertools.chain(*[tested_cases(path, classes) for path in folders]):
-        scores[case_id, label].append(read_scores(text))
+    results = []
+    for fold in folds:
+        of_fold = folder.with_name(f"{folder.name}-fold-{fold}")
+        results.append(data.read_json(of_fold / "result.json"))
+        for case_id, label, text in tested_cases(of_fold, classes):
+            scores[case_id, label].append(read_scores(text))
     rows = [(*case, np.mean(of_case, axis=0), "test") for case, of_case in scores.items()]
-    results = [data.read_json(path / "result.json") for path in folders]
     tune = float(np.mean([result["tune_auroc"] for result in results]))
     pooled = {"kind": "folds", "tune_auroc": tune, "cases": {"test": len(rows)}}
     pooled["fold_aurocs"] = [result.get("auroc") for result in results]

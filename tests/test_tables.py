@@ -216,12 +216,10 @@ def test_a_case_of_several_folds_has_the_mean_of_its_scores(tmp_path):
     header = ("case_id", "label", "score", "split")
     for fold, scores in enumerate([(0.2, 0.9, 0.4), (0.6, 0.1)]):
         rows = [(f"p{i}", i % 2, score, "test") for i, score in enumerate(scores)]
-        data.write_csv(
-            tmp_path / f"{fold}" / "predictions.csv", header, [*rows, ("q", 1, 1, "tune")]
-        )
-        data.write_json(tmp_path / f"{fold}" / "result.json", {"tune_auroc": fold, "auroc": 0.25})
-    folders = [tmp_path / "0", tmp_path / "1"]
-    result = train.pool_folds(folders, tmp_path / "pool", ["0", "1"], 0)
+        folder = tmp_path / f"pool-fold-{fold}"
+        data.write_csv(folder / "predictions.csv", header, [*rows, ("q", 1, 1, "tune")])
+        data.write_json(folder / "result.json", {"tune_auroc": fold, "auroc": 0.25})
+    result = train.pool_folds(tmp_path / "pool", [0, 1], data.BINARY, 0)
     assert (result["cases"], result["tune_auroc"]) == ({"test": 3}, 0.5)
     rows = data.read_csv(tmp_path / "pool" / "predictions.csv", header)
     assert [float(row["score"]) for row in rows] == [0.4, 0.5, 0.4]
