@@ -2233,7 +2233,8 @@ def resampled_average(results: Results, row: str) -> np.ndarray | None:
     samples = []
     for number, task in enumerate(results.tasks):
         labels = np.array(results.labels[task])
-        for scores in np.array(results.scores[row, task]).swapaxes(0, 1):  # (cases,), (cases, K)
+        for of_seed in zip(*results.scores[row, task], strict=True):
+            scores = np.array(of_seed)  # (cases,) or (cases, K)
             known = np.isfinite(scores).reshape(len(scores), -1).all(axis=1)
             drawn = bootstrap_aurocs(labels[known], scores[known], number)
             if drawn is None:
