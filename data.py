@@ -682,11 +682,8 @@ class Case:
 
 def shuffled(cases: list[Case], seed) -> list[Case]:
     """Class by class, in each in an order that follows from the seed and the ids alone."""
-
-    def place(case):
-        return case.label, hashlib.sha256(f"{seed} {case.case_id}".encode()).digest()
-
-    return sorted(cases, key=place)
+    hashed = {c.case_id: hashlib.sha256(f"{seed} {c.case_id}".encode()).digest() for c in cases}
+    return sorted(cases, key=lambda case: (case.label, hashed[case.case_id]))
 
 
 @dataclass
@@ -2521,7 +2518,7 @@ def split_command(args) -> int:
         raise MixmagError(f"{args.table} has {', '.join(found)}: no --clam or --folds then")
     for row in rows:
         row["label"] = row[args.label]
-        row.update({name: row[name].replace("val", "tune") for name in found})
+        row.update({name: {"val": "tune"}.get(row[name], row[name]) for name in found})
     if args.clam:
         clam_folds(rows, Path(args.clam))
     table = parse_table(args.table, rows)
