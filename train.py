@@ -1272,23 +1272,20 @@ def bootstrap_aurocs(labels, scores, seed: int, resamples: int = 1000) -> np.nda
 
     scores (cases,) or (cases, K). None with fewer than two cases of a class.
     """
-    from scipy.stats import rankdata  # its import takes a second
+    from scipy.stats import mannwhitneyu  # its import takes a second
 
     labels = np.asarray(labels)
     ranked = OUTCOME.of_class(scores)
-    members = [np.flatnonzero(labels == k) for k in range(max(ranked) + 1)]
-    if min(map(len, members)) < 2:
+    members = {k: np.flatnonzero(labels == k) for k in range(max(ranked), -1, -1)}
+    if min(map(len, members.values())) < 2:
         return None
     rng = np.random.default_rng(seed)
-    drawn = [rng.choice(of_class, (resamples, len(of_class))) for of_class in reversed(members)]
-    cases = np.concatenate(drawn, axis=1)
+    drawn = {k: rng.choice(cases, (resamples, len(cases))) for k, cases in members.items()}
     aurocs = []
     for k, column in ranked.items():
-        positive = labels[cases[0]] == k  # the same places in every resample
-        n1 = positive.sum()
-        ranks = rankdata(column[cases], axis=1)[:, positive]
-        U = ranks.sum(axis=1) - n1 * (n1 + 1) / 2  # Mann-Whitney
-        aurocs.append(U / (n1 * (len(labels) - n1)))
+        rest = np.hstack([drawn[other] for other in drawn if other != k])
+        U = mannwhitneyu(column[drawn[k]], column[rest], axis=1, method="asymptotic").statistic
+        aurocs.append(U / (drawn[k].shape[1] * rest.shape[1]))  # of all pairs of cases
     return np.mean(aurocs, axis=0)
 
 
