@@ -688,7 +688,7 @@ def shuffled(cases: list[Case], seed) -> list[Case]:
 
 @dataclass
 class TaskTable:
-    """The table of a task, before a fold is chosen: the cases that a fold tests on are test cases.
+    """The table of a task, before a fold is chosen: train is what every fold trains on.
 
     columns: those that say a case's split, `split` or fold_0, fold_1, ... classes: their names; a
     label is a number in this list. findings: everything that is wrong.

@@ -2142,14 +2142,14 @@ def train_fold(seed: int, row: str, task: str, fold, out: Path, pretraining, fin
 
 
 def pool_folds(folder: Path, folds: list[int], classes, seed: int) -> dict:
-    """Write to `folder`, and return, one result of the test cases of all folds.
+    """Write to FOLDER-folds, and return, one result of the test cases of all folds.
 
     A case that several folds test on has the mean of its scores.
     """
     scores = defaultdict(list)  # (case, label) -> its scores
     results = []
     for fold in folds:
-        of_fold = folder.with_name(f"{folder.name}-fold-{fold}")
+        of_fold = Path(f"{folder}-fold-{fold}")
         results.append(data.read_json(of_fold / "result.json"))
         for case_id, label, text in tested_cases(of_fold, classes):
             scores[case_id, label].append(read_scores(text))
@@ -2158,7 +2158,7 @@ def pool_folds(folder: Path, folds: list[int], classes, seed: int) -> dict:
     pooled = {"kind": "folds", "tune_auroc": tune, "cases": {"test": len(rows)}}
     pooled["fold_aurocs"] = [result.get("auroc") for result in results]
     if data.process_rank()[0] == 0:
-        write_predictions(folder, rows, classes, pooled, seed)
+        write_predictions(Path(f"{folder}-folds"), rows, classes, pooled, seed)
     return pooled
 
 
@@ -2190,7 +2190,8 @@ def write_results(out: Path, cells: dict) -> None:
         if result:
             classes = result.get("classes", data.BINARY)
             missing[task] = " ".join(["nan"] * len(OUTCOME.columns(classes)))
-            path = out / f"seed-{seed}" / f"{task}-{row}"
+            end = "-folds" if result["kind"] == "folds" else ""
+            path = out / f"seed-{seed}" / f"{task}-{row}{end}"
             for case_id, label, text in tested_cases(path, classes):
                 scores[task, case_id, label][f"{row} {seed}"] = text
     if not scores:

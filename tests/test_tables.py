@@ -205,7 +205,7 @@ def test_a_table_pools_its_folds_and_goes_on_after_it_was_killed(cohort, tmp_pat
         assert len(labels) == len(cases)
         by_hand = roc_auc_score(labels, np.squeeze(scores), multi_class="ovr")
         assert results.aurocs["mem-0.50-cls", task] == [pytest.approx(by_hand, abs=1e-12)]
-        result = data.read_json(folder / f"{task}-mem-0.50-cls" / "result.json")
+        result = data.read_json(folder / f"{task}-mem-0.50-cls-folds" / "result.json")
         assert result["auroc"] == pytest.approx(by_hand, abs=1e-12)
         assert result["interval"][0] <= by_hand <= result["interval"][1]
         assert len(result["fold_aurocs"]) == 3
@@ -221,7 +221,7 @@ def test_a_case_of_several_folds_has_the_mean_of_its_scores(tmp_path):
         data.write_json(folder / "result.json", {"tune_auroc": fold, "auroc": 0.25})
     result = train.pool_folds(tmp_path / "pool", [0, 1], data.BINARY, 0)
     assert (result["cases"], result["tune_auroc"]) == ({"test": 3}, 0.5)
-    rows = data.read_csv(tmp_path / "pool" / "predictions.csv", header)
+    rows = data.read_csv(tmp_path / "pool-folds" / "predictions.csv", header)
     assert [float(row["score"]) for row in rows] == [0.4, 0.5, 0.4]
     assert result["auroc"] == 1.0
 
