@@ -2100,7 +2100,7 @@ def table(folder, out, rows, tasks, seeds, preset, steps, epochs, frozen_epochs,
         cohort = data.synthetic_facts(folder)
         facts["data"] = f"synthetic cohort, seed {cohort['seed']}" if cohort else str(folder)
         if any(data.read_table(folder, task).folds for task in tasks):
-            facts["data"] += ", those of all folds together,"
+            facts["data"] += ", those of all folds together"
         data.write_json(Path(out) / "machine.json", facts)
         text = format_results(Results(out))
         data.write_text(Path(out) / "SUMMARY.md", text)
