@@ -3,6 +3,7 @@
     python data.py synth  --out data/synthetic                    seven planted biomarkers
     python data.py tile   --slides slides/ --out data/mine        whole-slide images -> slide files
     python data.py import --trident 5x 10x 20x --out data/mine    other tools' embeddings
+    python data.py split  labels.csv --out data/mine/tasks/t.csv  folds of a task table
     python data.py verify data/mine                               checksums, values, tasks, leakage
 
 Shape letters as in mixmag.py, and C cells of a slide, W windows (regions) of it. Lengths in `_px`
@@ -35,7 +36,7 @@ import sys
 import textwrap
 import time
 import unicodedata
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -605,35 +606,67 @@ def slide_means(slides, most: int = 32) -> np.ndarray:
 # --------------------------------------------------------------------------------- tasks and splits
 
 SPLITS = ("train", "tune", "test")
+BINARY = ["0", "1"]
+NUMBER = re.compile(r"(0|[1-9][0-9]*)(\.0*)?")  # spreadsheets write 1.0
+NO_NAME = re.compile(r"(nan|n/?a|[-+]?[0-9.,]+)?", re.IGNORECASE)  # of a class
 
 
 class Outcome:
-    """What a slide's label is: 0 or 1. Another kind of label is another class with these names."""
+    """What a slide's label is: the number of its class. Another kind of label is another class.
 
-    outputs = 1  # numbers that the classifier gives for a slide
+    Two classes have one logit and one score, of the second class, which is the positive one; more
+    have one each.
+    """
 
-    def parse(self, text: str) -> int:
-        """The label that a task table states. Raises ValueError that says what is expected."""
-        if not re.fullmatch(r"[01](\.0*)?", text):  # spreadsheets write 1.0
-            raise ValueError("expected 0 or 1")
-        return int(text[0])
+    def classes(self, labels) -> list[str]:
+        """The classes of a table's labels: 0, 1, ..., or their names in sorted order."""
+        numbers = {found[1] for label in labels if (found := NUMBER.fullmatch(label))}
+        if numbers:
+            return [str(i) for i in range(max(2, len(numbers)))]
+        return sorted({label for label in labels if not NO_NAME.fullmatch(label)}) or BINARY
+
+    def parse(self, text: str, classes: list[str]) -> int:
+        """The label that a table states. Raises ValueError that says what is expected."""
+        number = NUMBER.fullmatch(text)
+        name = number[1] if number else text
+        if name not in classes:
+            raise ValueError(f"expected {' or '.join(classes)}")
+        return classes.index(name)
+
+    def columns(self, classes: list[str]) -> list[str]:
+        """Names for the scores of a slide, as many as it has logits."""
+        return ["score"] if len(classes) == 2 else [f"score_{name}" for name in classes]
 
     def loss(self, logit: torch.Tensor, label: torch.Tensor, smoothing: float) -> torch.Tensor:
-        """logit (S,), label (S,) float, label smoothing -> (S,) binary cross-entropy."""
+        """logit (S,) or (S, K), label (S,) float, label smoothing -> (S,) cross-entropy."""
+        if logit.ndim == 2:
+            return F.cross_entropy(logit, label.long(), reduction="none", label_smoothing=smoothing)
         target = label * (1 - smoothing) + smoothing / 2
         return F.binary_cross_entropy_with_logits(logit, target, reduction="none")
 
     def score(self, logit: torch.Tensor) -> torch.Tensor:
-        """(S,) -> probability (S,) float64 on the CPU: in fp32 the highest would all be 1."""
-        return torch.sigmoid(logit.cpu().double())
+        """As logit: probabilities, float64 on the CPU: in fp32 the highest would all be 1."""
+        logit = logit.cpu().double()
+        return torch.sigmoid(logit) if logit.ndim == 1 else torch.softmax(logit, dim=1)
+
+    def of_class(self, scores) -> dict[int, np.ndarray]:
+        """scores (cases,) or (cases, K) -> class -> (cases,), for each class that is ranked."""
+        scores = np.asarray(scores)
+        return {1: scores} if scores.ndim == 1 else dict(enumerate(scores.T))
 
     def metric(self, labels, scores) -> float:
-        """Area under the ROC curve. Raises MixmagError where only one class is present."""
+        """Area under the ROC curve; of more than two classes the mean of each against the rest.
+
+        Raises MixmagError where a class is absent.
+        """
         from sklearn.metrics import roc_auc_score  # its import takes a second
 
-        if len(set(labels)) < 2:
-            raise MixmagError(f"AUROC needs both classes; found {len(labels)} cases of one class")
-        return float(roc_auc_score(labels, scores))
+        labels = np.asarray(labels)
+        ranked = self.of_class(scores)
+        if len(set(labels)) <= max(ranked):
+            found = f"{len(labels)} cases of {len(set(labels))}"
+            raise MixmagError(f"AUROC needs {max(ranked) + 1} classes; found {found}")
+        return float(np.mean([roc_auc_score(labels == k, ranked[k]) for k in ranked]))
 
 
 OUTCOME = Outcome()
@@ -645,6 +678,51 @@ class Case:
     label: int
     split: str
     slide_ids: list
+    splits: dict = field(default_factory=dict)  # column of the table -> split
+
+
+def shuffled(cases: list[Case], seed) -> list[Case]:
+    """Class by class, in each in an order that follows from the seed and the ids alone."""
+    hashed = {c.case_id: hashlib.sha256(f"{seed} {c.case_id}".encode()).digest() for c in cases}
+    return sorted(cases, key=lambda case: (case.label, hashed[case.case_id]))
+
+
+@dataclass
+class TaskTable:
+    """The table of a task, before a fold is chosen: train is what every fold trains on.
+
+    columns: those that say a case's split, `split` or fold_0, fold_1, ... classes: their names; a
+    label is a number in this list. findings: everything that is wrong.
+    """
+
+    path: Path
+    columns: list[str]
+    classes: list[str]
+    cases: list[Case]
+    findings: list[str]
+
+    @property
+    def folds(self) -> list[int]:
+        return [int(name.removeprefix("fold_")) for name in self.columns if name != "split"]
+
+    def in_fold(self, fold: int | None, seed: int = 0) -> list[Case]:
+        """The cases with their splits in a fold, or in the column `split` if fold is None.
+
+        In a fold without tune cases a fifth of each class's training cases (assumed) are.
+        """
+        column = "split" if fold is None else f"fold_{fold}"
+        if column not in self.columns:
+            found = ", ".join(self.columns)
+            advice = "--fold K reads fold_K, no --fold reads split"
+            raise MixmagError(f"{self.path}: no column {column}, found {found}; {advice}")
+        cases = [replace(case, split=case.splits[column]) for case in self.cases]
+        if fold is not None and "tune" not in {case.split for case in cases}:
+            train = [case for case in cases if case.split == "train"]
+            ordered = shuffled(train, f"{seed} {column}")
+            for _, of_class in itertools.groupby(ordered, key=lambda case: case.label):
+                for case in list(of_class)[::5]:
+                    case.split = "tune"
+        return cases
 
 
 def task_names(data) -> list[str]:
@@ -656,65 +734,106 @@ def task_names(data) -> list[str]:
     return [path.stem for path in paths if path.suffix == ".csv"]
 
 
-def row_fault(row: dict) -> str:
+def row_fault(row: dict, columns: list[str], classes: list[str]) -> str:
     """What is wrong with a row of a task table by itself. Empty if nothing is."""
     slide_id = row["slide_id"]
     if not row["case_id"] or not slide_id:
         return "case_id or slide_id is empty"
     if "/" in slide_id or slide_id in (".", ".."):
         return f"slide_id {slide_id!r} is a path, expected the name of a file in slides/"
-    if row["split"] not in SPLITS:
-        return f"split is {row['split']!r}, expected train, tune or test"
+    for column in columns:
+        if row[column] not in SPLITS:
+            return f"{column} is {row[column]!r}, expected train, tune or test"
     try:
-        OUTCOME.parse(row["label"])
+        OUTCOME.parse(row["label"], classes)
     except ValueError as error:
         return f"label is {row['label']!r}, {error}"
     return ""
 
 
-def task_findings(path) -> tuple[list[Case], list[str]]:
-    """The cases of a task table, and everything that is wrong with it."""
+def split_columns(path, rows: list[dict]) -> list[str]:
+    """Those that say a case's split: `split`, or fold_0, fold_1, ..., or none."""
+    names = list(rows[0]) if rows else ["split"]
+    columns = [name for name in names if re.fullmatch(r"split|fold_(0|[1-9][0-9]*)", name)]
+    if "split" in columns and len(columns) > 1:
+        raise MixmagError(f"{path}: found {', '.join(columns)}; expected a split or folds")
+    return columns
+
+
+def parse_table(path, rows: list[dict]) -> TaskTable:
+    columns = split_columns(path, rows)
+    classes = OUTCOME.classes([row["label"] for row in rows])
     findings = []
     cases: dict[str, Case] = {}
     seen = set()
-    for row in read_csv(path, ("case_id", "slide_id", "label", "split")):
+    for row in rows:
         where = f"{path}: line {row['line']}, case {row['case_id']!r}"
-        fault = row_fault(row)
+        fault = row_fault(row, columns, classes)
         if row["slide_id"] in seen:
             fault = f"slide {row['slide_id']!r} stands in more than one row"
         if fault:
             findings.append(f"{where}: {fault}")
             continue
-        new = Case(row["case_id"], OUTCOME.parse(row["label"]), row["split"], [])
-        case = cases.setdefault(row["case_id"], new)
-        if case.split != new.split:
-            findings.append(f"{where} is in two splits, {case.split} and {new.split}")
-        if case.label != new.label:
-            findings.append(f"{where} has two labels, {case.label} and {new.label}")
+        label = OUTCOME.parse(row["label"], classes)
+        splits = {column: row[column] for column in columns}
+        split = next((split for split in splits.values() if split != "train"), "train")
+        case = cases.setdefault(row["case_id"], Case(row["case_id"], label, split, [], splits))
+        for column, split in case.splits.items():
+            if split != row[column]:
+                findings.append(f"{where} is in two splits, {split} and {row[column]}")
+        if case.label != label:
+            names = f"{classes[case.label]} and {classes[label]}"
+            findings.append(f"{where} has two labels, {names}")
         case.slide_ids.append(row["slide_id"])
         seen.add(row["slide_id"])
-    return list(cases.values()), findings
+    return TaskTable(Path(path), columns, classes, list(cases.values()), findings)
 
 
-def read_task(data, task) -> list[Case]:
+def any_table(path) -> TaskTable:
+    """With its findings. Raises MixmagError for a file that is no table of a task."""
+    columns = split_columns(path, read_csv(path, ())) or ["split"]
+    return parse_table(path, read_csv(path, ("case_id", "slide_id", "label", *columns)))
+
+
+def read_table(data, task) -> TaskTable:
     """Raises MixmagError for an unknown task, and with the first finding of a faulty table."""
     found = task_names(data)
     if task not in found:
         raise MixmagError(f"{data}/tasks/{task}.csv: no such task; found {', '.join(found)}")
-    cases, findings = task_findings(Path(data) / "tasks" / f"{task}.csv")
-    if findings:
-        raise MixmagError(f"{findings[0]} ({plural(len(findings), 'finding')} of data.py verify)")
-    return cases
+    table = any_table(Path(data) / "tasks" / f"{task}.csv")
+    if table.findings:
+        count = plural(len(table.findings), "finding")
+        raise MixmagError(f"{table.findings[0]} ({count} of data.py verify)")
+    return table
 
 
-def read_tasks(data) -> dict[str, list[Case]]:
-    """The cases of every task. Raises MixmagError for a table that cannot hold out what it names:
-    it is faulty, or DATA has no such slides."""
+def read_task(data, task, fold: int | None = None, seed: int = 0) -> list[Case]:
+    """As `read_table` and `TaskTable.in_fold`."""
+    return read_table(data, task).in_fold(fold, seed)
+
+
+def read_tasks(data, fold: int | None = None, seed: int = 0) -> dict[str, list[Case]]:
+    """The cases of every task, in that fold where a table has folds.
+
+    Raises MixmagError for a table that cannot hold out what it names: it is faulty, or DATA has no
+    such slides; and where a fold is needed, unless pretrain.csv says what is used, or is unknown.
+    """
     files = slide_files(data)
-    tasks = {task: read_task(data, task) for task in task_names(data)}
-    for task, cases in tasks.items():
-        if fault := absent_slides(itertools.chain(*[case.slide_ids for case in cases]), files):
-            raise MixmagError(f"{data}/tasks/{task}.csv: {fault}")
+    tables = {task: read_table(data, task) for task in task_names(data)}
+    folded = [table for table in tables.values() if table.folds]
+    if fold is not None and not folded:
+        raise MixmagError(f"--fold {fold}: no table in {data}/tasks has a column fold_{fold}")
+    if fold is None and folded and not (Path(data) / "pretrain.csv").exists():
+        found = f"{folded[0].path}: over its {len(folded[0].folds)} folds every case may be tested"
+        raise MixmagError(f"{found}; choose one with --fold K, or list slides in pretrain.csv")
+    tasks = {}
+    for task, table in tables.items():
+        slide_ids = itertools.chain(*[case.slide_ids for case in table.cases])
+        if fault := absent_slides(slide_ids, files):
+            raise MixmagError(f"{table.path}: {fault}")
+        tasks[task] = table.cases
+        if fold is not None and table.folds:
+            tasks[task] = table.in_fold(fold, seed)
     return tasks
 
 
@@ -730,12 +849,12 @@ def evaluation_slides(tasks: dict[str, list[Case]]) -> dict[str, set]:
     return evaluation
 
 
-def pretraining_ids(data) -> list[str]:
+def pretraining_ids(data, fold: int | None = None, seed: int = 0) -> list[str]:
     """The slides of pretrain.csv; without it, every slide that is in no tune or test split."""
     listed = Path(data) / "pretrain.csv"
     if listed.exists():
         return list(dict.fromkeys(row["slide_id"] for row in read_csv(listed, ("slide_id",))))
-    evaluation = set().union(*evaluation_slides(read_tasks(data)).values())
+    evaluation = set().union(*evaluation_slides(read_tasks(data, fold, seed)).values())
     return [slide_id for slide_id in slide_files(data) if slide_id not in evaluation]
 
 
@@ -2391,6 +2510,59 @@ def synth_command(args) -> int:
     return 0
 
 
+# ---------------------------------------------------------------------------- splits of one's own
+
+
+def clam_folds(rows: list[dict], folder: Path) -> None:
+    """As CLAM's splits_0.csv, ... say, which list slides under train, val and test."""
+    known = {row["slide_id"] for row in rows}
+    words = ("train", "val", "test")
+    for fold in itertools.count():
+        path = folder / f"splits_{fold}.csv"
+        if fold and not path.exists():
+            return
+        pairs = itertools.product(read_csv(path, words), words)
+        listed = [(line[word], word) for line, word in pairs if line[word]]
+        split_of = dict(listed)
+        counts = Counter([*known, *(slide_id for slide_id, _ in listed)])
+        if wrong := [slide_id for slide_id, count in counts.items() if count != 2]:
+            names = ", ".join(sorted(wrong)[:3])
+            raise MixmagError(f"{path}: not once there and in the table: slide {names}")
+        for row in rows:
+            row[f"fold_{fold}"] = split_of[row["slide_id"]].replace("val", "tune")
+
+
+def split_command(args) -> int:
+    """Write a task table: with the splits that it has, with CLAM's, or with new folds."""
+    rows = read_csv(args.table, ("case_id", "slide_id", args.label))
+    found = split_columns(args.table, rows)
+    if found and (args.clam or args.folds):
+        raise MixmagError(f"{args.table} has {', '.join(found)}: no --clam or --folds then")
+    for row in rows:
+        row["label"] = row[args.label]
+        row.update({name: {"val": "tune"}.get(row[name], row[name]) for name in found})
+    if args.clam:
+        clam_folds(rows, Path(args.clam))
+    table = parse_table(args.table, rows)
+    if table.findings or not rows:
+        raise MixmagError("; ".join(table.findings[:1]) or f"{args.table} has no rows")
+    if not table.columns:
+        folds = args.folds or 5
+        fold_of = {
+            case.case_id: i % folds for i, case in enumerate(shuffled(table.cases, args.seed))
+        }
+        for row, fold in itertools.product(rows, range(folds)):
+            tests = fold_of[row["case_id"]] == fold
+            row[f"fold_{fold}"] = "test" if tests else "train"
+    header = [name for name in rows[0] if name != "line"]
+    write_csv(args.out, header, [[row[name] for name in header] for row in rows])
+    labels = [case.label for case in table.cases]
+    counts = [f"{labels.count(k)} of class {name}" for k, name in enumerate(table.classes)]
+    columns = ", ".join(split_columns(args.out, rows))
+    print(f"{args.out}: {plural(len(labels), 'case')} ({', '.join(counts)}), {columns}")
+    return 0
+
+
 # ------------------------------------------------------------------------------------------- verify
 
 
@@ -2416,25 +2588,37 @@ def slide_findings(path) -> tuple[Slide | None, list[str]]:
 def table_findings(path: Path, slides: dict) -> tuple[list[Case], list[str]]:
     """The cases of a task table, and what is wrong with it and its slides (id -> Slide or None)."""
     try:
-        cases, findings = task_findings(path)
+        table = any_table(path)
     except MixmagError as error:
         return [], [str(error)]
-    if fault := absent_slides(itertools.chain(*[case.slide_ids for case in cases]), slides):
+    findings = table.findings
+    slide_ids = [slide_id for case in table.cases for slide_id in case.slide_ids]
+    if fault := absent_slides(slide_ids, slides):
         findings.append(f"{path}: {fault}")
-    split_of: dict[bytes, str] = {}  # sha256 of the features -> split
+    content = {}  # slide id -> sha256 of its features
+    for slide_id in slide_ids:
+        if (slide := slides.get(slide_id)) and len(slide.cells):
+            content[slide_id] = hashlib.sha256(slide.features).hexdigest()
+    for column, fold in itertools.zip_longest(table.columns, table.folds):
+        for fault in split_faults(table.in_fold(fold), content, table.classes):
+            findings.append(f"{path}: {column}: {fault}")
+    return table.cases, findings
+
+
+def split_faults(cases: list[Case], content: dict, classes: list[str]) -> list[str]:
+    """What is wrong between the splits of a table or fold."""
+    faults = []
+    split_of: dict[str, str] = {}
     for case in cases:
         for slide_id in case.slide_ids:
-            slide = slides.get(slide_id)
-            if slide is None or not len(slide.cells):
-                continue
-            content = hashlib.sha256(slide.features).digest()
-            split = split_of.setdefault(content, case.split)
+            split = split_of.setdefault(content.get(slide_id, slide_id), case.split)
             if split != case.split:
-                findings.append(f"{path}: slide {slide_id!r} has a copy in split {split}")
+                faults.append(f"slide {slide_id!r} has a copy in split {split}")
     for split in SPLITS:
-        if len({case.label for case in cases if case.split == split}) < 2:
-            findings.append(f"{path}: split {split} does not hold both classes")
-    return cases, findings
+        labels = {case.label for case in cases if case.split == split}
+        if absent := [name for label, name in enumerate(classes) if label not in labels]:
+            faults.append(f"{split} has no case of class {', '.join(absent)}")
+    return faults
 
 
 def verify(data) -> list[str]:
@@ -2751,7 +2935,8 @@ def read_csv(path, columns) -> list[dict]:
         raw = Path(path).read_bytes()
         if b"\0" in raw:
             raise ValueError("it is UTF-16")
-        reader = csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""))
+        mark = "\t" if Path(path).suffix == ".tsv" else ","
+        reader = csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""), delimiter=mark)
         header = [name.strip() for name in next(reader, [])]
         rows = []
         for cells in reader:
@@ -2888,6 +3073,19 @@ def add_import_flags(parser) -> None:
     add("--mpp", type=mpp, help="um per level-0 pixel, which STAMP's files do not say")
 
 
+def add_split_flags(parser) -> None:
+    """write a task table with folds: new ones, CLAM's, or those of Patho-Bench's k=all.tsv"""
+    parser.epilog = "example: python data.py split labels.csv --out data/mine/tasks/msi.csv"
+    add = parser.add_argument
+    add("table", help="CSV or .tsv with columns case_id, slide_id, label; with its splits, if any")
+    add("--out", required=True, help="DATA/tasks/<task>.csv")
+    add("--label", default="label", metavar="COLUMN", help="the column that holds the label")
+    folds = "so many new folds of whole cases, stratified by label (default: 5)"
+    add("--folds", type=number_in(int, 2, 1000), help=folds)
+    add("--clam", metavar="DIR", help="CLAM's folder of splits_0.csv, ...")
+    add("--seed", type=NATURAL, default=0, help="new folds follow from it")
+
+
 def add_verify_flags(parser) -> None:
     """check slide files and task tables; print every finding; exit 1 if there is any"""
     parser.epilog = "example: python data.py verify data/mine"
@@ -2898,6 +3096,7 @@ COMMANDS = {
     "synth": (synth_command, add_synth_flags),
     "tile": (tile_command, add_tile_flags),
     "import": (import_command, add_import_flags),
+    "split": (split_command, add_split_flags),
     "verify": (verify_command, add_verify_flags),
 }
 

@@ -157,6 +157,7 @@ class TrainingConfig:
 
     data: str = setting(DEFAULT_DATA, "DATA folder; the default one is made where it is missing")
     out: str = setting(None, "run folder (default: a name made of the settings, in runs/)")
+    fold: int = setting(None, "of tables with columns fold_0, fold_1, ...", type=NATURAL)
     seed: int = setting(0, "everything random follows from it", type=NATURAL)
     device: str = setting("auto", "auto, cpu or cuda[:i]")
     warmup: float = setting(0.05, "share of the steps in which the rate rises", type=SHARE)
@@ -223,11 +224,11 @@ def pretrain(config: PretrainConfig) -> dict:
     config = apply_preset(config)
     machine = start_machine(config.device, config.amp, preset_width(config.preset))
     folder = ensure_data(config.data, machine)
-    train_ids, held_out_ids = pretraining_split(folder, config.holdout)
+    chosen = (config.fold, config.seed)
+    train_ids, held_out_ids = pretraining_split(folder, config.holdout, *chosen)
     if not train_ids:
-        raise MixmagError(
-            f"no slide is left to train on with this --holdout: {used_slides(folder)}"
-        )
+        found = used_slides(folder, *chosen)
+        raise MixmagError(f"no slide is left to train on with this --holdout: {found}")
     slides = data.read_slides(folder, train_ids)
     model_config = make_model_config(config, slides[0])
     dataset = pretraining_windows(config, slides, model_config.geometry(), machine)
@@ -235,7 +236,7 @@ def pretrain(config: PretrainConfig) -> dict:
     run = Run(config, run_settings("pretrain", config, model_config, slides), machine)
     if run.result():
         return run.result()
-    log(used_slides(folder))
+    log(used_slides(folder, *chosen))
     torch.manual_seed(config.seed)
     model: mixmag.MaskedEmbeddingModel
     if config.source:
@@ -256,16 +257,16 @@ def pretrain(config: PretrainConfig) -> dict:
     return run.result()
 
 
-def pretraining_split(folder: Path, holdout: float) -> tuple[list, list]:
+def pretraining_split(folder: Path, holdout: float, fold=None, seed=0) -> tuple[list, list]:
     """Slide ids to train on, and to measure the loss on. Whole cases are held out.
 
     The cases whose hashed names come first are held out: the choice moves little with the cohort.
     At least four are, but no more than a fifth.
     """
     case_of = {}
-    for case in itertools.chain(*data.read_tasks(folder).values()):
+    for case in itertools.chain(*data.read_tasks(folder, fold, seed).values()):
         case_of.update(dict.fromkeys(case.slide_ids, case.case_id))
-    ids = data.pretraining_ids(folder)
+    ids = data.pretraining_ids(folder, fold, seed)
     cases = {case_of.get(i, i) for i in ids}
     ordered = sorted(cases, key=lambda case: hashlib.sha256(case.encode("utf-8")).digest())
     count = min(max(HELD_OUT_CASES, round(holdout * len(cases))), len(cases) // 5)
@@ -274,11 +275,11 @@ def pretraining_split(folder: Path, holdout: float) -> tuple[list, list]:
     return [i for i in ids if i not in set(held_out_ids)], held_out_ids
 
 
-def used_slides(folder: Path) -> str:
+def used_slides(folder: Path, fold=None, seed=0) -> str:
     """How many slides pretraining sees, and what each table leaves out or will be refused for."""
-    used = set(data.pretraining_ids(folder))
+    used = set(data.pretraining_ids(folder, fold, seed))
     parts = [f"{folder}: {len(used)} of {plural(len(data.slide_files(folder)), 'slide')} are used"]
-    tasks = data.read_tasks(folder)
+    tasks = data.read_tasks(folder, fold, seed)
     if not tasks:
         parts.append("no table in tasks/: finetune will refuse tasks that tune or test on them")
     for task, slides in data.evaluation_slides(tasks).items():
@@ -517,13 +518,18 @@ def finetune(config: FinetuneConfig) -> dict:
     config = apply_preset(adopt_encoder_settings(config))
     machine = start_machine(config.device, config.amp, preset_width(config.preset))
     folder = ensure_data(config.data, machine)
-    cases = data.read_task(folder, config.task)
+    table = data.read_table(folder, config.task)
+    cases = table.in_fold(config.fold, config.seed)
+    scores = "a score for each"
+    if len(table.classes) == 2:
+        scores = f"the score is the probability of {table.classes[1]}"
+    log(f"{config.task}: classes {', '.join(table.classes)}; {scores}")
     slide_ids = [i for case in cases for i in case.slide_ids]
     slides = {slide.slide_id: slide for slide in data.read_slides(folder, slide_ids)}
     if is_pretrained(config.init):
         check_no_leakage(config.init, folder, cases)
-    model = make_classifier(config, slides, cases, machine)
-    sets = split_cases(config, model, slides, cases)
+    model = make_classifier(config, slides, cases, machine, table.classes)
+    sets = split_cases(config, model, slides, cases, table.classes)
     if config.dry_run:
         if machine.rank == 0:
             print(finetuning_plan(model, sets))
@@ -536,7 +542,7 @@ def finetune(config: FinetuneConfig) -> dict:
     if run.result():
         return run.result()
     best = finetune_loop(config, run, model, sets)
-    finish_finetuning(config, run, model, sets, best)
+    finish_finetuning(config, run, model, sets, best, table.classes)
     machine.barrier()
     return run.result()
 
@@ -560,7 +566,9 @@ def is_pretrained(init: str) -> bool:
     return init not in ("none", "random")
 
 
-def make_classifier(config, slides: dict, cases: list, machine) -> mixmag.SlideClassifier:
+def make_classifier(
+    config, slides: dict, cases: list, machine, classes=data.BINARY
+) -> mixmag.SlideClassifier:
     """The encoder of `config.init` under a new AB-MIL.
 
     A pretrained encoder brings the constants that standardise its inputs. A random one gets those
@@ -576,7 +584,8 @@ def make_classifier(config, slides: dict, cases: list, machine) -> mixmag.SlideC
         model_config = make_model_config(config, any_slide)
         if config.init == "random":
             encoder = mixmag.MixingEncoder(model_config)
-    sizes = {"hidden": config.hidden, "dropout": config.dropout, "outputs": OUTCOME.outputs}
+    outputs = len(OUTCOME.columns(classes))
+    sizes = {"hidden": config.hidden, "dropout": config.dropout, "outputs": outputs}
     try:
         model = mixmag.SlideClassifier(
             model_config, encoder, config.tokens, config.magnification, **sizes
@@ -606,7 +615,7 @@ def fit_standardization(model: mixmag.SlideClassifier, slides: list) -> None:
     model.standardize.fit(mean[which], std[which])  # (n, D)
 
 
-def split_cases(config, model, slides: dict, cases: list) -> dict[str, data.CaseDataset]:
+def split_cases(config, model, slides: dict, cases: list, classes) -> dict[str, data.CaseDataset]:
     """The cases of each split. Raises MixmagError where train or tune lacks a class."""
     sets = {}
     for split in data.SPLITS:
@@ -614,11 +623,12 @@ def split_cases(config, model, slides: dict, cases: list) -> dict[str, data.Case
         sets[split] = data.CaseDataset(
             slides, of_split, model.config.geometry(), model.index.cpu(), config.min_cover
         )
-        classes = sorted(set(sets[split].labels))
-        if split != "test" and len(classes) < 2:
+        labels = sorted(set(sets[split].labels))
+        if split != "test" and len(labels) < max(2, len(classes)):
             raise MixmagError(
                 f"task {config.task}: the {split} split has {len(sets[split])} usable cases with "
-                f"labels {classes}; two classes or more are needed"
+                f"labels {[classes[label] for label in labels]}; two classes or more are needed, "
+                f"and all of {classes}"
             )
     return sets
 
@@ -704,7 +714,7 @@ def finetune_step(model, batch: dict, smoothing: float, cases: int, machine) -> 
         return 0.0
     batch = data.to_device(batch, machine.device)
     with machine.autocast():
-        logit = slide_logits(model, batch)  # (S,)
+        logit = slide_logits(model, batch)  # (S,) or (S, K)
     label = batch["label"][batch["case"]]  # (S,)
     loss = OUTCOME.loss(logit, label, smoothing)
     loss = mixmag.min_slide_loss(loss, batch["case"]).sum() / cases  # Eq. 9
@@ -713,7 +723,7 @@ def finetune_step(model, batch: dict, smoothing: float, cases: int, machine) -> 
 
 
 def slide_logits(model, batch: dict) -> torch.Tensor:
-    """(S,) logits of a batch that holds embeddings, or the cached outputs of a frozen encoder."""
+    """(S,) or (S, K) of a batch that holds embeddings, or cached outputs of a frozen encoder."""
     classify = model.aggregate if batch["cached"] else model
     logit, _ = classify(batch["x"], batch["regions"], batch["valid"])
     return logit
@@ -744,7 +754,7 @@ def score_cases(model, dataset, machine, batch_size: int) -> list[np.ndarray]:
         if own:
             batch = data.to_device(dataset.batch(own), machine.device)
             with torch.no_grad(), machine.autocast():
-                score = OUTCOME.score(slide_logits(model, batch)).cpu().numpy()  # (S,)
+                score = OUTCOME.score(slide_logits(model, batch)).cpu().numpy()  # as logits
             case = batch["case"].cpu().numpy()
             for position, index in enumerate(own):
                 scores[index] = score[case == position]
@@ -766,43 +776,58 @@ def best_case_score(dataset, slide_scores: list, wanted: str) -> tuple[str, floa
     return best, found[best]
 
 
-def case_scores(dataset, slide_scores: list, rule: str) -> list[float]:
+def case_scores(dataset, slide_scores: list, rule: str) -> list:
+    """A number for each case; for more than two classes K numbers, which add up to 1."""
     scores = []
     for case, of_slides in zip(dataset.cases, slide_scores, strict=True):
-        scores.append(float(CASE_SCORES[rule](of_slides, axis=0)))
-        if not math.isfinite(scores[-1]):
+        score = CASE_SCORES[rule](of_slides, axis=0)  # () or (K,)
+        if not np.isfinite(score).all():
             names = ", ".join(case.slide_ids)
             raise MixmagError(f"case {case.case_id}, slides {names}: NaN; see data.py verify")
+        if score.ndim:
+            score = score / score.sum()
+        scores.append(score.tolist())
     return scores
 
 
-def finish_finetuning(config, run: Run, model, sets: dict, best: dict) -> None:
+def finish_finetuning(config, run: Run, model, sets: dict, best: dict, classes) -> None:
     """Score tune and test with the best epoch; write weights, predictions.csv and result.json."""
     model.load_state_dict(best["model_state"])
     sets["tune"].cached.clear()
     rows = []
-    scores = {}
     for split in ("tune", "test"):
         slide_scores = score_cases(model, sets[split], run.machine, config.batch_size)
-        scores[split] = case_scores(sets[split], slide_scores, best["case_score"])
-        for case, score in zip(sets[split].cases, scores[split], strict=True):
+        scores = case_scores(sets[split], slide_scores, best["case_score"])
+        for case, score in zip(sets[split].cases, scores, strict=True):
             rows.append((case.case_id, case.label, score, split))
     if not run.writes:
         return
     with whole_file(run.folder / "model.safetensors") as temporary:
         save_file(best["model_state"], temporary)
-    data.write_csv(run.folder / "predictions.csv", ("case_id", "label", "score", "split"), rows)
     names = ("task", "init", "tokens", "magnification", "seed")
     result = {"kind": "finetune", **{name: getattr(config, name) for name in names}}
     result["cases"] = {split: len(dataset) for split, dataset in sets.items()}
     result["slides_left_out"] = sorted(i for dataset in sets.values() for i in dataset.dropped)
     for name in ("best_epoch", "tune_auroc", "case_score"):
         result[name] = best[name]
-    labels = sets["test"].labels
-    if len(set(labels)) > 1:
-        result["auroc"] = OUTCOME.metric(labels, scores["test"])
-        result["interval"] = interval(bootstrap_aurocs(labels, scores["test"], config.seed))
-    data.write_json(run.folder / "result.json", result)
+    write_predictions(run.folder, rows, classes, result, config.seed)
+
+
+def write_predictions(folder: Path, rows: list, classes, result: dict, seed: int) -> None:
+    """predictions.csv, and result.json with the AUROC of the test cases, unless a class is absent.
+
+    rows: case_id, label, score, split.
+    """
+    lines = [(case, classes[k], *np.ravel(score).tolist(), split) for case, k, score, split in rows]
+    header = ("case_id", "label", *OUTCOME.columns(classes), "split")
+    data.write_csv(folder / "predictions.csv", header, lines)
+    tested = [(label, score) for _, label, score, split in rows if split == "test"]
+    result["classes"] = classes
+    if len({label for label, _ in tested}) == len(classes):
+        labels, scores = zip(*tested, strict=True)
+        result["auroc"] = OUTCOME.metric(labels, scores)
+        result["interval"] = interval(bootstrap_aurocs(labels, scores, seed))
+    data.write_json(folder / "result.json", result)
 
 
 # ======================================================================================== stop here
@@ -1031,6 +1056,8 @@ def run_settings(kind: str, config, model_config, slides: list, files=()) -> dic
 def run_name(config) -> str:
     """The name of a run folder, made of the settings that a user varies most."""
     seed = f"-s{config.seed}" if config.seed else ""
+    if config.fold is not None:
+        seed = f"-f{config.fold}{seed}"
     if isinstance(config, FinetuneConfig):
         encoder = "abmil" if config.init == "none" else f"{Path(config.init).name}-{config.tokens}"
         return f"{config.task}-{encoder}-{config.magnification}{seed}"
@@ -1114,13 +1141,13 @@ def check_no_leakage(init: str, folder: Path, cases: list) -> None:
     evaluated = {case.case_id for case in cases if case.split != "train"}
     leaked = set()
     for task in data.task_names(folder):
-        for case in data.read_task(folder, task):
+        for case in data.read_table(folder, task).cases:
             if case.case_id in evaluated:
                 leaked |= seen.intersection(case.slide_ids)
     if leaked:
         raise MixmagError(
             f"{init} was pretrained on {plural(len(leaked), 'slide')} of its tune or test cases, "
-            f"such as {min(leaked)!r}; pretrain without them"
+            f"such as {min(leaked)!r}; pretrain without them, with the same --fold and --seed"
         )
 
 
@@ -1199,21 +1226,25 @@ def log_speed(config, dataset, regions: int, seconds: float, machine) -> None:
 
 
 def bootstrap_aurocs(labels, scores, seed: int, resamples: int = 1000) -> np.ndarray | None:
-    """(resamples,) AUROCs of cases drawn with replacement within each class.
+    """(resamples,) `Outcome.metric` of cases drawn with replacement within each class.
 
-    None with fewer than two cases of a class.
+    scores (cases,) or (cases, K). None with fewer than two cases of a class.
     """
     from scipy.stats import mannwhitneyu  # its import takes a second
 
-    is_positive = np.array(labels) == 1
-    positive = np.array(scores)[is_positive]
-    negative = np.array(scores)[~is_positive]
-    if min(len(positive), len(negative)) < 2:
+    labels = np.asarray(labels)
+    ranked = OUTCOME.of_class(scores)
+    members = {k: np.flatnonzero(labels == k) for k in range(max(ranked), -1, -1)}
+    if min(map(len, members.values())) < 2:
         return None
     rng = np.random.default_rng(seed)
-    drawn = [rng.choice(group, (resamples, len(group))) for group in (positive, negative)]
-    u = mannwhitneyu(*drawn, axis=1, method="asymptotic").statistic  # AUROC x pairs of cases
-    return u / (len(positive) * len(negative))
+    drawn = {k: rng.choice(cases, (resamples, len(cases))) for k, cases in members.items()}
+    aurocs = []
+    for k, column in ranked.items():
+        rest = np.hstack([drawn[other] for other in drawn if other != k])
+        U = mannwhitneyu(column[drawn[k]], column[rest], axis=1, method="asymptotic").statistic
+        aurocs.append(U / (drawn[k].shape[1] * rest.shape[1]))  # of all pairs of cases
+    return np.mean(aurocs, axis=0)
 
 
 def interval(samples: np.ndarray | None) -> list[float] | None:
@@ -1576,11 +1607,14 @@ def read_classifier(folder) -> tuple[mixmag.SlideClassifier, dict]:
         if config["init"] != "none":
             encoder = mixmag.MixingEncoder(model_config)
         settings = {name: config[name] for name in ("tokens", "magnification", "hidden")}
-        model = mixmag.SlideClassifier(model_config, encoder, outputs=OUTCOME.outputs, **settings)
-        model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+        weights = load_file(Path(folder) / "model.safetensors")
+        settings["outputs"] = len(weights["head.bias"])
+        model = mixmag.SlideClassifier(model_config, encoder, **settings)
+        model.load_state_dict(weights)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise MixmagError(f"{folder}: not a finished fine-tuning run ({one_line(error)})") from None
-    return model.eval(), config
+    result = data.read_json(Path(folder) / "result.json")
+    return model.eval(), {**config, "classes": result.get("classes", data.BINARY)}
 
 
 def one_case_per_slide(model, slides: list, min_cover: float) -> data.CaseDataset:
@@ -1602,18 +1636,19 @@ def open_run(run, folder, slide_ids, device: str, failed: list | None = None) ->
 def predict(run, folder=None, slides=None, out=None, device: str = "auto") -> int:
     """Score slides, each by itself, and write a CSV of slide_id and score."""
     failed: list = []
-    model, _, dataset, machine = open_run(run, folder, slides, device, failed)
+    model, config, dataset, machine = open_run(run, folder, slides, device, failed)
     for slide_id in dataset.dropped:
         failed.append((slide_id, "predict", "no cells, or no valid token"))
     rows = []
     scores = score_cases(model, dataset, machine, 1)  # one by one: memory for the largest slide
-    for case, (score,) in zip(dataset.cases, scores, strict=True):
-        if math.isfinite(score):
-            rows.append((case.case_id, score))
+    for case, score in zip(dataset.cases, scores, strict=True):  # score (1,) or (1, K)
+        if np.isfinite(score).all():
+            rows.append((case.case_id, *score.ravel().tolist()))
         else:
-            failed.append((case.case_id, "predict", f"its score is {score}; see data.py verify"))
+            reason = f"its score is {score.ravel()[0]}; see data.py verify"
+            failed.append((case.case_id, "predict", reason))
     path = Path(out or Path(run) / "predict.csv")
-    data.write_csv(path, ("slide_id", "score"), rows)
+    data.write_csv(path, ("slide_id", *OUTCOME.columns(config["classes"])), rows)
     scored = plural(len(rows), "slide")
     print(f"{scored} scored in {path}, {len(failed)} failed{dataset.uncovered}")
     return data.report_failed(path.with_name(f"{path.stem}-failed.csv"), failed)
@@ -1782,15 +1817,15 @@ def attention_colours():
     return colors.LogNorm(1, 10, clip=True), scale
 
 
-def attention_table(model, dataset, machine) -> tuple[AttentionTable, float]:
-    """The attention over the only slide of `dataset`, and the slide's score."""
+def attention_table(model, dataset, machine) -> tuple[AttentionTable, np.ndarray]:
+    """The attention over the only slide of `dataset`, and the slide's score, () or (K,)."""
     from scipy.stats import rankdata  # its import takes a second
 
     batch = data.to_device(dataset.batch([0]), machine.device)
     with torch.no_grad(), machine.autocast():
         logit, attention = model(batch["x"], batch["regions"], batch["valid"])
     places = output_places(model, dataset, dataset.cases[0].case_id)
-    score = OUTCOME.score(logit).item()
+    score = OUTCOME.score(logit)[0].numpy()
     weight = attention.double().cpu().numpy()
     if not np.isfinite(weight).all():
         raise MixmagError(f"{places.slide.path}: its attention is not finite; see data.py verify")
@@ -1903,10 +1938,13 @@ def draw_regions(path, table: AttentionTable, reader, side: float) -> None:
 
 def heatmap(run, slide, folder=None, image=None, out=None, device: str = "auto") -> int:
     """Where a fine-tuned model looks on a slide: a CSV, GeoJSON for QuPath, and pictures."""
-    model, _, dataset, machine = open_run(run, folder, [slide], device)
+    model, config, dataset, machine = open_run(run, folder, [slide], device)
     if dataset.dropped:
         raise MixmagError(f"{slide} has no cells with a valid token: there is nothing to draw")
-    table, score = attention_table(model, dataset, machine)
+    table, scores = attention_table(model, dataset, machine)
+    score = scores.max()  # of more than two classes that of the predicted one
+    if scores.ndim:
+        print(f"{slide}: predicted class {config['classes'][scores.argmax()]}")
     meta = table.slide.meta
     size = (meta["width"], meta["height"])
     bounds = (0, 0, *size)
@@ -2013,6 +2051,8 @@ def table(folder, out, rows, tasks, seeds, preset, steps, epochs, frozen_epochs,
         facts |= {"threads": torch.get_num_threads(), "seconds": round(time.time() - began)}
         cohort = data.synthetic_facts(folder)
         facts["data"] = f"synthetic cohort, seed {cohort['seed']}" if cohort else str(folder)
+        if any(data.read_table(folder, task).folds for task in tasks):
+            facts["data"] += ", those of all folds together"
         data.write_json(Path(out) / "machine.json", facts)
         text = format_results(Results(out))
         data.write_text(Path(out) / "SUMMARY.md", text)
@@ -2021,19 +2061,30 @@ def table(folder, out, rows, tasks, seeds, preset, steps, epochs, frozen_epochs,
 
 
 def train_cell(seed: int, row: str, task: str, out: Path, pretraining, finetuning) -> dict:
+    """result.json of the fine-tuning, or of the test cases of all folds if the task has folds."""
+    table = data.read_table(finetuning.data, task)
+    if not table.folds:
+        return train_fold(seed, row, task, None, out, pretraining, finetuning)
+    for fold in table.folds:
+        train_fold(seed, row, task, fold, out, pretraining, finetuning)
+    return pool_folds(out / f"seed-{seed}" / f"{task}-{row}", table.folds, table.classes, seed)
+
+
+def train_fold(seed: int, row: str, task: str, fold, out: Path, pretraining, finetuning) -> dict:
     """Pretrain where the row needs it, then fine-tune. Returns result.json of the fine-tuning."""
     method, setting, *tokens = row.split("-")
     folder = out / f"seed-{seed}"
-    finetuning = dataclasses.replace(finetuning, seed=seed, task=task)
-    finetuning.out = str(folder / f"{task}-{row}")
+    end = "" if fold is None else f"-fold-{fold}"
+    finetuning = dataclasses.replace(finetuning, seed=seed, task=task, fold=fold)
+    finetuning.out = str(folder / f"{task}-{row}{end}")
     if tokens:
         finetuning.tokens = tokens[0]
     if method in ("abmil", "random"):
         finetuning.init = {"abmil": "none", "random": "random"}[method]
         finetuning.magnification = parse_magnification(setting)
         return finetune(finetuning)
-    finetuning.init = str(folder / f"{method}-{setting}")
-    pretraining = dataclasses.replace(pretraining, seed=seed, out=finetuning.init)
+    finetuning.init = str(folder / f"{method}-{setting}{end}")
+    pretraining = dataclasses.replace(pretraining, seed=seed, fold=fold, out=finetuning.init)
     if method == "mem":
         pretraining.mask = float(setting)
     else:
@@ -2042,23 +2093,66 @@ def train_cell(seed: int, row: str, task: str, out: Path, pretraining, finetunin
     return finetune(finetuning)
 
 
+def pool_folds(folder: Path, folds: list[int], classes, seed: int) -> dict:
+    """Write to FOLDER-folds, and return, one result of the test cases of all folds.
+
+    A case that several folds test on has the mean of its scores.
+    """
+    scores = defaultdict(list)  # (case, label) -> its scores
+    results = []
+    for fold in folds:
+        of_fold = Path(f"{folder}-fold-{fold}")
+        results.append(data.read_json(of_fold / "result.json"))
+        for case_id, label, text in tested_cases(of_fold, classes):
+            scores[case_id, label].append(read_scores(text))
+    rows = [(*case, np.mean(of_case, axis=0), "test") for case, of_case in scores.items()]
+    tune = float(np.mean([result["tune_auroc"] for result in results]))
+    pooled = {"kind": "folds", "tune_auroc": tune, "cases": {"test": len(rows)}}
+    pooled["fold_aurocs"] = [result.get("auroc") for result in results]
+    if data.process_rank()[0] == 0:
+        write_predictions(Path(f"{folder}-folds"), rows, classes, pooled, seed)
+    return pooled
+
+
+def tested_cases(folder: Path, classes) -> list[tuple]:
+    """Of predictions.csv: case_id, the number of the label, and the scores with spaces between."""
+    columns = OUTCOME.columns(classes)
+    lines = data.read_csv(folder / "predictions.csv", ("case_id", "label", *columns, "split"))
+    found = []
+    for line in lines:
+        if line["split"] == "test":
+            text = " ".join(line[name] for name in columns)
+            found.append((line["case_id"], classes.index(line["label"]), text))
+    return found
+
+
+def read_scores(text: str) -> float | list[float]:
+    scores = [float(part) for part in (text or "nan").split()]
+    return scores if len(scores) > 1 else scores[0]
+
+
 def write_results(out: Path, cells: dict) -> None:
     """results.csv, and scores.csv of the test cases. cells: (seed, row, task) -> result or {}."""
     lines = []
     scores: dict = defaultdict(dict)  # (task, case, label) -> column -> score
+    missing = {}  # task -> what stands for a missing score
     for (seed, row, task), result in cells.items():
         low, high = result.get("interval") or ("", "")
         lines.append([row, task, seed, low, high, *map(result.get, RESULTS)])
         if result:
-            path = out / f"seed-{seed}" / f"{task}-{row}" / "predictions.csv"
-            for case in data.read_csv(path, ("case_id", "label", "score", "split")):
-                if case["split"] == "test":
-                    scores[task, case["case_id"], case["label"]][f"{row} {seed}"] = case["score"]
+            classes = result.get("classes", data.BINARY)
+            missing[task] = " ".join(["nan"] * len(OUTCOME.columns(classes)))
+            end = "-folds" if result["kind"] == "folds" else ""
+            path = out / f"seed-{seed}" / f"{task}-{row}{end}"
+            for case_id, label, text in tested_cases(path, classes):
+                scores[task, case_id, label][f"{row} {seed}"] = text
     if not scores:
         raise MixmagError(f"{out}: no cell of the table has a score of a test case")
     data.write_csv(out / "results.csv", ("row", "task", "seed", "low", "high", *RESULTS), lines)
     columns = list(dict.fromkeys(f"{row} {seed}" for seed, row, _ in cells))
-    cases = [[*case, *map(found.get, columns)] for case, found in scores.items()]
+    cases = []
+    for case, found in scores.items():
+        cases.append([*case, *(found.get(column, missing[case[0]]) for column in columns)])
     data.write_csv(out / "scores.csv", ("task", "case_id", "label", *columns), cases)
 
 
@@ -2072,7 +2166,7 @@ class Results:
         self.seeds = list(dict.fromkeys(line["seed"] for line in lines))
         self.aurocs = defaultdict(list)  # (row, task) -> (seeds,)
         self.labels = defaultdict(list)  # task -> (cases,), of the test cases
-        self.scores = defaultdict(list)  # (row, task) -> (cases, seeds)
+        self.scores = defaultdict(list)  # (row, task) -> (cases, seeds) or (cases, seeds, K)
         self.machine = data.read_json(Path(folder) / "machine.json")
         for line in lines:
             self.aurocs[line["row"], line["task"]].append(float(line["auroc"] or "nan"))
@@ -2080,7 +2174,7 @@ class Results:
         for case in data.read_csv(Path(folder) / "scores.csv", ("task", "label", *columns)):
             self.labels[case["task"]].append(int(case["label"]))
             for row in self.rows:
-                of_seeds = [float(case[f"{row} {seed}"] or "nan") for seed in self.seeds]
+                of_seeds = [read_scores(case[f"{row} {seed}"]) for seed in self.seeds]
                 self.scores[row, case["task"]].append(of_seeds)
 
 
@@ -2089,8 +2183,9 @@ def resampled_average(results: Results, row: str) -> np.ndarray | None:
     samples = []
     for number, task in enumerate(results.tasks):
         labels = np.array(results.labels[task])
-        for scores in np.array(results.scores[row, task]).T:  # (cases,)
-            known = ~np.isnan(scores)
+        for of_seed in zip(*results.scores[row, task], strict=True):
+            scores = np.array(of_seed)  # (cases,) or (cases, K)
+            known = np.isfinite(scores).reshape(len(scores), -1).all(axis=1)
             drawn = bootstrap_aurocs(labels[known], scores[known], number)
             if drawn is None:
                 return None
@@ -2184,6 +2279,8 @@ def finetune_command(**options) -> int:
         text = f"test AUROC {result['auroc']:.3f}"
     if result.get("interval"):
         text += " (95 % over cases: {:.3f} to {:.3f})".format(*result["interval"])
+    if len(result.get("classes", data.BINARY)) > 2:
+        text = f"mean over classes, each against the rest: {text}"
     print(f"{result['task']}: {text}, {result['cases']['test']} cases")
     return 0
 

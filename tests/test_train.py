@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -618,6 +619,84 @@ def test_what_the_tables_leave_out_is_said(cohort, copy_of):
     text = train.used_slides(folder)
     assert f"2 of {len(ids)} slides are used" in text
     assert "finetune will refuse fold0: 1 of its slides are used" in text
+
+
+FOLDS = ("case_id", "slide_id", "label", "fold_0", "fold_1")
+
+
+@pytest.fixture
+def folded(cohort, tmp_path):
+    """DATA with a table of two folds and three classes over all slides of the cohort."""
+    os.makedirs(tmp_path / "d" / "tasks")
+    os.symlink(cohort / "slides", tmp_path / "d" / "slides")
+    rows = []
+    for i, slide_id in enumerate(sorted(data.slide_files(cohort))):
+        grade = ["low", "medium", "high"][i // 2 % 3]
+        rows.append(
+            (f"p{i // 2}", slide_id, grade, *["test train", "train test"][i // 6 % 2].split())
+        )
+    data.write_csv(tmp_path / "d" / "tasks" / "grade.csv", FOLDS, rows)
+    return tmp_path / "d"
+
+
+def test_a_fold_is_pretrained_and_tuned_without_its_cases(folded, monkeypatch, capsys):
+    """Three classes by name, from pretraining to predict and heatmap."""
+    monkeypatch.chdir(folded.parent)
+    pretraining = train.PretrainConfig(data="d", steps=2, batch_size=2)
+    with pytest.raises(MixmagError, match="over its 2 folds every case may be .* --fold K"):
+        train.pretrain(pretraining)
+    train.pretrain(dataclasses.replace(pretraining, fold=1))
+    cases = data.read_task(folded, "grade", 1)
+    of_split = {split: [c for c in cases if c.split == split] for split in data.SPLITS}
+    unseen = [i for split in ("tune", "test") for case in of_split[split] for i in case.slide_ids]
+    said = f"grade.csv leaves out {len(unseen)}, such as {min(unseen)}"
+    assert said in capsys.readouterr().err
+    seen = table_rows("runs/mem-0.50-f1/encoder/slides.csv", ("slide_id",))
+    assert {i for (i,) in seen} == {i for case in of_split["train"] for i in case.slide_ids}
+    config = train.FinetuneConfig(
+        data="d", task="grade", init="runs/mem-0.50-f1", out="f", epochs=2
+    )
+    for other in ({"fold": 0}, {"fold": 1, "seed": 5}):
+        with pytest.raises(MixmagError, match="tune or test cases.* the same --fold and --seed"):
+            train.finetune(dataclasses.replace(config, **other))
+    with pytest.raises(MixmagError, match="no column split, found fold_0, fold_1; --fold K reads"):
+        train.finetune(config)
+    result = train.finetune(dataclasses.replace(config, fold=1))
+    assert "grade: classes high, low, medium; a score for each" in capsys.readouterr().err
+    assert result["classes"] == ["high", "low", "medium"]
+    columns = ("score_high", "score_low", "score_medium")
+    rows = table_rows("f/predictions.csv", ("case_id", "label", "split", *columns))
+    for split, name in (("test", "auroc"), ("tune", "tune_auroc")):
+        mine = [row for row in rows if row[2] == split]
+        assert [row[0] for row in mine] == [case.case_id for case in of_split[split]]
+        scores = np.array([row[3:] for row in mine], float)
+        by_sklearn = roc_auc_score([row[1] for row in mine], scores, multi_class="ovr")
+        assert result[name] == pytest.approx(by_sklearn, abs=1e-12)
+    assert train.predict("f") == 0
+    of_slide = {
+        i: np.array(s, float) for i, *s in table_rows("f/predict.csv", ("slide_id", *columns))
+    }
+    rule = train.CASE_SCORES[result["case_score"]]
+    for row, case in zip(rows, of_split["tune"] + of_split["test"], strict=True):
+        expected = rule([of_slide[i] for i in case.slide_ids], axis=0)
+        assert np.array(row[3:], float) == pytest.approx(expected / expected.sum(), abs=1e-5)
+    slide_id = cases[0].slide_ids[0]
+    train.heatmap("f", slide_id)
+    best = of_slide[slide_id].argmax()
+    out = capsys.readouterr().out
+    assert f"{slide_id}: predicted class {result['classes'][best]}" in out
+    said = float(re.search(r"score ([\d.]+);", out)[1])
+    assert said == pytest.approx(of_slide[slide_id][best], abs=1e-4)
+
+
+def test_a_class_that_a_split_lacks_is_named(folded):
+    path = folded / "tasks" / "grade.csv"
+    lines = path.read_text().splitlines()
+    lines[1:3] = [line.replace("low", "hihg") for line in lines[1:3]]  # a slip in one case
+    path.write_text("\n".join(lines))
+    config = train.FinetuneConfig(data=str(folded), task="grade", init="none", fold=0)
+    with pytest.raises(MixmagError, match="'medium'.; two classes or more .* all of .*'hihg'"):
+        train.finetune(config)
 
 
 def test_a_picture_costs_no_result(cohort, tmp_path, monkeypatch):
