@@ -68,29 +68,24 @@ FIELDS = (*TEXT_FIELDS, *JSON_FIELDS)
 
 @dataclass
 class Slide:
-    """One slide file. Its features stay on disk until they are used."""
+    """One slide file. Its features are a private memory map: only what is used is read."""
 
     path: Path
     meta: dict
+    features: np.ndarray  # (C, T, D) float16
     cells: np.ndarray  # (C, 2) int32: col, row on the lowest magnification's lattice
     valid: np.ndarray  # (C, T) bool: True where a token holds an embedding
-    dim: int  # D
-    version: int  # time of change: a file that is written anew is mapped anew
 
     @property
     def slide_id(self) -> str:
         return composed(self.meta["slide_id"])
 
     @property
-    def features(self) -> np.ndarray:
-        """(C, T, D) float16, a private memory map of the file: only what is used is read."""
-        return map_features(self.path, self.version)
+    def dim(self) -> int:
+        return self.features.shape[2]
 
-
-@functools.lru_cache(maxsize=30000)  # Linux gives a process about 65,000 maps
-def map_features(path: Path, version: int) -> np.ndarray:
-    with safetensors.safe_open(path, "pt") as file:  # torch maps the tensor, numpy would copy it
-        return file.get_tensor("features").numpy()
+    def __reduce__(self):
+        return read_slide, (self.path,)  # a worker of a DataLoader maps the file anew
 
 
 def checksum(features, cells, valid, metadata: dict) -> str:
@@ -128,10 +123,9 @@ def write_slide(path, features, cells, valid, meta: dict) -> None:
         text[name] = value if name in TEXT_FIELDS else json.dumps(value)
     text["sha256"] = checksum(features, cells, valid, text)
     arrays = {"features": features, "cells": cells, "valid": valid}
-    for name, array in arrays.items():
-        arrays[name] = np.ascontiguousarray(array)  # the library scrambles any other
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     with whole_file(path) as temporary:
-        safetensors.numpy.save_file(arrays, temporary, text)
+        safetensors.numpy.save_file(contiguous, temporary, text)  # scrambles others
 
 
 def read_slide(path) -> Slide:
@@ -143,16 +137,15 @@ def read_slide(path) -> Slide:
     try:
         with safetensors.safe_open(path, "pt") as file:
             meta = parse_metadata(file.metadata() or {})
-            features = file.get_tensor("features").numpy()  # a map: nothing is read
+            features = file.get_tensor("features").numpy()  # torch maps it, numpy would copy it
             cells = file.get_tensor("cells").numpy().copy()
             valid = file.get_tensor("valid").numpy().copy()
         check_arrays(features, cells, valid, meta["magnifications"])
         if composed(meta["slide_id"]) != composed(path.stem):
             raise ValueError(f"it holds slide {meta['slide_id']!r}; rename the file")
-        version = path.stat().st_mtime_ns
     except (OSError, safetensors.SafetensorError, ValueError, TypeError) as error:
         raise MixmagError(f"{path}: cannot be read as a slide file ({one_line(error)})") from None
-    return Slide(path, meta, cells, valid, features.shape[2], version)
+    return Slide(path, meta, features, cells, valid)
 
 
 def parse_metadata(text: dict) -> dict:
@@ -174,8 +167,7 @@ def read_slides(data, ids=None, failed: list | None = None) -> list[Slide]:
     are left out and listed there as (slide_id, stage, reason).
     """
     slides = []
-    paths = slide_paths(data, ids)
-    for path in progress(paths, desc="slides", leave=False):
+    for path in progress(slide_paths(data, ids), desc="slides", leave=False):
         try:
             slides.append(read_slide(path))
         except MixmagError as error:
@@ -193,12 +185,17 @@ def read_slides(data, ids=None, failed: list | None = None) -> list[Slide]:
 
 
 def slide_files(data) -> dict[str, Path]:
-    """Slide id -> file. Raises MixmagError for two files of one id."""
-    folder = Path(data) / "slides"
-    paths = visible_files(folder, "*.safetensors")
+    """Slide id -> file."""
+    return files_by_id(Path(data) / "slides", "*.safetensors")
+
+
+def files_by_id(folder: Path, pattern: str) -> dict[str, Path]:
+    """Slide id -> the file that is named so. Raises MixmagError for two files of one id."""
+    paths = visible_files(folder, pattern)
     files = {composed(path.stem): path for path in paths}
     if len(files) < len(paths):
-        raise MixmagError(f"{folder}: two files have one name, written in two forms of Unicode")
+        twice = set(paths) - set(files.values())
+        raise MixmagError(f"two files of one slide, such as {twice.pop()}; rename one")
     return files
 
 
@@ -214,14 +211,11 @@ def slide_paths(data, ids=None) -> list[Path]:
 
 
 def absent_slides(ids, files: dict) -> str:
-    """Says how many slides have no file, and the likely mistake. Empty where all have one."""
+    """Says how many slides have no file. Empty where all have one."""
     absent = sorted(set(map(composed, ids)) - files.keys())
     if not absent:
         return ""
-    advice = ""
-    if Path(absent[0]).stem in files:
-        advice = f"; an id has no suffix: {Path(absent[0]).stem}"
-    return f"{plural(len(absent), 'slide')} without a file, such as {absent[0]!r}{advice}"
+    return f"{plural(len(absent), 'slide')} without a file, such as {absent[0]!r}"
 
 
 def embedding_signature(slide: Slide) -> str:

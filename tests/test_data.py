@@ -89,11 +89,9 @@ def test_slide_round_trip_through_a_private_memory_map(tmp_path):
     path = make_slide(tmp_path, cells=[(3, 1), (0, 2)])
     raw = path.read_bytes()
     slide = data.read_slide(path)
-    maps = Path("/proc/self/maps")
-    assert str(path) not in maps.read_text()
     expected = np.random.default_rng(0).standard_normal((2, 21, 8)).astype(np.float16)
     assert np.array_equal(slide.features, expected)
-    assert str(path) in maps.read_text()
+    assert str(path) in Path("/proc/self/maps").read_text()
     slide.features[:] = 0
     assert path.read_bytes() == raw
     assert slide.cells.tolist() == [[3, 1], [0, 2]] and slide.valid.all() and slide.dim == 8
@@ -960,14 +958,14 @@ def test_ids_are_compared_in_one_form_of_unicode(tmp_path):
         assert [slide.slide_id for slide in data.read_slides(folder, [in_table])] == [forms[1]]
         assert "without a file" not in str(data.verify(folder))
     make_slide(folder, in_table)
-    with pytest.raises(MixmagError, match="two files have one name"):
+    with pytest.raises(MixmagError, match="two files of one slide"):
         data.read_slides(folder)
 
 
 def test_a_table_of_other_slides_holds_nothing_out_and_is_refused(tmp_path):
     make_slide(tmp_path, "S1")
     task(tmp_path, [("c", "S1.svs", 1, "test")])
-    with pytest.raises(MixmagError, match="t.csv: 1 slide .*'S1.svs'; an id has no suffix: S1"):
+    with pytest.raises(MixmagError, match="t.csv: 1 slide without a file, such as 'S1.svs'"):
         data.pretraining_ids(tmp_path)
     (tmp_path / "tasks" / "t.csv").rename(tmp_path / "tasks" / "t.CSV")
     with pytest.raises(MixmagError, match="t.CSV: expected a table whose name ends with .csv"):
