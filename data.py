@@ -271,23 +271,17 @@ def covering_windows(cells, region: int, min_cover: float) -> tuple[np.ndarray, 
     return rows[kept], corners[kept]
 
 
-def entry_index(rows, entries, T: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of embeddings that are listed cell by cell, T each, which ones are wanted; is the cell there?
-
-    rows (..., R*R): the cells of windows, entries (..., n) as in `token_index` -> both (..., n).
-    """
-    cell = np.take_along_axis(rows, entries // T, axis=-1)
-    return np.maximum(cell * T + entries % T, 0), cell >= 0  # any legal one where it is missing
-
-
 def token_index(slide: Slide, rows, entries) -> tuple[np.ndarray, np.ndarray]:
     """Where tokens of windows stand in the slide: (W, n) of its C*T embeddings, and valid (W, n).
 
     rows (W, R*R): the cells of each window. entries (n,) or (W, n): the wanted tokens, counted cell
     by cell: entry e is token e % T of the window's cell e // T.
     """
-    index, present = entry_index(rows, np.atleast_2d(entries), slide.valid.shape[1])
-    return index, present & slide.valid.reshape(-1)[index]
+    T = slide.valid.shape[1]
+    entries = np.atleast_2d(entries)
+    cell = np.take_along_axis(rows, entries // T, axis=-1)
+    index = np.maximum(cell * T + entries % T, 0)  # any legal one where the cell is missing
+    return index, (cell >= 0) & slide.valid.reshape(-1)[index]
 
 
 def gather(slide: Slide, rows, entries) -> tuple[np.ndarray, np.ndarray]:
@@ -322,50 +316,41 @@ def pinned(batch: dict, device) -> dict:
     return moved
 
 
+@dataclass(eq=False, repr=False)
 class RegionDataset(torch.utils.data.Dataset):
     """Random windows for pretraining: turned at random, with the tokens that are to be removed.
 
     Sample i is a function of (seed, i) alone. Its epoch is i // W: in an epoch each of the W
     windows comes once, in random order. `len` is W, but indices may go on beyond it. With stride 1
     windows overlap, so an epoch sees most cells several times.
-
-    mask: the removal ratio. views: 2 for the contrastive loss, whose second window is drawn from a
-    `source` x `source` window that holds the first (paper 3.1.2). turn: whether windows are turned.
-    swap: the share of samples that look as if stained and scanned like another slide: its mean
-    embedding of each magnification takes the place of their own slide's.
     """
 
-    def __init__(
-        self,
-        slides: list[Slide],
-        geometry: Geometry,
-        seed: int,
-        mask: float,
-        views: int = 1,
-        source: int = 0,
-        stride: int = 1,
-        min_cover: float = 1.0,
-        turn: bool = True,
-        swap: float = 0.0,
-    ):
-        self.slides = slides
-        self.geometry = geometry
-        self.seed = seed
-        self.views = views
-        self.turn = turn
-        self.swap = swap
+    slides: list[Slide]
+    geometry: Geometry
+    seed: int
+    mask: float  # the removal ratio
+    views: int = 1  # 2 for the contrastive loss: the second window is drawn from a
+    source: int = 0  # source x source window that holds the first (paper 3.1.2)
+    stride: int = 1
+    min_cover: float = 1.0
+    turn: bool = True  # whether windows are turned
+    swap: float = 0.0  # share of samples that look as if stained and scanned like another slide:
+    # its mean embedding of each magnification takes the place of their own slide's
+
+    def __post_init__(self):
+        geometry = self.geometry
         self.level = geometry.level().numpy()
-        if swap:
-            self.slide_means = slide_means(slides)  # (S, K, D)
-        self.removed_tokens = removal_count(geometry.num_tokens, mask)  # M
-        self.reach = (source or geometry.region) - geometry.region  # cells a view may lie off
+        if self.swap:
+            self.slide_means = slide_means(self.slides)  # (S, K, D)
+        self.removed_tokens = removal_count(geometry.num_tokens, self.mask)  # M
+        self.reach = (self.source or geometry.region) - geometry.region  # cells a view may lie off
         self.turned_entries = geometry.cell_order().numpy()[geometry.dihedral().numpy()]  # (8, N)
-        found = [windows(slide.cells, geometry.region, stride, min_cover) for slide in slides]
-        rows, corners = zip(*found, strict=True)
+        shape = (geometry.region, self.stride, self.min_cover)
+        rows, corners = zip(*[windows(slide.cells, *shape) for slide in self.slides], strict=True)
         self.rows = np.concatenate(rows)  # (W, R*R)
         self.corners = np.concatenate(corners)  # (W, 2)
         counts = [len(part) for part in rows]
-        self.slide_of = np.repeat(np.arange(len(slides)), counts)  # (W,)
+        self.slide_of = np.repeat(np.arange(len(counts)), counts)  # (W,)
         self.first_window = np.cumsum([0, *counts])  # of each slide
 
     def __len__(self) -> int:
@@ -406,23 +391,15 @@ class RegionDataset(torch.utils.data.Dataset):
     def read(self, indices) -> dict:
         """As `batch`, with `valid` always a tensor."""
         window, turn, removed, look = self.draw(indices)
-        slide = self.slide_of[window]
+        slide = self.slide_of[window]  # (views, B), the same in both views
         x = np.empty((*window.shape, self.geometry.num_tokens, self.slides[0].dim), np.float16)
         valid = np.empty(x.shape[:-1], bool)
-        T = self.geometry.tokens_per_cell
-        index, present = entry_index(self.rows[window], self.turned_entries[turn], T)
-        for view, b in np.ndindex(window.shape):
-            its_slide = self.slides[slide[view, b]]
-            tokens = index[view, b]  # (N,)
-            valid[view, b] = its_slide.valid.reshape(-1)[tokens]
-            features = its_slide.features.reshape(-1, its_slide.dim)
-            # by default numpy checks the index in a copy of `out`; "clip" writes into x itself
-            np.take(features, tokens, axis=0, out=x[view, b], mode="clip")
-            if look[b] != slide[view, b]:
-                change = self.slide_means[look[b]] - self.slide_means[slide[view, b]]  # (K, D)
-                x[view, b] += change[self.level]
-        valid &= present
-        x[~valid] = 0
+        for b, own in enumerate(slide[0]):
+            entries = self.turned_entries[turn[:, b]]
+            x[:, b], valid[:, b] = gather(self.slides[own], self.rows[window[:, b]], entries)
+            if look[b] != own:
+                change = self.slide_means[look[b]] - self.slide_means[own]  # (K, D)
+                x[:, b] += change[self.level] * valid[:, b, :, None]
         arrays: dict[str, Any] = {"x": x, "removed": removed, "valid": valid, "slide": slide}
         for key, array in arrays.items():
             arrays[key] = torch.from_numpy(array if self.views == 2 else array[0])
@@ -472,26 +449,23 @@ class CaseDataset(torch.utils.data.Dataset):
         self.cached: dict[str, tuple] = {}
         self.cases: list[Case] = []
         self.dropped: list[str] = []
-        cells = 0
         for case in cases:
-            usable = []
             for slide_id in case.slide_ids:
-                cells += len(slides[slide_id].cells)
-                if self.find_windows(slide_id, geometry.region, min_cover):
-                    usable.append(slide_id)
-                else:
-                    self.dropped.append(slide_id)
+                self.find_windows(slide_id, geometry.region, min_cover)
+            usable = [i for i in case.slide_ids if i in self.rows]
+            self.dropped += [i for i in case.slide_ids if i not in self.rows]
             if usable:
                 self.cases.append(replace(case, slide_ids=usable))
         self.labels = [case.label for case in self.cases]
+        cells = sum(len(slides[slide_id].cells) for slide_id in self.rows)
         unused = cells - sum((rows >= 0).sum() for rows in self.rows.values())
         self.uncovered = ""
         if unused:
             counts = f"{unused} of {cells} cells"
             self.uncovered = f"; {counts} lie in windows that --min-cover leaves out"
 
-    def find_windows(self, slide_id: str, region: int, min_cover: float) -> bool:
-        """Note the slide's windows that hold a valid token. Whether there are any."""
+    def find_windows(self, slide_id: str, region: int, min_cover: float) -> None:
+        """Note the slide's windows that hold a valid token, if there are any."""
         slide = self.slides[slide_id]
         rows, corners = covering_windows(slide.cells, region, min_cover)
         _, valid = token_index(slide, rows, self.entries)  # (W, n)
@@ -499,7 +473,6 @@ class CaseDataset(torch.utils.data.Dataset):
         if kept.any():
             self.rows[slide_id] = rows[kept]
             self.corners[slide_id] = corners[kept]
-        return slide_id in self.rows
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -518,17 +491,10 @@ class CaseDataset(torch.utils.data.Dataset):
         """
         if not len(indices):
             return {}
-        inputs = []
-        masks = []
-        slide_ids: list[str] = []
-        case_of = []
-        for number, i in enumerate(indices):
-            for slide_id in self.cases[i].slide_ids:
-                x, valid = self.read(slide_id)
-                inputs.append(x)
-                masks.append(valid)
-                slide_ids.append(slide_id)
-                case_of.append(number)
+        slides_of = [self.cases[i].slide_ids for i in indices]
+        slide_ids = list(itertools.chain(*slides_of))
+        counts = [len(ids) for ids in slides_of]
+        inputs, masks = zip(*map(self.read, slide_ids), strict=True)
         x, valid = as_batch(np.concatenate(inputs), np.concatenate(masks))
         return {
             "x": x,
@@ -536,7 +502,7 @@ class CaseDataset(torch.utils.data.Dataset):
             "cached": bool(self.cached),
             "slide_ids": slide_ids,
             "regions": torch.tensor([len(mask) for mask in masks]),
-            "case": torch.tensor(case_of),
+            "case": torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
             "label": torch.tensor([float(self.labels[i]) for i in indices]),
         }
 
