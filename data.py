@@ -707,9 +707,8 @@ def pretraining_ids(data) -> list[str]:
 
 CACHE_BYTES = 2**26  # of decoded tiles, shared by neighbouring reads of a level (assumed)
 SLIDE_SUFFIXES = [".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu"]
-SLIDE_SUFFIXES += [".scn", ".mrxs", ".svslide", ".bif", ".dcm", ".czi"]
+SLIDE_SUFFIXES += [".scn", ".mrxs", ".svslide", ".bif", ".czi"]
 MPP_TOLERANCE = 0.02  # the share by which two values of one slide may differ (assumed)
-RESOLUTION_UM = {"inch": 25400.0, "centimeter": 10000.0}  # by tiff.ResolutionUnit
 
 
 class Reader:
@@ -791,14 +790,6 @@ def over_white(rgba: np.ndarray) -> Image.Image:
     return rgb
 
 
-def dicom_series(path: Path) -> str | None:
-    """What all files of one DICOM slide have in common; None for other files."""
-    with contextlib.suppress(openslide.OpenSlideError, OSError):  # Reader says why when it comes
-        if path.suffix.lower() == ".dcm":
-            return openslide.OpenSlide(path).properties.get("openslide.quickhash-1")
-    return None
-
-
 def openslide_version() -> str:
     return openslide.__library_version__
 
@@ -817,36 +808,23 @@ def plausible_mpp(x: float, y: float) -> float:
     return mean if 0.1 <= mean <= 4 and abs(x - y) <= MPP_TOLERANCE * mean else math.nan
 
 
-def stated_mpp(properties, from_power: bool) -> tuple:
-    """(um/px in x, in y, the property that says it) of a slide; (NaN, NaN, None) if none does."""
-    unit = RESOLUTION_UM.get(properties.get("tiff.ResolutionUnit"))
-    if "openslide.mpp-x" in properties:
-        x = number(properties["openslide.mpp-x"])
-        return x, number(properties.get("openslide.mpp-y")), "openslide.mpp-x"
-    if unit and "tiff.XResolution" in properties:
-        x = unit / number(properties["tiff.XResolution"])
-        return x, unit / number(properties.get("tiff.YResolution")), "tiff.XResolution"
-    if from_power and "openslide.objective-power" in properties:
-        x = 10.0 / number(properties["openslide.objective-power"])  # 20x is 0.5 um/px
-        return x, x, "openslide.objective-power"
-    return math.nan, math.nan, None
-
-
-def slide_mpp(properties, given: float | None = None, giver: str = "--mpp", from_power=False):
+def slide_mpp(properties, given: float | None = None, giver: str = "--mpp") -> tuple[float, str]:
     """Micrometres per level-0 pixel, and who says so: the flag `giver`, or a property of the slide.
     A given value mends an implausible one of the slide, and never overrules a plausible one.
     Nothing is guessed: raises MixmagError."""
-    x, y, name = stated_mpp(properties, from_power and given is None)
+    name = "openslide.mpp-x"  # of a plain TIFF, OpenSlide makes it from the resolution
+    x = number(properties.get(name))
+    y = number(properties.get("openslide.mpp-y"))
     mpp = plausible_mpp(x, y)
-    stated = f"the slide says {x:.4g} x {y:.4g} um/px ({name})"
+    stated = f"the slide says {x:.4g} x {y:.4g} um/px"
     if given is not None:
         if math.isnan(plausible_mpp(given, given)):
             raise MixmagError(f"{giver} says {given:g} um/px, expected 0.1 to 4; correct it there")
         if abs(given - mpp) > MPP_TOLERANCE * mpp:
             raise MixmagError(f"{giver} says {given:g} um/px, {stated}; leave {giver} out for it")
         return given, giver
-    if name is None:
-        raise MixmagError("the slide says no mpp; give --mpp, --manifest or --mpp-from-power")
+    if name not in properties:
+        raise MixmagError("the slide says no mpp; give --mpp or --manifest")
     if math.isnan(mpp):
         raise MixmagError(f"{stated}, not 0.1 to 4, equal in x and y; give --mpp or --manifest")
     return mpp, name
@@ -860,7 +838,7 @@ def power_conflict(properties, mpp: float) -> str:
     return f", not its objective power of {power:g}" if conflict else ""
 
 
-def read_manifest(path) -> dict:
+def read_manifest(path, slide_ids) -> dict:
     """{slide id: mpp} of a CSV with the columns slide (an id or a file) and mpp; {} without a path.
     Rows without an mpp are skipped. Raises MixmagError for a slide with two rows or no number."""
     found: dict[str, float] = {}
@@ -873,13 +851,10 @@ def read_manifest(path) -> dict:
             line = f"{path}, line {row['line']}: {slide_id!r} {row['mpp']!r}"
             raise MixmagError(f"{line}: expected one number of um/px for each slide")
         found[slide_id] = number(row["mpp"])
-    return found
-
-
-def warn_unmatched_rows(manifest: dict, slide_ids: set) -> None:
-    if unmatched := sorted(manifest.keys() - slide_ids):
-        rows = f"{len(unmatched)} of {plural(len(manifest), 'row')}"
+    if unmatched := sorted(found.keys() - slide_ids):
+        rows = f"{len(unmatched)} of {plural(len(found), 'row')}"
         log(f"--manifest: no slide here for {rows}, such as {unmatched[0]}")
+    return found
 
 
 def user_mpp(slide_id: str, manifest: dict, mpp: float | None) -> tuple[float | None, str]:
@@ -1258,7 +1233,7 @@ def plan_slide(reader: Reader, settings: TileSettings) -> TilePlan:
     region x region cells with enough tissue. A window at the border has those of its cells that lie
     wholly on the slide. Raises MixmagError for a slide that would have to be upsampled."""
     given, giver = user_mpp(composed(reader.path.stem), settings.manifest, settings.mpp)
-    mpp, source = slide_mpp(reader.properties, given, giver, settings.mpp_from_power)
+    mpp, source = slide_mpp(reader.properties, given, giver)
     highest = settings.magnifications[-1]
     finest = 10.0 / highest  # 20x is 0.5 um/px, 5x is 2.0
     if mpp > MAX_STRETCH * finest:
@@ -1579,7 +1554,6 @@ class TileSettings:
     weights_sha256: str | None = None
     mpp: float | None = None
     manifest: dict = field(default_factory=dict)  # slide id -> mpp
-    mpp_from_power: bool = False
     magnifications: tuple = (5, 10, 20)
     region: int = 3
     min_tissue: float = 0.25
@@ -1638,7 +1612,7 @@ def tile_slide(reader: Reader, plan: TilePlan, encoder, dim: int, settings: Tile
 
 
 def find_slide_files(places) -> list[Path]:
-    """Slide files, named or below folders (also by links, but not hidden), one per DICOM series."""
+    """Slide files, named or below folders, also by links, but not hidden ones."""
     paths = []
     for place in map(Path, places):
         if not place.is_dir():
@@ -1646,16 +1620,15 @@ def find_slide_files(places) -> list[Path]:
             continue
         below = sorted(glob.glob(f"{glob.escape(str(place))}/**", recursive=True))
         paths += [path for path in map(Path, below) if path.suffix.lower() in SLIDE_SUFFIXES]
-    first: dict = {}  # by what makes a file another slide
-    by_id: dict = {}
+    found: dict[str, Path] = {}
     for path in paths:
-        kept = first.setdefault((path.parent.resolve(), dicom_series(path) or path.name), path)
-        other = by_id.setdefault(composed(kept.stem).lower(), kept)
-        if other != kept:
-            raise MixmagError(f"slides with one id: {other} and {kept}: rename one")
+        file = path.parent.resolve() / path.name  # one file may be found by several links
+        other = found.setdefault(composed(path.stem).lower(), file)
+        if other != file:
+            raise MixmagError(f"slides with one id: {other} and {file}: rename one")
     if not paths:
         raise MixmagError(f"no slides in {places}, expected files of {SLIDE_SUFFIXES}")
-    return list(first.values())
+    return list(found.values())
 
 
 def plan_report(reader: Reader, plan: TilePlan, dim: int, min_tissue: float) -> str:
@@ -1752,8 +1725,7 @@ def tile_command(args) -> int:
     paths = find_slide_files(args.slides)
     if args.mask and Path(args.mask).is_file() and len(paths) > 1:
         raise MixmagError(f"--mask {args.mask} is one file for {len(paths)} slides; give a folder")
-    manifest = read_manifest(args.manifest)
-    warn_unmatched_rows(manifest, {composed(path.stem) for path in paths})
+    manifest = read_manifest(args.manifest, {composed(path.stem) for path in paths})
     device = find_device(args.device)
     encoder = tile_encoder(args.encoder, device, args.weights)
     white = np.full((1, TILE_PX, TILE_PX, 3), 255, np.uint8)
@@ -2034,8 +2006,7 @@ def import_command(args) -> int:
     tool = "trident" if args.trident else "stamp"
     found = {folder: find_feature_files(Path(folder)) for folder in getattr(args, tool)}
     slide_ids = sorted(set().union(*found.values()))
-    manifest = read_manifest(args.manifest)
-    warn_unmatched_rows(manifest, set(slide_ids))
+    manifest = read_manifest(args.manifest, set(slide_ids))
     rows = []
     spawn = multiprocessing.get_context("spawn")  # a fork inherits torch's threads
     pool = ProcessPoolExecutor(1, spawn)
@@ -2792,13 +2763,13 @@ def add_tile_flags(parser) -> None:
     parser.epilog = "example: python data.py tile --slides slides/ --out data/mine --mpp 0.5"
     add = parser.add_argument
     files = {"nargs": "+", "metavar": "DIR|FILE", "type": slides_place}
-    add("--slides", required=True, help="slides, or their folders", **files)
+    places = "slides, or their folders; of a DICOM series name one file"
+    add("--slides", required=True, help=places, **files)
     add_output_flags(parser)
     add("--region", type=POSITIVE, default=3, help="cells per side of a window")
     add("--encoder", default="texture", help="texture, virchow2, or module:factory (see README)")
     add("--weights", help="virchow2's weights, .safetensors or .pt; else from the Hugging Face hub")
     add("--mpp", type=float, help="um per level-0 pixel, for slides that do not say it")
-    add("--mpp-from-power", action="store_true", help="else take 10 / objective power as mpp")
     run = {"nargs": "+", "type": number_in(float, 0.01, 1000), "action": Doublings}
     add("--magnifications", default=[5, 10, 20], help="each twice the one before", **run)
     tissue = "least share of tissue in a window (assumed); biopsies and smears want less"
