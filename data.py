@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import errno
 import functools
 import glob
 import hashlib
@@ -2469,33 +2468,22 @@ def run_command(function, *args, **kwargs) -> int:
 
 def find_device(name: str) -> torch.device:
     """`auto` is this process's GPU or the CPU. Raises MixmagError for a device that is missing."""
-    wanted = name
     if name == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda":
-        alone = process_rank()[1] == 1
-        wanted = "cuda:0" if alone else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # as torchrun says
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if wanted not in devices:
+    if name not in devices:
         raise MixmagError(f"--device {name}: expected auto, {', '.join(devices)}")
-    return torch.device(wanted)
+    return torch.device(name)
 
 
 def process_rank() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun says.
-
-    Raises MixmagError where a shell or a job left only some of torchrun's variables.
-    """
-    rank = os.environ.get("RANK") or "0"
-    world = os.environ.get("WORLD_SIZE") or "1"
-    if (rank, world) == ("0", "1"):
+    """This process's number and how many there are, as torchrun says."""
+    world = int(os.environ.get("WORLD_SIZE") or 1)
+    if world == 1:  # whatever rank another job has left in the shell
         return 0, 1
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    absent = [name for name in names if not os.environ.get(name)]
-    if absent or not (rank + world).isdecimal() or int(rank) >= int(world):
-        found = f"RANK is {rank}, WORLD_SIZE is {world}, not set are {absent}"
-        raise MixmagError(f"{found}: start with torchrun, or unset RANK and WORLD_SIZE")
-    return int(rank), int(world)
+    return int(os.environ["RANK"]), world
 
 
 def log(text: str) -> None:
@@ -2511,11 +2499,7 @@ def show(text: str) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, and the way out where a disk refuses memory maps."""
-    text = " ".join(str(error).split())
-    if "No such device" in text:
-        text += "; this disk takes no memory maps, so copy the files to another"
-    return text
+    return " ".join(str(error).split())
 
 
 def plural(count: int, noun: str) -> str:
@@ -2527,21 +2511,17 @@ def composed(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def flat(values: dict) -> dict:
-    """The keys of dictionaries inside stand in their place."""
-    plain = {}
-    for key, value in values.items():
-        plain.update(value if isinstance(value, dict) else {key: value})
-    return plain
-
-
 def differences(found: dict, wanted: dict) -> str:
-    """The keys whose values differ, with both values; else empty."""
-    there = flat(found)
-    now = flat(wanted)
-    short = reprlib.repr  # cuts what is long
-    keys = sorted(key for key in there.keys() | now.keys() if there.get(key) != now.get(key))
-    return ", ".join(f"{k} {short(there.get(k))} there, {short(now.get(k))} now" for k in keys)
+    """The keys whose values differ, also of dictionaries inside, with both values; else empty."""
+    differing = []
+    for key in sorted(found.keys() | wanted.keys()):
+        there = found.get(key)
+        now = wanted.get(key)
+        if isinstance(there, dict) and isinstance(now, dict) and there != now:
+            differing.append(differences(there, now))
+        elif there != now:
+            differing.append(f"{key} {reprlib.repr(there)} there, {reprlib.repr(now)} now")
+    return ", ".join(differing)
 
 
 def progress(items=None, **settings):
@@ -2560,10 +2540,7 @@ def until_stopped(items):
 
 
 def prefetch(function, items, threads: int):
-    """function(item) of each item, in order, while threads work on the next 2 * threads items.
-
-    Numpy, torch, Pillow and OpenSlide let other threads run while they work.
-    """
+    """function(item) of each item, in order, while threads work on the next 2 * threads items."""
     pool = ThreadPoolExecutor(max(threads, 1))
     waiting: deque = deque()
     try:
@@ -2584,33 +2561,22 @@ def whole_file(path):
     Raises MixmagError where that fails; an older file of that name is then still there.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
         if temporary.stat().st_mode != mode:  # safetensors' files are for their owner only
             temporary.chmod(mode)
-        flush_to_disk(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
+    # torch.save reports a full disk as a RuntimeError.
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        # torch reports a full disk as a RuntimeError of this name and of several lines
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-            raise
         raise MixmagError(f"{path}: cannot be written ({one_line(error)})") from None
     finally:
-        with contextlib.suppress(OSError):  # the parent may be no folder
-            temporary.unlink()
-
-
-def flush_to_disk(path: Path) -> None:
-    with open(path, "rb+") as file:
-        try:
-            os.fsync(file.fileno())
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-                raise  # those three say that this disk knows no fsync
+        temporary.unlink(missing_ok=True)
 
 
 def visible_files(folder: Path, pattern: str) -> list[Path]:
@@ -2649,18 +2615,12 @@ def write_csv(path, header, rows) -> None:
         csv.writer(file).writerows([header, *rows])
 
 
-SEPARATORS = {";": "semicolons", "\t": "tabs"}  # that some spreadsheets write for commas
-
-
 def read_csv(path, columns) -> list[dict]:
     """Rows as dicts of stripped, composed text, and under "line" the line where each ends.
 
     Empty rows are skipped. Raises MixmagError for a file that is missing or no such table."""
     try:
-        raw = Path(path).read_bytes()
-        if b"\0" in raw:
-            raise ValueError("it is UTF-16")
-        reader = csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""))
+        reader = csv.reader(io.StringIO(Path(path).read_text("utf-8-sig")))
         header = [name.strip() for name in next(reader, [])]
         rows = []
         for cells in reader:
@@ -2668,16 +2628,12 @@ def read_csv(path, columns) -> list[dict]:
             if any(texts):
                 row = dict(itertools.zip_longest(header, texts[: len(header)], fillvalue=""))
                 rows.append({**row, "line": reader.line_num})
-    except OSError as error:
-        raise MixmagError(f"{path}: cannot be read ({error})") from None
-    except (ValueError, csv.Error) as error:
-        reason = f"{path}: cannot be read as a UTF-8 CSV ({error})"
-        raise MixmagError(f"{reason}; a spreadsheet saves it as 'CSV UTF-8'") from None
+    except (OSError, ValueError, csv.Error) as error:
+        raise MixmagError(f"{path}: cannot be read as 'CSV UTF-8' ({error})") from None
     missing = ", ".join(name for name in columns if header.count(name) != 1)
     if missing:
-        others = [word for mark, word in SEPARATORS.items() if mark in "".join(header)]
-        advice = "".join(f"; it has {word}, expected commas" for word in others)
-        raise MixmagError(f"{path}: column {missing} is missing or twice; found {header}{advice}")
+        found = f"found {header}, expected commas between columns"
+        raise MixmagError(f"{path}: column {missing} is missing or twice; {found}")
     return rows
 
 
