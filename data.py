@@ -1702,8 +1702,7 @@ def tile_all(paths: list, encoder, dim: int, settings: TileSettings) -> tuple[li
         except (Stopped, BrokenPipeError):
             raise
         except Exception as error:  # whatever a slide, or the user's encoder, raises
-            kind = "" if isinstance(error, MixmagError) else f"{type(error).__name__}: "
-            reason = kind + one_line(error)
+            reason = failure(error)
             failed.append((path.stem, "tile", reason))
             tqdm.write(f"{path.stem}: FAILED: {reason}", file=sys.stderr)
     return failed, empty
@@ -1767,7 +1766,6 @@ class ImportJob:
     out: Path
     tool: str  # trident or stamp
     encoder: str | None = None
-    class_token: bool | None = None
     mpp: float | None = None
     mpp_source: str = "--mpp"
 
@@ -1837,18 +1835,6 @@ def read_feature_file(path: Path, tool: str) -> FeatureFile:
     return found
 
 
-def settle_trident_sides(files: list[FeatureFile]) -> None:
-    """TRIDENT cuts tiles of a rounded side but states its floor: one more may be the true side."""
-    for finest in (files[-1].side, files[-1].side + 1):
-        sides = [finest * 2**k for k in reversed(range(len(files)))]
-        pairs = list(zip(files, sides, strict=True))
-        nested = all(0 <= side - file.side <= 1 for file, side in pairs)
-        if nested and not any((file.corners % side).any() for file, side in pairs):
-            for file, side in pairs:
-                file.side = side
-            return
-
-
 def check_same_slide(files: list[FeatureFile]) -> None:
     for low, high in itertools.pairwise(files):
         if low.slide_size != high.slide_size:
@@ -1864,17 +1850,6 @@ def encoder_of(files: list[FeatureFile]) -> str:
     if names != [files[0].encoder]:
         raise MixmagError(f"its files name {' and '.join(names)}; give the name with --encoder")
     return names[0]
-
-
-def embedding_width(width: int, encoder: str, class_token: bool | None) -> int:
-    """How many numbers to keep. Virchow2's 2560 are its class token, then the mean patch token."""
-    if not width:
-        raise MixmagError("its files hold no tile, and no width of an embedding")
-    unclear = class_token is None and width == 2560 and encoder != "virchow2"
-    if unclear or (class_token and width != 2560):
-        rule = "--class-token keeps 1280 of 2560, --no-class-token keeps all"
-        raise MixmagError(f"its embeddings hold {width} numbers of {encoder!r}: {rule}")
-    return 1280 if width == 2560 and class_token is not False else width
 
 
 def import_mpp(files: list[FeatureFile], job: ImportJob) -> tuple[float, str]:
@@ -1929,18 +1904,19 @@ def assemble_cells(files: list, positions: list) -> tuple[np.ndarray, np.ndarray
 def import_slide(job: ImportJob) -> str:
     """Writes the slide file. Returns what was done."""
     sources = [file_sha256(path) for path in job.paths]
-    settings = {"tool": job.tool, "class_token": job.class_token, "sources": sources}
+    settings = {"tool": job.tool, "sources": sources}
     if already_done(job.out, {"encoder": job.encoder, "settings": settings}, job.mpp):
         return "done before"
     files = [read_feature_file(path, job.tool) for path in job.paths]
-    if job.tool == "trident":
-        settle_trident_sides(files)
     check_same_slide(files)
     first = files[0]
     encoder = job.encoder or encoder_of(files)
     positions = [lattice_positions(file, job.tool) for file in files]
     features, cells, valid = assemble_cells(files, positions)
-    width = embedding_width(features.shape[2], encoder, job.class_token)
+    if not features.shape[2]:
+        raise MixmagError("its files hold no tile, and no width of an embedding")
+    if encoder == "virchow2" and features.shape[2] == 2560:
+        features = features[..., :1280]  # the class token; the rest is the mean patch token
     mpp, mpp_source = import_mpp(files, job)
     cell_px = first.side / mpp if job.tool == "stamp" else first.side
     size = first.slide_size
@@ -1961,7 +1937,7 @@ def import_slide(job: ImportJob) -> str:
         "settings": settings,
         "size_known": None not in first.slide_size,
     }
-    write_slide(job.out, features[..., :width], cells, valid, meta)
+    write_slide(job.out, features, cells, valid, meta)
     return "imported"
 
 
@@ -1983,27 +1959,21 @@ def import_report(slide_id: str, status: str, reason: str, *facts) -> str:
     if status == "failed":
         return f"{slide_id}: failed: {reason}"
     _, magnifications, mpp, source, cells, tiles = facts
+    parts = [f"{count} tiles at {m}x" for count, m in zip(tiles, magnifications, strict=True)]
     report = f"{slide_id}: {status}, {mpp:.4g} um/px ({source}), {plural(cells, 'cell')}"
-    for k, found in enumerate(tiles):
-        report += f", {found} of {plural(cells * 4**k, 'tile')} at {magnifications[k]}x"
-    return report
+    return ", ".join([report, *parts])
 
 
-def find_feature_files(folder: Path) -> dict[str, Path]:
-    """slide id -> file."""
-    paths = visible_files(folder, "**/*.h5")  # STAMP repeats the folders of the slides
-    files = {composed(path.stem): path for path in paths}
+def find_feature_files(folder) -> dict[str, Path]:
+    files = files_by_id(Path(folder), "**/*.h5")  # STAMP repeats the folders of the slides
     if not files:
         raise MixmagError(f"{folder}: no feature files (*.h5)")
-    if len(files) < len(paths):
-        twice = set(paths) - set(files.values())
-        raise MixmagError(f"two files of one slide, such as {twice.pop()}; rename one")
     return files
 
 
 def import_command(args) -> int:
     tool = "trident" if args.trident else "stamp"
-    found = {folder: find_feature_files(Path(folder)) for folder in getattr(args, tool)}
+    found = {folder: find_feature_files(folder) for folder in getattr(args, tool)}
     slide_ids = sorted(set().union(*found.values()))
     manifest = read_manifest(args.manifest, set(slide_ids))
     rows = []
@@ -2013,7 +1983,7 @@ def import_command(args) -> int:
         paths = [files.get(i, Path(folder, f"{i}.h5")) for folder, files in found.items()]
         out = Path(args.out, "slides", f"{i}.safetensors")
         mpp = user_mpp(i, manifest, args.mpp)
-        job = ImportJob(i, paths, out, tool, args.encoder, args.class_token, *mpp)
+        job = ImportJob(i, paths, out, tool, args.encoder, *mpp)
         try:
             row = pool.submit(import_worker, job).result()
         except OtherSettings:  # the tables stay as they are
@@ -2023,10 +1993,8 @@ def import_command(args) -> int:
             stop_if_asked()  # then a signal ended it
             pool = ProcessPoolExecutor(1, spawn)
             row = [i, "failed", "its files bring the HDF5 library down, or hang it"]
-        except MixmagError as error:
-            row = [i, "failed", str(error)]
-        except Exception as error:  # no such file, a full disk, no memory
-            row = [i, "failed", f"{type(error).__name__}: {error}"]
+        except Exception as error:  # a refusal, no such file, a full disk, no memory
+            row = [i, "failed", failure(error)]
         rows.append(row)
         show(import_report(*row))
     pool.shutdown()
@@ -2502,6 +2470,12 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def failure(error: Exception) -> str:
+    """Why a slide failed: what is no refusal of ours comes with its type."""
+    kind = "" if isinstance(error, MixmagError) else f"{type(error).__name__}: "
+    return kind + one_line(error)
+
+
 def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
@@ -2746,9 +2720,8 @@ def add_import_flags(parser) -> None:
     source.add_argument("--trident", nargs="+", metavar="DIR", help=folders)
     source.add_argument("--stamp", nargs="+", metavar="DIR", help=folders)
     add_output_flags(parser)
-    add("--encoder", help="the encoder's name (default: as the files say)")
-    token = "keep the first 1280 of Virchow2's 2560 numbers (default: where the files say virchow2)"
-    add("--class-token", action=argparse.BooleanOptionalAction, help=token)
+    name = "the encoder's name (default: as the files say); of virchow2 the class token is kept"
+    add("--encoder", help=name)
     mpp = number_in(float, 0.1, 4)
     add("--mpp", type=mpp, help="um per level-0 pixel, which STAMP's files do not say")
 
