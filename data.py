@@ -36,7 +36,7 @@ import unicodedata
 from collections import defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -1634,16 +1634,14 @@ def plan_report(reader: Reader, plan: TilePlan, dim: int, min_tissue: float) -> 
     source = plan.mpp_source + power_conflict(reader.properties, plan.mpp)
     report = f"{composed(reader.path.stem)}: {plan.mpp:.4g} um/px ({source})"
     if not plan.windows:
-        report += (
-            f": nothing to embed; its fullest window holds {max(plan.shares, default=0):.1%} tissue"
-        )
+        fullest = max(plan.shares, default=0)
+        report += f": nothing to embed; its fullest window holds {fullest:.1%} tissue"
         return f"{report}, --min-tissue wants {min_tissue:.1%}"
     windows = f"{len(plan.windows)} of {plural(len(plan.shares), 'window')}"
     tokens = plan.cell_count * Geometry(1, plan.magnifications).tokens_per_cell
+    size = f"{tokens} tokens, {tokens * dim / 5e5:.2f} MB"
     report += f", level {plan.level}, {windows} with {plan.tissue_held:.0%} of the tissue: "
-    return (
-        report + f"{plural(plan.cell_count, 'cell')}, {tokens} tokens, {tokens * dim / 5e5:.2f} MB"
-    )
+    return f"{report}{plural(plan.cell_count, 'cell')}, {size}"
 
 
 def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> tuple[str, int]:
@@ -1708,18 +1706,8 @@ def tile_all(paths: list, encoder, dim: int, settings: TileSettings) -> tuple[li
     return failed, empty
 
 
-def share_of_slides(shard: str | None) -> tuple[int, int]:
-    """(i, n): this process does the i-th of n shares, as --shard says, or torchrun."""
-    if shard is None:
-        return process_rank()
-    numbers = re.fullmatch(r"(\d+)/(\d+)", shard)
-    if process_rank()[1] > 1 or not numbers or int(numbers[1]) >= int(numbers[2]):
-        raise MixmagError(f"--shard {shard}: expected i/n with 0 <= i < n, and no torchrun")
-    return int(numbers[1]), int(numbers[2])
-
-
 def tile_command(args) -> int:
-    share, shares = share_of_slides(args.shard)
+    share, shares = args.shard
     paths = find_slide_files(args.slides)
     if args.mask and Path(args.mask).is_file() and len(paths) > 1:
         raise MixmagError(f"--mask {args.mask} is one file for {len(paths)} slides; give a folder")
@@ -1734,10 +1722,6 @@ def tile_command(args) -> int:
     settings = TileSettings(**{name: flags[name] for name in TileSettings.__dataclass_fields__})
     paths = paths[share::shares]
     failed, empty = tile_all(paths, encoder, dim, settings)
-    if process_rank()[1] > 1:  # torchrun ends all processes with the first that fails
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
     nothing = f", {empty} with nothing to embed" if empty else ""
     print(f"{plural(len(paths) - len(failed), 'slide')} done{nothing}, {len(failed)} failed")
     if args.dry_run:
@@ -2644,11 +2628,12 @@ def number_in(kind, low, high):
     return number
 
 
-def slides_place(text: str) -> str:
-    """The type of a flag: a folder that is there, or a slide file, whose absence costs itself."""
-    if not Path(text).exists() and Path(text).suffix.lower() not in SLIDE_SUFFIXES:
-        raise argparse.ArgumentTypeError(f"{text} does not exist")
-    return text
+def share_of_slides(text: str) -> tuple[int, int]:
+    """The type of a flag: i/n."""
+    share, shares = map(int, text.split("/"))
+    if not 0 <= share < shares:
+        raise argparse.ArgumentTypeError(f"{text}: expected i/n with 0 <= i < n")
+    return share, shares
 
 
 class Doublings(argparse.Action):
@@ -2692,7 +2677,7 @@ def add_tile_flags(parser) -> None:
     """turn whole-slide images into slide files: tissue, cells on one lattice, embeddings"""
     parser.epilog = "example: python data.py tile --slides slides/ --out data/mine --mpp 0.5"
     add = parser.add_argument
-    files = {"nargs": "+", "metavar": "DIR|FILE", "type": slides_place}
+    files = {"nargs": "+", "metavar": "DIR|FILE"}
     places = "slides, or their folders; of a DICOM series name one file"
     add("--slides", required=True, help=places, **files)
     add_output_flags(parser)
@@ -2705,7 +2690,8 @@ def add_tile_flags(parser) -> None:
     tissue = "least share of tissue in a window (assumed); biopsies and smears want less"
     add("--min-tissue", type=number_in(float, 0, 1), default=0.25, help=tissue)
     add("--mask", metavar="FILE|DIR", help="a tissue mask, PNG or GeoJSON; DIR: one per slide id")
-    add("--shard", metavar="i/n", help="do the i-th of n shares of the slides, from 0 on")
+    part = {"type": share_of_slides, "metavar": "i/n"}
+    add("--shard", default="0/1", help="do the i-th of n shares of the slides, from 0 on", **part)
     add("--batch-size", type=POSITIVE, default=256, help="tiles per call of the encoder")
     add("--device", default="auto", help="auto, cpu or cuda[:i]")
     add("--dry-run", action="store_true", help="only say mpp, windows, tokens, bytes of each slide")
