@@ -2268,8 +2268,7 @@ def slide_findings(path) -> tuple[Slide | None, list[str]]:
     bad = ~np.isfinite(slide.features) & slide.valid[..., None]  # (C, T, D)
     if bad.any():
         cells = slide.cells[bad.any(axis=(1, 2))].tolist()
-        where = f"{plural(len(cells), 'cell')}, such as (col, row) {cells[0]}"
-        findings.append(f"{path}: NaN or infinite features in {where}")
+        findings.append(f"{path}: NaN or infinite features in the cells {reprlib.repr(cells)}")
     return slide, findings
 
 
@@ -2311,13 +2310,9 @@ def verify(data) -> list[str]:
         findings += found
         if slide:
             made[embedding_signature(slide)].append(slide_id)
-            if not len(slide.cells):
-                show(f"{path}: nothing embedded, which is no finding")
     names = task_names(data)
     if not slides and not names:
         raise MixmagError(f"{data} is no DATA folder: neither slides/ nor tasks/ holds anything")
-    if not slides:
-        findings.append(f"{data}: no slide files in slides/")
     if len(made) > 1:
         for how, ids in made.items():
             findings.append(f"{data}: {plural(len(ids), 'slide')}, such as {ids[0]}, with {how}")
@@ -2349,8 +2344,7 @@ def verify_command(args) -> int:
         print(line)
     slides = plural(len(slide_files(args.data)), "slide")
     tables = plural(len(task_names(args.data)), "task table")
-    found = plural(len(findings), "finding") if findings else "nothing wrong found"
-    print(f"{args.data}: {slides}, {tables}: {found}")
+    print(f"{args.data}: {slides}, {tables}, {plural(len(findings), 'finding')}")
     return 1 if findings else 0
 
 

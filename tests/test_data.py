@@ -262,7 +262,7 @@ def test_verify_prints_every_finding(tmp_path):
     findings = "\n".join(data.verify(tmp_path))
     words = [
         "1 slide, such as other, with encoder another, width 8",
-        "NaN or infinite features in 1 cell, such as (col, row) [0, 0]",
+        "NaN or infinite features in the cells [[0, 0]]",
         "holds slide 's0'",
         "cut.safetensors: cannot be read",
         "small.csv: split tune does not hold both classes",
@@ -275,7 +275,7 @@ def test_verify_prints_every_finding(tmp_path):
     assert "'s0' belongs" not in findings
     out, _ = run("data.py verify", tmp_path, cwd=tmp_path, code=1)
     assert out.count("\n") == findings.count("\n") + 2
-    assert f"{tmp_path}: 11 slides, 3 task tables: " in out
+    assert f"{tmp_path}: 11 slides, 3 task tables, " in out
     (tmp_path / "pretrain.csv").write_text("slide\nb\n")
     assert sum("column slide_id is missing" in line for line in data.verify(tmp_path)) == 1
 
@@ -286,11 +286,11 @@ def test_verify_says_what_it_checked(tmp_path, capsys):
     make_slide(tmp_path)
     args = types.SimpleNamespace(data=tmp_path)
     assert data.verify_command(args) == 0
-    assert capsys.readouterr().out == f"{tmp_path}: 1 slide, 0 task tables: nothing wrong found\n"
+    assert capsys.readouterr().out == f"{tmp_path}: 1 slide, 0 task tables, 0 findings\n"
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "t.csv").write_text("")
     assert data.verify_command(args) == 1
-    assert "1 slide, 1 task table: 1 finding\n" in capsys.readouterr().out
+    assert "1 slide, 1 task table, 1 finding\n" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------- tasks and splits
