@@ -259,20 +259,13 @@ def test_nothing_is_upsampled(no_tissue):
     assert plan(0.25, (1.0, 1.95), [(9000, 9000), (4500, 4737)]).level == 0
 
 
-def write_macro_and_scan(path, subfiletype):
-    """The macro is the first picture, the scan the second."""
-    with tifffile.TiffWriter(path) as tiff:
-        for picture, kind in ((glass(900, 1200), 0), (pink(2000, 2000), subfiletype)):
+def test_a_macro_among_the_levels_is_passed_over(tmp_path):
+    """The macro is the first picture, the scan the second: it does not fit the pyramid."""
+    with tifffile.TiffWriter(tmp_path / "s.tiff") as tiff:
+        for picture, kind in ((glass(900, 1200), 0), (pink(2000, 2000), 1)):
             tiff.write(picture, tile=(256, 256), photometric="rgb", subfiletype=kind)
-    return path
-
-
-def test_a_macro_is_never_taken_for_the_scan(tmp_path):
-    """As a level of the pyramid it does not fit, and is passed over."""
-    reader = data.Reader(write_macro_and_scan(tmp_path / "s.tiff", 1))
+    reader = data.Reader(tmp_path / "s.tiff")
     assert reader.level_sizes == ((2000, 2000), (1200, 900)) and reader.level_for(8.0) == 0
-    with pytest.raises(SlideReadError, match=r"\(1200, 900\) px is smaller .* \(2000, 2000\) px"):
-        data.Reader(write_macro_and_scan(tmp_path / "s.tiff", 0))
 
 
 @pytest.mark.parametrize("levels", [(1, 2), (1, 2, 32)])
@@ -592,7 +585,7 @@ def test_manifest_names_slides_by_file_or_id(tmp_path):
     with pytest.raises(MixmagError, match="row a says 0.25.*leave --manifest row a out"):
         data.slide_mpp(says("0.5", "0.5"), *asked[0])
     path.write_text("slide,mpp\na,0.5\nb,half\na.svs,0.25\nc,0\n")
-    with pytest.raises(MixmagError, match="line 3: 'b' 'half': expected one number"):
+    with pytest.raises(MixmagError, match="line 3: expected one number of um/px for 'b'"):
         data.read_manifest(path, set())
     path.write_text("wsi,mpp\na,0.5\n")
     with pytest.raises(MixmagError, match="column slide is missing"):
@@ -783,20 +776,19 @@ def test_pale_tissue_of_a_real_slide(real):
     assert 24 <= len(plan.windows) <= 26 and plan.tissue_held > 0.85
 
 
-def test_the_thumbnail_is_the_box_mean_even_of_a_damaged_coarse_level(tmp_path):
+@pytest.mark.parametrize("levels, largest", [((1, 4), 10), ((1,), 1)])
+def test_the_thumbnail_is_the_box_mean(tmp_path, levels, largest):
+    """The level of a quarter is a little less exact."""
     picture = pink(2776, 5000)
-    path = write_tiff(tmp_path / "s.tiff", picture, 0.5, (1, 4))
-    bad = spoil(path, *range(len(tile_places(path, 1))), page=1)
+    path = write_tiff(tmp_path / "s.tiff", picture, 0.5, levels)
     size = (156, 87)
     whole = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX), float)
     fine = np.asarray(Image.fromarray(picture).resize((624, 348), Image.Resampling.BOX))
     deviation = fine[..., 1].reshape(87, 4, 156, 4).std(axis=(1, 3))
-    for slide, largest in ((path, 10), (bad, 1)):  # the level of a quarter is a little less exact
-        rgb, variance, unread = data.thumbnail(data.Reader(slide), 0.5)
-        assert rgb.shape == (87, 156, 3) and not unread.any()
-        off = np.abs(rgb - whole)
-        assert off.max() <= largest
-        assert np.median(np.abs(np.sqrt(variance) - deviation)) <= 0.1 * largest
+    rgb, variance, unread = data.thumbnail(data.Reader(path), 0.5)
+    assert rgb.shape == (87, 156, 3) and not unread.any()
+    assert np.abs(rgb - whole).max() <= largest
+    assert np.median(np.abs(np.sqrt(variance) - deviation)) <= 0.1 * largest
 
 
 # -------------------------------------------------------------------------------------------- masks
@@ -894,6 +886,7 @@ def test_png_masks_cover_the_whole_slide(tmp_path, mode, size):
         ("m.png", Image.new("L", (50, 90), 255), r"\(50, 90\) is another shape.*\(9000, 5000\)"),
         ("m.png", Image.new("L", (92, 50), 255), r"\(92, 50\) is another shape"),
         ("m.png", b"no picture", "m.png: cannot be read as a mask"),
+        ("m.png", Image.new("1", (27000, 15000)), "m.png: cannot be read .*exceeds limit"),
         ("m.geojson", b'{"type": "FeatureCollection", "features": []}', "holds no tissue"),
         ("m.geojson", b'{"type": "Point", "coordinates": [5, 5]}', "holds no tissue"),
         ("m.geojson", b'{"type": "Polygon", "coordinates": [["x", "y"]]}', "cannot be read"),
@@ -914,14 +907,6 @@ def test_masks_that_are_none_are_refused(tmp_path, name, content, message):
         content.save(tmp_path / name)
     with pytest.raises(MixmagError, match=message):
         data.read_mask(tmp_path / name, WHOLE, SHAPE)
-
-
-def test_a_mask_of_too_many_pixels_is_told_how_many_are_enough(tmp_path):
-    Image.new("1", (27000, 15000)).save(tmp_path / "m.png")
-    with pytest.raises(
-        MixmagError, match="m.png: too large to be decoded; 281 x 156 px are enough"
-    ):
-        data.read_mask(tmp_path / "m.png", WHOLE, SHAPE)
 
 
 def test_masks_belong_to_slides_by_name(tmp_path):
@@ -1235,8 +1220,6 @@ def factory():
     return lambda tiles: tiles.float().mean((1, 2))
 def raises():
     raise KeyError('weights')
-def nothing():
-    pass
 """)
     (tmp_path / "syntax.py").write_text("def f(:\n")
     monkeypatch.chdir(tmp_path)
@@ -1246,7 +1229,6 @@ def nothing():
     assert slide.meta["encoder"] == "mine:factory" and slide.features.shape == (9, 21, 3)
     for name, message in (
         ("mine:raises", "KeyError: 'weights'"),
-        ("mine:nothing", "returned no callable, but None"),
         ("mine:absent", "absent"),
         ("syntax:f", "SyntaxError"),
         ("absent:f", "No module named"),
