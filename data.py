@@ -1068,66 +1068,30 @@ def find_tissue(rgb: np.ndarray, inside: np.ndarray | float = 0.0) -> np.ndarray
 
 
 def find_mask(path: Path, place) -> Path | None:
-    """The user's mask of a slide: the file `place`, or <slide_id>.png or .geojson in a folder."""
+    """The user's mask of a slide: the file `place`, or <slide_id>.png in a folder."""
     if place is None:
         return None
-    files = [Path(place)]
-    if files[0].is_dir():
-        files = [Path(place, f"{path.stem}{suffix}") for suffix in (".png", ".geojson")]
-    for file in files:
-        if file.is_file():
-            return file
-    raise MixmagError(f"--mask: expected {' or '.join(map(str, files))}")
-
-
-def png_mask(path: Path, reader: Reader, size: tuple) -> np.ndarray:
-    """A picture of the whole slide, whose non-zero pixels are tissue -> (h, w) bool."""
-    with Image.open(path) as image:
-        colours = [band != "A" for band in image.getbands()]
-        pixels = np.asarray(image).reshape(image.height, image.width, -1)
-    if abs(np.divide(*image.size) / np.divide(*reader.size) - 1) > 0.02:
-        raise MixmagError(f"{path}: {image.size} is another shape than the slide's {reader.size}")
-    tissue = Image.fromarray(pixels[..., colours].any(axis=2).astype(np.uint8) * 255)
-    return np.asarray(tissue.resize(size, Image.Resampling.BOX)) > 127
-
-
-def polygon_rings(node) -> list:
-    """[[outer ring, hole, ...], ...] of all polygons in a GeoJSON text."""
-    if isinstance(node, list):
-        return [rings for part in node for rings in polygon_rings(part)]
-    if node["type"] == "Polygon":
-        return [node["coordinates"]]
-    if node["type"] == "MultiPolygon":
-        return node["coordinates"]
-    parts = map(node.get, ("features", "geometries", "geometry"))  # none in a point or a line
-    return polygon_rings([part for part in parts if part])
-
-
-def geojson_mask(path: Path, reader: Reader, size: tuple) -> np.ndarray:
-    """Polygons in level-0 px -> (h, w) bool."""
-    drawn = json.loads(path.read_text("utf-8-sig"))
-    corner = (0, 0) if "crs" in drawn else reader.bounds[:2]  # as TRIDENT counts, and QuPath
-    canvas = Image.new("1", size)
-    for rings in polygon_rings(drawn):
-        polygon = Image.new("1", size)  # of its own: a hole cuts no other polygon
-        for i, ring in enumerate(rings):
-            points = (np.array(ring, float)[:, :2] + corner) * np.divide(size, reader.size)
-            if (points.max(axis=0) > np.multiply(size, 1.02) + 1).any():
-                raise MixmagError(f"{path}: a polygon leaves the slide's {reader.size} level-0 px")
-            ImageDraw.Draw(polygon).polygon(points.reshape(-1).tolist(), fill=int(i == 0))
-        canvas.paste(polygon, mask=polygon)
-    return np.asarray(canvas)
+    mask = Path(place)
+    if mask.is_dir():
+        mask /= f"{path.stem}.png"
+    if not mask.is_file():
+        raise MixmagError(f"--mask: expected {mask}")
+    return mask
 
 
 def read_mask(path: Path, reader: Reader, shape: tuple) -> np.ndarray:
-    """(h, w) bool of a PNG or GeoJSON file. Raises MixmagError for one that does not fit."""
-    read = png_mask if path.suffix.lower() == ".png" else geojson_mask
+    """A picture of the whole slide, whose non-zero pixels are tissue -> (h, w) bool. Raises
+    MixmagError for one that does not fit."""
     try:
-        mask = read(path, reader, shape[::-1])
-    except MixmagError:
-        raise
+        with Image.open(path) as image:
+            colours = [band != "A" for band in image.getbands()]
+            pixels = np.asarray(image).reshape(image.height, image.width, -1)
     except Exception as error:  # Pillow has half a dozen types for what is no picture
         raise MixmagError(f"{path}: cannot be read as a mask ({error!r})") from None
+    if abs(np.divide(*image.size) / np.divide(*reader.size) - 1) > 0.02:
+        raise MixmagError(f"{path}: {image.size} is another shape than the slide's {reader.size}")
+    tissue = Image.fromarray(pixels[..., colours].any(axis=2).astype(np.uint8) * 255)
+    mask = np.asarray(tissue.resize(shape[::-1], Image.Resampling.BOX)) > 127
     if not mask.any():
         raise MixmagError(f"{path}: holds no tissue")
     return mask
@@ -2669,7 +2633,7 @@ def add_tile_flags(parser) -> None:
     add("--magnifications", default=[5, 10, 20], help="each twice the one before", **run)
     tissue = "least share of tissue in a window (assumed); biopsies and smears want less"
     add("--min-tissue", type=number_in(float, 0, 1), default=0.25, help=tissue)
-    add("--mask", metavar="FILE|DIR", help="a tissue mask, PNG or GeoJSON; DIR: one per slide id")
+    add("--mask", metavar="FILE|DIR", help="a tissue mask, a PNG; DIR: one per slide id")
     part = {"type": share_of_slides, "metavar": "i/n"}
     add("--shard", default="0/1", help="do the i-th of n shares of the slides, from 0 on", **part)
     add("--batch-size", type=POSITIVE, default=256, help="tiles per call of the encoder")

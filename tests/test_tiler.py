@@ -3,7 +3,6 @@
 import csv
 import io
 import itertools
-import json
 import os
 import struct
 import sys
@@ -17,9 +16,7 @@ import tifffile
 import torch
 from bench import jpeg_tiles, tile_sparse, write_jpeg_tiff
 from conftest import run
-from matplotlib.path import Path as Polygon
 from PIL import Image, ImageDraw, ImageFilter
-from scipy import ndimage
 from scipy.spatial import cKDTree
 from test_train import Evil
 
@@ -796,68 +793,6 @@ WHOLE = SimpleNamespace(size=(9000, 5000), bounds=(0, 0, 9000, 5000))
 SHAPE = (156, 281)
 
 
-def ring(x, y, radius):
-    angles = np.linspace(0, 2 * np.pi, 40)
-    return np.stack([x + radius * np.cos(angles), y + radius * np.sin(angles)], axis=1).tolist()
-
-
-def feature(geometry):
-    return {"type": "Feature", "geometry": geometry, "properties": {"name": "tissue"}}
-
-
-@pytest.mark.parametrize("form", ["features", "multi", "geometries", "list"])
-def test_geojson_masks_are_the_polygons(tmp_path, form):
-    """Against matplotlib: a disc with a hole, an island in it, a disc that overlaps another's
-    hole."""
-    parts = [
-        [ring(2000, 2000, 500)],
-        [ring(2000, 2000, 1500), ring(2000, 2000, 900)],
-        [ring(6000, 3000, 900)],
-        [ring(6500, 3000, 1000), ring(6300, 3000, 400)],
-    ]
-    polygons = [{"type": "Polygon", "coordinates": rings} for rings in parts]
-    features = [*map(feature, polygons), feature(None)]
-    text = {
-        "features": {"type": "FeatureCollection", "features": features},
-        "multi": feature({"type": "MultiPolygon", "coordinates": parts}),
-        "geometries": {"type": "GeometryCollection", "geometries": polygons},
-        "list": polygons,
-    }[form]
-    (tmp_path / "m.geojson").write_text(json.dumps(text))
-    bounds = (320, 64, 8000, 4000)  # QuPath counts from the corner of the bounds
-    mask = data.read_mask(
-        tmp_path / "m.geojson", SimpleNamespace(size=WHOLE.size, bounds=bounds), SHAPE
-    )
-    x = (np.arange(SHAPE[1]) + 0.5) * 9000 / SHAPE[1] - 320
-    y = (np.arange(SHAPE[0]) + 0.5) * 5000 / SHAPE[0] - 64
-    centres = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
-    expected = np.zeros(len(centres), bool)
-    for outer, *holes in parts:
-        inside = Polygon(outer).contains_points(centres)
-        for hole in holes:
-            inside &= ~Polygon(hole).contains_points(centres)
-        expected |= inside
-    expected = expected.reshape(SHAPE)
-    edge = ndimage.maximum_filter(expected, 3) ^ ndimage.minimum_filter(expected, 3)
-    assert expected.mean() > 0.1 and np.array_equal(mask[~edge], expected[~edge])
-    assert abs(mask.mean() / expected.mean() - 1) < 0.04  # Pillow draws the outline, too
-
-
-@pytest.mark.parametrize("crs, corner", [({}, (3000, 2000)), ({"crs": {"type": "name"}}, (0, 0))])
-def test_masks_begin_where_their_tool_counts_from(tmp_path, crs, corner):
-    """QuPath: the corner of the bounds; TRIDENT, whose files have a crs: the slide's."""
-    square = [[0, 0], [1000, 0], [1000, 500], [0, 500]]
-    shapes = [
-        feature({"type": "Point", "coordinates": [1, 1]}),
-        {"type": "Polygon", "coordinates": [square]},
-    ]
-    text = json.dumps({"type": "FeatureCollection", "features": shapes, **crs})
-    (tmp_path / "m.geojson").write_text("\ufeff" + text, "utf-8")
-    reader = SimpleNamespace(size=(9000, 5000), bounds=(3000, 2000, 6000, 3000))
-    y, x = np.nonzero(data.read_mask(tmp_path / "m.geojson", reader, (50, 90)))
-    assert (100 * x.min(), 100 * y.min()) == corner and len(x) >= 50
-
-
 @pytest.mark.parametrize("mode", ["1", "L", "I;16", "P", "RGB", "RGBA"])
 @pytest.mark.parametrize("size", [(90, 50), (1800, 1000)])
 def test_png_masks_cover_the_whole_slide(tmp_path, mode, size):
@@ -887,17 +822,6 @@ def test_png_masks_cover_the_whole_slide(tmp_path, mode, size):
         ("m.png", Image.new("L", (92, 50), 255), r"\(92, 50\) is another shape"),
         ("m.png", b"no picture", "m.png: cannot be read as a mask"),
         ("m.png", Image.new("1", (27000, 15000)), "m.png: cannot be read .*exceeds limit"),
-        ("m.geojson", b'{"type": "FeatureCollection", "features": []}', "holds no tissue"),
-        ("m.geojson", b'{"type": "Point", "coordinates": [5, 5]}', "holds no tissue"),
-        ("m.geojson", b'{"type": "Polygon", "coordinates": [["x", "y"]]}', "cannot be read"),
-        ("m.geojson", b'{"name": "no type"}', "cannot be read"),
-        ("m.geojson", b"{", "cannot be read"),
-        ("m.geojson", b"\xff\xfe", "cannot be read"),
-        (
-            "m.geojson",
-            json.dumps({"type": "Polygon", "coordinates": [ring(20000, 0, 100)]}).encode(),
-            r"a polygon leaves the slide's \(9000, 5000\)",
-        ),
     ],
 )
 def test_masks_that_are_none_are_refused(tmp_path, name, content, message):
@@ -910,15 +834,14 @@ def test_masks_that_are_none_are_refused(tmp_path, name, content, message):
 
 
 def test_masks_belong_to_slides_by_name(tmp_path):
-    for name in ("a.png", "b.geojson"):
-        (tmp_path / name).touch()
+    (tmp_path / "a.png").touch()
 
     def found(slide, place=tmp_path):
         return data.find_mask(data.Path(f"x/{slide}.svs"), place)
 
     assert found("a", None) is None and found("z", tmp_path / "a.png") == tmp_path / "a.png"
-    assert [found(slide).name for slide in "ab"] == ["a.png", "b.geojson"]
-    with pytest.raises(MixmagError, match="d.png or .*d.geojson"):
+    assert found("a").name == "a.png"
+    with pytest.raises(MixmagError, match="expected .*d.png"):
         found("d")
 
 
