@@ -232,7 +232,7 @@ def magnification_entries(k: int) -> slice:
     return slice((4**k - 1) // 3, (4 ** (k + 1) - 1) // 3)
 
 
-def windows(cells, region: int, stride: int, min_cover: float) -> tuple[np.ndarray, np.ndarray]:
+def windows(cells, region: int, stride: int, min_cover: float) -> tuple:
     """Windows of region x region cells that hold at least the fraction `min_cover` of their cells.
 
     cells (C, 2) -> rows (W, R*R), which of the C cells a window holds, -1 where a cell is missing,
@@ -254,7 +254,7 @@ def windows(cells, region: int, stride: int, min_cover: float) -> tuple[np.ndarr
     return every[kept].reshape(-1, region**2), corners
 
 
-def covering_windows(cells, region: int, min_cover: float) -> tuple[np.ndarray, np.ndarray]:
+def covering_windows(cells, region: int, min_cover: float) -> tuple:
     """`windows` side by side, for fine-tuning and inference.
 
     A slide may be so small or narrow that no window is full enough. Then the limit is `min_cover`
@@ -353,7 +353,7 @@ class RegionDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def draw(self, indices) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def draw(self, indices) -> tuple:
         """Of B samples: windows (views, B), turns of them (views, B), removed (views, B, M), and
         the slides that they are to look like (B,)."""
         N = self.geometry.num_tokens
@@ -392,8 +392,9 @@ class RegionDataset(torch.utils.data.Dataset):
         x = np.empty((*window.shape, self.geometry.num_tokens, self.slides[0].dim), np.float16)
         valid = np.empty(x.shape[:-1], bool)
         for b, own in enumerate(slide[0]):
+            rows = self.rows[window[:, b]]
             entries = self.turned_entries[turn[:, b]]
-            x[:, b], valid[:, b] = gather(self.slides[own], self.rows[window[:, b]], entries)
+            x[:, b], valid[:, b] = gather(self.slides[own], rows, entries)
             if look[b] != own:
                 change = self.slide_means[look[b]] - self.slide_means[own]  # (K, D)
                 x[:, b] += change[self.level] * valid[:, b, :, None]
@@ -979,7 +980,7 @@ def otsu(values: np.ndarray) -> int:
     return int(between.argmax())
 
 
-def thumbnail(reader: Reader, mpp: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def thumbnail(reader: Reader, mpp: float) -> tuple:
     """The whole slide at TISSUE_UM, (h, w, 3) uint8 box-averaged over white; the variance of green
     inside its pixels; (h, w) bool: unreadable."""
     w, h = (max(1, round(side * mpp / TISSUE_UM)) for side in reader.size)
@@ -1346,32 +1347,17 @@ def draw_qc(path, reader: Reader, plan: TilePlan) -> None:
 
 
 def texture(tiles: torch.Tensor) -> torch.Tensor:
-    """A stand-in for a tile foundation model, and no substitute: 46 fixed statistics of colour and
-    texture, the same for a turned tile. tiles (B, 224, 224, 3) uint8 RGB -> (B, 46) float32."""
+    """A stand-in for a tile foundation model, and no substitute: 39 fixed statistics of optical
+    density, the same for a turned tile. tiles (B, 224, 224, 3) uint8 RGB -> (B, 39) float32."""
     rgb = tiles.permute(0, 3, 1, 2).float()  # (B, 3, 224, 224)
-    density = -torch.log10((rgb + 1) / 256)  # optical density, Beer-Lambert
-    # Ruifrok & Johnston 2001
-    stains = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
-    stained = torch.einsum("sc,bchw->bshw", stains.to(density), density)  # (B, 3, 224, 224)
-    flat = stained.flatten(2)
-    ordered = F.avg_pool2d(stained, 4).flatten(2).sort().values  # (B, 3, 56 * 56)
-    at = (torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]) * ordered.shape[-1]).long()
-    features = [flat.mean(2), flat.std(2), ordered[..., at].flatten(1)]  # 3 + 3 + 15
-    for scale in (1, 2, 4, 8, 16):  # how much varies between neighbours, and within, at each scale
-        coarse = F.avg_pool2d(stained[:, :2], scale)
+    density = -torch.log10((rgb + 1) / 256)  # Beer-Lambert
+    features = [density.mean((2, 3))]
+    for scale in (1, 2, 4, 8, 16, 32):  # how much varies, and between neighbours, at each scale
+        coarse = F.avg_pool2d(density, scale)
         down = coarse.diff(dim=2).abs().mean((2, 3))
         across = coarse.diff(dim=3).abs().mean((2, 3))
-        features += [2 * (down + across), coarse.std((2, 3))]  # 5 * 4
-    chroma = (rgb.amax(1) - rgb.amin(1)) / 255
-    centred = flat[:, :2] - flat[:, :2].mean(2, keepdim=True)
-    single = [
-        chroma.mean((1, 2)),
-        chroma.std((1, 2)),
-        10 * centred.prod(1).mean(1),
-        (rgb.mean(1) > 220).float().mean((1, 2)),
-        rgb[:, 0].mean((1, 2)) / 255,
-    ]
-    return torch.cat([*features, torch.stack(single, dim=1)], dim=1)
+        features += [coarse.std((2, 3)), down + across]
+    return torch.cat(features, dim=1)
 
 
 def tile_encoder(name: str, device, weights=None):
@@ -1814,7 +1800,7 @@ def lattice_positions(file: FeatureFile, tool: str) -> np.ndarray:
     return position.astype(np.int64)
 
 
-def assemble_cells(files: list, positions: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def assemble_cells(files: list, positions: list) -> tuple:
     """features (C, T, D), cells (C, 2), valid (C, T). A cell exists where any of its tiles does."""
     keys = [(position >> k) @ [1, 2**32] for k, position in enumerate(positions)]
     cells = np.unique(np.concatenate(keys))
@@ -2142,14 +2128,19 @@ def write_synthetic_slide(out: Path, slide_id: str, features, cells, seed: int) 
     if path.exists():
         return
     width, height = (896 * (cells.max(axis=0) + 1)).tolist()
-    meta: dict[str, Any] = {
+    meta = {
         "slide_id": slide_id,
         "encoder": f"synthetic-{SYNTHETIC}-{seed}",
+        "magnifications": [5, 10, 20],
+        "tile_px": TILE_PX,
+        "mpp": 0.5,
+        "cell_px": 896.0,
+        "origin": [0.0, 0.0],
+        "width": width,
+        "height": height,
         "n_bad": 0,
+        "created": "2000-01-01T00:00:00+00:00",  # the same seed gives the same checksum
     }
-    meta |= {"magnifications": [5, 10, 20], "tile_px": TILE_PX, "mpp": 0.5, "cell_px": 896.0}
-    meta |= {"origin": [0.0, 0.0], "width": width, "height": height}
-    meta["created"] = "2000-01-01T00:00:00+00:00"  # fixed: the same seed gives the same checksum
     write_slide(path, features, cells, np.ones(features.shape[:2], bool), meta)
 
 

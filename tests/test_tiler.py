@@ -516,7 +516,7 @@ def test_a_slides_power_is_no_mpp_and_said_where_it_is_another(tmp_path, power, 
     reader = data.Reader(write_tiff(tmp_path / "s.tiff", pink(1000, 1000), 0.5))
     reader.properties["openslide.objective-power"] = power
     plan = data.plan_slide(reader, TileSettings())
-    report = data.plan_report(reader, plan, 46, 0.25)
+    report = data.plan_report(reader, plan, 39, 0.25)
     assert report.startswith(f"s: 0.5 um/px (openslide.mpp-x{words}), level 0, 1 of 1 window with")
 
 
@@ -1131,7 +1131,7 @@ def test_texture_is_finite_deterministic_and_blind_to_turning():
     pictures = [pink(224, 224, seed) for seed in range(3)]
     tiles = torch.from_numpy(np.stack([*pictures, np.full((224, 224, 3), 255, np.uint8)]))
     out = data.texture(tiles)
-    assert out.shape == (4, 46) and torch.isfinite(out).all()
+    assert out.shape == (4, 39) and torch.isfinite(out).all()
     assert torch.equal(out, data.texture(tiles))
     assert torch.allclose(data.texture(torch.rot90(tiles, 1, (1, 2))), out, atol=1e-4)
     assert (out[0] - out[1]).abs().max() > 0.01
