@@ -109,10 +109,8 @@ def check_arrays(features, cells, valid, magnifications) -> None:
 
 def write_slide(path, features, cells, valid, meta: dict) -> None:
     """Write a slide file. Raises ValueError for arrays of another dtype or shape.
-
     features (C, T, D) float16, cells (C, 2) int32, valid (C, T) bool.
-    meta: every field except `format`, `created` and `sha256`, and any others.
-    """
+    meta: every field except `format`, `created` and `sha256`, and any others."""
     check_arrays(features, cells, valid, meta["magnifications"])
     now = float(os.environ.get("SOURCE_DATE_EPOCH", time.time()))  # reproducible-builds.org
     created = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
@@ -128,9 +126,7 @@ def write_slide(path, features, cells, valid, meta: dict) -> None:
 
 def read_slide(path) -> Slide:
     """Open a slide file and check its structure; only `data.py verify` computes the checksum.
-
-    Raises MixmagError that says what is wrong.
-    """
+    Raises MixmagError that says what is wrong."""
     path = Path(path)
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -158,11 +154,9 @@ def parse_metadata(text: dict) -> dict:
 
 def read_slides(data, ids=None, failed: list | None = None) -> list[Slide]:
     """The slides of DATA, or those of `ids`, sorted by id.
-
     All must agree on encoder, width and magnifications. Raises MixmagError for the first that
     does not, and for one that cannot be read. Where `failed` is given, slides that cannot be read
-    are left out and listed there as (slide_id, stage, reason).
-    """
+    are left out and listed there as (slide_id, stage, reason)."""
     slides = []
     for path in progress(slide_paths(data, ids), desc="slides", leave=False):
         try:
@@ -234,11 +228,9 @@ def magnification_entries(k: int) -> slice:
 
 def windows(cells, region: int, stride: int, min_cover: float) -> tuple:
     """Windows of region x region cells that hold at least the fraction `min_cover` of their cells.
-
     cells (C, 2) -> rows (W, R*R), which of the C cells a window holds, -1 where a cell is missing,
     and corners (W, 2): col, row. Corners lie on a lattice of `stride`. With stride 1 windows
-    overlap.
-    """
+    overlap."""
     if not len(cells):
         return np.empty((0, region**2), int), np.empty((0, 2), int)
     start = (cells.min(axis=0) - region + 1) // stride * stride  # the first corner
@@ -256,10 +248,8 @@ def windows(cells, region: int, stride: int, min_cover: float) -> tuple:
 
 def covering_windows(cells, region: int, min_cover: float) -> tuple:
     """`windows` side by side, for fine-tuning and inference.
-
     A slide may be so small or narrow that no window is full enough. Then the limit is `min_cover`
-    of the cells of its fullest window.
-    """
+    of the cells of its fullest window."""
     rows, corners = windows(cells, region, region, 0.0)
     present = (rows >= 0).sum(axis=1)  # (W,)
     kept = present >= min_cover * region**2
@@ -270,10 +260,8 @@ def covering_windows(cells, region: int, min_cover: float) -> tuple:
 
 def token_index(slide: Slide, rows, entries) -> tuple[np.ndarray, np.ndarray]:
     """Where tokens of windows stand in the slide: (W, n) of its C*T embeddings, and valid (W, n).
-
     rows (W, R*R): the cells of each window. entries (n,) or (W, n): the wanted tokens, counted cell
-    by cell: entry e is token e % T of the window's cell e // T.
-    """
+    by cell: entry e is token e % T of the window's cell e // T."""
     T = slide.valid.shape[1]
     entries = np.atleast_2d(entries)
     cell = np.take_along_axis(rows, entries // T, axis=-1)
@@ -316,11 +304,9 @@ def pinned(batch: dict, device) -> dict:
 @dataclass(eq=False, repr=False)
 class RegionDataset(torch.utils.data.Dataset):
     """Random windows for pretraining: turned at random, with the tokens that are to be removed.
-
     Sample i is a function of (seed, i) alone. Its epoch is i // W: in an epoch each of the W
     windows comes once, in random order. `len` is W, but indices may go on beyond it. With stride 1
-    windows overlap, so an epoch sees most cells several times.
-    """
+    windows overlap, so an epoch sees most cells several times."""
 
     slides: list[Slide]
     geometry: Geometry
@@ -404,18 +390,13 @@ class RegionDataset(torch.utils.data.Dataset):
         return arrays
 
     def __getitem__(self, i: int) -> dict:
-        """x (N, D) float16, removed (M,), valid (N,) bool, slide (): its place in `slides`.
-
-        With two views each has a leading axis of 2.
-        """
+        """Sample i: as `batch`, without the axis of samples, and `valid` always a tensor."""
         sample = self.read([i])
         return {key: value.select(self.views - 1, 0) for key, value in sample.items()}
 
     def batch(self, indices) -> dict:
         """x (B, N, D) float16, removed (B, M), valid (B, N) or None if all are valid, slide (B,).
-
-        With two views each has a leading axis of 2.
-        """
+        With two views each has a leading axis of 2."""
         batch = self.read(indices)
         if batch["valid"].all():
             batch["valid"] = None
@@ -429,13 +410,11 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 class CaseDataset(torch.utils.data.Dataset):
     """The cases of a split as ragged bags: a case has slides, a slide has regions.
-
     index (n,): which tokens of a region are read (Geometry.select). `rows` and `corners` hold, for
     each slide, its `covering_windows` with a valid token. Slides without such a window are in
     `dropped`; a case without slides is left out. `labels` holds the label of each case.
     `cached` may hold a slide's encoder outputs (W, n or 1, d) and valid (W, n), which `batch` then
-    gives instead of embeddings. `uncovered` says for the log how many cells lie in no window.
-    """
+    gives instead of embeddings. `uncovered` says for the log how many cells lie in no window."""
 
     def __init__(
         self, slides: dict, cases: list, geometry: Geometry, index, min_cover: float = 0.5
@@ -485,8 +464,7 @@ class CaseDataset(torch.utils.data.Dataset):
     def batch(self, indices) -> dict:
         """x (W, n, D) float16, or what is `cached` for it; valid (W, n) or None if all are valid;
         regions (S,): how many of the W regions each slide has; case (S,): the slide's case, counted
-        from 0 in this batch; label (cases,) float. Empty for no indices.
-        """
+        from 0 in this batch; label (cases,) float. Empty for no indices."""
         if not len(indices):
             return {}
         slides_of = [self.cases[i].slide_ids for i in indices]
@@ -512,12 +490,10 @@ class CaseDataset(torch.utils.data.Dataset):
 
 def feature_statistics(slides, magnifications=None, limit: int = 20000) -> tuple:
     """mean (D,), std (D,) and directions (K, D) of the embeddings, as float tensors.
-
     A direction is the mean of a magnification's embeddings after each is scaled to length 1. It is
     the constant prediction that minimises Eq. 2. About `limit` evenly spread cells are read.
     magnifications: the indices of those that count. Raises MixmagError for values that are not
-    finite.
-    """
+    finite."""
     K = len(slides[0].meta["magnifications"])
     stride = max(1, math.ceil(sum(len(slide.cells) for slide in slides) / limit))
     count = np.zeros((K, 1))
@@ -914,7 +890,6 @@ def decode_tile(file, head: bytes, expected: tuple, start: int, length: int) -> 
 
 def plain_jpeg_pages(reader: Reader, pages: list) -> dict:
     """{level: page} of the levels whose tiles are JPEG pictures of three 8-bit colours.
-
     Raises SlideReadError for tiles so large that OpenSlide would end the process for want of
     memory, and for more or fewer than the level has."""
     found: dict = {}
@@ -1438,9 +1413,7 @@ def load_virchow2(device, weights=None) -> Virchow2:
             reason = error.strerror or type(error).__name__  # the full text may hold a token
             advice = "accept its terms on huggingface.co and set HF_TOKEN, or give --weights FILE"
             raise MixmagError(f"Virchow2 cannot be fetched ({reason}): {advice}") from None
-    encoder = Virchow2(model).to(device).eval()
-    encode_tiles(encoder, np.full((2, TILE_PX, TILE_PX, 3), 200, np.uint8), 2, device, 1280)
-    return encoder
+    return Virchow2(model).to(device).eval()
 
 
 def empty_virchow2() -> torch.nn.Module:
@@ -2239,7 +2212,6 @@ def table_findings(path: Path, slides: dict) -> tuple[list[Case], list[str]]:
 
 def verify(data) -> list[str]:
     """Every finding in DATA, one line each: slide files, task tables, leakage.
-
     Raises MixmagError for a folder with neither slides nor tables."""
     data = Path(data)
     findings = []
@@ -2314,9 +2286,7 @@ STOP_SIGNALS: list[int] = []  # those received so far
 
 def catch_signals() -> None:
     """From now on a first signal is only noted, for `stop_if_asked`; a second one acts at once.
-
-    Of several processes none acts at once: a second signal there is often the first, passed on.
-    """
+    Of several processes none acts at once: a second signal there is often the first, passed on."""
     alone = process_rank()[1] == 1
 
     def note(number, frame):
@@ -2419,7 +2389,6 @@ def differences(found: dict, wanted: dict) -> str:
 
 def progress(items=None, **settings):
     """A tqdm bar on stderr, if that is a terminal and this is the first process.
-
     Over items it ends at a signal."""
     hidden = True if process_rank()[0] else None  # None: tqdm looks whether it is a terminal
     bar = tqdm(items, disable=hidden, dynamic_ncols=True, **settings)
@@ -2450,9 +2419,7 @@ def prefetch(function, items, threads: int):
 @contextlib.contextmanager
 def whole_file(path):
     """Write a file whole or not at all: yields a temporary name, which is renamed at the end.
-
-    Raises MixmagError where that fails; an older file of that name is then still there.
-    """
+    Raises MixmagError where that fails; an older file of that name is then still there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -2510,7 +2477,6 @@ def write_csv(path, header, rows) -> None:
 
 def read_csv(path, columns) -> list[dict]:
     """Rows as dicts of stripped, composed text, and under "line" the line where each ends.
-
     Empty rows are skipped. Raises MixmagError for a file that is missing or no such table."""
     try:
         reader = csv.reader(io.StringIO(Path(path).read_text("utf-8-sig")))

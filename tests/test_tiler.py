@@ -1237,20 +1237,17 @@ def test_each_way_not_to_have_virchow2_gets_its_line(pretend_timm, text, message
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def test_virchow2_is_asked_for_as_its_authors_say_and_checked(pretend_timm):
-    """The class token of what the model makes of the normalised picture; a model of another width
-    or with NaN is refused at once."""
+def test_virchow2_is_asked_for_as_its_authors_say(pretend_timm):
+    """The class token of what the model makes of the normalised picture."""
     pretend_timm(
         "def create_model(*name, **settings):\n    return calls.append((name, settings)) or model"
     )
     import timm
 
     class Model(torch.nn.Module):
-        dim, fill = 1280, 1.0
-
         def forward(self, x):
-            token = torch.linspace(self.fill, 9, 261)[:, None]  # the class token's factor is 1
-            return x.mean((2, 3)).repeat(1, 500)[:, None, : self.dim] * token
+            token = torch.linspace(1, 9, 261)[:, None]  # the class token's factor is 1
+            return x.mean((2, 3)).repeat(1, 500)[:, None, :1280] * token
 
     timm.calls = []
     timm.model = Model()
@@ -1260,11 +1257,6 @@ def test_virchow2_is_asked_for_as_its_authors_say_and_checked(pretend_timm):
     tiles = random_tiles(3)
     expected = (tiles.mean((1, 2)) / 255 - MEAN) / STD  # (3, 3)
     assert np.allclose(data.encode_tiles(encoder, tiles, 2, "cpu")[:, :3], expected, atol=2e-3)
-    for name, value, message in (("dim", 1024, r"a tensor \(2, 1280\)"), ("fill", np.nan, "NaN")):
-        timm.model = Model()
-        setattr(timm.model, name, value)
-        with pytest.raises(MixmagError, match=message):
-            data.tile_encoder("virchow2", "cpu")
 
 
 @pytest.fixture
