@@ -682,6 +682,7 @@ def pretraining_ids(data) -> list[str]:
 CACHE_BYTES = 2**26  # of decoded tiles, shared by neighbouring reads of a level (assumed)
 SLIDE_SUFFIXES = [".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu"]
 SLIDE_SUFFIXES += [".scn", ".mrxs", ".svslide", ".bif", ".czi"]
+GIVEN = "--mpp or --manifest"  # a row of the manifest goes before
 MPP_TOLERANCE = 0.02  # the share by which two values of one slide may differ (assumed)
 
 
@@ -782,10 +783,10 @@ def plausible_mpp(x: float, y: float) -> float:
     return mean if 0.1 <= mean <= 4 and abs(x - y) <= MPP_TOLERANCE * mean else math.nan
 
 
-def slide_mpp(properties, given: float | None = None, giver: str = "--mpp") -> tuple[float, str]:
-    """Micrometres per level-0 pixel, and who says so: the flag `giver`, or a property of the slide.
-    A given value mends an implausible one of the slide, and never overrules a plausible one.
-    Nothing is guessed: raises MixmagError."""
+def slide_mpp(properties, given: float | None = None) -> tuple[float, str]:
+    """Micrometres per level-0 pixel, and who says so: the user, or a property of the slide. A given
+    value mends an implausible one of the slide, and never overrules a plausible one. Nothing is
+    guessed: raises MixmagError."""
     name = "openslide.mpp-x"  # of a plain TIFF, OpenSlide makes it from the resolution
     x = number(properties.get(name))
     y = number(properties.get("openslide.mpp-y"))
@@ -793,23 +794,15 @@ def slide_mpp(properties, given: float | None = None, giver: str = "--mpp") -> t
     stated = f"the slide says {x:.4g} x {y:.4g} um/px"
     if given is not None:
         if math.isnan(plausible_mpp(given, given)):
-            raise MixmagError(f"{giver} says {given:g} um/px, expected 0.1 to 4; correct it there")
+            raise MixmagError(f"{GIVEN} says {given:g} um/px, expected 0.1 to 4")
         if abs(given - mpp) > MPP_TOLERANCE * mpp:
-            raise MixmagError(f"{giver} says {given:g} um/px, {stated}; leave {giver} out for it")
-        return given, giver
+            raise MixmagError(f"{GIVEN} says {given:g} um/px, {stated}; leave it out for this one")
+        return given, GIVEN
     if name not in properties:
         raise MixmagError("the slide says no mpp; give --mpp or --manifest")
     if math.isnan(mpp):
         raise MixmagError(f"{stated}, not 0.1 to 4, equal in x and y; give --mpp or --manifest")
     return mpp, name
-
-
-def power_conflict(properties, mpp: float) -> str:
-    """Says that a slide's objective power is not that of its mpp, which counts; else empty."""
-    power = number(properties.get("openslide.objective-power"))
-    expected = 10 / mpp
-    conflict = abs(power - expected) > 0.4 * expected  # assumed; a 40x scan has 0.2 to 0.3 um/px
-    return f", not its objective power of {power:g}" if conflict else ""
 
 
 def read_manifest(path, slide_ids) -> dict:
@@ -829,12 +822,6 @@ def read_manifest(path, slide_ids) -> dict:
         rows = f"{len(unmatched)} of {plural(len(found), 'row')}"
         log(f"--manifest: no slide here for {rows}, such as {unmatched[0]}")
     return found
-
-
-def user_mpp(slide_id: str, manifest: dict, mpp: float | None) -> tuple[float | None, str]:
-    if slide_id in manifest:
-        return manifest[slide_id], f"--manifest row {slide_id}"
-    return mpp, "--mpp"
 
 
 # ------------------------------------------------------------------------- JPEG tiles read directly
@@ -1163,8 +1150,8 @@ def plan_slide(reader: Reader, settings: TileSettings) -> TilePlan:
     """The lattice of cells, in exact mpp, from the corner of the slide's bounds, and the windows of
     region x region cells with enough tissue. A window at the border has those of its cells that lie
     wholly on the slide. Raises MixmagError for a slide that would have to be upsampled."""
-    given, giver = user_mpp(composed(reader.path.stem), settings.manifest, settings.mpp)
-    mpp, source = slide_mpp(reader.properties, given, giver)
+    given = settings.manifest.get(composed(reader.path.stem), settings.mpp)
+    mpp, source = slide_mpp(reader.properties, given)
     highest = settings.magnifications[-1]
     finest = 10.0 / highest  # 20x is 0.5 um/px, 5x is 2.0
     if mpp > MAX_STRETCH * finest:
@@ -1540,8 +1527,11 @@ def find_slide_files(places) -> list[Path]:
 
 
 def plan_report(reader: Reader, plan: TilePlan, dim: int, min_tissue: float) -> str:
-    source = plan.mpp_source + power_conflict(reader.properties, plan.mpp)
-    report = f"{composed(reader.path.stem)}: {plan.mpp:.4g} um/px ({source})"
+    report = f"{composed(reader.path.stem)}: {plan.mpp:.4g} um/px ({plan.mpp_source}"
+    power = number(reader.properties.get("openslide.objective-power"))
+    if abs(power - 10 / plan.mpp) > 4 / plan.mpp:  # assumed; a 40x scan has 0.2 to 0.3 um/px
+        report += f", not its objective power of {power:g}"
+    report += ")"
     if not plan.windows:
         fullest = max(plan.shares, default=0)
         report += f": nothing to embed; its fullest window holds {fullest:.1%} tissue"
@@ -1568,8 +1558,7 @@ def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> tuple[str
         "mask": file_sha256(mask) if mask else None,
         "weights": settings.weights_sha256,
     }
-    mpp, _ = user_mpp(slide_id, settings.manifest, settings.mpp)
-    if slide := already_done(out, meta, mpp):
+    if slide := already_done(out, meta, settings.manifest.get(slide_id, settings.mpp)):
         return f"{slide_id}: done before", len(slide.cells)
     reader = Reader(path)
     plan = plan_slide(reader, settings)
@@ -1660,7 +1649,6 @@ class ImportJob:
     tool: str  # trident or stamp
     encoder: str | None = None
     mpp: float | None = None
-    mpp_source: str = "--mpp"
 
 
 @dataclass
@@ -1754,8 +1742,8 @@ def import_mpp(files: list[FeatureFile], job: ImportJob) -> tuple[float, str]:
         return nominal, "nominal"
     # TRIDENT cuts slides of 0.2 to 0.3 um/px as if they were 0.25.
     if job.tool == "trident" and abs(job.mpp - nominal) > 0.2 * nominal:
-        raise MixmagError(f"{job.mpp_source} says {job.mpp:g}, its tiles say {nominal:.4g} um/px")
-    return job.mpp, job.mpp_source
+        raise MixmagError(f"{GIVEN} says {job.mpp:g}, its tiles say {nominal:.4g} um/px")
+    return job.mpp, GIVEN
 
 
 def lattice_positions(file: FeatureFile, tool: str) -> np.ndarray:
@@ -1875,8 +1863,7 @@ def import_command(args) -> int:
     for i in progress(slide_ids, desc="slides"):
         paths = [files.get(i, Path(folder, f"{i}.h5")) for folder, files in found.items()]
         out = Path(args.out, "slides", f"{i}.safetensors")
-        mpp = user_mpp(i, manifest, args.mpp)
-        job = ImportJob(i, paths, out, tool, args.encoder, *mpp)
+        job = ImportJob(i, paths, out, tool, args.encoder, manifest.get(i, args.mpp))
         try:
             row = pool.submit(import_worker, job).result()
         except OtherSettings:  # the tables stay as they are

@@ -494,14 +494,14 @@ def says(x=None, y=None, power=None):
         (says("0,25", "0,25"), None, 0.25, "openslide.mpp-x"),
         (says("0.5", "0.509"), None, 0.5045, "openslide.mpp-x"),
         (says("0.5", "0.5", power="40"), None, 0.5, "openslide.mpp-x"),
-        (says("0.499", "0.499"), 0.5, 0.5, "--mpp"),
-        (says(), 0.5, 0.5, "--mpp"),
-        (says(power="40"), 0.5, 0.5, "--mpp"),
-        (says("0.0274", "0.0274"), 0.274, 0.274, "--mpp"),
-        (says("1000", "1000"), 0.25, 0.25, "--mpp"),
-        (says("0", "0"), 0.25, 0.25, "--mpp"),
-        (says("nan", "nan"), 0.25, 0.25, "--mpp"),
-        (says("0.25", "0.5"), 0.25, 0.25, "--mpp"),
+        (says("0.499", "0.499"), 0.5, 0.5, data.GIVEN),
+        (says(), 0.5, 0.5, data.GIVEN),
+        (says(power="40"), 0.5, 0.5, data.GIVEN),
+        (says("0.0274", "0.0274"), 0.274, 0.274, data.GIVEN),
+        (says("1000", "1000"), 0.25, 0.25, data.GIVEN),
+        (says("0", "0"), 0.25, 0.25, data.GIVEN),
+        (says("nan", "nan"), 0.25, 0.25, data.GIVEN),
+        (says("0.25", "0.5"), 0.25, 0.25, data.GIVEN),
     ],
 )
 def test_mpp_comes_from_who_says_it(properties, given, mpp, source):
@@ -533,11 +533,15 @@ def test_a_slides_power_is_no_mpp_and_said_where_it_is_another(tmp_path, power, 
         (says("25", "25"), None, "25 x 25 .*0.1 to 4"),
         (says("0.0274", "0.0274"), None, "0.0274 x .*0.1 to 4"),
         (says("0.5", "0.52"), None, "0.5 x 0.52 .*equal in x and y"),
-        (says("0.25", "0.25", power="20"), 0.5, "--mpp says 0.5.*0.25 x .*leave --mpp out"),
-        (says("0.5", "0.5"), 0.489, "leave --mpp out"),
-        (says(), 25.0, "--mpp says 25.*0.1 to 4"),
-        (says(), float("nan"), "--mpp says nan"),
-        (says("0.5", "0.5"), 0.0, "--mpp says 0"),
+        (
+            says("0.25", "0.25", power="20"),
+            0.5,
+            "--mpp or --manifest says 0.5.*0.25 x .*leave it out",
+        ),
+        (says("0.5", "0.5"), 0.489, "leave it out"),
+        (says(), 25.0, "--mpp.* says 25 .*0.1 to 4"),
+        (says(), float("nan"), "--mpp.* says nan"),
+        (says("0.5", "0.5"), 0.0, "--mpp.* says 0"),
     ],
 )
 def test_mpp_is_never_guessed(properties, given, message):
@@ -549,7 +553,7 @@ def test_mpp_is_never_guessed(properties, given, message):
     "name, given, expected",
     [
         ("CMU-1-Small-Region.svs", None, 0.499),
-        ("CMU-1-Small-Region.svs", 0.25, "leave --mpp out"),
+        ("CMU-1-Small-Region.svs", 0.25, "leave it out"),
         ("luna-1065626.svs", None, 0.5026),
         ("TCGA-CR-7395-01A-01-TS1.svs", None, "no mpp"),
         ("TCGA-CR-7395-01A-01-TS1.svs", 0.5, 0.5),
@@ -576,11 +580,7 @@ def test_manifest_names_slides_by_file_or_id(tmp_path):
     path = tmp_path / "m.csv"
     path.write_text('slide,mpp,note\nfolder/a.svs,"0,25",x\nb.c,0.5,\nd.svs,,nothing said\n')
     manifest = data.read_manifest(path, {"a", "b.c"})
-    asked = [data.user_mpp(slide_id, manifest, 0.3) for slide_id in ("a", "b.c", "b", "d")]
-    rows = [(0.25, "--manifest row a"), (0.5, "--manifest row b.c")]
-    assert asked == [*rows, (0.3, "--mpp"), (0.3, "--mpp")]
-    with pytest.raises(MixmagError, match="row a says 0.25.*leave --manifest row a out"):
-        data.slide_mpp(says("0.5", "0.5"), *asked[0])
+    assert manifest == {"a": 0.25, "b.c": 0.5}
     path.write_text("slide,mpp\na,0.5\nb,half\na.svs,0.25\nc,0\n")
     with pytest.raises(MixmagError, match="line 3: expected one number of um/px for 'b'"):
         data.read_manifest(path, set())
@@ -1002,10 +1002,10 @@ def test_manifest_mask_and_qc_from_the_command_line(tmp_path, capsys):
     flags = ("--slides", slides, "--out", out, "--manifest", tmp_path / "m.csv", "--mask", masks)
     assert tile(*flags) == 3
     printed, err = capsys.readouterr()
-    assert "a: 0.5 um/px (--manifest row a)" in printed and "2 slides done, 2 failed" in printed
+    assert f"a: 0.5 um/px ({data.GIVEN})" in printed and "2 slides done, 2 failed" in printed
     assert "no slide here for 1 of 3 rows, such as gone" in err
     failed = failures(out)
-    assert "--manifest row b says 0.25" in failed["b"] and "e.png" in failed["e"]
+    assert "--manifest says 0.25" in failed["b"] and "e.png" in failed["e"]
     made_with = tiled(out, "a").meta["settings"]
     assert made_with["mask"] == data.file_sha256(masks / "a.png")
     assert sorted(path.name for path in (out / "qc").iterdir()) == ["a.png", "c$d$.png"]
