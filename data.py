@@ -258,7 +258,7 @@ def covering_windows(cells, region: int, min_cover: float) -> tuple:
     return rows[kept], corners[kept]
 
 
-def token_index(slide: Slide, rows, entries) -> tuple[np.ndarray, np.ndarray]:
+def token_index(slide: Slide, rows, entries) -> tuple:
     """Where tokens of windows stand in the slide: (W, n) of its C*T embeddings, and valid (W, n).
     rows (W, R*R): the cells of each window. entries (n,) or (W, n): the wanted tokens, counted cell
     by cell: entry e is token e % T of the window's cell e // T."""
@@ -269,7 +269,7 @@ def token_index(slide: Slide, rows, entries) -> tuple[np.ndarray, np.ndarray]:
     return index, (cell >= 0) & slide.valid.reshape(-1)[index]
 
 
-def gather(slide: Slide, rows, entries) -> tuple[np.ndarray, np.ndarray]:
+def gather(slide: Slide, rows, entries) -> tuple:
     """x (W, n, D) float16, 0 where a token is invalid, and valid (W, n). As `token_index`."""
     index, valid = token_index(slide, rows, entries)
     x = slide.features.reshape(-1, slide.dim)[index]
@@ -384,10 +384,10 @@ class RegionDataset(torch.utils.data.Dataset):
             if look[b] != own:
                 change = self.slide_means[look[b]] - self.slide_means[own]  # (K, D)
                 x[:, b] += change[self.level] * valid[:, b, :, None]
-        arrays: dict[str, Any] = {"x": x, "removed": removed, "valid": valid, "slide": slide}
-        for key, array in arrays.items():
-            arrays[key] = torch.from_numpy(array if self.views == 2 else array[0])
-        return arrays
+        batch = {}
+        for key, array in (("x", x), ("removed", removed), ("valid", valid), ("slide", slide)):
+            batch[key] = torch.from_numpy(array if self.views == 2 else array[0])
+        return batch
 
     def __getitem__(self, i: int) -> dict:
         """Sample i: as `batch`, without the axis of samples, and `valid` always a tensor."""
@@ -482,7 +482,7 @@ class CaseDataset(torch.utils.data.Dataset):
             "label": torch.tensor([float(self.labels[i]) for i in indices]),
         }
 
-    def read(self, slide_id: str) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, slide_id: str) -> tuple:
         if self.cached:
             return self.cached[slide_id]
         return gather(self.slides[slide_id], self.rows[slide_id], self.entries)
@@ -1363,9 +1363,6 @@ def encode_tiles(encoder, tiles: np.ndarray, batch_size: int, device, dim: int |
     return half.numpy().reshape(*tiles.shape[:-3], -1)
 
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of R, G, B
-
-
 class Virchow2(torch.nn.Module):
     """tiles (B, 224, 224, 3) uint8 -> (B, 1280) float32: the class token (paper 4.1) of Virchow2
     (Zimmermann et al. 2024), a ViT-H/14 of 631 M parameters; fp16 autocast on a GPU."""
@@ -1375,7 +1372,8 @@ class Virchow2(torch.nn.Module):
         self.model = model
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
-        mean, std = torch.tensor(IMAGENET, device=tiles.device)
+        imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of R, G, B
+        mean, std = torch.tensor(imagenet, device=tiles.device)
         pictures = ((tiles / 255 - mean) / std).permute(0, 3, 1, 2)
         with torch.autocast(tiles.device.type, torch.float16, enabled=tiles.is_cuda):
             return self.model(pictures)[:, 0].float()
