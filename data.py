@@ -1745,7 +1745,7 @@ def import_mpp(files: list[FeatureFile], job: ImportJob) -> tuple[float, str]:
 
 
 def lattice_positions(file: FeatureFile, tool: str) -> np.ndarray:
-    """(n, 2) int64: col, row of the tiles on the lattice of their side."""
+    """(n, 2) int64: col, row of the tiles on the lattice of their side (px, of STAMP um)."""
     exact = file.corners / file.side
     position = np.rint(exact)
     tolerance = np.zeros_like(exact)
@@ -1753,9 +1753,8 @@ def lattice_positions(file: FeatureFile, tool: str) -> np.ndarray:
         tolerance = STAMP_SNAP + position / file.tile_px
     fits = (np.abs(exact - position) <= tolerance) & (position >= 0) & (position < 2**31)
     if not fits.all():
-        lattice = f"the lattice of {file.side:g} {'um' if tool == 'stamp' else 'px'}"
         off = f"{np.count_nonzero(~fits.all(axis=1))} of {plural(len(fits), 'tile')}"
-        raise MixmagError(f"off {lattice}: {off} at {file.magnification:g}x")
+        raise MixmagError(f"off the lattice of {file.side:g}: {off} at {file.magnification:g}x")
     return position.astype(np.int64)
 
 

@@ -267,10 +267,10 @@ def moved(x, y):
 @pytest.mark.parametrize(
     "changes, flags, message",
     [
-        ({10: {"corners": moved(1, 0)}}, {}, "off the lattice of 896 px: 1 of 48 tiles at 10x"),
+        ({10: {"corners": moved(1, 0)}}, {}, "off the lattice of 896: 1 of 48 tiles at 10x"),
         ({10: {"corners": moved(-896 * 6, 0)}}, {}, ": 1 of 48 tiles at 10x"),
         ({10: {"corners": moved(896, 0)}}, {}, "some tiles stand where another does"),
-        ({20: {"corners": grid(16, 12, 416)}}, {}, "off the lattice of 448 px: .* at 20x"),
+        ({20: {"corners": grid(16, 12, 416)}}, {}, "off the lattice of 448: .* at 20x"),
         (
             {20: {"patch_size_level0": 446}},
             {},
@@ -306,9 +306,9 @@ def test_what_does_not_match_is_refused_by_name(tmp_path, changes, flags, messag
         ({"tile_size_um": 300.0}, "doublings"),
         (
             {"coords": np.array(grid(6, 5, 224.0)) + [0, 70]},
-            "off the lattice of 224 um: 30 of 30 tiles at 10x",
+            "off the lattice of 224: 30 of 30 tiles at 10x",
         ),
-        ({"coords": np.full((30, 2), np.nan)}, "off the lattice of 224 um: 30 of 30 tiles at 10x"),
+        ({"coords": np.full((30, 2), np.nan)}, "off the lattice of 224: 30 of 30 tiles at 10x"),
     ],
 )
 def test_stamp_files_that_do_not_fit_are_refused(tmp_path, changes, message):
