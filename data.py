@@ -121,7 +121,7 @@ def write_slide(path, features, cells, valid, meta: dict) -> None:
     arrays = {"features": features, "cells": cells, "valid": valid}
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     with whole_file(path) as temporary:
-        safetensors.numpy.save_file(contiguous, temporary, text)  # scrambles others
+        safetensors.numpy.save_file(contiguous, temporary, text)  # it scrambles others
 
 
 def read_slide(path) -> Slide:
