@@ -371,8 +371,16 @@ class RegionDataset(torch.utils.data.Dataset):
         candidates = np.flatnonzero(inside)
         return first + candidates[rng.integers(len(candidates))]
 
-    def read(self, indices) -> dict:
-        """As `batch`, with `valid` always a tensor."""
+    def __getitem__(self, i: int) -> dict:
+        """Sample i: as `batch`, without the axis of samples, and `valid` always a tensor."""
+        sample = self.batch([i])
+        if sample["valid"] is None:
+            sample["valid"] = torch.ones(sample["x"].shape[:-1], dtype=torch.bool)
+        return {key: value.select(self.views - 1, 0) for key, value in sample.items()}
+
+    def batch(self, indices) -> dict:
+        """x (B, N, D) float16, removed (B, M), valid (B, N) or None if all are valid, slide (B,).
+        With two views each has a leading axis of 2."""
         window, turn, removed, look = self.draw(indices)
         slide = self.slide_of[window]  # (views, B), the same in both views
         x = np.empty((*window.shape, self.geometry.num_tokens, self.slides[0].dim), np.float16)
@@ -384,21 +392,10 @@ class RegionDataset(torch.utils.data.Dataset):
             if look[b] != own:
                 change = self.slide_means[look[b]] - self.slide_means[own]  # (K, D)
                 x[:, b] += change[self.level] * valid[:, b, :, None]
-        batch = {}
+        batch: dict = {}
         for key, array in (("x", x), ("removed", removed), ("valid", valid), ("slide", slide)):
             batch[key] = torch.from_numpy(array if self.views == 2 else array[0])
-        return batch
-
-    def __getitem__(self, i: int) -> dict:
-        """Sample i: as `batch`, without the axis of samples, and `valid` always a tensor."""
-        sample = self.read([i])
-        return {key: value.select(self.views - 1, 0) for key, value in sample.items()}
-
-    def batch(self, indices) -> dict:
-        """x (B, N, D) float16, removed (B, M), valid (B, N) or None if all are valid, slide (B,).
-        With two views each has a leading axis of 2."""
-        batch = self.read(indices)
-        if batch["valid"].all():
+        if valid.all():
             batch["valid"] = None
         return batch
 
@@ -1584,7 +1581,7 @@ def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> tuple[str
     return report, len(cells)
 
 
-def tile_all(paths: list, encoder, dim: int, settings: TileSettings) -> tuple[list, int]:
+def tile_all(paths: list, encoder, dim: int, settings: TileSettings) -> tuple:
     """The (slide_id, stage, reason) of each slide that fails; the number of empty ones."""
     failed = []
     empty = 0
@@ -2152,7 +2149,7 @@ def synth_command(args) -> int:
 # ------------------------------------------------------------------------------------------- verify
 
 
-def slide_findings(path) -> tuple[Slide | None, list[str]]:
+def slide_findings(path) -> tuple:
     """A slide file, if it can be opened, and everything that is wrong with it."""
     try:
         slide = read_slide(path)
