@@ -1,6 +1,5 @@
 """Slide files, data sets, tasks, cohort, verify.     python -m pytest tests/test_data.py"""
 
-import errno
 import hashlib
 import io
 import json
@@ -93,11 +92,9 @@ def test_slide_round_trip_through_a_private_memory_map(tmp_path):
     path = make_slide(tmp_path, cells=[(3, 1), (0, 2)])
     raw = path.read_bytes()
     slide = data.read_slide(path)
-    maps = Path("/proc/self/maps")
-    assert str(path) not in maps.read_text()
     expected = np.random.default_rng(0).standard_normal((2, 21, 8)).astype(np.float16)
     assert np.array_equal(slide.features, expected)
-    assert str(path) in maps.read_text()
+    assert str(path) in Path("/proc/self/maps").read_text()
     slide.features[:] = 0
     assert path.read_bytes() == raw
     assert slide.cells.tolist() == [[3, 1], [0, 2]] and slide.valid.all() and slide.dim == 8
@@ -269,7 +266,7 @@ def test_verify_prints_every_finding(tmp_path):
     findings = "\n".join(data.verify(tmp_path))
     words = [
         "1 slide, such as other, with encoder another, width 8",
-        "NaN or infinite features in 1 cell, such as (col, row) [0, 0]",
+        "NaN or infinite features in the cells [[0, 0]]",
         "holds slide 's0'",
         "cut.safetensors: cannot be read",
         "small.csv: split: tune has no case of class 0, 1",
@@ -282,7 +279,7 @@ def test_verify_prints_every_finding(tmp_path):
     assert "'s0' belongs" not in findings
     out, _ = run("data.py verify", tmp_path, cwd=tmp_path, code=1)
     assert out.count("\n") == findings.count("\n") + 2
-    assert f"{tmp_path}: 11 slides, 3 task tables: " in out
+    assert f"{tmp_path}: 11 slides, 3 task tables, " in out
     (tmp_path / "pretrain.csv").write_text("slide\nb\n")
     assert sum("column slide_id is missing" in line for line in data.verify(tmp_path)) == 1
 
@@ -293,11 +290,11 @@ def test_verify_says_what_it_checked(tmp_path, capsys):
     make_slide(tmp_path)
     args = types.SimpleNamespace(data=tmp_path)
     assert data.verify_command(args) == 0
-    assert capsys.readouterr().out == f"{tmp_path}: 1 slide, 0 task tables: nothing wrong found\n"
+    assert capsys.readouterr().out == f"{tmp_path}: 1 slide, 0 task tables, 0 findings\n"
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "t.csv").write_text("")
     assert data.verify_command(args) == 1
-    assert "1 slide, 1 task table: 1 finding\n" in capsys.readouterr().out
+    assert "1 slide, 1 task table, 1 finding\n" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------- tasks and splits
@@ -973,12 +970,12 @@ def test_statistics_of_many_cells_are_those_of_evenly_spread_ones(tmp_path):
 def test_a_failing_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "x.txt"
     data.write_text(path, "good")
-    with pytest.raises(RuntimeError), data.whole_file(path) as temporary:
+    with pytest.raises(KeyError), data.whole_file(path) as temporary:
         temporary.write_text("half")
-        raise RuntimeError
+        raise KeyError
     refused = pytest.raises(MixmagError, match=r"x.txt: cannot be written \(no space left\)")
     with refused, data.whole_file(path):
-        raise OSError("no space left")
+        raise RuntimeError("no space\n left")
     assert path.read_text() == "good" and os.listdir(tmp_path) == ["x.txt"]
 
 
@@ -993,7 +990,7 @@ def test_tables_come_back_as_they_were(tmp_path):
     with pytest.raises(MixmagError, match="t.csv: column three is missing"):
         data.read_csv(path, ("one", "three"))
     path.write_bytes(b"one\n\xe9\n")
-    with pytest.raises(MixmagError, match="cannot be read as a UTF-8 CSV"):
+    with pytest.raises(MixmagError, match="cannot be read as 'CSV UTF-8'"):
         data.read_csv(path, ("one",))
     path.write_text("[1")
     with pytest.raises(MixmagError, match="t.csv: cannot be read as JSON"):
@@ -1029,53 +1026,32 @@ def test_exit_codes_are_those_of_the_contract(monkeypatch, capsys, error, signal
         data.run_command(lambda: 1 / 0)
 
 
-PLACE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-
-
-@pytest.mark.parametrize("rank", [None, "0"])
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch, rank):
-    """Also where torchrun started the process: it does not go on, in silence, on the processor."""
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    """It does not go on, in silence, on the processor. A process of torchrun has its own."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.delenv("RANK", raising=False)
-    if rank:
-        monkeypatch.setenv("RANK", rank)
     assert data.find_device("auto") == data.find_device("cpu") == torch.device("cpu")
     for name in ("cuda", "cuda:1", "gpu"):
-        with pytest.raises(MixmagError, match=f"--device {name}: expected auto, cpu"):
+        with pytest.raises(MixmagError, match=f"--device {name}.*: expected auto, cpu"):
             data.find_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "1")  # left by another job
     assert data.find_device("auto") == torch.device("cuda:0")
-    for name, value in PLACE.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert data.find_device("auto") == data.find_device("cuda") == torch.device("cuda:1")
 
 
 @pytest.mark.parametrize(
-    "left",
-    [
-        {"RANK": "1"},
-        {"WORLD_SIZE": "2"},
-        {"RANK": "0", "WORLD_SIZE": "2"},
-        {**PLACE, "RANK": "2"},
-        {**PLACE, "RANK": "one"},
-    ],
+    "left, rank",
+    [({}, (0, 1)), ({"RANK": "1"}, (0, 1)), ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2))],
 )
-def test_half_of_what_torchrun_sets_is_refused(monkeypatch, left):
-    """A rank of its own would train and write nothing."""
-    for name in PLACE:
+def test_a_process_alone_is_the_first(monkeypatch, left, rank):
+    """Whatever rank another job left: a second one would train and write nothing."""
+    for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    for harmless in ({}, {"RANK": "0"}, {"WORLD_SIZE": "1"}, {"MASTER_PORT": "1"}):
-        with monkeypatch.context() as patch:
-            for name, value in harmless.items():
-                patch.setenv(name, value)
-            assert data.process_rank() == (0, 1)
     for name, value in left.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(MixmagError, match="start with torchrun, or unset RANK and WORLD_SIZE"):
-        data.process_rank()
+    assert data.process_rank() == rank
 
 
 class Terminal(io.StringIO):
@@ -1091,28 +1067,6 @@ def test_a_line_stands_by_itself_above_the_bar(monkeypatch):
     assert "\ra line\n" in sys.stderr.getvalue()
 
 
-@pytest.mark.parametrize("refused", [errno.EINVAL, errno.ENOSPC])
-def test_a_share_need_not_know_fsync_or_modes(tmp_path, monkeypatch, refused):
-    """What it refuses is not what fails: a full disk still does."""
-
-    def fsync(descriptor):
-        raise OSError(refused, os.strerror(refused))
-
-    def chmod(path, mode):
-        raise PermissionError("modes are the server's")
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(Path, "chmod", chmod)
-    path = tmp_path / "t.txt"
-    if refused == errno.EINVAL:
-        data.write_text(path, "whole")
-        assert path.read_text() == "whole"
-    else:
-        with pytest.raises(MixmagError, match="t.txt: cannot be written .*No space"):
-            data.write_text(path, "whole")
-        assert not list(tmp_path.iterdir())
-
-
 def test_weights_and_slides_can_be_read_by_whom_the_umask_lets(tmp_path):
     before = os.umask(0o027)
     try:
@@ -1122,25 +1076,17 @@ def test_weights_and_slides_can_be_read_by_whom_the_umask_lets(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o640
 
 
-def test_a_disk_without_memory_maps_is_said(tmp_path):
-    """The kernel's own files refuse them."""
-    (tmp_path / "slides").mkdir()
-    (tmp_path / "slides" / "a.safetensors").symlink_to("/proc/self/maps")
-    with pytest.raises(MixmagError, match="takes no memory maps, so copy the files to another"):
-        data.read_slides(tmp_path)
-
-
 TABLE = "case_id,slide_id,label,split\nc,S1,1,train\n"
 
 
 @pytest.mark.parametrize(
     "raw, said",
     [
-        (TABLE.replace(",", ";").encode(), "it has semicolons, expected commas"),
-        (TABLE.replace(",", "\t").encode(), "it has tabs, expected commas"),
-        (TABLE.encode("utf-16"), "it is UTF-16"),
-        (TABLE.encode("utf-16-le"), "it is UTF-16"),
-        (TABLE.replace("S1", "Grün").encode("cp1252"), "a spreadsheet saves it as 'CSV UTF-8'"),
+        (TABLE.replace(",", ";").encode(), "found .'case_id;slide_id.*, expected commas"),
+        (TABLE.replace(",", "\t").encode(), "expected commas"),
+        (TABLE.encode("utf-16"), "cannot be read as 'CSV UTF-8'"),
+        (TABLE.encode("utf-16-le"), "column case_id, .* missing"),
+        (TABLE.replace("S1", "Grün").encode("cp1252"), "cannot be read as 'CSV UTF-8'"),
         (TABLE.replace("label", "label,label").encode(), "column label is missing or twice"),
     ],
 )
@@ -1173,14 +1119,14 @@ def test_ids_are_compared_in_one_form_of_unicode(tmp_path):
         assert [slide.slide_id for slide in data.read_slides(folder, [in_table])] == [forms[1]]
         assert "without a file" not in str(data.verify(folder))
     make_slide(folder, in_table)
-    with pytest.raises(MixmagError, match="two files have one name"):
+    with pytest.raises(MixmagError, match="two files of one slide"):
         data.read_slides(folder)
 
 
 def test_a_table_of_other_slides_holds_nothing_out_and_is_refused(tmp_path):
     make_slide(tmp_path, "S1")
     task(tmp_path, [("c", "S1.svs", 1, "test")])
-    with pytest.raises(MixmagError, match="t.csv: 1 slide .*'S1.svs'; an id has no suffix: S1"):
+    with pytest.raises(MixmagError, match="t.csv: 1 slide without a file, such as 'S1.svs'"):
         data.pretraining_ids(tmp_path)
     (tmp_path / "tasks" / "t.csv").rename(tmp_path / "tasks" / "t.CSV")
     with pytest.raises(MixmagError, match="t.CSV: expected a table whose name ends with .csv"):

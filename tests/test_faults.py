@@ -170,7 +170,7 @@ def test_no_loop_is_deaf(cohort, tmp_path, monkeypatch):
         (data.verify, cohort),
         (data.feature_statistics, slides),
         (data.thumbnail, reader, 0.5),
-        (data.tile_slide, reader, plan, data.texture, 46, tiling),
+        (data.tile_slide, reader, plan, data.texture, 39, tiling),
         (train.update_cache, model, bags, True, machine),
         (train.score_cases, model, bags, machine, 4),
         (train.finetune_epoch, tuning, model, optimizer, bags, 0, a_run, train.progress(total=4)),

@@ -363,7 +363,7 @@ def test_yardsticks_equal_the_loop(cohort):
     found = train.Yardsticks(dataset, mean, windows=48, directions=5)
     table = geometry.token_table().tolist()
     level = geometry.level()
-    x, removed = dataset.read(range(3))["x"], dataset.read(range(3))["removed"]
+    x, removed = dataset.batch(range(3))["x"], dataset.batch(range(3))["removed"]
     valid = torch.rand(3, 84) > 0.2
     predictions = found.predict(x, removed, valid)
     y = torch.nn.functional.normalize(x.float(), dim=-1) - mean[level]  # (3, N, D)
