@@ -160,7 +160,7 @@ def read_slides(data, ids=None, failed: list | None = None) -> list[Slide]:
     does not, and for one that cannot be read. Where `failed` is given, slides that cannot be read
     are left out and listed there as (slide_id, stage, reason)."""
     slides = []
-    for path in progress(slide_paths(data, ids), desc="slides", leave=False):
+    for path in progress(slide_paths(data, ids), desc="slides"):
         try:
             slides.append(read_slide(path))
         except MixmagError as error:
@@ -497,7 +497,7 @@ def feature_statistics(slides, magnifications=None, limit: int = 20000) -> tuple
     stride = max(1, math.ceil(sum(len(slide.cells) for slide in slides) / limit))
     count = np.zeros((K, 1))
     total, squares, directions = np.zeros((3, K, slides[0].dim))
-    for slide in progress(slides, desc="statistics", leave=False):
+    for slide in progress(slides, desc="statistics"):
         features = slide.features[::stride]
         valid = slide.valid[::stride]
         for k in range(K) if magnifications is None else magnifications:
@@ -522,7 +522,7 @@ def slide_means(slides, most: int = 32) -> np.ndarray:
     """(S, K, D) float16: the mean embeddings of each magnification in evenly spread cells."""
     levels = range(len(slides[0].meta["magnifications"]))
     means = np.zeros((len(slides), len(levels), slides[0].dim), np.float16)
-    for i, slide in enumerate(progress(slides, desc="slide means", leave=False)):
+    for i, slide in enumerate(progress(slides, desc="slide means")):
         count = len(slide.cells)
         chosen = np.linspace(0, count - 1, min(count, most)).astype(int)
         features = slide.features[chosen].astype(np.float32)
@@ -1620,7 +1620,7 @@ def tile_slide(reader: Reader, plan: TilePlan, encoder, dim: int, settings: Tile
         batch.clear()
 
     reads = read_cells(reader, plan)
-    for window, cell, tiles in progress(reads, total=plan.cell_count, leave=False):
+    for window, cell, tiles in progress(reads, total=plan.cell_count):
         if isinstance(tiles, SlideReadError):
             unreadable.add(window)
             if len(unreadable) > MAX_BAD_WINDOWS * len(plan.windows):
@@ -2578,7 +2578,7 @@ def progress(items=None, **settings):
     """A tqdm bar on stderr, if that is a terminal and this is the first process.
     Over items it ends at a signal."""
     hidden = True if process_rank()[0] else None  # None: tqdm looks whether it is a terminal
-    bar = tqdm(items, disable=hidden, dynamic_ncols=True, **settings)
+    bar = tqdm(items, leave=False, disable=hidden, dynamic_ncols=True, **settings)
     return bar if items is None else until_stopped(bar)
 
 
