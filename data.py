@@ -3,6 +3,7 @@
     python data.py synth  --out data/synthetic                    seven planted biomarkers
     python data.py tile   --slides slides/ --out data/mine        whole-slide images -> slide files
     python data.py import --trident 5x 10x 20x --out data/mine    other tools' embeddings
+    python data.py split  labels.csv --out data/mine/tasks/t.csv  folds of a task table
     python data.py verify data/mine                               checksums, values, tasks, leakage
 
 Shape letters as in mixmag.py, and C cells of a slide, W windows (regions) of it. Lengths in `_px`
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import errno
 import functools
 import glob
 import hashlib
@@ -26,7 +26,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import operator
 import os
 import re
 import reprlib
@@ -35,10 +34,10 @@ import sys
 import textwrap
 import time
 import unicodedata
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -69,29 +68,24 @@ FIELDS = (*TEXT_FIELDS, *JSON_FIELDS)
 
 @dataclass
 class Slide:
-    """One slide file. Its features stay on disk until they are used."""
+    """One slide file. Its features are a private memory map: only what is used is read."""
 
     path: Path
     meta: dict
+    features: np.ndarray  # (C, T, D) float16
     cells: np.ndarray  # (C, 2) int32: col, row on the lowest magnification's lattice
     valid: np.ndarray  # (C, T) bool: True where a token holds an embedding
-    dim: int  # D
-    version: int  # time of change: a file that is written anew is mapped anew
 
     @property
     def slide_id(self) -> str:
         return composed(self.meta["slide_id"])
 
     @property
-    def features(self) -> np.ndarray:
-        """(C, T, D) float16, a private memory map of the file: only what is used is read."""
-        return map_features(self.path, self.version)
+    def dim(self) -> int:
+        return self.features.shape[2]
 
-
-@functools.lru_cache(maxsize=30000)  # Linux gives a process about 65,000 maps
-def map_features(path: Path, version: int) -> np.ndarray:
-    with safetensors.safe_open(path, "pt") as file:  # torch maps the tensor, numpy would copy it
-        return file.get_tensor("features").numpy()
+    def __reduce__(self):
+        return read_slide, (self.path,)  # a worker of a DataLoader maps the file anew
 
 
 def checksum(features, cells, valid, metadata: dict) -> str:
@@ -117,10 +111,8 @@ def check_arrays(features, cells, valid, magnifications) -> None:
 
 def write_slide(path, features, cells, valid, meta: dict) -> None:
     """Write a slide file. Raises ValueError for arrays of another dtype or shape.
-
     features (C, T, D) float16, cells (C, 2) int32, valid (C, T) bool.
-    meta: every field except `format`, `created` and `sha256`, and any others.
-    """
+    meta: every field except `format`, `created` and `sha256`, and any others."""
     check_arrays(features, cells, valid, meta["magnifications"])
     now = float(os.environ.get("SOURCE_DATE_EPOCH", time.time()))  # reproducible-builds.org
     created = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
@@ -129,38 +121,33 @@ def write_slide(path, features, cells, valid, meta: dict) -> None:
         text[name] = value if name in TEXT_FIELDS else json.dumps(value)
     text["sha256"] = checksum(features, cells, valid, text)
     arrays = {"features": features, "cells": cells, "valid": valid}
-    for name, array in arrays.items():
-        arrays[name] = np.ascontiguousarray(array)  # the library scrambles any other
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     with whole_file(path) as temporary:
-        safetensors.numpy.save_file(arrays, temporary, text)
+        safetensors.numpy.save_file(contiguous, temporary, text)  # it scrambles others
 
 
 def read_slide(path) -> Slide:
     """Open a slide file and check its structure; only `data.py verify` computes the checksum.
-
-    Raises MixmagError that says what is wrong.
-    """
+    Raises MixmagError that says what is wrong."""
     path = Path(path)
     try:
         with safetensors.safe_open(path, "pt") as file:
             meta = parse_metadata(file.metadata() or {})
-            features = file.get_tensor("features").numpy()  # a map: nothing is read
+            features = file.get_tensor("features").numpy()  # torch maps it, numpy would copy it
             cells = file.get_tensor("cells").numpy().copy()
             valid = file.get_tensor("valid").numpy().copy()
         check_arrays(features, cells, valid, meta["magnifications"])
         if composed(meta["slide_id"]) != composed(path.stem):
             raise ValueError(f"it holds slide {meta['slide_id']!r}; rename the file")
-        version = path.stat().st_mtime_ns
     except (OSError, safetensors.SafetensorError, ValueError, TypeError) as error:
         raise MixmagError(f"{path}: cannot be read as a slide file ({one_line(error)})") from None
-    return Slide(path, meta, cells, valid, features.shape[2], version)
+    return Slide(path, meta, features, cells, valid)
 
 
 def parse_metadata(text: dict) -> dict:
     missing = [name for name in FIELDS if name not in text]
     if missing or text["format"] != FORMAT:
-        found = text.get("format")
-        raise ValueError(f"expected format {FORMAT}, found {found}; missing fields: {missing}")
+        raise ValueError(f"expected format {FORMAT}; missing fields: {missing}")
     meta = {}
     for name, value in text.items():
         meta[name] = value if name in TEXT_FIELDS else json.loads(value)
@@ -169,14 +156,11 @@ def parse_metadata(text: dict) -> dict:
 
 def read_slides(data, ids=None, failed: list | None = None) -> list[Slide]:
     """The slides of DATA, or those of `ids`, sorted by id.
-
     All must agree on encoder, width and magnifications. Raises MixmagError for the first that
     does not, and for one that cannot be read. Where `failed` is given, slides that cannot be read
-    are left out and listed there as (slide_id, stage, reason).
-    """
+    are left out and listed there as (slide_id, stage, reason)."""
     slides = []
-    paths = slide_paths(data, ids)
-    for path in progress(paths, desc="slides", leave=False):
+    for path in progress(slide_paths(data, ids), desc="slides"):
         try:
             slides.append(read_slide(path))
         except MixmagError as error:
@@ -194,12 +178,17 @@ def read_slides(data, ids=None, failed: list | None = None) -> list[Slide]:
 
 
 def slide_files(data) -> dict[str, Path]:
-    """Slide id -> file. Raises MixmagError for two files of one id."""
-    folder = Path(data) / "slides"
-    paths = visible_files(folder, "*.safetensors")
+    """Slide id -> file."""
+    return files_by_id(Path(data) / "slides", "*.safetensors")
+
+
+def files_by_id(folder: Path, pattern: str) -> dict[str, Path]:
+    """Slide id -> the file that is named so. Raises MixmagError for two files of one id."""
+    paths = visible_files(folder, pattern)
     files = {composed(path.stem): path for path in paths}
     if len(files) < len(paths):
-        raise MixmagError(f"{folder}: two files have one name, written in two forms of Unicode")
+        twice = set(paths) - set(files.values())
+        raise MixmagError(f"two files of one slide, such as {twice.pop()}; rename one")
     return files
 
 
@@ -215,14 +204,11 @@ def slide_paths(data, ids=None) -> list[Path]:
 
 
 def absent_slides(ids, files: dict) -> str:
-    """Says how many slides have no file, and the likely mistake. Empty where all have one."""
+    """Says how many slides have no file. Empty where all have one."""
     absent = sorted(set(map(composed, ids)) - files.keys())
     if not absent:
         return ""
-    advice = ""
-    if Path(absent[0]).stem in files:
-        advice = f"; an id has no suffix: {Path(absent[0]).stem}"
-    return f"{plural(len(absent), 'slide')} without a file, such as {absent[0]!r}{advice}"
+    return f"{plural(len(absent), 'slide')} without a file, such as {absent[0]!r}"
 
 
 def embedding_signature(slide: Slide) -> str:
@@ -242,13 +228,11 @@ def magnification_entries(k: int) -> slice:
     return slice((4**k - 1) // 3, (4 ** (k + 1) - 1) // 3)
 
 
-def windows(cells, region: int, stride: int, min_cover: float) -> tuple[np.ndarray, np.ndarray]:
+def windows(cells, region: int, stride: int, min_cover: float) -> tuple:
     """Windows of region x region cells that hold at least the fraction `min_cover` of their cells.
-
     cells (C, 2) -> rows (W, R*R), which of the C cells a window holds, -1 where a cell is missing,
     and corners (W, 2): col, row. Corners lie on a lattice of `stride`. With stride 1 windows
-    overlap.
-    """
+    overlap."""
     if not len(cells):
         return np.empty((0, region**2), int), np.empty((0, 2), int)
     start = (cells.min(axis=0) - region + 1) // stride * stride  # the first corner
@@ -264,12 +248,10 @@ def windows(cells, region: int, stride: int, min_cover: float) -> tuple[np.ndarr
     return every[kept].reshape(-1, region**2), corners
 
 
-def covering_windows(cells, region: int, min_cover: float) -> tuple[np.ndarray, np.ndarray]:
+def covering_windows(cells, region: int, min_cover: float) -> tuple:
     """`windows` side by side, for fine-tuning and inference.
-
     A slide may be so small or narrow that no window is full enough. Then the limit is `min_cover`
-    of the cells of its fullest window.
-    """
+    of the cells of its fullest window."""
     rows, corners = windows(cells, region, region, 0.0)
     present = (rows >= 0).sum(axis=1)  # (W,)
     kept = present >= min_cover * region**2
@@ -278,26 +260,18 @@ def covering_windows(cells, region: int, min_cover: float) -> tuple[np.ndarray, 
     return rows[kept], corners[kept]
 
 
-def entry_index(rows, entries, T: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of embeddings that are listed cell by cell, T each, which ones are wanted; is the cell there?
-
-    rows (..., R*R): the cells of windows, entries (..., n) as in `token_index` -> both (..., n).
-    """
-    cell = np.take_along_axis(rows, entries // T, axis=-1)
-    return np.maximum(cell * T + entries % T, 0), cell >= 0  # any legal one where it is missing
-
-
-def token_index(slide: Slide, rows, entries) -> tuple[np.ndarray, np.ndarray]:
+def token_index(slide: Slide, rows, entries) -> tuple:
     """Where tokens of windows stand in the slide: (W, n) of its C*T embeddings, and valid (W, n).
-
     rows (W, R*R): the cells of each window. entries (n,) or (W, n): the wanted tokens, counted cell
-    by cell: entry e is token e % T of the window's cell e // T.
-    """
-    index, present = entry_index(rows, np.atleast_2d(entries), slide.valid.shape[1])
-    return index, present & slide.valid.reshape(-1)[index]
+    by cell: entry e is token e % T of the window's cell e // T."""
+    T = slide.valid.shape[1]
+    entries = np.atleast_2d(entries)
+    cell = np.take_along_axis(rows, entries // T, axis=-1)
+    index = np.maximum(cell * T + entries % T, 0)  # any legal one where the cell is missing
+    return index, (cell >= 0) & slide.valid.reshape(-1)[index]
 
 
-def gather(slide: Slide, rows, entries) -> tuple[np.ndarray, np.ndarray]:
+def gather(slide: Slide, rows, entries) -> tuple:
     """x (W, n, D) float16, 0 where a token is invalid, and valid (W, n). As `token_index`."""
     index, valid = token_index(slide, rows, entries)
     x = slide.features.reshape(-1, slide.dim)[index]
@@ -329,56 +303,45 @@ def pinned(batch: dict, device) -> dict:
     return moved
 
 
+@dataclass(eq=False, repr=False)
 class RegionDataset(torch.utils.data.Dataset):
     """Random windows for pretraining: turned at random, with the tokens that are to be removed.
-
     Sample i is a function of (seed, i) alone. Its epoch is i // W: in an epoch each of the W
     windows comes once, in random order. `len` is W, but indices may go on beyond it. With stride 1
-    windows overlap, so an epoch sees most cells several times.
+    windows overlap, so an epoch sees most cells several times."""
 
-    mask: the removal ratio. views: 2 for the contrastive loss, whose second window is drawn from a
-    `source` x `source` window that holds the first (paper 3.1.2). turn: whether windows are turned.
-    swap: the share of samples that look as if stained and scanned like another slide: its mean
-    embedding of each magnification takes the place of their own slide's.
-    """
+    slides: list[Slide]
+    geometry: Geometry
+    seed: int
+    mask: float  # the removal ratio
+    views: int = 1  # 2 for the contrastive loss: the second window is drawn from a
+    source: int = 0  # source x source window that holds the first (paper 3.1.2)
+    stride: int = 1
+    min_cover: float = 1.0
+    turn: bool = True  # whether windows are turned
+    swap: float = 0.0  # share of samples that look as if stained and scanned like another slide:
+    # its mean embedding of each magnification takes the place of their own slide's
 
-    def __init__(
-        self,
-        slides: list[Slide],
-        geometry: Geometry,
-        seed: int,
-        mask: float,
-        views: int = 1,
-        source: int = 0,
-        stride: int = 1,
-        min_cover: float = 1.0,
-        turn: bool = True,
-        swap: float = 0.0,
-    ):
-        self.slides = slides
-        self.geometry = geometry
-        self.seed = seed
-        self.views = views
-        self.turn = turn
-        self.swap = swap
+    def __post_init__(self):
+        geometry = self.geometry
         self.level = geometry.level().numpy()
-        if swap:
-            self.slide_means = slide_means(slides)  # (S, K, D)
-        self.removed_tokens = removal_count(geometry.num_tokens, mask)  # M
-        self.reach = (source or geometry.region) - geometry.region  # cells a view may lie off
+        if self.swap:
+            self.slide_means = slide_means(self.slides)  # (S, K, D)
+        self.removed_tokens = removal_count(geometry.num_tokens, self.mask)  # M
+        self.reach = (self.source or geometry.region) - geometry.region  # cells a view may lie off
         self.turned_entries = geometry.cell_order().numpy()[geometry.dihedral().numpy()]  # (8, N)
-        found = [windows(slide.cells, geometry.region, stride, min_cover) for slide in slides]
-        rows, corners = zip(*found, strict=True)
+        shape = (geometry.region, self.stride, self.min_cover)
+        rows, corners = zip(*[windows(slide.cells, *shape) for slide in self.slides], strict=True)
         self.rows = np.concatenate(rows)  # (W, R*R)
         self.corners = np.concatenate(corners)  # (W, 2)
         counts = [len(part) for part in rows]
-        self.slide_of = np.repeat(np.arange(len(slides)), counts)  # (W,)
+        self.slide_of = np.repeat(np.arange(len(counts)), counts)  # (W,)
         self.first_window = np.cumsum([0, *counts])  # of each slide
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def draw(self, indices) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def draw(self, indices) -> tuple:
         """Of B samples: windows (views, B), turns of them (views, B), removed (views, B, M), and
         the slides that they are to look like (B,)."""
         N = self.geometry.num_tokens
@@ -410,46 +373,31 @@ class RegionDataset(torch.utils.data.Dataset):
         candidates = np.flatnonzero(inside)
         return first + candidates[rng.integers(len(candidates))]
 
-    def read(self, indices) -> dict:
-        """As `batch`, with `valid` always a tensor."""
-        window, turn, removed, look = self.draw(indices)
-        slide = self.slide_of[window]
-        x = np.empty((*window.shape, self.geometry.num_tokens, self.slides[0].dim), np.float16)
-        valid = np.empty(x.shape[:-1], bool)
-        T = self.geometry.tokens_per_cell
-        index, present = entry_index(self.rows[window], self.turned_entries[turn], T)
-        for view, b in np.ndindex(window.shape):
-            its_slide = self.slides[slide[view, b]]
-            tokens = index[view, b]  # (N,)
-            valid[view, b] = its_slide.valid.reshape(-1)[tokens]
-            features = its_slide.features.reshape(-1, its_slide.dim)
-            # by default numpy checks the index in a copy of `out`; "clip" writes into x itself
-            np.take(features, tokens, axis=0, out=x[view, b], mode="clip")
-            if look[b] != slide[view, b]:
-                change = self.slide_means[look[b]] - self.slide_means[slide[view, b]]  # (K, D)
-                x[view, b] += change[self.level]
-        valid &= present
-        x[~valid] = 0
-        arrays: dict[str, Any] = {"x": x, "removed": removed, "valid": valid, "slide": slide}
-        for key, array in arrays.items():
-            arrays[key] = torch.from_numpy(array if self.views == 2 else array[0])
-        return arrays
-
     def __getitem__(self, i: int) -> dict:
-        """x (N, D) float16, removed (M,), valid (N,) bool, slide (): its place in `slides`.
-
-        With two views each has a leading axis of 2.
-        """
-        sample = self.read([i])
+        """Sample i: as `batch`, without the axis of samples, and `valid` always a tensor."""
+        sample = self.batch([i])
+        if sample["valid"] is None:
+            sample["valid"] = torch.ones(sample["x"].shape[:-1], dtype=torch.bool)
         return {key: value.select(self.views - 1, 0) for key, value in sample.items()}
 
     def batch(self, indices) -> dict:
         """x (B, N, D) float16, removed (B, M), valid (B, N) or None if all are valid, slide (B,).
-
-        With two views each has a leading axis of 2.
-        """
-        batch = self.read(indices)
-        if batch["valid"].all():
+        With two views each has a leading axis of 2."""
+        window, turn, removed, look = self.draw(indices)
+        slide = self.slide_of[window]  # (views, B), the same in both views
+        x = np.empty((*window.shape, self.geometry.num_tokens, self.slides[0].dim), np.float16)
+        valid = np.empty(x.shape[:-1], bool)
+        for b, own in enumerate(slide[0]):
+            rows = self.rows[window[:, b]]
+            entries = self.turned_entries[turn[:, b]]
+            x[:, b], valid[:, b] = gather(self.slides[own], rows, entries)
+            if look[b] != own:
+                change = self.slide_means[look[b]] - self.slide_means[own]  # (K, D)
+                x[:, b] += change[self.level] * valid[:, b, :, None]
+        batch: dict = {}
+        for key, array in (("x", x), ("removed", removed), ("valid", valid), ("slide", slide)):
+            batch[key] = torch.from_numpy(array if self.views == 2 else array[0])
+        if valid.all():
             batch["valid"] = None
         return batch
 
@@ -461,13 +409,11 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 class CaseDataset(torch.utils.data.Dataset):
     """The cases of a split as ragged bags: a case has slides, a slide has regions.
-
     index (n,): which tokens of a region are read (Geometry.select). `rows` and `corners` hold, for
     each slide, its `covering_windows` with a valid token. Slides without such a window are in
     `dropped`; a case without slides is left out. `labels` holds the label of each case.
     `cached` may hold a slide's encoder outputs (W, n or 1, d) and valid (W, n), which `batch` then
-    gives instead of embeddings. `uncovered` says for the log how many cells lie in no window.
-    """
+    gives instead of embeddings. `uncovered` says for the log how many cells lie in no window."""
 
     def __init__(
         self, slides: dict, cases: list, geometry: Geometry, index, min_cover: float = 0.5
@@ -479,26 +425,23 @@ class CaseDataset(torch.utils.data.Dataset):
         self.cached: dict[str, tuple] = {}
         self.cases: list[Case] = []
         self.dropped: list[str] = []
-        cells = 0
         for case in cases:
-            usable = []
             for slide_id in case.slide_ids:
-                cells += len(slides[slide_id].cells)
-                if self.find_windows(slide_id, geometry.region, min_cover):
-                    usable.append(slide_id)
-                else:
-                    self.dropped.append(slide_id)
+                self.find_windows(slide_id, geometry.region, min_cover)
+            usable = [i for i in case.slide_ids if i in self.rows]
+            self.dropped += [i for i in case.slide_ids if i not in self.rows]
             if usable:
                 self.cases.append(replace(case, slide_ids=usable))
         self.labels = [case.label for case in self.cases]
+        cells = sum(len(slides[slide_id].cells) for slide_id in self.rows)
         unused = cells - sum((rows >= 0).sum() for rows in self.rows.values())
         self.uncovered = ""
         if unused:
             counts = f"{unused} of {cells} cells"
             self.uncovered = f"; {counts} lie in windows that --min-cover leaves out"
 
-    def find_windows(self, slide_id: str, region: int, min_cover: float) -> bool:
-        """Note the slide's windows that hold a valid token. Whether there are any."""
+    def find_windows(self, slide_id: str, region: int, min_cover: float) -> None:
+        """Note the slide's windows that hold a valid token, if there are any."""
         slide = self.slides[slide_id]
         rows, corners = covering_windows(slide.cells, region, min_cover)
         _, valid = token_index(slide, rows, self.entries)  # (W, n)
@@ -506,7 +449,6 @@ class CaseDataset(torch.utils.data.Dataset):
         if kept.any():
             self.rows[slide_id] = rows[kept]
             self.corners[slide_id] = corners[kept]
-        return slide_id in self.rows
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -521,21 +463,13 @@ class CaseDataset(torch.utils.data.Dataset):
     def batch(self, indices) -> dict:
         """x (W, n, D) float16, or what is `cached` for it; valid (W, n) or None if all are valid;
         regions (S,): how many of the W regions each slide has; case (S,): the slide's case, counted
-        from 0 in this batch; label (cases,) float. Empty for no indices.
-        """
+        from 0 in this batch; label (cases,) float. Empty for no indices."""
         if not len(indices):
             return {}
-        inputs = []
-        masks = []
-        slide_ids: list[str] = []
-        case_of = []
-        for number, i in enumerate(indices):
-            for slide_id in self.cases[i].slide_ids:
-                x, valid = self.read(slide_id)
-                inputs.append(x)
-                masks.append(valid)
-                slide_ids.append(slide_id)
-                case_of.append(number)
+        slides_of = [self.cases[i].slide_ids for i in indices]
+        slide_ids = list(itertools.chain(*slides_of))
+        counts = [len(ids) for ids in slides_of]
+        inputs, masks = zip(*map(self.read, slide_ids), strict=True)
         x, valid = as_batch(np.concatenate(inputs), np.concatenate(masks))
         return {
             "x": x,
@@ -543,11 +477,11 @@ class CaseDataset(torch.utils.data.Dataset):
             "cached": bool(self.cached),
             "slide_ids": slide_ids,
             "regions": torch.tensor([len(mask) for mask in masks]),
-            "case": torch.tensor(case_of),
+            "case": torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
             "label": torch.tensor([float(self.labels[i]) for i in indices]),
         }
 
-    def read(self, slide_id: str) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, slide_id: str) -> tuple:
         if self.cached:
             return self.cached[slide_id]
         return gather(self.slides[slide_id], self.rows[slide_id], self.entries)
@@ -555,17 +489,15 @@ class CaseDataset(torch.utils.data.Dataset):
 
 def feature_statistics(slides, magnifications=None, limit: int = 20000) -> tuple:
     """mean (D,), std (D,) and directions (K, D) of the embeddings, as float tensors.
-
     A direction is the mean of a magnification's embeddings after each is scaled to length 1. It is
     the constant prediction that minimises Eq. 2. About `limit` evenly spread cells are read.
     magnifications: the indices of those that count. Raises MixmagError for values that are not
-    finite.
-    """
+    finite."""
     K = len(slides[0].meta["magnifications"])
     stride = max(1, math.ceil(sum(len(slide.cells) for slide in slides) / limit))
     count = np.zeros((K, 1))
     total, squares, directions = np.zeros((3, K, slides[0].dim))
-    for slide in progress(slides, desc="statistics", leave=False):
+    for slide in progress(slides, desc="statistics"):
         features = slide.features[::stride]
         valid = slide.valid[::stride]
         for k in range(K) if magnifications is None else magnifications:
@@ -590,7 +522,7 @@ def slide_means(slides, most: int = 32) -> np.ndarray:
     """(S, K, D) float16: the mean embeddings of each magnification in evenly spread cells."""
     levels = range(len(slides[0].meta["magnifications"]))
     means = np.zeros((len(slides), len(levels), slides[0].dim), np.float16)
-    for i, slide in enumerate(progress(slides, desc="slide means", leave=False)):
+    for i, slide in enumerate(progress(slides, desc="slide means")):
         count = len(slide.cells)
         chosen = np.linspace(0, count - 1, min(count, most)).astype(int)
         features = slide.features[chosen].astype(np.float32)
@@ -605,35 +537,67 @@ def slide_means(slides, most: int = 32) -> np.ndarray:
 # --------------------------------------------------------------------------------- tasks and splits
 
 SPLITS = ("train", "tune", "test")
+BINARY = ["0", "1"]
+NUMBER = re.compile(r"(0|[1-9][0-9]*)(\.0*)?")  # spreadsheets write 1.0
+NO_NAME = re.compile(r"(nan|n/?a|[-+]?[0-9.,]+)?", re.IGNORECASE)  # of a class
 
 
 class Outcome:
-    """What a slide's label is: 0 or 1. Another kind of label is another class with these names."""
+    """What a slide's label is: the number of its class. Another kind of label is another class.
 
-    outputs = 1  # numbers that the classifier gives for a slide
+    Two classes have one logit and one score, of the second class, which is the positive one; more
+    have one each.
+    """
 
-    def parse(self, text: str) -> int:
-        """The label that a task table states. Raises ValueError that says what is expected."""
-        if not re.fullmatch(r"[01](\.0*)?", text):  # spreadsheets write 1.0
-            raise ValueError("expected 0 or 1")
-        return int(text[0])
+    def classes(self, labels) -> list[str]:
+        """The classes of a table's labels: 0, 1, ..., or their names in sorted order."""
+        numbers = {found[1] for label in labels if (found := NUMBER.fullmatch(label))}
+        if numbers:
+            return [str(i) for i in range(max(2, len(numbers)))]
+        return sorted({label for label in labels if not NO_NAME.fullmatch(label)}) or BINARY
+
+    def parse(self, text: str, classes: list[str]) -> int:
+        """The label that a table states. Raises ValueError that says what is expected."""
+        number = NUMBER.fullmatch(text)
+        name = number[1] if number else text
+        if name not in classes:
+            raise ValueError(f"expected {' or '.join(classes)}")
+        return classes.index(name)
+
+    def columns(self, classes: list[str]) -> list[str]:
+        """Names for the scores of a slide, as many as it has logits."""
+        return ["score"] if len(classes) == 2 else [f"score_{name}" for name in classes]
 
     def loss(self, logit: torch.Tensor, label: torch.Tensor, smoothing: float) -> torch.Tensor:
-        """logit (S,), label (S,) float, label smoothing -> (S,) binary cross-entropy."""
+        """logit (S,) or (S, K), label (S,) float, label smoothing -> (S,) cross-entropy."""
+        if logit.ndim == 2:
+            return F.cross_entropy(logit, label.long(), reduction="none", label_smoothing=smoothing)
         target = label * (1 - smoothing) + smoothing / 2
         return F.binary_cross_entropy_with_logits(logit, target, reduction="none")
 
     def score(self, logit: torch.Tensor) -> torch.Tensor:
-        """(S,) -> probability (S,) float64 on the CPU: in fp32 the highest would all be 1."""
-        return torch.sigmoid(logit.cpu().double())
+        """As logit: probabilities, float64 on the CPU: in fp32 the highest would all be 1."""
+        logit = logit.cpu().double()
+        return torch.sigmoid(logit) if logit.ndim == 1 else torch.softmax(logit, dim=1)
+
+    def of_class(self, scores) -> dict[int, np.ndarray]:
+        """scores (cases,) or (cases, K) -> class -> (cases,), for each class that is ranked."""
+        scores = np.asarray(scores)
+        return {1: scores} if scores.ndim == 1 else dict(enumerate(scores.T))
 
     def metric(self, labels, scores) -> float:
-        """Area under the ROC curve. Raises MixmagError where only one class is present."""
+        """Area under the ROC curve; of more than two classes the mean of each against the rest.
+
+        Raises MixmagError where a class is absent.
+        """
         from sklearn.metrics import roc_auc_score  # its import takes a second
 
-        if len(set(labels)) < 2:
-            raise MixmagError(f"AUROC needs both classes; found {len(labels)} cases of one class")
-        return float(roc_auc_score(labels, scores))
+        labels = np.asarray(labels)
+        ranked = self.of_class(scores)
+        if len(set(labels)) <= max(ranked):
+            found = f"{len(labels)} cases of {len(set(labels))}"
+            raise MixmagError(f"AUROC needs {max(ranked) + 1} classes; found {found}")
+        return float(np.mean([roc_auc_score(labels == k, ranked[k]) for k in ranked]))
 
 
 OUTCOME = Outcome()
@@ -645,6 +609,51 @@ class Case:
     label: int
     split: str
     slide_ids: list
+    splits: dict = field(default_factory=dict)  # column of the table -> split
+
+
+def shuffled(cases: list[Case], seed) -> list[Case]:
+    """Class by class, in each in an order that follows from the seed and the ids alone."""
+    hashed = {c.case_id: hashlib.sha256(f"{seed} {c.case_id}".encode()).digest() for c in cases}
+    return sorted(cases, key=lambda case: (case.label, hashed[case.case_id]))
+
+
+@dataclass
+class TaskTable:
+    """The table of a task, before a fold is chosen: train is what every fold trains on.
+
+    columns: those that say a case's split, `split` or fold_0, fold_1, ... classes: their names; a
+    label is a number in this list. findings: everything that is wrong.
+    """
+
+    path: Path
+    columns: list[str]
+    classes: list[str]
+    cases: list[Case]
+    findings: list[str]
+
+    @property
+    def folds(self) -> list[int]:
+        return [int(name.removeprefix("fold_")) for name in self.columns if name != "split"]
+
+    def in_fold(self, fold: int | None, seed: int = 0) -> list[Case]:
+        """The cases with their splits in a fold, or in the column `split` if fold is None.
+
+        In a fold without tune cases a fifth of each class's training cases (assumed) are.
+        """
+        column = "split" if fold is None else f"fold_{fold}"
+        if column not in self.columns:
+            found = ", ".join(self.columns)
+            advice = "--fold K reads fold_K, no --fold reads split"
+            raise MixmagError(f"{self.path}: no column {column}, found {found}; {advice}")
+        cases = [replace(case, split=case.splits[column]) for case in self.cases]
+        if fold is not None and "tune" not in {case.split for case in cases}:
+            train = [case for case in cases if case.split == "train"]
+            ordered = shuffled(train, f"{seed} {column}")
+            for _, of_class in itertools.groupby(ordered, key=lambda case: case.label):
+                for case in list(of_class)[::5]:
+                    case.split = "tune"
+        return cases
 
 
 def task_names(data) -> list[str]:
@@ -656,65 +665,106 @@ def task_names(data) -> list[str]:
     return [path.stem for path in paths if path.suffix == ".csv"]
 
 
-def row_fault(row: dict) -> str:
+def row_fault(row: dict, columns: list[str], classes: list[str]) -> str:
     """What is wrong with a row of a task table by itself. Empty if nothing is."""
     slide_id = row["slide_id"]
     if not row["case_id"] or not slide_id:
         return "case_id or slide_id is empty"
     if "/" in slide_id or slide_id in (".", ".."):
         return f"slide_id {slide_id!r} is a path, expected the name of a file in slides/"
-    if row["split"] not in SPLITS:
-        return f"split is {row['split']!r}, expected train, tune or test"
+    for column in columns:
+        if row[column] not in SPLITS:
+            return f"{column} is {row[column]!r}, expected train, tune or test"
     try:
-        OUTCOME.parse(row["label"])
+        OUTCOME.parse(row["label"], classes)
     except ValueError as error:
         return f"label is {row['label']!r}, {error}"
     return ""
 
 
-def task_findings(path) -> tuple[list[Case], list[str]]:
-    """The cases of a task table, and everything that is wrong with it."""
+def split_columns(path, rows: list[dict]) -> list[str]:
+    """Those that say a case's split: `split`, or fold_0, fold_1, ..., or none."""
+    names = list(rows[0]) if rows else ["split"]
+    columns = [name for name in names if re.fullmatch(r"split|fold_(0|[1-9][0-9]*)", name)]
+    if "split" in columns and len(columns) > 1:
+        raise MixmagError(f"{path}: found {', '.join(columns)}; expected a split or folds")
+    return columns
+
+
+def parse_table(path, rows: list[dict]) -> TaskTable:
+    columns = split_columns(path, rows)
+    classes = OUTCOME.classes([row["label"] for row in rows])
     findings = []
     cases: dict[str, Case] = {}
     seen = set()
-    for row in read_csv(path, ("case_id", "slide_id", "label", "split")):
+    for row in rows:
         where = f"{path}: line {row['line']}, case {row['case_id']!r}"
-        fault = row_fault(row)
+        fault = row_fault(row, columns, classes)
         if row["slide_id"] in seen:
             fault = f"slide {row['slide_id']!r} stands in more than one row"
         if fault:
             findings.append(f"{where}: {fault}")
             continue
-        new = Case(row["case_id"], OUTCOME.parse(row["label"]), row["split"], [])
-        case = cases.setdefault(row["case_id"], new)
-        if case.split != new.split:
-            findings.append(f"{where} is in two splits, {case.split} and {new.split}")
-        if case.label != new.label:
-            findings.append(f"{where} has two labels, {case.label} and {new.label}")
+        label = OUTCOME.parse(row["label"], classes)
+        splits = {column: row[column] for column in columns}
+        split = next((split for split in splits.values() if split != "train"), "train")
+        case = cases.setdefault(row["case_id"], Case(row["case_id"], label, split, [], splits))
+        for column, split in case.splits.items():
+            if split != row[column]:
+                findings.append(f"{where} is in two splits, {split} and {row[column]}")
+        if case.label != label:
+            names = f"{classes[case.label]} and {classes[label]}"
+            findings.append(f"{where} has two labels, {names}")
         case.slide_ids.append(row["slide_id"])
         seen.add(row["slide_id"])
-    return list(cases.values()), findings
+    return TaskTable(Path(path), columns, classes, list(cases.values()), findings)
 
 
-def read_task(data, task) -> list[Case]:
+def any_table(path) -> TaskTable:
+    """With its findings. Raises MixmagError for a file that is no table of a task."""
+    columns = split_columns(path, read_csv(path, ())) or ["split"]
+    return parse_table(path, read_csv(path, ("case_id", "slide_id", "label", *columns)))
+
+
+def read_table(data, task) -> TaskTable:
     """Raises MixmagError for an unknown task, and with the first finding of a faulty table."""
     found = task_names(data)
     if task not in found:
         raise MixmagError(f"{data}/tasks/{task}.csv: no such task; found {', '.join(found)}")
-    cases, findings = task_findings(Path(data) / "tasks" / f"{task}.csv")
-    if findings:
-        raise MixmagError(f"{findings[0]} ({plural(len(findings), 'finding')} of data.py verify)")
-    return cases
+    table = any_table(Path(data) / "tasks" / f"{task}.csv")
+    if table.findings:
+        count = plural(len(table.findings), "finding")
+        raise MixmagError(f"{table.findings[0]} ({count} of data.py verify)")
+    return table
 
 
-def read_tasks(data) -> dict[str, list[Case]]:
-    """The cases of every task. Raises MixmagError for a table that cannot hold out what it names:
-    it is faulty, or DATA has no such slides."""
+def read_task(data, task, fold: int | None = None, seed: int = 0) -> list[Case]:
+    """As `read_table` and `TaskTable.in_fold`."""
+    return read_table(data, task).in_fold(fold, seed)
+
+
+def read_tasks(data, fold: int | None = None, seed: int = 0) -> dict[str, list[Case]]:
+    """The cases of every task, in that fold where a table has folds.
+
+    Raises MixmagError for a table that cannot hold out what it names: it is faulty, or DATA has no
+    such slides; and where a fold is needed, unless pretrain.csv says what is used, or is unknown.
+    """
     files = slide_files(data)
-    tasks = {task: read_task(data, task) for task in task_names(data)}
-    for task, cases in tasks.items():
-        if fault := absent_slides(itertools.chain(*[case.slide_ids for case in cases]), files):
-            raise MixmagError(f"{data}/tasks/{task}.csv: {fault}")
+    tables = {task: read_table(data, task) for task in task_names(data)}
+    folded = [table for table in tables.values() if table.folds]
+    if fold is not None and not folded:
+        raise MixmagError(f"--fold {fold}: no table in {data}/tasks has a column fold_{fold}")
+    if fold is None and folded and not (Path(data) / "pretrain.csv").exists():
+        found = f"{folded[0].path}: over its {len(folded[0].folds)} folds every case may be tested"
+        raise MixmagError(f"{found}; choose one with --fold K, or list slides in pretrain.csv")
+    tasks = {}
+    for task, table in tables.items():
+        slide_ids = itertools.chain(*[case.slide_ids for case in table.cases])
+        if fault := absent_slides(slide_ids, files):
+            raise MixmagError(f"{table.path}: {fault}")
+        tasks[task] = table.cases
+        if fold is not None and table.folds:
+            tasks[task] = table.in_fold(fold, seed)
     return tasks
 
 
@@ -730,12 +780,12 @@ def evaluation_slides(tasks: dict[str, list[Case]]) -> dict[str, set]:
     return evaluation
 
 
-def pretraining_ids(data) -> list[str]:
+def pretraining_ids(data, fold: int | None = None, seed: int = 0) -> list[str]:
     """The slides of pretrain.csv; without it, every slide that is in no tune or test split."""
     listed = Path(data) / "pretrain.csv"
     if listed.exists():
         return list(dict.fromkeys(row["slide_id"] for row in read_csv(listed, ("slide_id",))))
-    evaluation = set().union(*evaluation_slides(read_tasks(data)).values())
+    evaluation = set().union(*evaluation_slides(read_tasks(data, fold, seed)).values())
     return [slide_id for slide_id in slide_files(data) if slide_id not in evaluation]
 
 
@@ -748,9 +798,9 @@ def pretraining_ids(data) -> list[str]:
 
 CACHE_BYTES = 2**26  # of decoded tiles, shared by neighbouring reads of a level (assumed)
 SLIDE_SUFFIXES = [".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu"]
-SLIDE_SUFFIXES += [".scn", ".mrxs", ".svslide", ".bif", ".dcm", ".czi"]
+SLIDE_SUFFIXES += [".scn", ".mrxs", ".svslide", ".bif", ".czi"]
+GIVEN = "--mpp or --manifest"  # a row of the manifest goes before
 MPP_TOLERANCE = 0.02  # the share by which two values of one slide may differ (assumed)
-RESOLUTION_UM = {"inch": 25400.0, "centimeter": 10000.0}  # by tiff.ResolutionUnit
 
 
 class Reader:
@@ -832,14 +882,6 @@ def over_white(rgba: np.ndarray) -> Image.Image:
     return rgb
 
 
-def dicom_series(path: Path) -> str | None:
-    """What all files of one DICOM slide have in common; None for other files."""
-    with contextlib.suppress(openslide.OpenSlideError, OSError):  # Reader says why when it comes
-        if path.suffix.lower() == ".dcm":
-            return openslide.OpenSlide(path).properties.get("openslide.quickhash-1")
-    return None
-
-
 def openslide_version() -> str:
     return openslide.__library_version__
 
@@ -858,50 +900,29 @@ def plausible_mpp(x: float, y: float) -> float:
     return mean if 0.1 <= mean <= 4 and abs(x - y) <= MPP_TOLERANCE * mean else math.nan
 
 
-def stated_mpp(properties, from_power: bool) -> tuple:
-    """(um/px in x, in y, the property that says it) of a slide; (NaN, NaN, None) if none does."""
-    unit = RESOLUTION_UM.get(properties.get("tiff.ResolutionUnit"))
-    if "openslide.mpp-x" in properties:
-        x = number(properties["openslide.mpp-x"])
-        return x, number(properties.get("openslide.mpp-y")), "openslide.mpp-x"
-    if unit and "tiff.XResolution" in properties:
-        x = unit / number(properties["tiff.XResolution"])
-        return x, unit / number(properties.get("tiff.YResolution")), "tiff.XResolution"
-    if from_power and "openslide.objective-power" in properties:
-        x = 10.0 / number(properties["openslide.objective-power"])  # 20x is 0.5 um/px
-        return x, x, "openslide.objective-power"
-    return math.nan, math.nan, None
-
-
-def slide_mpp(properties, given: float | None = None, giver: str = "--mpp", from_power=False):
-    """Micrometres per level-0 pixel, and who says so: the flag `giver`, or a property of the slide.
-    A given value mends an implausible one of the slide, and never overrules a plausible one.
-    Nothing is guessed: raises MixmagError."""
-    x, y, name = stated_mpp(properties, from_power and given is None)
+def slide_mpp(properties, given: float | None = None) -> tuple[float, str]:
+    """Micrometres per level-0 pixel, and who says so: the user, or a property of the slide. A given
+    value mends an implausible one of the slide, and never overrules a plausible one. Nothing is
+    guessed: raises MixmagError."""
+    name = "openslide.mpp-x"  # of a plain TIFF, OpenSlide makes it from the resolution
+    x = number(properties.get(name))
+    y = number(properties.get("openslide.mpp-y"))
     mpp = plausible_mpp(x, y)
-    stated = f"the slide says {x:.4g} x {y:.4g} um/px ({name})"
+    stated = f"the slide says {x:.4g} x {y:.4g} um/px"
     if given is not None:
         if math.isnan(plausible_mpp(given, given)):
-            raise MixmagError(f"{giver} says {given:g} um/px, expected 0.1 to 4; correct it there")
+            raise MixmagError(f"{GIVEN} says {given:g} um/px, expected 0.1 to 4")
         if abs(given - mpp) > MPP_TOLERANCE * mpp:
-            raise MixmagError(f"{giver} says {given:g} um/px, {stated}; leave {giver} out for it")
-        return given, giver
-    if name is None:
-        raise MixmagError("the slide says no mpp; give --mpp, --manifest or --mpp-from-power")
+            raise MixmagError(f"{GIVEN} says {given:g} um/px, {stated}; leave it out for this one")
+        return given, GIVEN
+    if name not in properties:
+        raise MixmagError("the slide says no mpp; give --mpp or --manifest")
     if math.isnan(mpp):
         raise MixmagError(f"{stated}, not 0.1 to 4, equal in x and y; give --mpp or --manifest")
     return mpp, name
 
 
-def power_conflict(properties, mpp: float) -> str:
-    """Says that a slide's objective power is not that of its mpp, which counts; else empty."""
-    power = number(properties.get("openslide.objective-power"))
-    expected = 10 / mpp
-    conflict = abs(power - expected) > 0.4 * expected  # assumed; a 40x scan has 0.2 to 0.3 um/px
-    return f", not its objective power of {power:g}" if conflict else ""
-
-
-def read_manifest(path) -> dict:
+def read_manifest(path, slide_ids) -> dict:
     """{slide id: mpp} of a CSV with the columns slide (an id or a file) and mpp; {} without a path.
     Rows without an mpp are skipped. Raises MixmagError for a slide with two rows or no number."""
     found: dict[str, float] = {}
@@ -911,22 +932,13 @@ def read_manifest(path) -> dict:
         if not row["mpp"]:
             continue
         if slide_id in found or math.isnan(number(row["mpp"])):
-            line = f"{path}, line {row['line']}: {slide_id!r} {row['mpp']!r}"
-            raise MixmagError(f"{line}: expected one number of um/px for each slide")
+            line = f"{path}, line {row['line']}"
+            raise MixmagError(f"{line}: expected one number of um/px for {slide_id!r}")
         found[slide_id] = number(row["mpp"])
-    return found
-
-
-def warn_unmatched_rows(manifest: dict, slide_ids: set) -> None:
-    if unmatched := sorted(manifest.keys() - slide_ids):
-        rows = f"{len(unmatched)} of {plural(len(manifest), 'row')}"
+    if unmatched := sorted(found.keys() - slide_ids):
+        rows = f"{len(unmatched)} of {plural(len(found), 'row')}"
         log(f"--manifest: no slide here for {rows}, such as {unmatched[0]}")
-
-
-def user_mpp(slide_id: str, manifest: dict, mpp: float | None) -> tuple[float | None, str]:
-    if slide_id in manifest:
-        return manifest[slide_id], f"--manifest row {slide_id}"
-    return mpp, "--mpp"
+    return found
 
 
 # ------------------------------------------------------------------------- JPEG tiles read directly
@@ -980,17 +992,13 @@ def decode_tile(file, head: bytes, expected: tuple, start: int, length: int) -> 
     return simplejpeg.decode_jpeg(jpeg, "RGBA")
 
 
-def plain_jpeg_pages(reader: Reader, tiff: tifffile.TiffFile) -> dict:
+def plain_jpeg_pages(reader: Reader, pages: list) -> dict:
     """{level: page} of the levels whose tiles are JPEG pictures of three 8-bit colours.
-
     Raises SlideReadError for tiles so large that OpenSlide would end the process for want of
-    memory, for more or fewer than the level has, and for a picture larger than level 0."""
+    memory, and for more or fewer than the level has."""
     found: dict = {}
-    for page in map(operator.methodcaller("aspage"), tiff.pages):
+    for page in pages:
         size = (page.imagewidth, page.imagelength)
-        if math.prod(size) > math.prod(reader.size):  # OpenSlide takes the macro for the scan
-            pictures = f"level 0 of {reader.size} px is smaller than another picture, {size} px"
-            raise SlideReadError(f"{reader.path}: {pictures}; save the scan as the first one")
         if not page.is_tiled or size not in reader.level_sizes:
             continue
         largest = max(4 * page.tilewidth * page.tilelength, *page.databytecounts)
@@ -1013,7 +1021,7 @@ def jpeg_levels(reader: Reader) -> dict[int, JpegLevel]:
         return levels
     try:
         with tifffile.TiffFile(reader.path) as tiff:
-            pages = plain_jpeg_pages(reader, tiff)
+            pages = plain_jpeg_pages(reader, [page.aspage() for page in tiff.pages])
             ours = {level: JpegLevel(reader.path, page) for level, page in pages.items()}
     except SlideReadError:
         raise
@@ -1051,13 +1059,13 @@ def otsu(values: np.ndarray) -> int:
     return int(between.argmax())
 
 
-def thumbnail(reader: Reader, mpp: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def thumbnail(reader: Reader, mpp: float) -> tuple:
     """The whole slide at TISSUE_UM, (h, w, 3) uint8 box-averaged over white; the variance of green
-    inside its pixels; (h, w) bool: unreadable. A block that fails is read from a finer level."""
+    inside its pixels; (h, w) bool: unreadable."""
     w, h = (max(1, round(side * mpp / TISSUE_UM)) for side in reader.size)
     scale = np.divide(reader.size, (w, h))
-    coarsest = reader.level_for(1.25 * TISSUE_UM / DETAIL / mpp)  # scanners' 4 um/px are 3.7 to 4.3
-    step = max(1, int(1024 * reader.downsamples[coarsest] * mpp / TISSUE_UM))
+    level = reader.level_for(1.25 * TISSUE_UM / DETAIL / mpp)  # scanners' 4 um/px are 3.7 to 4.3
+    step = max(1, int(1024 * reader.downsamples[level] * mpp / TISSUE_UM))
     rgb = np.full((h, w, 3), 255, np.uint8)
     variance = np.zeros((h, w), np.float32)
     unread = np.ones((h, w), bool)
@@ -1066,16 +1074,14 @@ def thumbnail(reader: Reader, mpp: float) -> tuple[np.ndarray, np.ndarray, np.nd
         block = np.s_[y : y + step, x : x + step]
         rows, cols = unread[block].shape
         box = (*(x, y) * scale, *(x + cols, y + rows) * scale)
-        for level in reversed(range(coarsest + 1)):
-            with contextlib.suppress(SlideReadError):
-                picture, within = reader.read(level, box)
-                rgb[block] = picture.resize((cols, rows), Image.Resampling.BOX, within)
-                size = (cols * DETAIL, rows * DETAIL)
-                fine = picture.getchannel("G").resize(size, Image.Resampling.BOX, within)
-                parts = np.asarray(fine, np.float32).reshape(rows, DETAIL, cols, DETAIL)
-                variance[block] = parts.var(axis=(1, 3))
-                unread[block] = False
-                break
+        with contextlib.suppress(SlideReadError):
+            picture, within = reader.read(level, box)
+            rgb[block] = picture.resize((cols, rows), Image.Resampling.BOX, within)
+            size = (cols * DETAIL, rows * DETAIL)
+            fine = picture.getchannel("G").resize(size, Image.Resampling.BOX, within)
+            parts = np.asarray(fine, np.float32).reshape(rows, DETAIL, cols, DETAIL)
+            variance[block] = parts.var(axis=(1, 3))
+            unread[block] = False
     return rgb, variance, unread
 
 
@@ -1142,67 +1148,30 @@ def find_tissue(rgb: np.ndarray, inside: np.ndarray | float = 0.0) -> np.ndarray
 
 
 def find_mask(path: Path, place) -> Path | None:
-    """The user's mask of a slide: the file `place`, or <slide_id>.png or .geojson in a folder."""
+    """The user's mask of a slide: the file `place`, or <slide_id>.png in a folder."""
     if place is None:
         return None
-    files = [Path(place)]
-    if files[0].is_dir():
-        files = [Path(place, f"{path.stem}{suffix}") for suffix in (".png", ".geojson")]
-    for file in files:
-        if file.is_file():
-            return file
-    raise MixmagError(f"--mask: expected {' or '.join(map(str, files))}")
-
-
-def png_mask(path: Path, reader: Reader, size: tuple) -> np.ndarray:
-    """A picture of the whole slide, whose non-zero pixels are tissue -> (h, w) bool."""
-    with Image.open(path) as image:
-        colours = [band != "A" for band in image.getbands()]
-        pixels = np.asarray(image).reshape(image.height, image.width, -1)
-    if abs(np.divide(*image.size) / np.divide(*reader.size) - 1) > 0.02:
-        raise MixmagError(f"{path}: {image.size} is another shape than the slide's {reader.size}")
-    tissue = Image.fromarray(pixels[..., colours].any(axis=2).astype(np.uint8) * 255)
-    return np.asarray(tissue.resize(size, Image.Resampling.BOX)) > 127
-
-
-def polygon_rings(node) -> list:
-    """[[outer ring, hole, ...], ...] of all polygons in a GeoJSON text."""
-    if isinstance(node, list):
-        return [rings for part in node for rings in polygon_rings(part)]
-    if node["type"] == "Polygon":
-        return [node["coordinates"]]
-    if node["type"] == "MultiPolygon":
-        return node["coordinates"]
-    parts = map(node.get, ("features", "geometries", "geometry"))  # none in a point or a line
-    return polygon_rings([part for part in parts if part])
-
-
-def geojson_mask(path: Path, reader: Reader, size: tuple) -> np.ndarray:
-    """Polygons in level-0 px -> (h, w) bool."""
-    drawn = json.loads(path.read_text("utf-8-sig"))
-    corner = (0, 0) if "crs" in drawn else reader.bounds[:2]  # as TRIDENT counts, and QuPath
-    canvas = Image.new("1", size)
-    for rings in polygon_rings(drawn):
-        polygon = Image.new("1", size)  # of its own: a hole cuts no other polygon
-        for i, ring in enumerate(rings):
-            points = (np.array(ring, float)[:, :2] + corner) * np.divide(size, reader.size)
-            if (points.max(axis=0) > np.multiply(size, 1.02) + 1).any():
-                raise MixmagError(f"{path}: a polygon leaves the slide's {reader.size} level-0 px")
-            ImageDraw.Draw(polygon).polygon(points.reshape(-1).tolist(), fill=int(i == 0))
-        canvas.paste(polygon, mask=polygon)
-    return np.asarray(canvas)
+    mask = Path(place)
+    if mask.is_dir():
+        mask /= f"{path.stem}.png"
+    if not mask.is_file():
+        raise MixmagError(f"--mask: expected {mask}")
+    return mask
 
 
 def read_mask(path: Path, reader: Reader, shape: tuple) -> np.ndarray:
-    """(h, w) bool of a PNG or GeoJSON file. Raises MixmagError for one that does not fit."""
-    read = png_mask if path.suffix.lower() == ".png" else geojson_mask
+    """A picture of the whole slide, whose non-zero pixels are tissue -> (h, w) bool. Raises
+    MixmagError for one that does not fit."""
     try:
-        mask = read(path, reader, shape[::-1])
-    except Image.DecompressionBombError:
-        enough = f"{shape[1]} x {shape[0]} px are enough for this slide"
-        raise MixmagError(f"{path}: too large to be decoded; {enough}") from None
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError) as error:
+        with Image.open(path) as image:
+            colours = [band != "A" for band in image.getbands()]
+            pixels = np.asarray(image).reshape(image.height, image.width, -1)
+    except Exception as error:  # Pillow has half a dozen types for what is no picture
         raise MixmagError(f"{path}: cannot be read as a mask ({error!r})") from None
+    if abs(np.divide(*image.size) / np.divide(*reader.size) - 1) > 0.02:
+        raise MixmagError(f"{path}: {image.size} is another shape than the slide's {reader.size}")
+    tissue = Image.fromarray(pixels[..., colours].any(axis=2).astype(np.uint8) * 255)
+    mask = np.asarray(tissue.resize(shape[::-1], Image.Resampling.BOX)) > 127
     if not mask.any():
         raise MixmagError(f"{path}: holds no tissue")
     return mask
@@ -1298,8 +1267,8 @@ def plan_slide(reader: Reader, settings: TileSettings) -> TilePlan:
     """The lattice of cells, in exact mpp, from the corner of the slide's bounds, and the windows of
     region x region cells with enough tissue. A window at the border has those of its cells that lie
     wholly on the slide. Raises MixmagError for a slide that would have to be upsampled."""
-    given, giver = user_mpp(composed(reader.path.stem), settings.manifest, settings.mpp)
-    mpp, source = slide_mpp(reader.properties, given, giver, settings.mpp_from_power)
+    given = settings.manifest.get(composed(reader.path.stem), settings.mpp)
+    mpp, source = slide_mpp(reader.properties, given)
     highest = settings.magnifications[-1]
     finest = 10.0 / highest  # 20x is 0.5 um/px, 5x is 2.0
     if mpp > MAX_STRETCH * finest:
@@ -1472,32 +1441,17 @@ def draw_qc(path, reader: Reader, plan: TilePlan) -> None:
 
 
 def texture(tiles: torch.Tensor) -> torch.Tensor:
-    """A stand-in for a tile foundation model, and no substitute: 46 fixed statistics of colour and
-    texture, the same for a turned tile. tiles (B, 224, 224, 3) uint8 RGB -> (B, 46) float32."""
+    """A stand-in for a tile foundation model, and no substitute: 39 fixed statistics of optical
+    density, the same for a turned tile. tiles (B, 224, 224, 3) uint8 RGB -> (B, 39) float32."""
     rgb = tiles.permute(0, 3, 1, 2).float()  # (B, 3, 224, 224)
-    density = -torch.log10((rgb + 1) / 256)  # optical density, Beer-Lambert
-    # Ruifrok & Johnston 2001
-    stains = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
-    stained = torch.einsum("sc,bchw->bshw", stains.to(density), density)  # (B, 3, 224, 224)
-    flat = stained.flatten(2)
-    ordered = F.avg_pool2d(stained, 4).flatten(2).sort().values  # (B, 3, 56 * 56)
-    at = (torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]) * ordered.shape[-1]).long()
-    features = [flat.mean(2), flat.std(2), ordered[..., at].flatten(1)]  # 3 + 3 + 15
-    for scale in (1, 2, 4, 8, 16):  # how much varies between neighbours, and within, at each scale
-        coarse = F.avg_pool2d(stained[:, :2], scale)
+    density = -torch.log10((rgb + 1) / 256)  # Beer-Lambert
+    features = [density.mean((2, 3))]
+    for scale in (1, 2, 4, 8, 16, 32):  # how much varies, and between neighbours, at each scale
+        coarse = F.avg_pool2d(density, scale)
         down = coarse.diff(dim=2).abs().mean((2, 3))
         across = coarse.diff(dim=3).abs().mean((2, 3))
-        features += [2 * (down + across), coarse.std((2, 3))]  # 5 * 4
-    chroma = (rgb.amax(1) - rgb.amin(1)) / 255
-    centred = flat[:, :2] - flat[:, :2].mean(2, keepdim=True)
-    single = [
-        chroma.mean((1, 2)),
-        chroma.std((1, 2)),
-        10 * centred.prod(1).mean(1),
-        (rgb.mean(1) > 220).float().mean((1, 2)),
-        rgb[:, 0].mean((1, 2)) / 255,
-    ]
-    return torch.cat([*features, torch.stack(single, dim=1)], dim=1)
+        features += [coarse.std((2, 3)), down + across]
+    return torch.cat(features, dim=1)
 
 
 def tile_encoder(name: str, device, weights=None):
@@ -1518,8 +1472,6 @@ def tile_encoder(name: str, device, weights=None):
         raise MixmagError(f"--encoder {name}: {type(error).__name__}: {error}") from None
     if isinstance(encoder, torch.nn.Module):
         return encoder.to(device).eval()
-    if not callable(encoder):
-        raise MixmagError(f"--encoder {name}: {factory}() returned no callable, but {encoder!r}")
     return encoder
 
 
@@ -1547,18 +1499,14 @@ class Virchow2(torch.nn.Module):
     """tiles (B, 224, 224, 3) uint8 -> (B, 1280) float32: the class token (paper 4.1) of Virchow2
     (Zimmermann et al. 2024), a ViT-H/14 of 631 M parameters; fp16 autocast on a GPU."""
 
-    mean: torch.Tensor
-    std: torch.Tensor
-
     def __init__(self, model):
         super().__init__()
         self.model = model
-        # ImageNet's; timm's configuration of a local model says 0.5.
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]))
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]))
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
-        pictures = ((tiles / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
+        imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of R, G, B
+        mean, std = torch.tensor(imagenet, device=tiles.device)
+        pictures = ((tiles / 255 - mean) / std).permute(0, 3, 1, 2)
         with torch.autocast(tiles.device.type, torch.float16, enabled=tiles.is_cuda):
             return self.model(pictures)[:, 0].float()
 
@@ -1582,9 +1530,7 @@ def load_virchow2(device, weights=None) -> Virchow2:
             reason = error.strerror or type(error).__name__  # the full text may hold a token
             advice = "accept its terms on huggingface.co and set HF_TOKEN, or give --weights FILE"
             raise MixmagError(f"Virchow2 cannot be fetched ({reason}): {advice}") from None
-    encoder = Virchow2(model).to(device).eval()
-    encode_tiles(encoder, np.full((2, TILE_PX, TILE_PX, 3), 200, np.uint8), 2, device, 1280)
-    return encoder
+    return Virchow2(model).to(device).eval()
 
 
 def empty_virchow2() -> torch.nn.Module:
@@ -1595,13 +1541,11 @@ def empty_virchow2() -> torch.nn.Module:
     with torch.device("meta"):
         return create_model(
             "vit_huge_patch14_224",
-            img_size=224,
             init_values=1e-5,
             num_classes=0,
             reg_tokens=4,
             mlp_ratio=5.3375,
             global_pool="",
-            dynamic_img_size=True,
             mlp_layer=SwiGLUPacked,
             act_layer=torch.nn.SiLU,
         )
@@ -1635,7 +1579,6 @@ class TileSettings:
     weights_sha256: str | None = None
     mpp: float | None = None
     manifest: dict = field(default_factory=dict)  # slide id -> mpp
-    mpp_from_power: bool = False
     magnifications: tuple = (5, 10, 20)
     region: int = 3
     min_tissue: float = 0.25
@@ -1677,7 +1620,7 @@ def tile_slide(reader: Reader, plan: TilePlan, encoder, dim: int, settings: Tile
         batch.clear()
 
     reads = read_cells(reader, plan)
-    for window, cell, tiles in progress(reads, total=plan.cell_count, leave=False):
+    for window, cell, tiles in progress(reads, total=plan.cell_count):
         if isinstance(tiles, SlideReadError):
             unreadable.add(window)
             if len(unreadable) > MAX_BAD_WINDOWS * len(plan.windows):
@@ -1696,7 +1639,7 @@ def tile_slide(reader: Reader, plan: TilePlan, encoder, dim: int, settings: Tile
 
 
 def find_slide_files(places) -> list[Path]:
-    """Slide files, named or below folders (also by links, but not hidden), one per DICOM series."""
+    """Slide files, named or below folders, also by links, but not hidden ones."""
     paths = []
     for place in map(Path, places):
         if not place.is_dir():
@@ -1704,32 +1647,32 @@ def find_slide_files(places) -> list[Path]:
             continue
         below = sorted(glob.glob(f"{glob.escape(str(place))}/**", recursive=True))
         paths += [path for path in map(Path, below) if path.suffix.lower() in SLIDE_SUFFIXES]
-    first: dict = {}  # by what makes a file another slide
-    by_id: dict = {}
+    found: dict[str, Path] = {}
     for path in paths:
-        kept = first.setdefault((path.parent.resolve(), dicom_series(path) or path.name), path)
-        other = by_id.setdefault(composed(kept.stem).lower(), kept)
-        if other != kept:
-            raise MixmagError(f"slides with one id: {other} and {kept}: rename one")
+        file = path.parent.resolve() / path.name  # one file may be found by several links
+        other = found.setdefault(composed(path.stem).lower(), file)
+        if other != file:
+            raise MixmagError(f"slides with one id: {other} and {file}: rename one")
     if not paths:
         raise MixmagError(f"no slides in {places}, expected files of {SLIDE_SUFFIXES}")
-    return list(first.values())
+    return list(found.values())
 
 
 def plan_report(reader: Reader, plan: TilePlan, dim: int, min_tissue: float) -> str:
-    source = plan.mpp_source + power_conflict(reader.properties, plan.mpp)
-    report = f"{composed(reader.path.stem)}: {plan.mpp:.4g} um/px ({source})"
+    report = f"{composed(reader.path.stem)}: {plan.mpp:.4g} um/px ({plan.mpp_source}"
+    power = number(reader.properties.get("openslide.objective-power"))
+    if abs(power - 10 / plan.mpp) > 4 / plan.mpp:  # assumed; a 40x scan has 0.2 to 0.3 um/px
+        report += f", not its objective power of {power:g}"
+    report += ")"
     if not plan.windows:
-        report += (
-            f": nothing to embed; its fullest window holds {max(plan.shares, default=0):.1%} tissue"
-        )
+        fullest = max(plan.shares, default=0)
+        report += f": nothing to embed; its fullest window holds {fullest:.1%} tissue"
         return f"{report}, --min-tissue wants {min_tissue:.1%}"
     windows = f"{len(plan.windows)} of {plural(len(plan.shares), 'window')}"
     tokens = plan.cell_count * Geometry(1, plan.magnifications).tokens_per_cell
+    size = f"{tokens} tokens, {tokens * dim / 5e5:.2f} MB"
     report += f", level {plan.level}, {windows} with {plan.reads}: "
-    return (
-        report + f"{plural(plan.cell_count, 'cell')}, {tokens} tokens, {tokens * dim / 5e5:.2f} MB"
-    )
+    return f"{report}{plural(plan.cell_count, 'cell')}, {size}"
 
 
 def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> tuple[str, int]:
@@ -1747,8 +1690,7 @@ def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> tuple[str
         "mask": file_sha256(mask) if mask else None,
         "weights": settings.weights_sha256,
     }
-    mpp, _ = user_mpp(slide_id, settings.manifest, settings.mpp)
-    if slide := already_done(out, meta, mpp):
+    if slide := already_done(out, meta, settings.manifest.get(slide_id, settings.mpp)):
         return f"{slide_id}: done before", len(slide.cells)
     reader = Reader(path)
     plan = plan_slide(reader, settings)
@@ -1776,7 +1718,7 @@ def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> tuple[str
     return report, len(cells)
 
 
-def tile_all(paths: list, encoder, dim: int, settings: TileSettings) -> tuple[list, int]:
+def tile_all(paths: list, encoder, dim: int, settings: TileSettings) -> tuple:
     """The (slide_id, stage, reason) of each slide that fails; the number of empty ones.
 
     Raises OtherSettings, before any other work, for a slide that was tiled with others."""
@@ -1792,30 +1734,18 @@ def tile_all(paths: list, encoder, dim: int, settings: TileSettings) -> tuple[li
         except (Stopped, BrokenPipeError, OtherSettings):
             raise
         except Exception as error:  # whatever a slide, or the user's encoder, raises
-            kind = "" if isinstance(error, MixmagError) else f"{type(error).__name__}: "
-            reason = kind + one_line(error)
+            reason = failure(error)
             failed.append((path.stem, "tile", reason))
             tqdm.write(f"{path.stem}: FAILED: {reason}", file=sys.stderr)
     return failed, empty
 
 
-def share_of_slides(shard: str | None) -> tuple[int, int]:
-    """(i, n): this process does the i-th of n shares, as --shard says, or torchrun."""
-    if shard is None:
-        return process_rank()
-    numbers = re.fullmatch(r"(\d+)/(\d+)", shard)
-    if process_rank()[1] > 1 or not numbers or int(numbers[1]) >= int(numbers[2]):
-        raise MixmagError(f"--shard {shard}: expected i/n with 0 <= i < n, and no torchrun")
-    return int(numbers[1]), int(numbers[2])
-
-
 def tile_command(args) -> int:
-    share, shares = share_of_slides(args.shard)
+    share, shares = args.shard
     paths = find_slide_files(args.slides)
     if args.mask and Path(args.mask).is_file() and len(paths) > 1:
         raise MixmagError(f"--mask {args.mask} is one file for {len(paths)} slides; give a folder")
-    manifest = read_manifest(args.manifest)
-    warn_unmatched_rows(manifest, {composed(path.stem) for path in paths})
+    manifest = read_manifest(args.manifest, {composed(path.stem) for path in paths})
     device = find_device(args.device)
     encoder = tile_encoder(args.encoder, device, args.weights)
     white = np.full((1, TILE_PX, TILE_PX, 3), 255, np.uint8)
@@ -1826,10 +1756,6 @@ def tile_command(args) -> int:
     settings = TileSettings(**{name: flags[name] for name in TileSettings.__dataclass_fields__})
     paths = paths[share::shares]
     failed, empty = tile_all(paths, encoder, dim, settings)
-    if process_rank()[1] > 1:  # torchrun ends all processes with the first that fails
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
     nothing = f", {empty} with nothing to embed" if empty else ""
     print(f"{plural(len(paths) - len(failed), 'slide')} done{nothing}, {len(failed)} failed")
     if args.dry_run:
@@ -1858,9 +1784,7 @@ class ImportJob:
     out: Path
     tool: str  # trident or stamp
     encoder: str | None = None
-    class_token: bool | None = None
     mpp: float | None = None
-    mpp_source: str = "--mpp"
 
 
 @dataclass
@@ -1928,18 +1852,6 @@ def read_feature_file(path: Path, tool: str) -> FeatureFile:
     return found
 
 
-def settle_trident_sides(files: list[FeatureFile]) -> None:
-    """TRIDENT cuts tiles of a rounded side but states its floor: one more may be the true side."""
-    for finest in (files[-1].side, files[-1].side + 1):
-        sides = [finest * 2**k for k in reversed(range(len(files)))]
-        pairs = list(zip(files, sides, strict=True))
-        nested = all(0 <= side - file.side <= 1 for file, side in pairs)
-        if nested and not any((file.corners % side).any() for file, side in pairs):
-            for file, side in pairs:
-                file.side = side
-            return
-
-
 def check_same_slide(files: list[FeatureFile]) -> None:
     for low, high in itertools.pairwise(files):
         if low.slide_size != high.slide_size:
@@ -1957,17 +1869,6 @@ def encoder_of(files: list[FeatureFile]) -> str:
     return names[0]
 
 
-def embedding_width(width: int, encoder: str, class_token: bool | None) -> int:
-    """How many numbers to keep. Virchow2's 2560 are its class token, then the mean patch token."""
-    if not width:
-        raise MixmagError("its files hold no tile, and no width of an embedding")
-    unclear = class_token is None and width == 2560 and encoder != "virchow2"
-    if unclear or (class_token and width != 2560):
-        rule = "--class-token keeps 1280 of 2560, --no-class-token keeps all"
-        raise MixmagError(f"its embeddings hold {width} numbers of {encoder!r}: {rule}")
-    return 1280 if width == 2560 and class_token is not False else width
-
-
 def import_mpp(files: list[FeatureFile], job: ImportJob) -> tuple[float, str]:
     """um per level-0 pixel, and who says so. STAMP's files know no pixels of the slide."""
     nominal = 10 / files[-1].magnification
@@ -1977,12 +1878,12 @@ def import_mpp(files: list[FeatureFile], job: ImportJob) -> tuple[float, str]:
         return nominal, "nominal"
     # TRIDENT cuts slides of 0.2 to 0.3 um/px as if they were 0.25.
     if job.tool == "trident" and abs(job.mpp - nominal) > 0.2 * nominal:
-        raise MixmagError(f"{job.mpp_source} says {job.mpp:g}, its tiles say {nominal:.4g} um/px")
-    return job.mpp, job.mpp_source
+        raise MixmagError(f"{GIVEN} says {job.mpp:g}, its tiles say {nominal:.4g} um/px")
+    return job.mpp, GIVEN
 
 
 def lattice_positions(file: FeatureFile, tool: str) -> np.ndarray:
-    """(n, 2) int64: col, row of the tiles on the lattice of their side."""
+    """(n, 2) int64: col, row of the tiles on the lattice of their side (px, of STAMP um)."""
     exact = file.corners / file.side
     position = np.rint(exact)
     tolerance = np.zeros_like(exact)
@@ -1990,13 +1891,12 @@ def lattice_positions(file: FeatureFile, tool: str) -> np.ndarray:
         tolerance = STAMP_SNAP + position / file.tile_px
     fits = (np.abs(exact - position) <= tolerance) & (position >= 0) & (position < 2**31)
     if not fits.all():
-        lattice = f"the lattice of {file.side:g} {'um' if tool == 'stamp' else 'px'}"
         off = f"{np.count_nonzero(~fits.all(axis=1))} of {plural(len(fits), 'tile')}"
-        raise MixmagError(f"off {lattice}: {off} at {file.magnification:g}x")
+        raise MixmagError(f"off the lattice of {file.side:g}: {off} at {file.magnification:g}x")
     return position.astype(np.int64)
 
 
-def assemble_cells(files: list, positions: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def assemble_cells(files: list, positions: list) -> tuple:
     """features (C, T, D), cells (C, 2), valid (C, T). A cell exists where any of its tiles does."""
     keys = [(position >> k) @ [1, 2**32] for k, position in enumerate(positions)]
     cells = np.unique(np.concatenate(keys))
@@ -2020,18 +1920,19 @@ def assemble_cells(files: list, positions: list) -> tuple[np.ndarray, np.ndarray
 def import_slide(job: ImportJob) -> str:
     """Writes the slide file. Returns what was done."""
     sources = [file_sha256(path) for path in job.paths]
-    settings = {"tool": job.tool, "class_token": job.class_token, "sources": sources}
+    settings = {"tool": job.tool, "sources": sources}
     if already_done(job.out, {"encoder": job.encoder, "settings": settings}, job.mpp):
         return "done before"
     files = [read_feature_file(path, job.tool) for path in job.paths]
-    if job.tool == "trident":
-        settle_trident_sides(files)
     check_same_slide(files)
     first = files[0]
     encoder = job.encoder or encoder_of(files)
     positions = [lattice_positions(file, job.tool) for file in files]
     features, cells, valid = assemble_cells(files, positions)
-    width = embedding_width(features.shape[2], encoder, job.class_token)
+    if not features.shape[2]:
+        raise MixmagError("its files hold no tile, and no width of an embedding")
+    if encoder == "virchow2" and features.shape[2] == 2560:
+        features = features[..., :1280]  # the class token; the rest is the mean patch token
     mpp, mpp_source = import_mpp(files, job)
     cell_px = first.side / mpp if job.tool == "stamp" else first.side
     size = first.slide_size
@@ -2052,7 +1953,7 @@ def import_slide(job: ImportJob) -> str:
         "settings": settings,
         "size_known": None not in first.slide_size,
     }
-    write_slide(job.out, features[..., :width], cells, valid, meta)
+    write_slide(job.out, features, cells, valid, meta)
     return "imported"
 
 
@@ -2074,38 +1975,30 @@ def import_report(slide_id: str, status: str, reason: str, *facts) -> str:
     if status == "failed":
         return f"{slide_id}: failed: {reason}"
     _, magnifications, mpp, source, cells, tiles = facts
+    parts = [f"{count} tiles at {m}x" for count, m in zip(tiles, magnifications, strict=True)]
     report = f"{slide_id}: {status}, {mpp:.4g} um/px ({source}), {plural(cells, 'cell')}"
-    for k, found in enumerate(tiles):
-        report += f", {found} of {plural(cells * 4**k, 'tile')} at {magnifications[k]}x"
-    return report
+    return ", ".join([report, *parts])
 
 
-def find_feature_files(folder: Path) -> dict[str, Path]:
-    """slide id -> file."""
-    paths = visible_files(folder, "**/*.h5")  # STAMP repeats the folders of the slides
-    files = {composed(path.stem): path for path in paths}
+def find_feature_files(folder) -> dict[str, Path]:
+    files = files_by_id(Path(folder), "**/*.h5")  # STAMP repeats the folders of the slides
     if not files:
         raise MixmagError(f"{folder}: no feature files (*.h5)")
-    if len(files) < len(paths):
-        twice = set(paths) - set(files.values())
-        raise MixmagError(f"two files of one slide, such as {twice.pop()}; rename one")
     return files
 
 
 def import_command(args) -> int:
     tool = "trident" if args.trident else "stamp"
-    found = {folder: find_feature_files(Path(folder)) for folder in getattr(args, tool)}
+    found = {folder: find_feature_files(folder) for folder in getattr(args, tool)}
     slide_ids = sorted(set().union(*found.values()))
-    manifest = read_manifest(args.manifest)
-    warn_unmatched_rows(manifest, set(slide_ids))
+    manifest = read_manifest(args.manifest, set(slide_ids))
     rows = []
     spawn = multiprocessing.get_context("spawn")  # a fork inherits torch's threads
     pool = ProcessPoolExecutor(1, spawn)
     for i in progress(slide_ids, desc="slides"):
         paths = [files.get(i, Path(folder, f"{i}.h5")) for folder, files in found.items()]
         out = Path(args.out, "slides", f"{i}.safetensors")
-        mpp = user_mpp(i, manifest, args.mpp)
-        job = ImportJob(i, paths, out, tool, args.encoder, args.class_token, *mpp)
+        job = ImportJob(i, paths, out, tool, args.encoder, manifest.get(i, args.mpp))
         try:
             row = pool.submit(import_worker, job).result()
         except OtherSettings:  # the tables stay as they are
@@ -2115,10 +2008,8 @@ def import_command(args) -> int:
             stop_if_asked()  # then a signal ended it
             pool = ProcessPoolExecutor(1, spawn)
             row = [i, "failed", "its files bring the HDF5 library down, or hang it"]
-        except MixmagError as error:
-            row = [i, "failed", str(error)]
-        except Exception as error:  # no such file, a full disk, no memory
-            row = [i, "failed", f"{type(error).__name__}: {error}"]
+        except Exception as error:  # a refusal, no such file, a full disk, no memory
+            row = [i, "failed", failure(error)]
         rows.append(row)
         show(import_report(*row))
     pool.shutdown()
@@ -2140,8 +2031,8 @@ def import_command(args) -> int:
 #                first, and half of them the second, as often but in other regions;
 #     adjacent   the same with two patterns of one magnification, in tiles side by side.
 # How many cells show them, and how strongly, differs from slide to slide. STRENGTH was set before
-# any mixing encoder was run: at quick scale (seeds 1, 2) AB-MIL on the best magnification has a test
-# AUROC of .77 to .88 (alone) or .56 to .69, one who knows all but noise and label .975 or more.
+# any mixing encoder was run. At quick scale (seeds 1, 2) AB-MIL on the best magnification has a
+# test AUROC of .77 to .88 (alone) or .56 to .69; one who knows all but noise and label has .975.
 MECHANISMS = {  # rule, (magnification index, pattern), (magnification index, pattern), in words
     "breast_cdh1": ("alone", (2, 0), (2, 0), "a 20x pattern: visible at 20x only"),
     "bladder_fgfr": ("alone", (1, 0), (1, 0), "a 10x pattern: visible at 10x only"),
@@ -2332,14 +2223,19 @@ def write_synthetic_slide(out: Path, slide_id: str, features, cells, seed: int) 
     if path.exists():
         return
     width, height = (896 * (cells.max(axis=0) + 1)).tolist()
-    meta: dict[str, Any] = {
+    meta = {
         "slide_id": slide_id,
         "encoder": f"synthetic-{SYNTHETIC}-{seed}",
+        "magnifications": [5, 10, 20],
+        "tile_px": TILE_PX,
+        "mpp": 0.5,
+        "cell_px": 896.0,
+        "origin": [0.0, 0.0],
+        "width": width,
+        "height": height,
         "n_bad": 0,
+        "created": "2000-01-01T00:00:00+00:00",  # the same seed gives the same checksum
     }
-    meta |= {"magnifications": [5, 10, 20], "tile_px": TILE_PX, "mpp": 0.5, "cell_px": 896.0}
-    meta |= {"origin": [0.0, 0.0], "width": width, "height": height}
-    meta["created"] = "2000-01-01T00:00:00+00:00"  # fixed: the same seed gives the same checksum
     write_slide(path, features, cells, np.ones(features.shape[:2], bool), meta)
 
 
@@ -2391,10 +2287,63 @@ def synth_command(args) -> int:
     return 0
 
 
+# ---------------------------------------------------------------------------- splits of one's own
+
+
+def clam_folds(rows: list[dict], folder: Path) -> None:
+    """As CLAM's splits_0.csv, ... say, which list slides under train, val and test."""
+    known = {row["slide_id"] for row in rows}
+    words = ("train", "val", "test")
+    for fold in itertools.count():
+        path = folder / f"splits_{fold}.csv"
+        if fold and not path.exists():
+            return
+        pairs = itertools.product(read_csv(path, words), words)
+        listed = [(line[word], word) for line, word in pairs if line[word]]
+        split_of = dict(listed)
+        counts = Counter([*known, *(slide_id for slide_id, _ in listed)])
+        if wrong := [slide_id for slide_id, count in counts.items() if count != 2]:
+            names = ", ".join(sorted(wrong)[:3])
+            raise MixmagError(f"{path}: not once there and in the table: slide {names}")
+        for row in rows:
+            row[f"fold_{fold}"] = split_of[row["slide_id"]].replace("val", "tune")
+
+
+def split_command(args) -> int:
+    """Write a task table: with the splits that it has, with CLAM's, or with new folds."""
+    rows = read_csv(args.table, ("case_id", "slide_id", args.label))
+    found = split_columns(args.table, rows)
+    if found and (args.clam or args.folds):
+        raise MixmagError(f"{args.table} has {', '.join(found)}: no --clam or --folds then")
+    for row in rows:
+        row["label"] = row[args.label]
+        row.update({name: {"val": "tune"}.get(row[name], row[name]) for name in found})
+    if args.clam:
+        clam_folds(rows, Path(args.clam))
+    table = parse_table(args.table, rows)
+    if table.findings or not rows:
+        raise MixmagError("; ".join(table.findings[:1]) or f"{args.table} has no rows")
+    if not table.columns:
+        folds = args.folds or 5
+        fold_of = {
+            case.case_id: i % folds for i, case in enumerate(shuffled(table.cases, args.seed))
+        }
+        for row, fold in itertools.product(rows, range(folds)):
+            tests = fold_of[row["case_id"]] == fold
+            row[f"fold_{fold}"] = "test" if tests else "train"
+    header = [name for name in rows[0] if name != "line"]
+    write_csv(args.out, header, [[row[name] for name in header] for row in rows])
+    labels = [case.label for case in table.cases]
+    counts = [f"{labels.count(k)} of class {name}" for k, name in enumerate(table.classes)]
+    columns = ", ".join(split_columns(args.out, rows))
+    print(f"{args.out}: {plural(len(labels), 'case')} ({', '.join(counts)}), {columns}")
+    return 0
+
+
 # ------------------------------------------------------------------------------------------- verify
 
 
-def slide_findings(path) -> tuple[Slide | None, list[str]]:
+def slide_findings(path) -> tuple:
     """A slide file, if it can be opened, and everything that is wrong with it."""
     try:
         slide = read_slide(path)
@@ -2408,38 +2357,48 @@ def slide_findings(path) -> tuple[Slide | None, list[str]]:
     bad = ~np.isfinite(slide.features) & slide.valid[..., None]  # (C, T, D)
     if bad.any():
         cells = slide.cells[bad.any(axis=(1, 2))].tolist()
-        where = f"{plural(len(cells), 'cell')}, such as (col, row) {cells[0]}"
-        findings.append(f"{path}: NaN or infinite features in {where}")
+        findings.append(f"{path}: NaN or infinite features in the cells {reprlib.repr(cells)}")
     return slide, findings
 
 
 def table_findings(path: Path, slides: dict) -> tuple[list[Case], list[str]]:
     """The cases of a task table, and what is wrong with it and its slides (id -> Slide or None)."""
     try:
-        cases, findings = task_findings(path)
+        table = any_table(path)
     except MixmagError as error:
         return [], [str(error)]
-    if fault := absent_slides(itertools.chain(*[case.slide_ids for case in cases]), slides):
+    findings = table.findings
+    slide_ids = [slide_id for case in table.cases for slide_id in case.slide_ids]
+    if fault := absent_slides(slide_ids, slides):
         findings.append(f"{path}: {fault}")
-    split_of: dict[bytes, str] = {}  # sha256 of the features -> split
+    content = {}  # slide id -> sha256 of its features
+    for slide_id in slide_ids:
+        if (slide := slides.get(slide_id)) and len(slide.cells):
+            content[slide_id] = hashlib.sha256(slide.features).hexdigest()
+    for column, fold in itertools.zip_longest(table.columns, table.folds):
+        for fault in split_faults(table.in_fold(fold), content, table.classes):
+            findings.append(f"{path}: {column}: {fault}")
+    return table.cases, findings
+
+
+def split_faults(cases: list[Case], content: dict, classes: list[str]) -> list[str]:
+    """What is wrong between the splits of a table or fold."""
+    faults = []
+    split_of: dict[str, str] = {}
     for case in cases:
         for slide_id in case.slide_ids:
-            slide = slides.get(slide_id)
-            if slide is None or not len(slide.cells):
-                continue
-            content = hashlib.sha256(slide.features).digest()
-            split = split_of.setdefault(content, case.split)
+            split = split_of.setdefault(content.get(slide_id, slide_id), case.split)
             if split != case.split:
-                findings.append(f"{path}: slide {slide_id!r} has a copy in split {split}")
+                faults.append(f"slide {slide_id!r} has a copy in split {split}")
     for split in SPLITS:
-        if len({case.label for case in cases if case.split == split}) < 2:
-            findings.append(f"{path}: split {split} does not hold both classes")
-    return cases, findings
+        labels = {case.label for case in cases if case.split == split}
+        if absent := [name for label, name in enumerate(classes) if label not in labels]:
+            faults.append(f"{split} has no case of class {', '.join(absent)}")
+    return faults
 
 
 def verify(data) -> list[str]:
     """Every finding in DATA, one line each: slide files, task tables, leakage.
-
     Raises MixmagError for a folder with neither slides nor tables."""
     data = Path(data)
     findings = []
@@ -2451,13 +2410,9 @@ def verify(data) -> list[str]:
         findings += found
         if slide:
             made[embedding_signature(slide)].append(slide_id)
-            if not len(slide.cells):
-                show(f"{path}: nothing embedded, which is no finding")
     names = task_names(data)
     if not slides and not names:
         raise MixmagError(f"{data} is no DATA folder: neither slides/ nor tasks/ holds anything")
-    if not slides:
-        findings.append(f"{data}: no slide files in slides/")
     if len(made) > 1:
         for how, ids in made.items():
             findings.append(f"{data}: {plural(len(ids), 'slide')}, such as {ids[0]}, with {how}")
@@ -2489,8 +2444,7 @@ def verify_command(args) -> int:
         print(line)
     slides = plural(len(slide_files(args.data)), "slide")
     tables = plural(len(task_names(args.data)), "task table")
-    found = plural(len(findings), "finding") if findings else "nothing wrong found"
-    print(f"{args.data}: {slides}, {tables}: {found}")
+    print(f"{args.data}: {slides}, {tables}, {plural(len(findings), 'finding')}")
     return 1 if findings else 0
 
 
@@ -2519,9 +2473,7 @@ STOP_SIGNALS: list[int] = []  # those received so far
 
 def catch_signals() -> None:
     """From now on a first signal is only noted, for `stop_if_asked`; a second one acts at once.
-
-    Of several processes none acts at once: a second signal there is often the first, passed on.
-    """
+    Of several processes none acts at once: a second signal there is often the first, passed on."""
     alone = process_rank()[1] == 1
 
     def note(number, frame):
@@ -2560,33 +2512,22 @@ def run_command(function, *args, **kwargs) -> int:
 
 def find_device(name: str) -> torch.device:
     """`auto` is this process's GPU or the CPU. Raises MixmagError for a device that is missing."""
-    wanted = name
     if name == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda":
-        alone = process_rank()[1] == 1
-        wanted = "cuda:0" if alone else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # as torchrun says
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if wanted not in devices:
+    if name not in devices:
         raise MixmagError(f"--device {name}: expected auto, {', '.join(devices)}")
-    return torch.device(wanted)
+    return torch.device(name)
 
 
 def process_rank() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun says.
-
-    Raises MixmagError where a shell or a job left only some of torchrun's variables.
-    """
-    rank = os.environ.get("RANK") or "0"
-    world = os.environ.get("WORLD_SIZE") or "1"
-    if (rank, world) == ("0", "1"):
+    """This process's number and how many there are, as torchrun says."""
+    world = int(os.environ.get("WORLD_SIZE") or 1)
+    if world == 1:  # whatever rank another job has left in the shell
         return 0, 1
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    absent = [name for name in names if not os.environ.get(name)]
-    if absent or not (rank + world).isdecimal() or int(rank) >= int(world):
-        found = f"RANK is {rank}, WORLD_SIZE is {world}, not set are {absent}"
-        raise MixmagError(f"{found}: start with torchrun, or unset RANK and WORLD_SIZE")
-    return int(rank), int(world)
+    return int(os.environ["RANK"]), world
 
 
 def log(text: str) -> None:
@@ -2602,11 +2543,13 @@ def show(text: str) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, and the way out where a disk refuses memory maps."""
-    text = " ".join(str(error).split())
-    if "No such device" in text:
-        text += "; this disk takes no memory maps, so copy the files to another"
-    return text
+    return " ".join(str(error).split())
+
+
+def failure(error: Exception) -> str:
+    """Why a slide failed: what is no refusal of ours comes with its type."""
+    kind = "" if isinstance(error, MixmagError) else f"{type(error).__name__}: "
+    return kind + one_line(error)
 
 
 def plural(count: int, noun: str) -> str:
@@ -2618,29 +2561,24 @@ def composed(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def flat(values: dict) -> dict:
-    """The keys of dictionaries inside stand in their place."""
-    plain = {}
-    for key, value in values.items():
-        plain.update(value if isinstance(value, dict) else {key: value})
-    return plain
-
-
 def differences(found: dict, wanted: dict) -> str:
-    """The keys whose values differ, with both values; else empty."""
-    there = flat(found)
-    now = flat(wanted)
-    short = reprlib.repr  # cuts what is long
-    keys = sorted(key for key in there.keys() | now.keys() if there.get(key) != now.get(key))
-    return ", ".join(f"{k} {short(there.get(k))} there, {short(now.get(k))} now" for k in keys)
+    """The keys whose values differ, also of dictionaries inside, with both values; else empty."""
+    differing = []
+    for key in sorted(found.keys() | wanted.keys()):
+        there = found.get(key)
+        now = wanted.get(key)
+        if isinstance(there, dict) and isinstance(now, dict) and there != now:
+            differing.append(differences(there, now))
+        elif there != now:
+            differing.append(f"{key} {reprlib.repr(there)} there, {reprlib.repr(now)} now")
+    return ", ".join(differing)
 
 
 def progress(items=None, **settings):
     """A tqdm bar on stderr, if that is a terminal and this is the first process.
-
     Over items it ends at a signal."""
     hidden = True if process_rank()[0] else None  # None: tqdm looks whether it is a terminal
-    bar = tqdm(items, disable=hidden, dynamic_ncols=True, **settings)
+    bar = tqdm(items, leave=False, disable=hidden, dynamic_ncols=True, **settings)
     return bar if items is None else until_stopped(bar)
 
 
@@ -2651,10 +2589,7 @@ def until_stopped(items):
 
 
 def prefetch(function, items, threads: int):
-    """function(item) of each item, in order, while threads work on the next 2 * threads items.
-
-    Numpy, torch, Pillow and OpenSlide let other threads run while they work.
-    """
+    """function(item) of each item, in order, while threads work on the next 2 * threads items."""
     pool = ThreadPoolExecutor(max(threads, 1))
     waiting: deque = deque()
     try:
@@ -2671,37 +2606,24 @@ def prefetch(function, items, threads: int):
 @contextlib.contextmanager
 def whole_file(path):
     """Write a file whole or not at all: yields a temporary name, which is renamed at the end.
-
-    Raises MixmagError where that fails; an older file of that name is then still there.
-    """
+    Raises MixmagError where that fails; an older file of that name is then still there."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
         if temporary.stat().st_mode != mode:  # safetensors' files are for their owner only
             temporary.chmod(mode)
-        flush_to_disk(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
+    # torch.save reports a full disk as a RuntimeError.
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        # torch reports a full disk as a RuntimeError of this name and of several lines
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-            raise
         raise MixmagError(f"{path}: cannot be written ({one_line(error)})") from None
     finally:
-        with contextlib.suppress(OSError):  # the parent may be no folder
-            temporary.unlink()
-
-
-def flush_to_disk(path: Path) -> None:
-    with open(path, "rb+") as file:
-        try:
-            os.fsync(file.fileno())
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-                raise  # those three say that this disk knows no fsync
+        temporary.unlink(missing_ok=True)
 
 
 def visible_files(folder: Path, pattern: str) -> list[Path]:
@@ -2740,18 +2662,13 @@ def write_csv(path, header, rows) -> None:
         csv.writer(file).writerows([header, *rows])
 
 
-SEPARATORS = {";": "semicolons", "\t": "tabs"}  # that some spreadsheets write for commas
-
-
 def read_csv(path, columns) -> list[dict]:
     """Rows as dicts of stripped, composed text, and under "line" the line where each ends.
-
     Empty rows are skipped. Raises MixmagError for a file that is missing or no such table."""
     try:
-        raw = Path(path).read_bytes()
-        if b"\0" in raw:
-            raise ValueError("it is UTF-16")
-        reader = csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""))
+        mark = "\t" if Path(path).suffix == ".tsv" else ","
+        text = Path(path).read_text("utf-8-sig")
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
         header = [name.strip() for name in next(reader, [])]
         rows = []
         for cells in reader:
@@ -2759,16 +2676,12 @@ def read_csv(path, columns) -> list[dict]:
             if any(texts):
                 row = dict(itertools.zip_longest(header, texts[: len(header)], fillvalue=""))
                 rows.append({**row, "line": reader.line_num})
-    except OSError as error:
-        raise MixmagError(f"{path}: cannot be read ({error})") from None
-    except (ValueError, csv.Error) as error:
-        reason = f"{path}: cannot be read as a UTF-8 CSV ({error})"
-        raise MixmagError(f"{reason}; a spreadsheet saves it as 'CSV UTF-8'") from None
+    except (OSError, ValueError, csv.Error) as error:
+        raise MixmagError(f"{path}: cannot be read as 'CSV UTF-8' ({error})") from None
     missing = ", ".join(name for name in columns if header.count(name) != 1)
     if missing:
-        others = [word for mark, word in SEPARATORS.items() if mark in "".join(header)]
-        advice = "".join(f"; it has {word}, expected commas" for word in others)
-        raise MixmagError(f"{path}: column {missing} is missing or twice; found {header}{advice}")
+        found = f"found {header}, expected commas between columns"
+        raise MixmagError(f"{path}: column {missing} is missing or twice; {found}")
     return rows
 
 
@@ -2805,11 +2718,12 @@ def number_in(kind, low, high):
     return number
 
 
-def slides_place(text: str) -> str:
-    """The type of a flag: a folder that is there, or a slide file, whose absence costs itself."""
-    if not Path(text).exists() and Path(text).suffix.lower() not in SLIDE_SUFFIXES:
-        raise argparse.ArgumentTypeError(f"{text} does not exist")
-    return text
+def share_of_slides(text: str) -> tuple[int, int]:
+    """The type of a flag: i/n."""
+    share, shares = map(int, text.split("/"))
+    if not 0 <= share < shares:
+        raise argparse.ArgumentTypeError(f"{text}: expected i/n with 0 <= i < n")
+    return share, shares
 
 
 class Doublings(argparse.Action):
@@ -2853,20 +2767,21 @@ def add_tile_flags(parser) -> None:
     """turn whole-slide images into slide files: tissue, cells on one lattice, embeddings"""
     parser.epilog = "example: python data.py tile --slides slides/ --out data/mine --mpp 0.5"
     add = parser.add_argument
-    files = {"nargs": "+", "metavar": "DIR|FILE", "type": slides_place}
-    add("--slides", required=True, help="slides, or their folders", **files)
+    files = {"nargs": "+", "metavar": "DIR|FILE"}
+    places = "slides, or their folders; of a DICOM series name one file"
+    add("--slides", required=True, help=places, **files)
     add_output_flags(parser)
     add("--region", type=POSITIVE, default=3, help="cells per side of a window")
     add("--encoder", default="texture", help="texture, virchow2, or module:factory (see README)")
     add("--weights", help="virchow2's weights, .safetensors or .pt; else from the Hugging Face hub")
     add("--mpp", type=float, help="um per level-0 pixel, for slides that do not say it")
-    add("--mpp-from-power", action="store_true", help="else take 10 / objective power as mpp")
     run = {"nargs": "+", "type": number_in(float, 0.01, 1000), "action": Doublings}
     add("--magnifications", default=[5, 10, 20], help="each twice the one before", **run)
     tissue = "least share of tissue in a window (assumed); biopsies and smears want less"
     add("--min-tissue", type=number_in(float, 0, 1), default=0.25, help=tissue)
-    add("--mask", metavar="FILE|DIR", help="a tissue mask, PNG or GeoJSON; DIR: one per slide id")
-    add("--shard", metavar="i/n", help="do the i-th of n shares of the slides, from 0 on")
+    add("--mask", metavar="FILE|DIR", help="a tissue mask, a PNG; DIR: one per slide id")
+    part = {"type": share_of_slides, "metavar": "i/n"}
+    add("--shard", default="0/1", help="do the i-th of n shares of the slides, from 0 on", **part)
     add("--batch-size", type=POSITIVE, default=256, help="tiles per call of the encoder")
     add("--device", default="auto", help="auto, cpu or cuda[:i]")
     add("--dry-run", action="store_true", help="only say mpp, windows, tokens, bytes of each slide")
@@ -2881,11 +2796,23 @@ def add_import_flags(parser) -> None:
     source.add_argument("--trident", nargs="+", metavar="DIR", help=folders)
     source.add_argument("--stamp", nargs="+", metavar="DIR", help=folders)
     add_output_flags(parser)
-    add("--encoder", help="the encoder's name (default: as the files say)")
-    token = "keep the first 1280 of Virchow2's 2560 numbers (default: where the files say virchow2)"
-    add("--class-token", action=argparse.BooleanOptionalAction, help=token)
+    name = "the encoder's name (default: as the files say); of virchow2 the class token is kept"
+    add("--encoder", help=name)
     mpp = number_in(float, 0.1, 4)
     add("--mpp", type=mpp, help="um per level-0 pixel, which STAMP's files do not say")
+
+
+def add_split_flags(parser) -> None:
+    """write a task table with folds: new ones, CLAM's, or those of Patho-Bench's k=all.tsv"""
+    parser.epilog = "example: python data.py split labels.csv --out data/mine/tasks/msi.csv"
+    add = parser.add_argument
+    add("table", help="CSV or .tsv with columns case_id, slide_id, label; with its splits, if any")
+    add("--out", required=True, help="DATA/tasks/<task>.csv")
+    add("--label", default="label", metavar="COLUMN", help="the column that holds the label")
+    folds = "so many new folds of whole cases, stratified by label (default: 5)"
+    add("--folds", type=number_in(int, 2, 1000), help=folds)
+    add("--clam", metavar="DIR", help="CLAM's folder of splits_0.csv, ...")
+    add("--seed", type=NATURAL, default=0, help="new folds follow from it")
 
 
 def add_verify_flags(parser) -> None:
@@ -2898,6 +2825,7 @@ COMMANDS = {
     "synth": (synth_command, add_synth_flags),
     "tile": (tile_command, add_tile_flags),
     "import": (import_command, add_import_flags),
+    "split": (split_command, add_split_flags),
     "verify": (verify_command, add_verify_flags),
 }
 

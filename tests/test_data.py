@@ -1,15 +1,16 @@
 """Slide files, data sets, tasks, cohort, verify.     python -m pytest tests/test_data.py"""
 
-import errno
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import types
 import unicodedata
@@ -22,6 +23,8 @@ import safetensors
 import scipy.stats
 import torch
 from conftest import ROOT, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader, RandomSampler
 
@@ -89,11 +92,9 @@ def test_slide_round_trip_through_a_private_memory_map(tmp_path):
     path = make_slide(tmp_path, cells=[(3, 1), (0, 2)])
     raw = path.read_bytes()
     slide = data.read_slide(path)
-    maps = Path("/proc/self/maps")
-    assert str(path) not in maps.read_text()
     expected = np.random.default_rng(0).standard_normal((2, 21, 8)).astype(np.float16)
     assert np.array_equal(slide.features, expected)
-    assert str(path) in maps.read_text()
+    assert str(path) in Path("/proc/self/maps").read_text()
     slide.features[:] = 0
     assert path.read_bytes() == raw
     assert slide.cells.tolist() == [[3, 1], [0, 2]] and slide.valid.all() and slide.dim == 8
@@ -232,7 +233,7 @@ FAULTS = [  # rows of a task table, and what is said of them
     (("c0", "other", 0, "test"), "line 8, case 'c0' is in two splits, train and test"),
     (("new", "absent", 1, "test"), "t.csv: 1 slide without a file, such as 'absent'"),
     (("c1", "nan", 0, "train"), "case 'c1' has two labels, 1 and 0"),
-    (("x", "y", 2, "train"), "case 'x': label is '2', expected 0 or 1"),
+    (("x", "y", 7, "train"), "case 'x': label is '7', expected 0 or 1 or 2"),  # there are three
     (("x", "y", 1, "later"), "case 'x': split is 'later', expected train, tune or test"),
     (("z", "twin", 0, "test"), "slide 'twin' has a copy in split train"),
     (("c9", "s5", 1, "test"), "'s5' stands in more than one row"),
@@ -265,10 +266,10 @@ def test_verify_prints_every_finding(tmp_path):
     findings = "\n".join(data.verify(tmp_path))
     words = [
         "1 slide, such as other, with encoder another, width 8",
-        "NaN or infinite features in 1 cell, such as (col, row) [0, 0]",
+        "NaN or infinite features in the cells [[0, 0]]",
         "holds slide 's0'",
         "cut.safetensors: cannot be read",
-        "small.csv: split tune does not hold both classes",
+        "small.csv: split: tune has no case of class 0, 1",
         "bad.csv: column label, split is missing or twice",
         "pretrain.csv: slide 'new' belongs to a tune or test case",  # c2 is one in another task
         "pretrain.csv: 2 slides without a file, such as 'gone'",
@@ -278,7 +279,7 @@ def test_verify_prints_every_finding(tmp_path):
     assert "'s0' belongs" not in findings
     out, _ = run("data.py verify", tmp_path, cwd=tmp_path, code=1)
     assert out.count("\n") == findings.count("\n") + 2
-    assert f"{tmp_path}: 11 slides, 3 task tables: " in out
+    assert f"{tmp_path}: 11 slides, 3 task tables, " in out
     (tmp_path / "pretrain.csv").write_text("slide\nb\n")
     assert sum("column slide_id is missing" in line for line in data.verify(tmp_path)) == 1
 
@@ -289,11 +290,11 @@ def test_verify_says_what_it_checked(tmp_path, capsys):
     make_slide(tmp_path)
     args = types.SimpleNamespace(data=tmp_path)
     assert data.verify_command(args) == 0
-    assert capsys.readouterr().out == f"{tmp_path}: 1 slide, 0 task tables: nothing wrong found\n"
+    assert capsys.readouterr().out == f"{tmp_path}: 1 slide, 0 task tables, 0 findings\n"
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "t.csv").write_text("")
     assert data.verify_command(args) == 1
-    assert "1 slide, 1 task table: 1 finding\n" in capsys.readouterr().out
+    assert "1 slide, 1 task table, 1 finding\n" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------- tasks and splits
@@ -305,18 +306,42 @@ def test_task_tables_keep_ids_as_text_and_survive_bom_and_crlf(tmp_path, monkeyp
     assert found == [("001", ["0010"], 1), ("1", ["10"], 0)]
     with pytest.raises(MixmagError, match="no such task; found t"):
         data.read_task(tmp_path, "u")
-    for label in ("1.5", "yes", "", "nan", "2"):
+    for label in ("1.5", "-1", "", "nan", "NA", "2"):
         task(tmp_path, [("c", "s", label, "train")])
         with pytest.raises(MixmagError, match="expected 0 or 1"):
             data.read_task(tmp_path, "t")
 
     class Grade(data.Outcome):
-        def parse(self, text):
-            return ["low", "medium", "high"].index(text)
+        def classes(self, labels):
+            return ["low", "medium", "high"]
 
     monkeypatch.setattr(data, "OUTCOME", Grade())  # an outcome of another kind is one class
     task(tmp_path, [("c", "s", "high", "train"), ("d", "t", "low", "train")])
     assert [case.label for case in data.read_task(tmp_path, "t")] == [2, 0]
+
+
+@pytest.mark.parametrize(
+    "labels, classes, parsed",
+    [
+        ("1 0 1.0 0.00", "0 1", [1, 0, 1, 0]),
+        ("1 1", "0 1", [1, 1]),
+        ("2.0 0 1 2", "0 1 2", [2, 0, 1, 2]),
+        ("wild mutated wild", "mutated wild", [1, 0, 1]),  # sorted: the second is the positive one
+        ("3+ 2+ 1+ 3+", "1+ 2+ 3+", [2, 1, 0, 2]),
+        ("0 1 5", "0 1 2", "'5', expected 0 or 1 or 2"),
+        ("1 2", "0 1", "'2', expected 0 or 1"),
+        ("0 1 high", "0 1", "'high', expected 0 or 1"),
+        ("low high NA", "high low", "'NA', expected high or low"),
+    ],
+)
+def test_labels_are_numbers_from_0_on_or_names(tmp_path, labels, classes, parsed):
+    task(tmp_path, [(f"c{i}", f"s{i}", label, "train") for i, label in enumerate(labels.split())])
+    table = data.any_table(tmp_path / "tasks" / "t.csv")
+    assert table.classes == classes.split()
+    if isinstance(parsed, list):
+        assert (table.findings, [case.label for case in table.cases]) == ([], parsed)
+    else:
+        assert [finding.split("label is ")[1] for finding in table.findings] == [parsed]
 
 
 def test_the_binary_outcome_equals_its_definition():
@@ -326,14 +351,199 @@ def test_the_binary_outcome_equals_its_definition():
     label = (torch.rand(50) < 0.4).float()
     score = outcome.score(logit)
     assert score.dtype == torch.float64 and len(set(outcome.score(torch.tensor([30.0, 31.0])))) == 2
-    assert torch.allclose(score, 1 / (1 + torch.exp(-logit.double())))
+    assert torch.equal(score, torch.sigmoid(logit.double()))
     for smoothing in (0.0, 0.1):
         target = label * (1 - smoothing) + smoothing / 2
+        found = outcome.loss(logit, label, smoothing)
         expected = -(target * score.log() + (1 - target) * (1 - score).log())
-        assert torch.allclose(outcome.loss(logit, label, smoothing).double(), expected, atol=1e-6)
+        assert torch.allclose(found.double(), expected, atol=1e-6)
+        by_torch = torch.nn.BCEWithLogitsLoss(reduction="none")
+        assert torch.equal(found, by_torch(logit, target))
     assert outcome.metric(label.tolist(), score.tolist()) == roc_auc_score(label, score)
-    with pytest.raises(MixmagError, match="AUROC needs both classes; found 2 cases"):
+    assert outcome.columns(["mutated", "wild"]) == ["score"]
+    with pytest.raises(MixmagError, match="AUROC needs 2 classes; found 2 cases of 1"):
         outcome.metric([1, 1], [0.2, 0.3])
+
+
+def test_the_outcome_of_more_classes_equals_its_definition():
+    outcome = data.OUTCOME
+    torch.manual_seed(0)
+    logit = torch.randn(60, 4) * 3
+    label = torch.randint(4, (60,)).float()
+    score = outcome.score(logit)
+    assert torch.allclose(score, logit.double().exp() / logit.double().exp().sum(1, keepdim=True))
+    for smoothing in (0.0, 0.1):
+        target = torch.nn.functional.one_hot(label.long(), 4) * (1 - smoothing) + smoothing / 4
+        expected = -(target * score.log()).sum(1)
+        assert torch.allclose(outcome.loss(logit, label, smoothing).double(), expected, atol=1e-5)
+    by_sklearn = roc_auc_score(label, score, multi_class="ovr", average="macro")
+    assert outcome.metric(label.tolist(), score.tolist()) == pytest.approx(by_sklearn, abs=1e-12)
+    two = outcome.score(torch.stack([torch.zeros(9), logit[:9, 0]], 1))[:, 1]
+    assert torch.allclose(two, outcome.score(logit[:9, 0]))
+    with pytest.raises(MixmagError, match="AUROC needs 4 classes; found 3 cases of 2"):
+        outcome.metric([1, 1, 3], score[:3])
+
+
+# -------------------------------------------------------------------------------------------- folds
+
+
+def fold_table(folder, rows, name="t"):
+    """rows: case_id, slide_id, label, then the splits of fold_0, fold_1, ..."""
+    folds = [f"fold_{i}" for i in range(len(rows[0]) - 3)]
+    (folder / "tasks").mkdir(parents=True, exist_ok=True)
+    path = folder / "tasks" / f"{name}.csv"
+    data.write_csv(path, ("case_id", "slide_id", "label", *folds), rows)
+    return path
+
+
+def slides_in(cases, *splits):
+    return {i for case in cases if case.split in splits for i in case.slide_ids}
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 3)), min_size=4, max_size=30),
+    st.integers(2, 6),
+    st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=12, deadline=None)
+def test_no_case_is_on_both_sides_of_a_fold(cases, folds, seed):
+    """Whatever the table: new folds test each case once, whole; carved tune cases follow from seed
+    and ids alone; the same --fold and --seed leave them out of pretraining."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        rows = []
+        for i, (label, slides) in enumerate(cases):
+            rows += [(f"p{i}", f"p{i}-{s}", "abc"[label]) for s in range(slides)]
+        data.write_csv(folder / "own.csv", ("case_id", "slide_id", "label"), rows)
+        out = folder / "tasks" / "t.csv"
+        split(folder / "own.csv", "--folds", folds, "--seed", seed, "--out", out)
+        (folder / "slides").mkdir()
+        for _, slide_id, _ in rows:
+            (folder / "slides" / f"{slide_id}.safetensors").touch()
+        table = data.read_table(folder, "t")
+        tested = []
+        for fold in table.folds:
+            of_fold = table.in_fold(fold, seed)
+            parts = [slides_in(of_fold, split) for split in data.SPLITS]
+            assert sum(map(len, parts)) == len(set().union(*parts)) == len(rows)
+            tested += [case.case_id for case in of_fold if case.split == "test"]
+            used = set(data.pretraining_ids(folder, fold, seed))
+            assert used == parts[0]
+            for label in {case.label for case in of_fold}:
+                mine = [case.split for case in of_fold if case.label == label]
+                learning = len(mine) - mine.count("test")
+                assert mine.count("tune") == math.ceil(learning / 5)
+                assert abs(mine.count("test") - len(mine) / folds) < 1
+            again = data.parse_table(out, data.read_csv(out, ())[::-1]).in_fold(fold, seed)
+            assert {case.case_id: case.split for case in again} == {
+                case.case_id: case.split for case in of_fold
+            }
+        assert sorted(tested) == sorted({row[0] for row in rows})
+
+
+def test_tune_cases_of_a_table_are_kept_and_carved_ones_vary_with_the_seed(tmp_path):
+    rows = [(f"p{i}", f"s{i}", i % 2, "test" if i < 4 else "train", "train") for i in range(40)]
+    rows[5] = ("p5", "s5", 1, "tune", "test")
+    fold_table(tmp_path, rows)
+    assert slides_in(data.read_task(tmp_path, "t", 0), "tune") == {"s5"}
+    carved = [frozenset(slides_in(data.read_task(tmp_path, "t", 1, s), "tune")) for s in range(6)]
+    assert len(set(carved)) == 6
+    assert {len(tune) for tune in carved} == {4 + 4}
+
+
+@pytest.mark.parametrize(
+    "fold, said",
+    [
+        (None, "no column split, found fold_0, fold_1; --fold K reads fold_K"),
+        (2, "no column fold_2, found fold_0, fold_1"),
+    ],
+)
+def test_a_fold_that_is_not_there_is_named(tmp_path, fold, said):
+    fold_table(tmp_path, [("p", "s", 0, "test", "train"), ("q", "r", 1, "train", "test")])
+    with pytest.raises(MixmagError, match=said):
+        data.read_task(tmp_path, "t", fold)
+    for slide_id in "sr":
+        make_slide(tmp_path, slide_id)
+    with pytest.raises(MixmagError, match="over its 2 folds every case may be tested; .*--fold K"):
+        data.pretraining_ids(tmp_path)
+    data.write_csv(tmp_path / "pretrain.csv", ("slide_id",), [("s",)])
+    assert data.pretraining_ids(tmp_path) == ["s"]
+    assert data.evaluation_slides(data.read_tasks(tmp_path)) == {"t": {"s", "r"}}
+    task(tmp_path, [("p", "s", 1, "train")])
+    with pytest.raises(MixmagError, match="no column fold_0, found split"):
+        data.read_task(tmp_path, "t", 0)
+    with pytest.raises(MixmagError, match="--fold 0: no table in .* has a column fold_0"):
+        data.read_tasks(tmp_path, 0)
+    path = fold_table(tmp_path, [("p", "s", 0, "test")])
+    path.write_text(path.read_text().replace("label", "label,split").replace(",0", ",0,test"))
+    with pytest.raises(MixmagError, match="found split, fold_0; expected a split or folds"):
+        data.read_task(tmp_path, "t")
+
+
+def test_verify_looks_into_every_fold(tmp_path):
+    for i in range(4):
+        make_slide(tmp_path, f"s{i}", seed=i % 3)  # s3 is a copy of s0
+    splits = [("train", "test"), ("test", "train"), ("tune", "tune"), ("test", "test")]
+    rows = [(f"p{i}", f"s{i}", i % 2, *splits[i]) for i in range(4)]
+    path = fold_table(tmp_path, [*rows, ("p1", "s9", 1, "train", "train")])
+    findings = data.verify(tmp_path)
+    assert f"{path}: fold_0: slide 's3' has a copy in split train" in findings
+    assert not any("fold_1: slide" in finding for finding in findings)
+    assert f"{path}: fold_1: test has no case of class 0" not in findings
+    assert f"{path}: fold_1: tune has no case of class 1" in findings
+    assert f"{path}: line 6, case 'p1' is in two splits, test and train" in findings
+
+
+def split(*arguments) -> None:
+    args = data.parse_command(["split", *map(str, arguments)], "data.py", "", data.COMMANDS)
+    assert args.function(args) == 0
+
+
+def test_patho_bench_tables_are_read(tmp_path):
+    """Tabs, the task's own column, val for tune; p0 has two slides."""
+    table = tmp_path / "k=all.tsv"
+    rows = ["case_id slide_id BRAF fold_0 fold_1", "p0 s0 0 train val", "p1 s1 1 test train"]
+    rows += ["p2 s2 2 val test", "p0 s3 0 train val"]
+    table.write_text("\n".join(rows).replace(" ", "\t"))
+    out = tmp_path / "tasks" / "t.csv"
+    split(table, "--label", "BRAF", "--out", out)
+    for fold, splits in enumerate((["train", "test", "tune"], ["tune", "train", "test"])):
+        cases = data.read_task(tmp_path, "t", fold)
+        assert [case.split for case in cases] == splits
+        assert [(case.label, case.slide_ids) for case in cases][0] == (0, ["s0", "s3"])
+    with pytest.raises(MixmagError, match="t.csv has fold_0, fold_1: no --clam or --folds"):
+        split(out, "--folds", 5, "--out", out)
+    table.write_text("\n".join(rows).replace(" ", "\t").replace("train\tval", "train\tlater", 1))
+    with pytest.raises(MixmagError, match="line 2, case 'p0': fold_1 is 'later', expected train"):
+        split(table, "--label", "BRAF", "--out", tmp_path / "new.csv")
+    assert not (tmp_path / "new.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "last, said",
+    [
+        ("2,s3,,", ""),
+        ("2,s3,s2,", "splits_1.csv: not once there and in the table: slide s2"),
+        ("2,s3,,s9", "splits_1.csv: not once there and in the table: slide s9"),
+        ("2,,,", "splits_1.csv: not once there and in the table: slide s3"),
+        ("2,,s3,", "case 'p0' is in two splits, train and tune"),
+    ],
+)
+def test_clam_splits_are_read(tmp_path, last, said):
+    """The columns of a file are lists of slides, padded with blanks."""
+    (tmp_path / "splits_0.csv").write_text(",train,val,test\n0,s1,s0,s2\n1,,s3,\n")
+    (tmp_path / "splits_1.csv").write_text(f",train,val,test\n0,s0,s2,s1\n{last}\n")
+    (tmp_path / "splits_0_bool.csv").write_text(",train,val,test\ns0,True,False,False\n")
+    table = tmp_path / "labels.csv"
+    table.write_text("case_id,slide_id,label\np0,s0,a\np1,s1,b\np2,s2,a\np0,s3,a\n")
+    command = (table, "--clam", tmp_path, "--out", tmp_path / "tasks" / "t.csv")
+    if said:
+        with pytest.raises(MixmagError, match=said):
+            split(*command)
+        return
+    split(*command)
+    assert [case.split for case in data.read_task(tmp_path, "t", 0)] == ["tune", "train", "test"]
+    assert [case.split for case in data.read_task(tmp_path, "t", 1)] == ["train", "test", "tune"]
 
 
 @pytest.mark.parametrize(
@@ -760,12 +970,12 @@ def test_statistics_of_many_cells_are_those_of_evenly_spread_ones(tmp_path):
 def test_a_failing_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "x.txt"
     data.write_text(path, "good")
-    with pytest.raises(RuntimeError), data.whole_file(path) as temporary:
+    with pytest.raises(KeyError), data.whole_file(path) as temporary:
         temporary.write_text("half")
-        raise RuntimeError
+        raise KeyError
     refused = pytest.raises(MixmagError, match=r"x.txt: cannot be written \(no space left\)")
     with refused, data.whole_file(path):
-        raise OSError("no space left")
+        raise RuntimeError("no space\n left")
     assert path.read_text() == "good" and os.listdir(tmp_path) == ["x.txt"]
 
 
@@ -780,7 +990,7 @@ def test_tables_come_back_as_they_were(tmp_path):
     with pytest.raises(MixmagError, match="t.csv: column three is missing"):
         data.read_csv(path, ("one", "three"))
     path.write_bytes(b"one\n\xe9\n")
-    with pytest.raises(MixmagError, match="cannot be read as a UTF-8 CSV"):
+    with pytest.raises(MixmagError, match="cannot be read as 'CSV UTF-8'"):
         data.read_csv(path, ("one",))
     path.write_text("[1")
     with pytest.raises(MixmagError, match="t.csv: cannot be read as JSON"):
@@ -816,53 +1026,32 @@ def test_exit_codes_are_those_of_the_contract(monkeypatch, capsys, error, signal
         data.run_command(lambda: 1 / 0)
 
 
-PLACE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-
-
-@pytest.mark.parametrize("rank", [None, "0"])
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch, rank):
-    """Also where torchrun started the process: it does not go on, in silence, on the processor."""
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    """It does not go on, in silence, on the processor. A process of torchrun has its own."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.delenv("RANK", raising=False)
-    if rank:
-        monkeypatch.setenv("RANK", rank)
     assert data.find_device("auto") == data.find_device("cpu") == torch.device("cpu")
     for name in ("cuda", "cuda:1", "gpu"):
-        with pytest.raises(MixmagError, match=f"--device {name}: expected auto, cpu"):
+        with pytest.raises(MixmagError, match=f"--device {name}.*: expected auto, cpu"):
             data.find_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "1")  # left by another job
     assert data.find_device("auto") == torch.device("cuda:0")
-    for name, value in PLACE.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert data.find_device("auto") == data.find_device("cuda") == torch.device("cuda:1")
 
 
 @pytest.mark.parametrize(
-    "left",
-    [
-        {"RANK": "1"},
-        {"WORLD_SIZE": "2"},
-        {"RANK": "0", "WORLD_SIZE": "2"},
-        {**PLACE, "RANK": "2"},
-        {**PLACE, "RANK": "one"},
-    ],
+    "left, rank",
+    [({}, (0, 1)), ({"RANK": "1"}, (0, 1)), ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2))],
 )
-def test_half_of_what_torchrun_sets_is_refused(monkeypatch, left):
-    """A rank of its own would train and write nothing."""
-    for name in PLACE:
+def test_a_process_alone_is_the_first(monkeypatch, left, rank):
+    """Whatever rank another job left: a second one would train and write nothing."""
+    for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    for harmless in ({}, {"RANK": "0"}, {"WORLD_SIZE": "1"}, {"MASTER_PORT": "1"}):
-        with monkeypatch.context() as patch:
-            for name, value in harmless.items():
-                patch.setenv(name, value)
-            assert data.process_rank() == (0, 1)
     for name, value in left.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(MixmagError, match="start with torchrun, or unset RANK and WORLD_SIZE"):
-        data.process_rank()
+    assert data.process_rank() == rank
 
 
 class Terminal(io.StringIO):
@@ -878,28 +1067,6 @@ def test_a_line_stands_by_itself_above_the_bar(monkeypatch):
     assert "\ra line\n" in sys.stderr.getvalue()
 
 
-@pytest.mark.parametrize("refused", [errno.EINVAL, errno.ENOSPC])
-def test_a_share_need_not_know_fsync_or_modes(tmp_path, monkeypatch, refused):
-    """What it refuses is not what fails: a full disk still does."""
-
-    def fsync(descriptor):
-        raise OSError(refused, os.strerror(refused))
-
-    def chmod(path, mode):
-        raise PermissionError("modes are the server's")
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(Path, "chmod", chmod)
-    path = tmp_path / "t.txt"
-    if refused == errno.EINVAL:
-        data.write_text(path, "whole")
-        assert path.read_text() == "whole"
-    else:
-        with pytest.raises(MixmagError, match="t.txt: cannot be written .*No space"):
-            data.write_text(path, "whole")
-        assert not list(tmp_path.iterdir())
-
-
 def test_weights_and_slides_can_be_read_by_whom_the_umask_lets(tmp_path):
     before = os.umask(0o027)
     try:
@@ -909,25 +1076,17 @@ def test_weights_and_slides_can_be_read_by_whom_the_umask_lets(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o640
 
 
-def test_a_disk_without_memory_maps_is_said(tmp_path):
-    """The kernel's own files refuse them."""
-    (tmp_path / "slides").mkdir()
-    (tmp_path / "slides" / "a.safetensors").symlink_to("/proc/self/maps")
-    with pytest.raises(MixmagError, match="takes no memory maps, so copy the files to another"):
-        data.read_slides(tmp_path)
-
-
 TABLE = "case_id,slide_id,label,split\nc,S1,1,train\n"
 
 
 @pytest.mark.parametrize(
     "raw, said",
     [
-        (TABLE.replace(",", ";").encode(), "it has semicolons, expected commas"),
-        (TABLE.replace(",", "\t").encode(), "it has tabs, expected commas"),
-        (TABLE.encode("utf-16"), "it is UTF-16"),
-        (TABLE.encode("utf-16-le"), "it is UTF-16"),
-        (TABLE.replace("S1", "Grün").encode("cp1252"), "a spreadsheet saves it as 'CSV UTF-8'"),
+        (TABLE.replace(",", ";").encode(), "found .'case_id;slide_id.*, expected commas"),
+        (TABLE.replace(",", "\t").encode(), "expected commas"),
+        (TABLE.encode("utf-16"), "cannot be read as 'CSV UTF-8'"),
+        (TABLE.encode("utf-16-le"), "column case_id, .* missing"),
+        (TABLE.replace("S1", "Grün").encode("cp1252"), "cannot be read as 'CSV UTF-8'"),
         (TABLE.replace("label", "label,label").encode(), "column label is missing or twice"),
     ],
 )
@@ -960,14 +1119,14 @@ def test_ids_are_compared_in_one_form_of_unicode(tmp_path):
         assert [slide.slide_id for slide in data.read_slides(folder, [in_table])] == [forms[1]]
         assert "without a file" not in str(data.verify(folder))
     make_slide(folder, in_table)
-    with pytest.raises(MixmagError, match="two files have one name"):
+    with pytest.raises(MixmagError, match="two files of one slide"):
         data.read_slides(folder)
 
 
 def test_a_table_of_other_slides_holds_nothing_out_and_is_refused(tmp_path):
     make_slide(tmp_path, "S1")
     task(tmp_path, [("c", "S1.svs", 1, "test")])
-    with pytest.raises(MixmagError, match="t.csv: 1 slide .*'S1.svs'; an id has no suffix: S1"):
+    with pytest.raises(MixmagError, match="t.csv: 1 slide without a file, such as 'S1.svs'"):
         data.pretraining_ids(tmp_path)
     (tmp_path / "tasks" / "t.csv").rename(tmp_path / "tasks" / "t.CSV")
     with pytest.raises(MixmagError, match="t.CSV: expected a table whose name ends with .csv"):

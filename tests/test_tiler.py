@@ -3,10 +3,8 @@
 import csv
 import io
 import itertools
-import json
 import os
 import struct
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -17,10 +15,8 @@ import safetensors.torch
 import tifffile
 import torch
 from bench import jpeg_tiles, tile_sparse, write_jpeg_tiff
-from conftest import ROOT, run
-from matplotlib.path import Path as Polygon
+from conftest import run
 from PIL import Image, ImageDraw, ImageFilter
-from scipy import ndimage
 from scipy.spatial import cKDTree
 from test_train import Evil
 
@@ -268,20 +264,13 @@ def test_nothing_is_upsampled(no_tissue):
     assert plan(0.25, (1.0, 1.95), [(9000, 9000), (4500, 4737)]).level == 0
 
 
-def write_macro_and_scan(path, subfiletype):
-    """The macro is the first picture, the scan the second."""
-    with tifffile.TiffWriter(path) as tiff:
-        for picture, kind in ((glass(900, 1200), 0), (pink(2000, 2000), subfiletype)):
+def test_a_macro_among_the_levels_is_passed_over(tmp_path):
+    """The macro is the first picture, the scan the second: it does not fit the pyramid."""
+    with tifffile.TiffWriter(tmp_path / "s.tiff") as tiff:
+        for picture, kind in ((glass(900, 1200), 0), (pink(2000, 2000), 1)):
             tiff.write(picture, tile=(256, 256), photometric="rgb", subfiletype=kind)
-    return path
-
-
-def test_a_macro_is_never_taken_for_the_scan(tmp_path):
-    """As a level of the pyramid it does not fit, and is passed over."""
-    reader = data.Reader(write_macro_and_scan(tmp_path / "s.tiff", 1))
+    reader = data.Reader(tmp_path / "s.tiff")
     assert reader.level_sizes == ((2000, 2000), (1200, 900)) and reader.level_for(8.0) == 0
-    with pytest.raises(SlideReadError, match=r"\(1200, 900\) px is smaller .* \(2000, 2000\) px"):
-        data.Reader(write_macro_and_scan(tmp_path / "s.tiff", 0))
 
 
 @pytest.mark.parametrize("levels", [(1, 2), (1, 2, 32)])
@@ -500,43 +489,31 @@ def test_tiles_beyond_all_measure_are_refused(tmp_path, tag, page, value, size):
 
 
 # ---------------------------------------------------------------------------------------------- mpp
-def says(x=None, y=None, res=None, unit=None, power=None):
+def says(x=None, y=None, power=None):
     """The properties of a slide that says this of itself."""
-    named = {
-        "openslide.mpp-x": x,
-        "openslide.mpp-y": y,
-        "tiff.XResolution": res,
-        "tiff.YResolution": res,
-        "tiff.ResolutionUnit": unit,
-        "openslide.objective-power": power,
-    }
+    named = {"openslide.mpp-x": x, "openslide.mpp-y": y, "openslide.objective-power": power}
     return {name: value for name, value in named.items() if value is not None}
 
 
 @pytest.mark.parametrize(
-    "properties, given, power, mpp, source",
+    "properties, given, mpp, source",
     [
-        (says("0.25", "0.25"), None, False, 0.25, "openslide.mpp-x"),
-        (says("0,25", "0,25"), None, False, 0.25, "openslide.mpp-x"),
-        (says("0.5", "0.509"), None, False, 0.5045, "openslide.mpp-x"),
-        (says("0.5", "0.5", power="40"), None, True, 0.5, "openslide.mpp-x"),
-        (says("0.499", "0.499", res="72", unit="inch"), None, False, 0.499, "openslide.mpp-x"),
-        (says(res="20000", unit="centimeter"), None, False, 0.5, "tiff.XResolution"),
-        (says(res="50800", unit="inch", power="20"), None, True, 0.5, "tiff.XResolution"),
-        (says(power="40"), None, True, 0.25, "openslide.objective-power"),
-        (says(res="1", unit="none", power="20"), None, True, 0.5, "openslide.objective-power"),
-        (says("0.499", "0.499"), 0.5, False, 0.5, "--mpp"),
-        (says(), 0.5, False, 0.5, "--mpp"),
-        (says(power="40"), 0.5, True, 0.5, "--mpp"),
-        (says("0.0274", "0.0274"), 0.274, False, 0.274, "--mpp"),
-        (says("1000", "1000"), 0.25, False, 0.25, "--mpp"),
-        (says("0", "0"), 0.25, False, 0.25, "--mpp"),
-        (says("nan", "nan"), 0.25, False, 0.25, "--mpp"),
-        (says("0.25", "0.5"), 0.25, False, 0.25, "--mpp"),
+        (says("0.25", "0.25"), None, 0.25, "openslide.mpp-x"),
+        (says("0,25", "0,25"), None, 0.25, "openslide.mpp-x"),
+        (says("0.5", "0.509"), None, 0.5045, "openslide.mpp-x"),
+        (says("0.5", "0.5", power="40"), None, 0.5, "openslide.mpp-x"),
+        (says("0.499", "0.499"), 0.5, 0.5, data.GIVEN),
+        (says(), 0.5, 0.5, data.GIVEN),
+        (says(power="40"), 0.5, 0.5, data.GIVEN),
+        (says("0.0274", "0.0274"), 0.274, 0.274, data.GIVEN),
+        (says("1000", "1000"), 0.25, 0.25, data.GIVEN),
+        (says("0", "0"), 0.25, 0.25, data.GIVEN),
+        (says("nan", "nan"), 0.25, 0.25, data.GIVEN),
+        (says("0.25", "0.5"), 0.25, 0.25, data.GIVEN),
     ],
 )
-def test_mpp_comes_from_who_says_it(properties, given, power, mpp, source):
-    found = data.slide_mpp(properties, given, from_power=power)
+def test_mpp_comes_from_who_says_it(properties, given, mpp, source):
+    found = data.slide_mpp(properties, given)
     assert found == (pytest.approx(mpp), source)
 
 
@@ -547,45 +524,44 @@ def test_a_slides_power_is_no_mpp_and_said_where_it_is_another(tmp_path, power, 
     reader = data.Reader(write_tiff(tmp_path / "s.tiff", pink(1000, 1000), 0.5))
     reader.properties["openslide.objective-power"] = power
     plan = data.plan_slide(reader, TileSettings())
-    report = data.plan_report(reader, plan, 46, 0.25)
+    report = data.plan_report(reader, plan, 39, 0.25)
     assert report.startswith(f"s: 0.5 um/px (openslide.mpp-x{words}), level 0, 1 of 1 window with")
 
 
 @pytest.mark.parametrize(
-    "properties, given, power, message",
+    "properties, given, message",
     [
-        (says(), None, False, "no mpp.*--mpp, --manifest"),
-        (says(power="20"), None, False, "no mpp.*--mpp-from-power"),
-        (says(res="1", unit="none"), None, True, "no mpp.*--mpp"),
-        (says(power="0"), None, True, "nan.*objective-power.*--mpp"),
-        (says("0", "0"), None, True, "nan x nan .*mpp-x.*0.1 to 4.*--mpp"),
-        (says("nan", "0.5"), None, False, "nan x 0.5 .*--mpp"),
-        (says("", "0.5"), None, False, "nan x 0.5 .*--mpp"),
-        (says("0.5"), None, False, "0.5 x nan .*--mpp"),
-        (says("-0.5", "-0.5"), None, False, "-0.5 x -0.5"),
-        (says("25", "25"), None, False, "25 x 25 .*0.1 to 4"),
-        (says("0.0274", "0.0274"), None, False, "0.0274 x .*0.1 to 4"),
-        (says("0.5", "0.52"), None, False, "0.5 x 0.52 .*equal in x and y"),
-        (says("0.25", "0.25", power="20"), 0.5, False, "--mpp says 0.5.*0.25 x .*leave --mpp out"),
-        (says("0.5", "0.5"), 0.489, False, "leave --mpp out"),
-        (says(res="72", unit="inch"), None, True, "352.8.*tiff.XResolution"),
-        (says(res="0", unit="centimeter"), None, False, "nan.*tiff.XResolution"),
-        (says(res="20000", unit="centimeter"), 0.25, False, "0.5 x 0.5 um/px"),
-        (says(), 25.0, False, "--mpp says 25.*0.1 to 4"),
-        (says(), float("nan"), False, "--mpp says nan"),
-        (says("0.5", "0.5"), 0.0, False, "--mpp says 0"),
+        (says(), None, "no mpp.*--mpp or --manifest"),
+        (says(power="20"), None, "no mpp"),
+        (says("0", "0"), None, "nan x nan .*0.1 to 4.*--mpp"),
+        (says("nan", "0.5"), None, "nan x 0.5 .*--mpp"),
+        (says("", "0.5"), None, "nan x 0.5 .*--mpp"),
+        (says("0.5"), None, "0.5 x nan .*--mpp"),
+        (says("-0.5", "-0.5"), None, "-0.5 x -0.5"),
+        (says("25", "25"), None, "25 x 25 .*0.1 to 4"),
+        (says("0.0274", "0.0274"), None, "0.0274 x .*0.1 to 4"),
+        (says("0.5", "0.52"), None, "0.5 x 0.52 .*equal in x and y"),
+        (
+            says("0.25", "0.25", power="20"),
+            0.5,
+            "--mpp or --manifest says 0.5.*0.25 x .*leave it out",
+        ),
+        (says("0.5", "0.5"), 0.489, "leave it out"),
+        (says(), 25.0, "--mpp.* says 25 .*0.1 to 4"),
+        (says(), float("nan"), "--mpp.* says nan"),
+        (says("0.5", "0.5"), 0.0, "--mpp.* says 0"),
     ],
 )
-def test_mpp_is_never_guessed(properties, given, power, message):
+def test_mpp_is_never_guessed(properties, given, message):
     with pytest.raises(MixmagError, match=message):
-        data.slide_mpp(properties, given, from_power=power)
+        data.slide_mpp(properties, given)
 
 
 @pytest.mark.parametrize(
     "name, given, expected",
     [
         ("CMU-1-Small-Region.svs", None, 0.499),
-        ("CMU-1-Small-Region.svs", 0.25, "leave --mpp out"),
+        ("CMU-1-Small-Region.svs", 0.25, "leave it out"),
         ("luna-1065626.svs", None, 0.5026),
         ("TCGA-CR-7395-01A-01-TS1.svs", None, "no mpp"),
         ("TCGA-CR-7395-01A-01-TS1.svs", 0.5, 0.5),
@@ -605,24 +581,20 @@ def test_mpp_of_real_slides(real, name, given, expected):
         assert data.slide_mpp(properties, given)[0] == pytest.approx(expected, rel=1e-4)
     else:
         with pytest.raises(MixmagError, match=expected):
-            data.slide_mpp(properties, given, from_power=True)
+            data.slide_mpp(properties, given)
 
 
 def test_manifest_names_slides_by_file_or_id(tmp_path):
     path = tmp_path / "m.csv"
     path.write_text('slide,mpp,note\nfolder/a.svs,"0,25",x\nb.c,0.5,\nd.svs,,nothing said\n')
-    manifest = data.read_manifest(path)
-    asked = [data.user_mpp(slide_id, manifest, 0.3) for slide_id in ("a", "b.c", "b", "d")]
-    rows = [(0.25, "--manifest row a"), (0.5, "--manifest row b.c")]
-    assert asked == [*rows, (0.3, "--mpp"), (0.3, "--mpp")]
-    with pytest.raises(MixmagError, match="row a says 0.25.*leave --manifest row a out"):
-        data.slide_mpp(says("0.5", "0.5"), *asked[0])
+    manifest = data.read_manifest(path, {"a", "b.c"})
+    assert manifest == {"a": 0.25, "b.c": 0.5}
     path.write_text("slide,mpp\na,0.5\nb,half\na.svs,0.25\nc,0\n")
-    with pytest.raises(MixmagError, match="line 3: 'b' 'half': expected one number"):
-        data.read_manifest(path)
+    with pytest.raises(MixmagError, match="line 3: expected one number of um/px for 'b'"):
+        data.read_manifest(path, set())
     path.write_text("wsi,mpp\na,0.5\n")
     with pytest.raises(MixmagError, match="column slide is missing"):
-        data.read_manifest(path)
+        data.read_manifest(path, set())
 
 
 # ------------------------------------------------------------------------------------------- tissue
@@ -809,87 +781,24 @@ def test_pale_tissue_of_a_real_slide(real):
     assert 24 <= len(plan.windows) <= 26 and plan.tissue_held > 0.85
 
 
-def test_the_thumbnail_is_the_box_mean_even_of_a_damaged_coarse_level(tmp_path):
+@pytest.mark.parametrize("levels, largest", [((1, 4), 10), ((1,), 1)])
+def test_the_thumbnail_is_the_box_mean(tmp_path, levels, largest):
+    """The level of a quarter is a little less exact."""
     picture = pink(2776, 5000)
-    path = write_tiff(tmp_path / "s.tiff", picture, 0.5, (1, 4))
-    bad = spoil(path, *range(len(tile_places(path, 1))), page=1)
+    path = write_tiff(tmp_path / "s.tiff", picture, 0.5, levels)
     size = (156, 87)
     whole = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX), float)
     fine = np.asarray(Image.fromarray(picture).resize((624, 348), Image.Resampling.BOX))
     deviation = fine[..., 1].reshape(87, 4, 156, 4).std(axis=(1, 3))
-    for slide, largest in ((path, 10), (bad, 1)):  # the level of a quarter is a little less exact
-        rgb, variance, unread = data.thumbnail(data.Reader(slide), 0.5)
-        assert rgb.shape == (87, 156, 3) and not unread.any()
-        off = np.abs(rgb - whole)
-        assert off.max() <= largest
-        assert np.median(np.abs(np.sqrt(variance) - deviation)) <= 0.1 * largest
+    rgb, variance, unread = data.thumbnail(data.Reader(path), 0.5)
+    assert rgb.shape == (87, 156, 3) and not unread.any()
+    assert np.abs(rgb - whole).max() <= largest
+    assert np.median(np.abs(np.sqrt(variance) - deviation)) <= 0.1 * largest
 
 
 # -------------------------------------------------------------------------------------------- masks
 WHOLE = SimpleNamespace(size=(9000, 5000), bounds=(0, 0, 9000, 5000))
 SHAPE = (156, 281)
-
-
-def ring(x, y, radius):
-    angles = np.linspace(0, 2 * np.pi, 40)
-    return np.stack([x + radius * np.cos(angles), y + radius * np.sin(angles)], axis=1).tolist()
-
-
-def feature(geometry):
-    return {"type": "Feature", "geometry": geometry, "properties": {"name": "tissue"}}
-
-
-@pytest.mark.parametrize("form", ["features", "multi", "geometries", "list"])
-def test_geojson_masks_are_the_polygons(tmp_path, form):
-    """Against matplotlib: a disc with a hole, an island in it, a disc that overlaps another's
-    hole."""
-    parts = [
-        [ring(2000, 2000, 500)],
-        [ring(2000, 2000, 1500), ring(2000, 2000, 900)],
-        [ring(6000, 3000, 900)],
-        [ring(6500, 3000, 1000), ring(6300, 3000, 400)],
-    ]
-    polygons = [{"type": "Polygon", "coordinates": rings} for rings in parts]
-    features = [*map(feature, polygons), feature(None)]
-    text = {
-        "features": {"type": "FeatureCollection", "features": features},
-        "multi": feature({"type": "MultiPolygon", "coordinates": parts}),
-        "geometries": {"type": "GeometryCollection", "geometries": polygons},
-        "list": polygons,
-    }[form]
-    (tmp_path / "m.geojson").write_text(json.dumps(text))
-    bounds = (320, 64, 8000, 4000)  # QuPath counts from the corner of the bounds
-    mask = data.read_mask(
-        tmp_path / "m.geojson", SimpleNamespace(size=WHOLE.size, bounds=bounds), SHAPE
-    )
-    x = (np.arange(SHAPE[1]) + 0.5) * 9000 / SHAPE[1] - 320
-    y = (np.arange(SHAPE[0]) + 0.5) * 5000 / SHAPE[0] - 64
-    centres = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
-    expected = np.zeros(len(centres), bool)
-    for outer, *holes in parts:
-        inside = Polygon(outer).contains_points(centres)
-        for hole in holes:
-            inside &= ~Polygon(hole).contains_points(centres)
-        expected |= inside
-    expected = expected.reshape(SHAPE)
-    edge = ndimage.maximum_filter(expected, 3) ^ ndimage.minimum_filter(expected, 3)
-    assert expected.mean() > 0.1 and np.array_equal(mask[~edge], expected[~edge])
-    assert abs(mask.mean() / expected.mean() - 1) < 0.04  # Pillow draws the outline, too
-
-
-@pytest.mark.parametrize("crs, corner", [({}, (3000, 2000)), ({"crs": {"type": "name"}}, (0, 0))])
-def test_masks_begin_where_their_tool_counts_from(tmp_path, crs, corner):
-    """QuPath: the corner of the bounds; TRIDENT, whose files have a crs: the slide's."""
-    square = [[0, 0], [1000, 0], [1000, 500], [0, 500]]
-    shapes = [
-        feature({"type": "Point", "coordinates": [1, 1]}),
-        {"type": "Polygon", "coordinates": [square]},
-    ]
-    text = json.dumps({"type": "FeatureCollection", "features": shapes, **crs})
-    (tmp_path / "m.geojson").write_text("\ufeff" + text, "utf-8")
-    reader = SimpleNamespace(size=(9000, 5000), bounds=(3000, 2000, 6000, 3000))
-    y, x = np.nonzero(data.read_mask(tmp_path / "m.geojson", reader, (50, 90)))
-    assert (100 * x.min(), 100 * y.min()) == corner and len(x) >= 50
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "I;16", "P", "RGB", "RGBA"])
@@ -920,17 +829,7 @@ def test_png_masks_cover_the_whole_slide(tmp_path, mode, size):
         ("m.png", Image.new("L", (50, 90), 255), r"\(50, 90\) is another shape.*\(9000, 5000\)"),
         ("m.png", Image.new("L", (92, 50), 255), r"\(92, 50\) is another shape"),
         ("m.png", b"no picture", "m.png: cannot be read as a mask"),
-        ("m.geojson", b'{"type": "FeatureCollection", "features": []}', "holds no tissue"),
-        ("m.geojson", b'{"type": "Point", "coordinates": [5, 5]}', "holds no tissue"),
-        ("m.geojson", b'{"type": "Polygon", "coordinates": [["x", "y"]]}', "cannot be read"),
-        ("m.geojson", b'{"name": "no type"}', "cannot be read"),
-        ("m.geojson", b"{", "cannot be read"),
-        ("m.geojson", b"\xff\xfe", "cannot be read"),
-        (
-            "m.geojson",
-            json.dumps({"type": "Polygon", "coordinates": [ring(20000, 0, 100)]}).encode(),
-            r"a polygon leaves the slide's \(9000, 5000\)",
-        ),
+        ("m.png", Image.new("1", (27000, 15000)), "m.png: cannot be read .*exceeds limit"),
     ],
 )
 def test_masks_that_are_none_are_refused(tmp_path, name, content, message):
@@ -942,24 +841,15 @@ def test_masks_that_are_none_are_refused(tmp_path, name, content, message):
         data.read_mask(tmp_path / name, WHOLE, SHAPE)
 
 
-def test_a_mask_of_too_many_pixels_is_told_how_many_are_enough(tmp_path):
-    Image.new("1", (27000, 15000)).save(tmp_path / "m.png")
-    with pytest.raises(
-        MixmagError, match="m.png: too large to be decoded; 281 x 156 px are enough"
-    ):
-        data.read_mask(tmp_path / "m.png", WHOLE, SHAPE)
-
-
 def test_masks_belong_to_slides_by_name(tmp_path):
-    for name in ("a.png", "b.geojson"):
-        (tmp_path / name).touch()
+    (tmp_path / "a.png").touch()
 
     def found(slide, place=tmp_path):
         return data.find_mask(data.Path(f"x/{slide}.svs"), place)
 
     assert found("a", None) is None and found("z", tmp_path / "a.png") == tmp_path / "a.png"
-    assert [found(slide).name for slide in "ab"] == ["a.png", "b.geojson"]
-    with pytest.raises(MixmagError, match="d.png or .*d.geojson"):
+    assert found("a").name == "a.png"
+    with pytest.raises(MixmagError, match="expected .*d.png"):
         found("d")
 
 
@@ -1064,12 +954,11 @@ def test_memory_is_bounded_on_huge_slides(tmp_path, width, height, levels):
 # --------------------------------------------------------------------------------- the tile command
 def test_real_slides(real, tmp_path):
     broken = sorted((real / "broken").iterdir())
-    out, err = run(
-        "data.py tile", "--slides", real / "slides", *broken, "--out", tmp_path,
-        cwd=tmp_path, code=3,
-    )  # fmt: skip
+    dicom = sorted((real / "slides").glob("*.dcm"))[:3]  # one file of each series
+    flags = ("--slides", real / "slides", *broken, *dicom, "--out", tmp_path)
+    out, err = run("data.py tile", *flags, cwd=tmp_path, code=3)
     assert "CMU-1-Small-Region: 0.499 um/px" in out and "6 cells, 126 tokens" in out
-    assert "boxes_0: FAILED" in err and "boxes_1" not in err
+    assert "boxes_0: FAILED" in err
     failed = failures(tmp_path)
     assert "2 slides done" in out and data.verify(tmp_path) == []
     assert failed.keys() >= {path.stem for path in broken}
@@ -1104,7 +993,7 @@ def test_bad_slides_are_listed_and_the_rest_is_done(tmp_path):
     assert "'utf-8' codec can't encode" in failed["Pr\\udce4parat"]
     assert [len(tiled(tmp_path / "d", i).cells) for i in ("good", "white")] == [1, 0]
     out, _ = run("data.py verify", "d", cwd=tmp_path)
-    assert "white.safetensors: nothing embedded" in out and "nothing wrong found" in out
+    assert out == "d: 2 slides, 0 task tables, 0 findings\n"
     assert data.verify(tmp_path / "d") == []
 
 
@@ -1121,10 +1010,10 @@ def test_manifest_mask_and_qc_from_the_command_line(tmp_path, capsys):
     flags = ("--slides", slides, "--out", out, "--manifest", tmp_path / "m.csv", "--mask", masks)
     assert tile(*flags) == 3
     printed, err = capsys.readouterr()
-    assert "a: 0.5 um/px (--manifest row a)" in printed and "2 slides done, 2 failed" in printed
+    assert f"a: 0.5 um/px ({data.GIVEN})" in printed and "2 slides done, 2 failed" in printed
     assert "no slide here for 1 of 3 rows, such as gone" in err
     failed = failures(out)
-    assert "--manifest row b says 0.25" in failed["b"] and "e.png" in failed["e"]
+    assert "--manifest says 0.25" in failed["b"] and "e.png" in failed["e"]
     made_with = tiled(out, "a").meta["settings"]
     assert made_with["mask"] == data.file_sha256(masks / "a.png")
     assert sorted(path.name for path in (out / "qc").iterdir()) == ["a.png", "c$d$.png"]
@@ -1249,15 +1138,7 @@ def test_flags_of_one_run_do_not_undo_another(tmp_path, monkeypatch, capsys):
         tile(*flags, "--weights", weights)
 
 
-def test_a_folder_that_is_not_there_is_a_usage_error(tmp_path, capsys):
-    with pytest.raises(SystemExit) as left:
-        tile("--slides", tmp_path / "slide", "--out", tmp_path / "d")
-    assert left.value.code == 2 and "slide does not exist" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-def test_shares_and_their_lists_of_failures(tmp_path, monkeypatch):
-    """torchrun shares the slides out by itself; a whole run replaces the lists that shares left."""
+def test_shares_and_their_lists_of_failures(tmp_path, capsys):
     slides, out = tmp_path / "slides", tmp_path / "d"
     slides.mkdir()
     write_tiff(slides / "a.tiff", pink(1000, 1000), 0.5)
@@ -1266,31 +1147,10 @@ def test_shares_and_their_lists_of_failures(tmp_path, monkeypatch):
     assert [tile(*flags, "--shard", f"{i}/2") for i in (0, 1)] == [0, 3]
     assert [path.name for path in out.glob("*failed*")] == ["failed-1-of-2.csv"]
     assert tile(*flags) == 3 and (out / "failed.csv").exists()
-    with pytest.raises(MixmagError, match="expected i/n with 0 <= i < n"):
-        tile(*flags, "--shard", "2/2")
-    monkeypatch.setattr(data, "process_rank", lambda: (0, 2))
-    with pytest.raises(MixmagError, match="and no torchrun"):
-        tile(*flags, "--shard", "0/2")
-
-
-def test_processes_share_the_slides_and_a_bad_one_ends_none_of_them(tmp_path):
-    """Under torchrun, which would end all at the first exit code that is not 0."""
-    (tmp_path / "slides").mkdir()
-    for name, mpp in (("a", None), ("b", 0.5), ("c", 0.5), ("d", 0.5)):
-        write_tiff(tmp_path / "slides" / f"{name}.tiff", pink(1400, 1400), mpp)
-    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node 2 {ROOT}/data.py"
-    done = subprocess.run(
-        [sys.executable, *torchrun.split(), "tile", "--slides", "slides", "--out", "d"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode != 0 and "a: FAILED" in done.stderr, done.stderr
-    assert {path.stem for path in (tmp_path / "d" / "slides").iterdir()} == {"b", "c", "d"}
-    assert "2 slides done, 0 failed" in done.stdout and "1 slide done, 1 failed" in done.stdout
-    assert [path.name for path in (tmp_path / "d").glob("failed*")] == ["failed-0-of-2.csv"]
+    for share in ("2/2", "1", "a/b"):
+        with pytest.raises(SystemExit):
+            tile(*flags, "--shard", share)
+    assert "2/2: expected i/n with 0 <= i < n" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------- encoders
@@ -1302,7 +1162,7 @@ def test_texture_is_finite_deterministic_and_blind_to_turning():
     pictures = [pink(224, 224, seed) for seed in range(3)]
     tiles = torch.from_numpy(np.stack([*pictures, np.full((224, 224, 3), 255, np.uint8)]))
     out = data.texture(tiles)
-    assert out.shape == (4, 46) and torch.isfinite(out).all()
+    assert out.shape == (4, 39) and torch.isfinite(out).all()
     assert torch.equal(out, data.texture(tiles))
     assert torch.allclose(data.texture(torch.rot90(tiles, 1, (1, 2))), out, atol=1e-4)
     assert (out[0] - out[1]).abs().max() > 0.01
@@ -1314,8 +1174,6 @@ def factory():
     return lambda tiles: tiles.float().mean((1, 2))
 def raises():
     raise KeyError('weights')
-def nothing():
-    pass
 """)
     (tmp_path / "syntax.py").write_text("def f(:\n")
     monkeypatch.chdir(tmp_path)
@@ -1325,7 +1183,6 @@ def nothing():
     assert slide.meta["encoder"] == "mine:factory" and slide.features.shape == (9, 21, 3)
     for name, message in (
         ("mine:raises", "KeyError: 'weights'"),
-        ("mine:nothing", "returned no callable, but None"),
         ("mine:absent", "absent"),
         ("syntax:f", "SyntaxError"),
         ("absent:f", "No module named"),
@@ -1411,20 +1268,17 @@ def test_each_way_not_to_have_virchow2_gets_its_line(pretend_timm, text, message
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def test_virchow2_is_asked_for_as_its_authors_say_and_checked(pretend_timm):
-    """The class token of what the model makes of the normalised picture; a model of another width
-    or with NaN is refused at once."""
+def test_virchow2_is_asked_for_as_its_authors_say(pretend_timm):
+    """The class token of what the model makes of the normalised picture."""
     pretend_timm(
         "def create_model(*name, **settings):\n    return calls.append((name, settings)) or model"
     )
     import timm
 
     class Model(torch.nn.Module):
-        dim, fill = 1280, 1.0
-
         def forward(self, x):
-            token = torch.linspace(self.fill, 9, 261)[:, None]  # the class token's factor is 1
-            return x.mean((2, 3)).repeat(1, 500)[:, None, : self.dim] * token
+            token = torch.linspace(1, 9, 261)[:, None]  # the class token's factor is 1
+            return x.mean((2, 3)).repeat(1, 500)[:, None, :1280] * token
 
     timm.calls = []
     timm.model = Model()
@@ -1434,11 +1288,6 @@ def test_virchow2_is_asked_for_as_its_authors_say_and_checked(pretend_timm):
     tiles = random_tiles(3)
     expected = (tiles.mean((1, 2)) / 255 - MEAN) / STD  # (3, 3)
     assert np.allclose(data.encode_tiles(encoder, tiles, 2, "cpu")[:, :3], expected, atol=2e-3)
-    for name, value, message in (("dim", 1024, r"a tensor \(2, 1280\)"), ("fill", np.nan, "NaN")):
-        timm.model = Model()
-        setattr(timm.model, name, value)
-        with pytest.raises(MixmagError, match=message):
-            data.tile_encoder("virchow2", "cpu")
 
 
 @pytest.fixture
