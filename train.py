@@ -2026,7 +2026,6 @@ def row_title(row: str) -> str:
 
 def table(folder, out, rows, tasks, seeds, preset, steps, epochs, frozen_epochs, device, seed):
     """Run rows x tasks x seeds of the paper's tables and sum up. Exit code 3: some were refused."""
-    began = time.time()
     ensure_data(folder, start_machine(device))
     names = data.task_names(folder)
     rows = rows or list(PAPER)
@@ -2039,10 +2038,16 @@ def table(folder, out, rows, tasks, seeds, preset, steps, epochs, frozen_epochs,
     finetuning = FinetuneConfig(task="", epochs=epochs, frozen_epochs=frozen_epochs, **common)
     cells: dict = {}
     plan = list(itertools.product(range(seed, seed + seeds), rows, tasks))
+    costs = cell_costs(plan, pretraining, finetuning)
+    begun = time.time()
     for number, cell in enumerate(plan, 1):
         cells[cell] = {}
-        left = minutes_left(plan, number - 1, time.time() - began)
-        log(f"step {number} of {len(plan)}: {row_title(cell[1])}, {cell[2]}{left}")
+        step = f"step {number} of {len(plan)}: {row_title(cell[1])}, {cell[2]}"
+        if number > 1:
+            ahead = sum(costs[number - 1 :]) / sum(costs[: number - 1])
+            minutes = max(1, round(ahead * (time.time() - begun) / 60))
+            step += f", about {plural(minutes, 'minute')} left"
+        log(step)
         try:
             cells[cell] = train_cell(*cell, Path(out), pretraining, finetuning)
         except MixmagError as error:
@@ -2053,7 +2058,7 @@ def table(folder, out, rows, tasks, seeds, preset, steps, epochs, frozen_epochs,
         write_results(Path(out), cells)
         facts = {"preset": preset, "steps": steps, "epochs": epochs, "frozen_epochs": frozen_epochs}
         facts |= {"processor": platform.processor(), "torch": torch.__version__}
-        facts |= {"threads": torch.get_num_threads(), "seconds": round(time.time() - began)}
+        facts |= {"threads": torch.get_num_threads(), "seconds": round(time.time() - begun)}
         cohort = data.synthetic_facts(folder)
         facts["data"] = f"synthetic cohort, seed {cohort['seed']}" if cohort else str(folder)
         if any(data.read_table(folder, task).folds for task in tasks):
@@ -2065,25 +2070,23 @@ def table(folder, out, rows, tasks, seeds, preset, steps, epochs, frozen_epochs,
     return 0 if all(cells.values()) else 3
 
 
-COSTS = {"abmil": 1, "random": 4, "mem": 4, "cmem": 4}  # of a fine-tuning, on a CPU
-PRETRAINING_COST = 25
+def cell_costs(plan: list, pretraining, finetuning) -> list[int]:
+    """What each cell costs on two cores, in epochs of AB-MIL.
 
-
-def minutes_left(plan: list, done: int, seconds: float) -> str:
-    """By the time that the first `done` cells took; empty before the first."""
+    A step of pretraining costs about as much as one, an epoch with an encoder as twelve.
+    """
+    of_init = {i: dataclasses.replace(finetuning, init=i) for i in ("none", "random")}
+    epochs = {init: apply_preset(config).epochs for init, config in of_init.items()}
     costs = []
     pretrained = set()
     for seed, row, _ in plan:
         method, setting, *_ = row.split("-")
-        costs.append(COSTS[method])
+        costs.append(epochs["none"] if method == "abmil" else 12 * epochs["random"])
         encoder = (seed, method, setting)
         if method in ("mem", "cmem") and encoder not in pretrained:
-            costs[-1] += PRETRAINING_COST
+            costs[-1] += apply_preset(pretraining).steps or 0
             pretrained.add(encoder)
-    if not done:
-        return ""
-    minutes = seconds / 60 * sum(costs[done:]) / sum(costs[:done])
-    return f", about {plural(max(1, round(minutes)), 'minute')} left"
+    return costs
 
 
 def train_cell(seed: int, row: str, task: str, out: Path, pretraining, finetuning) -> dict:
