@@ -1759,9 +1759,9 @@ def tile_command(args) -> int:
     encoder = tile_encoder(args.encoder, device, args.weights)
     white = np.full((1, TILE_PX, TILE_PX, 3), 255, np.uint8)
     dim = encode_tiles(encoder, white, 1, device).shape[1]
-    flags = vars(args) | {"manifest": manifest, "device": device}
+    weights = file_sha256(args.weights) if args.weights else None
+    flags = vars(args) | {"manifest": manifest, "device": device, "weights_sha256": weights}
     flags["out"] = Path(args.out).resolve()
-    flags["weights_sha256"] = file_sha256(args.weights) if args.weights else None
     settings = TileSettings(**{name: flags[name] for name in TileSettings.__dataclass_fields__})
     paths = paths[share::shares]
     failed, empty = tile_all(paths, encoder, dim, settings)
@@ -2378,8 +2378,7 @@ def slide_findings(path) -> tuple:
     if checksum(slide.features, slide.cells, slide.valid, text) != text["sha256"]:
         findings.append(f"{path}: checksum differs: the file changed after it was written")
     bad = ~np.isfinite(slide.features) & slide.valid[..., None]  # (C, T, D)
-    if bad.any():
-        cells = slide.cells[bad.any(axis=(1, 2))].tolist()
+    if cells := slide.cells[bad.any(axis=(1, 2))].tolist():
         findings.append(f"{path}: NaN or infinite features in the cells {reprlib.repr(cells)}")
     return slide, findings
 
@@ -2765,7 +2764,7 @@ def number_in(kind, low, high):
     return number
 
 
-def place(text: str) -> str:
+def existing_place(text: str) -> str:
     """The type of a flag: a folder that is there, or a slide, whose absence costs itself alone."""
     if not Path(text).exists() and Path(text).suffix.lower() not in SLIDE_SUFFIXES:
         raise argparse.ArgumentTypeError(f"{text} does not exist")
@@ -2821,7 +2820,7 @@ def add_tile_flags(parser) -> None:
     """turn whole-slide images into slide files: tissue, cells on one lattice, embeddings"""
     parser.epilog = "example: python data.py tile --slides slides/ --out data/mine --mpp 0.5"
     add = parser.add_argument
-    files = {"nargs": "+", "metavar": "DIR|FILE", "type": place}
+    files = {"nargs": "+", "metavar": "DIR|FILE", "type": existing_place}
     places = "slides, or their folders; of a DICOM series name one file"
     add("--slides", required=True, help=places, **files)
     add_output_flags(parser)
@@ -2846,7 +2845,7 @@ def add_import_flags(parser) -> None:
     parser.epilog = "example: python data.py import --stamp 5x 10x 20x --mpp 0.25 --out data/mine"
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
-    folders = {"nargs": "+", "metavar": "DIR", "type": place}
+    folders = {"nargs": "+", "metavar": "DIR", "type": existing_place}
     folders["help"] = "its folders of feature files, one per magnification, from low to high"
     source.add_argument("--trident", **folders)
     source.add_argument("--stamp", **folders)

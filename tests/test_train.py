@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import ROOT, Command, run
 from sklearn.metrics import roc_auc_score
+from test_data import make_slide
 
 import data
 import mixmag
@@ -830,6 +831,18 @@ def test_a_dry_run_counts_and_writes_nothing(cohort, tmp_path):
         regions = sum(len(data.covering_windows(slides[i].cells, 2, 0.5)[0]) for i in ids)
         expected = [str(len(cases)), str(len(ids)), str(regions), f"{84 * regions:,d}"]
         assert planned[split] == expected
+
+
+def test_a_dry_run_names_slides_without_a_cell(tmp_path):
+    rows = [(f"c{i}", f"s{i}", i % 2, data.SPLITS[i // 2]) for i in range(6)]
+    for row in rows:
+        make_slide(tmp_path, row[1])
+    make_slide(tmp_path, "empty", cells=[])
+    rows.append(("c6", "empty", 0, "train"))
+    data.write_csv(tmp_path / "tasks" / "t.csv", COLUMNS, rows)
+    command = "train.py finetune --task t --init none --region 1 --dry-run --data ."
+    _, err = run(command, cwd=tmp_path)
+    assert "train: 1 slide without a token to read: empty\n" in err
 
 
 def test_one_damaged_slide_costs_itself(runs, cohort, tmp_path):
