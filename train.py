@@ -285,8 +285,9 @@ def used_slides(folder: Path, fold=None, seed=0) -> str:
         parts.append("no table in tasks/: finetune will refuse tasks that tune or test on them")
     for task, evaluated in data.evaluation_slides(tasks).items():
         left_out = sorted(evaluated - used)
-        named = ", ".join(left_out[:3])
-        parts.append(f"{task}.csv leaves out {len(left_out)}, such as {named}")
+        if left_out:
+            named = ", ".join(left_out[:3])
+            parts.append(f"{task}.csv leaves out {len(left_out)}, such as {named}")
         if evaluated & used:
             common = plural(len(evaluated & used), "slide")
             parts.append(f"finetune will refuse {task}: it tunes or tests on {common} of these")
