@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import errno
 import functools
 import glob
 import hashlib
@@ -204,11 +205,13 @@ def slide_paths(data, ids=None) -> list[Path]:
 
 
 def absent_slides(ids, files: dict) -> str:
-    """Says how many slides have no file. Empty where all have one."""
+    """Says how many slides have no file, and the likely mistake. Empty where all have one."""
     absent = sorted(set(map(composed, ids)) - files.keys())
     if not absent:
         return ""
-    return f"{plural(len(absent), 'slide')} without a file, such as {absent[0]!r}"
+    suffixes = {Path(slide_id).suffix for slide_id in absent if Path(slide_id).stem in files}
+    advice = "".join(f"; leave {suffix} out" for suffix in sorted(suffixes))
+    return f"{plural(len(absent), 'slide')} without a file, such as {absent[0]!r}{advice}"
 
 
 def embedding_signature(slide: Slide) -> str:
@@ -995,10 +998,13 @@ def decode_tile(file, head: bytes, expected: tuple, start: int, length: int) -> 
 def plain_jpeg_pages(reader: Reader, pages: list) -> dict:
     """{level: page} of the levels whose tiles are JPEG pictures of three 8-bit colours.
     Raises SlideReadError for tiles so large that OpenSlide would end the process for want of
-    memory, and for more or fewer than the level has."""
+    memory, for more or fewer than the level has, and for a macro in the scan's place."""
     found: dict = {}
     for page in pages:
         size = (page.imagewidth, page.imagelength)
+        if math.prod(size) > math.prod(reader.size):
+            smaller = f"{reader.path}: its first picture has {reader.size} px, a later one {size}"
+            raise SlideReadError(f"{smaller}; save the scan as the first")
         if not page.is_tiled or size not in reader.level_sizes:
             continue
         largest = max(4 * page.tilewidth * page.tilelength, *page.databytecounts)
@@ -1167,7 +1173,8 @@ def read_mask(path: Path, reader: Reader, shape: tuple) -> np.ndarray:
             colours = [band != "A" for band in image.getbands()]
             pixels = np.asarray(image).reshape(image.height, image.width, -1)
     except Exception as error:  # Pillow has half a dozen types for what is no picture
-        raise MixmagError(f"{path}: cannot be read as a mask ({error!r})") from None
+        enough = f"{shape[1]} x {shape[0]} px are enough"
+        raise MixmagError(f"{path}: cannot be read as a mask ({error!r}); {enough}") from None
     if abs(np.divide(*image.size) / np.divide(*reader.size) - 1) > 0.02:
         raise MixmagError(f"{path}: {image.size} is another shape than the slide's {reader.size}")
     tissue = Image.fromarray(pixels[..., colours].any(axis=2).astype(np.uint8) * 255)
@@ -1472,6 +1479,8 @@ def tile_encoder(name: str, device, weights=None):
         raise MixmagError(f"--encoder {name}: {type(error).__name__}: {error}") from None
     if isinstance(encoder, torch.nn.Module):
         return encoder.to(device).eval()
+    if not callable(encoder):
+        raise MixmagError(f"--encoder {name}: {factory}() returned {encoder!r}, no callable")
     return encoder
 
 
@@ -1750,9 +1759,9 @@ def tile_command(args) -> int:
     encoder = tile_encoder(args.encoder, device, args.weights)
     white = np.full((1, TILE_PX, TILE_PX, 3), 255, np.uint8)
     dim = encode_tiles(encoder, white, 1, device).shape[1]
-    flags = vars(args) | {"manifest": manifest, "device": device}
+    weights = file_sha256(args.weights) if args.weights else None
+    flags = vars(args) | {"manifest": manifest, "device": device, "weights_sha256": weights}
     flags["out"] = Path(args.out).resolve()
-    flags["weights_sha256"] = file_sha256(args.weights) if args.weights else None
     settings = TileSettings(**{name: flags[name] for name in TileSettings.__dataclass_fields__})
     paths = paths[share::shares]
     failed, empty = tile_all(paths, encoder, dim, settings)
@@ -1852,6 +1861,18 @@ def read_feature_file(path: Path, tool: str) -> FeatureFile:
     return found
 
 
+def settle_trident_sides(files: list[FeatureFile]) -> None:
+    """TRIDENT cuts tiles of a rounded side but states its floor: one more may be the true side."""
+    for more in (0, 1):
+        sides = [file.side + more for file in files]
+        halves = all(high == low / 2 for low, high in itertools.pairwise(sides))
+        on_lattice = not any((file.corners % (file.side + more)).any() for file in files)
+        if halves and on_lattice:
+            for file in files:
+                file.side += more
+            return
+
+
 def check_same_slide(files: list[FeatureFile]) -> None:
     for low, high in itertools.pairwise(files):
         if low.slide_size != high.slide_size:
@@ -1924,6 +1945,8 @@ def import_slide(job: ImportJob) -> str:
     if already_done(job.out, {"encoder": job.encoder, "settings": settings}, job.mpp):
         return "done before"
     files = [read_feature_file(path, job.tool) for path in job.paths]
+    if job.tool == "trident":
+        settle_trident_sides(files)
     check_same_slide(files)
     first = files[0]
     encoder = job.encoder or encoder_of(files)
@@ -2355,8 +2378,7 @@ def slide_findings(path) -> tuple:
     if checksum(slide.features, slide.cells, slide.valid, text) != text["sha256"]:
         findings.append(f"{path}: checksum differs: the file changed after it was written")
     bad = ~np.isfinite(slide.features) & slide.valid[..., None]  # (C, T, D)
-    if bad.any():
-        cells = slide.cells[bad.any(axis=(1, 2))].tolist()
+    if cells := slide.cells[bad.any(axis=(1, 2))].tolist():
         findings.append(f"{path}: NaN or infinite features in the cells {reprlib.repr(cells)}")
     return slide, findings
 
@@ -2410,6 +2432,8 @@ def verify(data) -> list[str]:
         findings += found
         if slide:
             made[embedding_signature(slide)].append(slide_id)
+            if not len(slide.cells):
+                show(f"{path}: holds no cell, which is no finding")
     names = task_names(data)
     if not slides and not names:
         raise MixmagError(f"{data} is no DATA folder: neither slides/ nor tasks/ holds anything")
@@ -2523,11 +2547,16 @@ def find_device(name: str) -> torch.device:
 
 
 def process_rank() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun says."""
-    world = int(os.environ.get("WORLD_SIZE") or 1)
-    if world == 1:  # whatever rank another job has left in the shell
+    """This process's number and how many there are, as torchrun says. Raises MixmagError where a
+    shell or job has only some of its variables."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    found = {name: os.environ.get(name, "") for name in names}
+    rank, world, _, _ = found.values()
+    if rank in ("", "0") and world in ("", "1"):
         return 0, 1
-    return int(os.environ["RANK"]), world
+    if not all(found.values()) or not (rank + world).isdecimal() or int(rank) >= int(world):
+        raise MixmagError(f"found {found}: start with torchrun, or unset RANK and WORLD_SIZE")
+    return int(rank), int(world)
 
 
 def log(text: str) -> None:
@@ -2543,7 +2572,10 @@ def show(text: str) -> None:
 
 
 def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    if "No such device" in text and not isinstance(error, MixmagError):
+        text += "; this disk takes no memory maps: copy the files to another"
+    return text
 
 
 def failure(error: Exception) -> str:
@@ -2616,14 +2648,22 @@ def whole_file(path):
         yield temporary
         if temporary.stat().st_mode != mode:  # safetensors' files are for their owner only
             temporary.chmod(mode)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        flush_to_disk(temporary)
         temporary.replace(path)
     # torch.save reports a full disk as a RuntimeError.
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise MixmagError(f"{path}: cannot be written ({one_line(error)})") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    try:
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise  # those three say that the share knows no fsync
 
 
 def visible_files(folder: Path, pattern: str) -> list[Path]:
@@ -2662,13 +2702,18 @@ def write_csv(path, header, rows) -> None:
         csv.writer(file).writerows([header, *rows])
 
 
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+
+
 def read_csv(path, columns) -> list[dict]:
     """Rows as dicts of stripped, composed text, and under "line" the line where each ends.
     Empty rows are skipped. Raises MixmagError for a file that is missing or no such table."""
     try:
         mark = "\t" if Path(path).suffix == ".tsv" else ","
-        text = Path(path).read_text("utf-8-sig")
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
+        raw = Path(path).read_bytes()
+        if b"\0" in raw:
+            raise ValueError("it is UTF-16")
+        reader = csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""), delimiter=mark)
         header = [name.strip() for name in next(reader, [])]
         rows = []
         for cells in reader:
@@ -2680,8 +2725,9 @@ def read_csv(path, columns) -> list[dict]:
         raise MixmagError(f"{path}: cannot be read as 'CSV UTF-8' ({error})") from None
     missing = ", ".join(name for name in columns if header.count(name) != 1)
     if missing:
-        found = f"found {header}, expected commas between columns"
-        raise MixmagError(f"{path}: column {missing} is missing or twice; {found}")
+        found = [name for other, name in SEPARATORS.items() if other in "".join(header)]
+        advice = "".join(f", with {name}: expected {SEPARATORS[mark]}" for name in found)
+        raise MixmagError(f"{path}: column {missing} is missing or twice; found {header}{advice}")
     return rows
 
 
@@ -2716,6 +2762,13 @@ def number_in(kind, low, high):
         return value
 
     return number
+
+
+def existing_place(text: str) -> str:
+    """The type of a flag: a folder that is there, or a slide, whose absence costs itself alone."""
+    if not Path(text).exists() and Path(text).suffix.lower() not in SLIDE_SUFFIXES:
+        raise argparse.ArgumentTypeError(f"{text} does not exist")
+    return text
 
 
 def share_of_slides(text: str) -> tuple[int, int]:
@@ -2767,7 +2820,7 @@ def add_tile_flags(parser) -> None:
     """turn whole-slide images into slide files: tissue, cells on one lattice, embeddings"""
     parser.epilog = "example: python data.py tile --slides slides/ --out data/mine --mpp 0.5"
     add = parser.add_argument
-    files = {"nargs": "+", "metavar": "DIR|FILE"}
+    files = {"nargs": "+", "metavar": "DIR|FILE", "type": existing_place}
     places = "slides, or their folders; of a DICOM series name one file"
     add("--slides", required=True, help=places, **files)
     add_output_flags(parser)
@@ -2792,9 +2845,10 @@ def add_import_flags(parser) -> None:
     parser.epilog = "example: python data.py import --stamp 5x 10x 20x --mpp 0.25 --out data/mine"
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
-    folders = "its folders of feature files, one per magnification, from low to high"
-    source.add_argument("--trident", nargs="+", metavar="DIR", help=folders)
-    source.add_argument("--stamp", nargs="+", metavar="DIR", help=folders)
+    folders = {"nargs": "+", "metavar": "DIR", "type": existing_place}
+    folders["help"] = "its folders of feature files, one per magnification, from low to high"
+    source.add_argument("--trident", **folders)
+    source.add_argument("--stamp", **folders)
     add_output_flags(parser)
     name = "the encoder's name (default: as the files say); of virchow2 the class token is kept"
     add("--encoder", help=name)

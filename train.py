@@ -278,18 +278,19 @@ def pretraining_split(folder: Path, holdout: float, fold=None, seed=0) -> tuple[
 def used_slides(folder: Path, fold=None, seed=0) -> str:
     """How many slides pretraining sees, and what each table leaves out or will be refused for."""
     used = set(data.pretraining_ids(folder, fold, seed))
-    parts = [f"{folder}: {len(used)} of {plural(len(data.slide_files(folder)), 'slide')} are used"]
+    slides = plural(len(data.slide_files(folder)), "slide")
+    parts = [f"{folder}: pretraining uses {len(used)} of {slides}"]
     tasks = data.read_tasks(folder, fold, seed)
     if not tasks:
         parts.append("no table in tasks/: finetune will refuse tasks that tune or test on them")
-    for task, slides in data.evaluation_slides(tasks).items():
-        left_out = sorted(slides - used)
-        named = ", ".join(left_out[:3])
-        parts.append(f"{task}.csv leaves out {len(left_out)}, such as {named}")
-        if slides & used:
-            parts.append(
-                f"finetune will refuse {task}: {len(slides & used)} of its slides are used"
-            )
+    for task, evaluated in data.evaluation_slides(tasks).items():
+        left_out = sorted(evaluated - used)
+        if left_out:
+            named = ", ".join(left_out[:3])
+            parts.append(f"{task}.csv leaves out {len(left_out)}, such as {named}")
+        if evaluated & used:
+            common = plural(len(evaluated & used), "slide")
+            parts.append(f"finetune will refuse {task}: it tunes or tests on {common} of these")
     return "; ".join(parts)
 
 
@@ -623,6 +624,9 @@ def split_cases(config, model, slides: dict, cases: list, classes) -> dict[str, 
         sets[split] = data.CaseDataset(
             slides, of_split, model.config.geometry(), model.index.cpu(), config.min_cover
         )
+        if dropped := sets[split].dropped:
+            named = ", ".join(dropped[:5])
+            log(f"{split}: {plural(len(dropped), 'slide')} without a token to read: {named}")
         labels = sorted(set(sets[split].labels))
         if split != "test" and len(labels) < max(2, len(classes)):
             raise MixmagError(
@@ -647,8 +651,6 @@ def finetune_loop(config, run: Run, model, sets: dict) -> dict:
         f"{split} {len(d)} cases, {len(d.rows)} slides{d.uncovered}" for split, d in sets.items()
     ]
     log(f"{run.folder}: {'; '.join(counts)}")
-    if dropped := [i for dataset in sets.values() for i in dataset.dropped]:
-        log(f"{plural(len(dropped), 'slide')} without a token to read: {dropped[:5]}")
     best = {"tune_auroc": -math.inf, **run.load(model, optimizer)}
     start = best.pop("done")
     bar = progress(total=config.epochs * steps, initial=start * steps, desc="finetune")

@@ -1,5 +1,6 @@
 """Slide files, data sets, tasks, cohort, verify.     python -m pytest tests/test_data.py"""
 
+import errno
 import hashlib
 import io
 import json
@@ -1041,17 +1042,35 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     assert data.find_device("auto") == data.find_device("cuda") == torch.device("cuda:1")
 
 
+PLACE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+REFUSED = "found .*: start with torchrun, or unset RANK and WORLD_SIZE"
+
+
 @pytest.mark.parametrize(
-    "left, rank",
-    [({}, (0, 1)), ({"RANK": "1"}, (0, 1)), ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2))],
+    "left, found",
+    [
+        ({}, (0, 1)),
+        ({"RANK": "0"}, (0, 1)),
+        ({"WORLD_SIZE": "1", "MASTER_PORT": "1"}, (0, 1)),
+        (PLACE, (1, 2)),
+        ({"RANK": "1"}, REFUSED),
+        ({"WORLD_SIZE": "2"}, REFUSED),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, REFUSED),
+        ({**PLACE, "RANK": "2"}, REFUSED),
+        ({**PLACE, "RANK": "one"}, REFUSED),
+    ],
 )
-def test_a_process_alone_is_the_first(monkeypatch, left, rank):
-    """Whatever rank another job left: a second one would train and write nothing."""
-    for name in ("RANK", "WORLD_SIZE"):
+def test_half_of_what_torchrun_sets_is_refused(monkeypatch, left, found):
+    """A rank of its own would train and write nothing, or wait for others."""
+    for name in PLACE:
         monkeypatch.delenv(name, raising=False)
     for name, value in left.items():
         monkeypatch.setenv(name, value)
-    assert data.process_rank() == rank
+    if found == REFUSED:
+        with pytest.raises(MixmagError, match=found):
+            data.process_rank()
+    else:
+        assert data.process_rank() == found
 
 
 class Terminal(io.StringIO):
@@ -1065,6 +1084,33 @@ def test_a_line_stands_by_itself_above_the_bar(monkeypatch):
     data.log("a line")
     bar.close()
     assert "\ra line\n" in sys.stderr.getvalue()
+
+
+@pytest.mark.parametrize("refused", [errno.EINVAL, errno.ENOSPC])
+def test_a_share_need_not_know_fsync(tmp_path, monkeypatch, refused):
+    """A full disk fails all the same."""
+
+    def fsync(descriptor):
+        raise OSError(refused, os.strerror(refused))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    path = tmp_path / "t.txt"
+    if refused == errno.EINVAL:
+        data.write_text(path, "whole")
+        assert path.read_text() == "whole"
+    else:
+        with pytest.raises(MixmagError, match="t.txt: cannot be written .*No space"):
+            data.write_text(path, "whole")
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_memory_maps_is_said(tmp_path, capsys):
+    """The kernel's own files refuse them."""
+    (tmp_path / "slides").mkdir()
+    (tmp_path / "slides" / "a.safetensors").symlink_to("/proc/self/maps")
+    assert data.run_command(data.read_slides, tmp_path) == 1
+    said = "this disk takes no memory maps: copy the files to another"
+    assert capsys.readouterr().err.count(said) == 1
 
 
 def test_weights_and_slides_can_be_read_by_whom_the_umask_lets(tmp_path):
@@ -1082,10 +1128,10 @@ TABLE = "case_id,slide_id,label,split\nc,S1,1,train\n"
 @pytest.mark.parametrize(
     "raw, said",
     [
-        (TABLE.replace(",", ";").encode(), "found .'case_id;slide_id.*, expected commas"),
-        (TABLE.replace(",", "\t").encode(), "expected commas"),
-        (TABLE.encode("utf-16"), "cannot be read as 'CSV UTF-8'"),
-        (TABLE.encode("utf-16-le"), "column case_id, .* missing"),
+        (TABLE.replace(",", ";").encode(), "with semicolons: expected commas"),
+        (TABLE.replace(",", "\t").encode(), "with tabs: expected commas"),
+        (TABLE.encode("utf-16"), "cannot be read as 'CSV UTF-8' .it is UTF-16"),
+        (TABLE.encode("utf-16-le"), "it is UTF-16"),
         (TABLE.replace("S1", "Grün").encode("cp1252"), "cannot be read as 'CSV UTF-8'"),
         (TABLE.replace("label", "label,label").encode(), "column label is missing or twice"),
     ],
@@ -1126,7 +1172,7 @@ def test_ids_are_compared_in_one_form_of_unicode(tmp_path):
 def test_a_table_of_other_slides_holds_nothing_out_and_is_refused(tmp_path):
     make_slide(tmp_path, "S1")
     task(tmp_path, [("c", "S1.svs", 1, "test")])
-    with pytest.raises(MixmagError, match="t.csv: 1 slide without a file, such as 'S1.svs'"):
+    with pytest.raises(MixmagError, match="t.csv: 1 slide .*'S1.svs'; leave .svs out"):
         data.pretraining_ids(tmp_path)
     (tmp_path / "tasks" / "t.csv").rename(tmp_path / "tasks" / "t.CSV")
     with pytest.raises(MixmagError, match="t.CSV: expected a table whose name ends with .csv"):

@@ -239,6 +239,22 @@ def test_of_virchow2_the_class_token_is_kept(tmp_path, encoder, width):
     assert_holds(slide, expected)
 
 
+@pytest.mark.parametrize("power, tiles", [(39.99, 1), (39.99, 0), (40.005, 1), (35, 1)])
+def test_trident_states_a_floored_side(tmp_path, power, tiles):
+    """A scan at 39.99x is cut at round(447.888) = 448 px; the attribute says 447. Also where a
+    magnification has no tile that could tell."""
+    paths = [tmp_path / str(m) / "s.h5" for m in THREE]
+    for k, magnification in enumerate(THREE):
+        side = 224 * power / magnification
+        corners = grid(4 * 2**k, 3 * 2**k, round(side))
+        some = len(corners) if k else len(corners) * tiles
+        trident_file(paths[k], corners[:some], magnification, side // 1)
+    slide, _ = import_files(tmp_path, paths)
+    assert slide.meta["cell_px"] == round(224 * power / 5) and len(slide.cells) == 12
+    assert slide.meta["mpp"] == pytest.approx(10 / power, rel=1e-3)
+    assert slide.valid[:, 0].all() == tiles and slide.valid[:, 1:].all()
+
+
 def test_import_says_where_mpp_and_encoder_are_from(tmp_path):
     """--encoder names what the files do not. A second time, other settings are refused."""
     paths = three(tmp_path, encoder=None)
@@ -370,11 +386,12 @@ def test_folders_that_cannot_be_meant(tmp_path):
     for place in ("p/x.h5", "q/x.h5"):
         (tmp_path / place).parent.mkdir(parents=True)
         (tmp_path / place).touch()
-    flags = ("--trident", tmp_path / "p", "elsewhere", "--out", "d")
-    assert "elsewhere: no feature files" in run("data.py import", *flags, cwd=tmp_path, code=1)[1]
+    (tmp_path / "empty").mkdir()
+    flags = ("--trident", tmp_path / "p", "empty", "--out", "d")
+    assert "empty: no feature files" in run("data.py import", *flags, cwd=tmp_path, code=1)[1]
     with pytest.raises(MixmagError, match="two files of one slide"):
         data.files_by_id(tmp_path, "**/*.h5")
-    for flags in ((), ("--trident", "a", "--stamp", "b")):
+    for flags in ((), ("--trident", "p", "--stamp", "q"), ("--stamp", "gone")):
         run("data.py", "import", *flags, "--out", "d", cwd=tmp_path, code=2)
 
 

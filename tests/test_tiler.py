@@ -264,12 +264,18 @@ def test_nothing_is_upsampled(no_tissue):
     assert plan(0.25, (1.0, 1.95), [(9000, 9000), (4500, 4737)]).level == 0
 
 
-def test_a_macro_among_the_levels_is_passed_over(tmp_path):
-    """The macro is the first picture, the scan the second: it does not fit the pyramid."""
-    with tifffile.TiffWriter(tmp_path / "s.tiff") as tiff:
-        for picture, kind in ((glass(900, 1200), 0), (pink(2000, 2000), 1)):
-            tiff.write(picture, tile=(256, 256), photometric="rgb", subfiletype=kind)
-    reader = data.Reader(tmp_path / "s.tiff")
+def test_a_macro_is_never_taken_for_the_scan(tmp_path):
+    """The macro is the first picture, the scan the second. As a level of the pyramid the macro does
+    not fit, and is passed over."""
+    paths = [tmp_path / "0.tiff", tmp_path / "1.tiff"]
+    for kind, path in enumerate(paths):
+        with tifffile.TiffWriter(path) as tiff:
+            for picture, subfiletype in ((glass(900, 1200), 0), (pink(2000, 2000), kind)):
+                form = {"photometric": "rgb", "subfiletype": subfiletype}
+                tiff.write(picture, tile=(256, 256), **form)
+    with pytest.raises(SlideReadError, match=r"\(1200, 900\) px, a later one \(2000, 2000\); save"):
+        data.Reader(paths[0])
+    reader = data.Reader(paths[1])
     assert reader.level_sizes == ((2000, 2000), (1200, 900)) and reader.level_for(8.0) == 0
 
 
@@ -829,7 +835,7 @@ def test_png_masks_cover_the_whole_slide(tmp_path, mode, size):
         ("m.png", Image.new("L", (50, 90), 255), r"\(50, 90\) is another shape.*\(9000, 5000\)"),
         ("m.png", Image.new("L", (92, 50), 255), r"\(92, 50\) is another shape"),
         ("m.png", b"no picture", "m.png: cannot be read as a mask"),
-        ("m.png", Image.new("1", (27000, 15000)), "m.png: cannot be read .*exceeds limit"),
+        ("m.png", Image.new("1", (27000, 15000)), "m.png: .*; 281 x 156 px are enough"),
     ],
 )
 def test_masks_that_are_none_are_refused(tmp_path, name, content, message):
@@ -993,7 +999,8 @@ def test_bad_slides_are_listed_and_the_rest_is_done(tmp_path):
     assert "'utf-8' codec can't encode" in failed["Pr\\udce4parat"]
     assert [len(tiled(tmp_path / "d", i).cells) for i in ("good", "white")] == [1, 0]
     out, _ = run("data.py verify", "d", cwd=tmp_path)
-    assert out == "d: 2 slides, 0 task tables, 0 findings\n"
+    note = "d/slides/white.safetensors: holds no cell, which is no finding\n"
+    assert out == f"{note}d: 2 slides, 0 task tables, 0 findings\n"
     assert data.verify(tmp_path / "d") == []
 
 
@@ -1138,6 +1145,13 @@ def test_flags_of_one_run_do_not_undo_another(tmp_path, monkeypatch, capsys):
         tile(*flags, "--weights", weights)
 
 
+def test_a_folder_that_is_not_there_is_a_usage_error(tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        tile("--slides", tmp_path / "slide", "--out", tmp_path / "d")
+    assert left.value.code == 2 and "slide does not exist" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_shares_and_their_lists_of_failures(tmp_path, capsys):
     slides, out = tmp_path / "slides", tmp_path / "d"
     slides.mkdir()
@@ -1174,6 +1188,8 @@ def factory():
     return lambda tiles: tiles.float().mean((1, 2))
 def raises():
     raise KeyError('weights')
+def nothing():
+    pass
 """)
     (tmp_path / "syntax.py").write_text("def f(:\n")
     monkeypatch.chdir(tmp_path)
@@ -1183,6 +1199,7 @@ def raises():
     assert slide.meta["encoder"] == "mine:factory" and slide.features.shape == (9, 21, 3)
     for name, message in (
         ("mine:raises", "KeyError: 'weights'"),
+        ("mine:nothing", "returned None, no callable"),
         ("mine:absent", "absent"),
         ("syntax:f", "SyntaxError"),
         ("absent:f", "No module named"),

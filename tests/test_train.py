@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import ROOT, Command, run
 from sklearn.metrics import roc_auc_score
+from test_data import make_slide
 
 import data
 import mixmag
@@ -610,15 +611,15 @@ def test_what_the_tables_leave_out_is_said(cohort, copy_of):
         rows = [(i, ids[i], i % 2, splits[i]) for i in range(len(ids))]
         tables[f"fold{fold}"] = rows
     text = train.used_slides(copy_of("all", **tables))
-    assert f"0 of {len(ids)} slides are used; fold0.csv leaves out" in text
+    assert f"pretraining uses 0 of {len(ids)} slides; fold0.csv leaves out" in text
     assert f"fold2.csv leaves out {2 * len(ids) // 3}, such as {ids[1]}" in text
     text = train.used_slides(copy_of("none"))
-    assert f"{len(ids)} of {len(ids)} slides are used; no table in tasks/: finetune will" in text
+    assert f"{len(ids)} of {len(ids)} slides; no table in tasks/: finetune will" in text
     folder = copy_of("listed", fold0=tables["fold0"])
     data.write_csv(folder / "pretrain.csv", ("slide_id",), [[ids[0]], [ids[2]]])
     text = train.used_slides(folder)
-    assert f"2 of {len(ids)} slides are used" in text
-    assert "finetune will refuse fold0: 1 of its slides are used" in text
+    assert f"2 of {len(ids)} slides; fold0" in text
+    assert "finetune will refuse fold0: it tunes or tests on 1 slide of these" in text
 
 
 FOLDS = ("case_id", "slide_id", "label", "fold_0", "fold_1")
@@ -830,6 +831,18 @@ def test_a_dry_run_counts_and_writes_nothing(cohort, tmp_path):
         regions = sum(len(data.covering_windows(slides[i].cells, 2, 0.5)[0]) for i in ids)
         expected = [str(len(cases)), str(len(ids)), str(regions), f"{84 * regions:,d}"]
         assert planned[split] == expected
+
+
+def test_a_dry_run_names_slides_without_a_cell(tmp_path):
+    rows = [(f"c{i}", f"s{i}", i % 2, data.SPLITS[i // 2]) for i in range(6)]
+    for row in rows:
+        make_slide(tmp_path, row[1])
+    make_slide(tmp_path, "empty", cells=[])
+    rows.append(("c6", "empty", 0, "train"))
+    data.write_csv(tmp_path / "tasks" / "t.csv", COLUMNS, rows)
+    command = "train.py finetune --task t --init none --region 1 --dry-run --data ."
+    _, err = run(command, cwd=tmp_path)
+    assert "train: 1 slide without a token to read: empty\n" in err
 
 
 def test_one_damaged_slide_costs_itself(runs, cohort, tmp_path):
