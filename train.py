@@ -193,7 +193,7 @@ class PretrainConfig(TrainingConfig):
     lr: float = setting(None, "peak rate, instead of the base rate", type=RATE)
     blr: float = setting(None, "lr = blr * batch / 256", small=0.032, paper=1.5e-4, type=RATE)
     weight_decay: float = setting(None, "on matrices", small=0.3, paper=0.05, type=DECAY)
-    visible: float = setting(
+    kept_weight: float = setting(
         None,
         "weight of the loss at kept tokens (the paper has none)",
         small=0.5,
@@ -240,9 +240,9 @@ def pretrain(config: PretrainConfig) -> dict:
     torch.manual_seed(config.seed)
     model: mixmag.MaskedEmbeddingModel
     if config.source:
-        model = mixmag.ContrastiveEmbeddingModel(model_config, config.visible)
+        model = mixmag.ContrastiveEmbeddingModel(model_config, config.kept_weight)
     else:
-        model = mixmag.MaskedEmbeddingModel(model_config, config.visible)
+        model = mixmag.MaskedEmbeddingModel(model_config, config.kept_weight)
     mean, std, directions = data.feature_statistics(slides)
     model.encoder.standardize.fit(mean, std)
     model.decoder.standardize.fit(mean, std)
@@ -1658,17 +1658,17 @@ def predict(run, folder=None, slides=None, out=None, device: str = "auto") -> in
 
 @dataclass
 class OutputPlaces:
-    """Where the T outputs of a slide lie: its valid tokens, or its regions for `cls`."""
+    """Where the L outputs of a slide lie: its valid tokens, or its regions for `cls`."""
 
     slide: data.Slide
     labels: list[str]  # names of the magnifications; "regions" for `cls`
-    window: np.ndarray  # (T,)
-    region: np.ndarray  # (T, 2) the window's col, row on the lattice of regions
-    token: np.ndarray  # (T,) which of the window's outputs
-    k: np.ndarray  # (T,) index of the magnification
-    side: np.ndarray  # (T,) level-0 px, not rounded
-    place: np.ndarray  # (T, 2) col, row on the lattice of this side
-    box: np.ndarray  # (T, 4) left, top, right, bottom in level-0 px, rounded
+    window: np.ndarray  # (L,)
+    region: np.ndarray  # (L, 2) the window's col, row on the lattice of regions
+    token: np.ndarray  # (L,) which of the window's outputs
+    k: np.ndarray  # (L,) index of the magnification
+    side: np.ndarray  # (L,) level-0 px, not rounded
+    place: np.ndarray  # (L, 2) col, row on the lattice of this side
+    box: np.ndarray  # (L, 4) left, top, right, bottom in level-0 px, rounded
 
 
 def output_places(model, dataset, slide_id: str) -> OutputPlaces:
@@ -1732,7 +1732,7 @@ def embed_slide(model, dataset, slide, out: Path, made_by: dict, machine) -> Non
     with torch.inference_mode(), machine.autocast():
         h = model.encode_chunks(*data.as_batch(x, valid, machine.device))  # (W, n or 1, d)
     places = output_places(model, dataset, slide.slide_id)
-    outputs = h.float().cpu().numpy()[places.window, places.token]  # (T, d)
+    outputs = h.float().cpu().numpy()[places.window, places.token]  # (L, d)
     if not np.isfinite(outputs).all():
         raise MixmagError("its outputs are not finite; see data.py verify")
     for k, (path, attributes) in enumerate(files):
@@ -1793,9 +1793,9 @@ WEIGHTS = ("attention", "ratio", "rank")  # fields of the next class
 class AttentionTable(OutputPlaces):
     """What a model pooled of a slide, in its order, and with what weight."""
 
-    attention: np.ndarray  # (T,) its weights, which sum to 1
-    ratio: np.ndarray  # (T,) to the mean weight of the magnification
-    rank: np.ndarray  # (T,) share of the magnification's weights that are no larger
+    attention: np.ndarray  # (L,) its weights, which sum to 1
+    ratio: np.ndarray  # (L,) to the mean weight of the magnification
+    rank: np.ndarray  # (L,) share of the magnification's weights that are no larger
 
     def frames(self) -> np.ndarray:
         """(W, 4): the box around the tokens of each region."""
@@ -1805,7 +1805,7 @@ class AttentionTable(OutputPlaces):
 
 
 def outlines(box: np.ndarray) -> np.ndarray:
-    """(T, 5, 2): a closed polygon around each box, level-0 px."""
+    """(L, 5, 2): a closed polygon around each box, level-0 px."""
     return box[:, [0, 1, 2, 1, 2, 3, 0, 3, 0, 1]].reshape(-1, 5, 2)
 
 
