@@ -644,7 +644,7 @@ def finetune_loop(config, run: Run, model, sets: dict) -> dict:
     steps = math.ceil(len(sets["train"]) / config.batch_size)
     log(f"{run.folder}: {parameter_count(model)}, {config.epochs} epochs of {steps} steps")
     counts = [
-        f"{split} {len(d)} cases, {len(d.rows)} slides{d.uncovered}" for split, d in sets.items()
+        f"{split} {len(d)} cases, {len(d.corners)} slides{d.uncovered}" for split, d in sets.items()
     ]
     log(f"{run.folder}: {'; '.join(counts)}")
     if dropped := [i for dataset in sets.values() for i in dataset.dropped]:
@@ -736,10 +736,10 @@ def update_cache(model, dataset, cached: bool, machine) -> None:
     if not cached:
         dataset.cached.clear()
         return
-    for slide_id, rows in progress(dataset.rows.items(), desc="encoder outputs"):
+    for slide_id, window_cells in progress(dataset.window_cells.items(), desc="encoder outputs"):
         if slide_id in dataset.cached:
             continue
-        x, valid = data.gather(dataset.slides[slide_id], rows, dataset.entries)
+        x, valid = data.gather(dataset.slides[slide_id], window_cells, dataset.entries)
         with torch.no_grad(), machine.autocast():
             h = model.encode_chunks(*data.as_batch(x, valid, machine.device))
         dataset.cached[slide_id] = (h.float().cpu().numpy(), valid)
@@ -1157,9 +1157,11 @@ def finetuning_plan(model, sets: dict) -> str:
     """What the task asks for: cases, slides, regions and tokens of each split."""
     lines = [f"{'':8s}{'cases':>8s}{'slides':>8s}{'regions':>9s}{'tokens':>13s}"]
     for split, dataset in sets.items():
-        regions = sum(len(rows) for rows in dataset.rows.values())
+        regions = sum(map(len, dataset.corners.values()))
         tokens = regions * len(model.index)
-        lines.append(f"{split:8s}{len(dataset):8d}{len(dataset.rows):8d}{regions:9d}{tokens:13,d}")
+        lines.append(
+            f"{split:8s}{len(dataset):8d}{len(dataset.corners):8d}{regions:9d}{tokens:13,d}"
+        )
     return "\n".join(lines)
 
 
@@ -1676,7 +1678,7 @@ def output_places(model, dataset, slide_id: str) -> OutputPlaces:
     R = model.config.region
     slide = dataset.slides[slide_id]
     corners = dataset.corners[slide_id]  # in cells
-    _, valid = data.token_index(slide, dataset.rows[slide_id], dataset.entries)  # (W, n)
+    _, valid = data.token_index(slide, dataset.window_cells[slide_id], dataset.entries)  # (W, n)
     outputs = model.config.geometry().token_table()[model.index.cpu()].numpy()  # (n, 3)
     labels = [f"{m}x" for m in slide.meta["magnifications"]]
     cells = 1  # per side of an output at the lowest magnification
@@ -1728,7 +1730,7 @@ def embed_slide(model, dataset, slide, out: Path, made_by: dict, machine) -> Non
     written = [is_written(path, attributes) for path, attributes in files]
     if all(written):
         return
-    x, valid = data.gather(slide, dataset.rows[slide.slide_id], dataset.entries)
+    x, valid = dataset.read(slide.slide_id)
     with torch.inference_mode(), machine.autocast():
         h = model.encode_chunks(*data.as_batch(x, valid, machine.device))  # (W, n or 1, d)
     places = output_places(model, dataset, slide.slide_id)
