@@ -432,10 +432,10 @@ class CaseDataset(torch.utils.data.Dataset):
         self.cached: dict[str, tuple] = {}
         self.cases: list[Case] = []
         self.dropped: list[str] = []
-        uncovered = 0
+        lost = 0  # cells
         for case in cases:
             for slide_id in case.slide_ids:
-                uncovered += self.find_windows(slide_id, geometry.region, min_cover)
+                lost += self.find_windows(slide_id, geometry.region, min_cover)
             usable = [i for i in case.slide_ids if i in self.corners]
             self.dropped += [i for i in case.slide_ids if i not in self.corners]
             if usable:
@@ -443,9 +443,8 @@ class CaseDataset(torch.utils.data.Dataset):
         self.labels = [case.label for case in self.cases]
         cells = sum(len(slides[slide_id].cells) for slide_id in self.corners)
         self.uncovered = ""
-        if uncovered:
-            counts = f"{uncovered} of {cells} cells"
-            self.uncovered = f"; {counts} lie in windows that --min-cover leaves out"
+        if lost:
+            self.uncovered = f"; {lost} of {cells} cells lie in windows that --min-cover leaves out"
 
     def find_windows(self, slide_id: str, region: int, min_cover: float) -> int:
         """Note the slide's windows with a valid token. Returns how many cells min_cover costs."""

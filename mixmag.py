@@ -688,8 +688,7 @@ class SlideClassifier(nn.Module):
         return cls.flatten(1)[:, None] if self.tokens == "cls" else tokens
 
     def encode_chunks(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """As `encode`, some regions at a time. If the encoder learns, backward computes each chunk
-        again, so that memory holds the activations of one chunk only."""
+        """As `encode`, chunk by chunk; backward computes each again, to hold one at a time."""
         learns = self.encoder is not None and self.encoder.pos.requires_grad
         recompute = learns and torch.is_grad_enabled() and len(x) > self.chunk
         encoded = []
