@@ -454,9 +454,7 @@ def mem_loss(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return (weight * cosine_loss(pred, target)).sum(1).mean()  # Eq. 2, mean over regions
 
 
-def level_losses(
-    geometry: Geometry, pred: Tensor, target: Tensor, removed: Tensor, valid: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def level_losses(geometry, pred, target, removed, valid=None) -> tuple[Tensor, Tensor]:
     """pred, target (B, M, D) at removed (B, M) -> (K,) sums, (K,) counts of their valid tokens."""
     level = geometry.level(removed.device)[removed].flatten()  # (B M,)
     loss = cosine_loss(pred, target)  # (B, M)
@@ -662,9 +660,7 @@ class SlideClassifier(nn.Module):
         else:
             width = config.width * (config.cls_tokens if tokens == "cls" else 1)
         self.dropout = nn.Dropout(dropout)
-        if pool is None:
-            pool = GatedABMIL(width, hidden).apply(init_linear)
-        self.pool = pool
+        self.pool = GatedABMIL(width, hidden).apply(init_linear) if pool is None else pool
         self.head = nn.Linear(width, outputs)
         init_linear(self.head)
 

@@ -232,11 +232,8 @@ def pretrain(config: PretrainConfig) -> dict:
         return run.result()
     log(used_slides(folder, *chosen))
     torch.manual_seed(config.seed)
-    model: mixmag.MaskedEmbeddingModel
-    if config.source:
-        model = mixmag.ContrastiveEmbeddingModel(model_config, config.kept_weight)
-    else:
-        model = mixmag.MaskedEmbeddingModel(model_config, config.kept_weight)
+    kind = mixmag.ContrastiveEmbeddingModel if config.source else mixmag.MaskedEmbeddingModel
+    model = kind(model_config, config.kept_weight)
     mean, std, directions = data.feature_statistics(slides)
     model.encoder.standardize.fit(mean, std)
     model.decoder.standardize.fit(mean, std)
@@ -638,10 +635,8 @@ def finetune_loop(config, run: Run, model, sets: dict) -> dict:
     optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
     steps = math.ceil(len(sets["train"]) / config.batch_size)
     log(f"{run.folder}: {parameter_count(model)}, {config.epochs} epochs of {steps} steps")
-    counts = [
-        f"{split} {len(d)} cases, {len(d.corners)} slides{d.uncovered}" for split, d in sets.items()
-    ]
-    log(f"{run.folder}: {'; '.join(counts)}")
+    for split, found in sets.items():
+        log(f"{split}: {len(found)} cases, {len(found.corners)} slides{found.uncovered}")
     if dropped := [i for dataset in sets.values() for i in dataset.dropped]:
         log(f"{plural(len(dropped), 'slide')} without a token to read: {dropped[:5]}")
     best = {"tune_auroc": -math.inf, **run.load(model, optimizer)}
@@ -685,7 +680,7 @@ def finetune_epoch(config, model, optimizer, dataset, epoch: int, run, bar) -> t
     )
     for i, batch in enumerate(loads):
         step = epoch * len(batches) + i
-        # dropout follows from seed, step and process, so a resumed run draws the same
+        # dropout follows from seed, step and process: a resumed run draws the same
         torch.manual_seed((1_000_003 * config.seed + step) * machine.world + machine.rank)
         part = finetune_step(model, batch, config.smoothing, len(batches[i]), machine)
         loss = machine.sum(torch.tensor(part)).item()
@@ -718,8 +713,7 @@ def finetune_step(model, batch: dict, smoothing: float, cases: int, machine) -> 
         logit = slide_logits(model, batch)  # (S,) or (S, G)
     label = batch["label"][batch["case"]]  # (S,)
     loss = OUTCOME.loss(logit, label, smoothing)
-    # Eq. 9, whose minimum is that of the smoothed loss
-    loss = mixmag.min_slide_loss(loss, batch["case"]).sum() / cases
+    loss = mixmag.min_slide_loss(loss, batch["case"]).sum() / cases  # Eq. 9, of smoothed losses
     machine.scaler.scale(loss).backward()
     return loss.item()
 
