@@ -635,8 +635,8 @@ def finetune_loop(config, run: Run, model, sets: dict) -> dict:
     optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
     steps = math.ceil(len(sets["train"]) / config.batch_size)
     log(f"{run.folder}: {parameter_count(model)}, {config.epochs} epochs of {steps} steps")
-    for split, found in sets.items():
-        log(f"{split}: {len(found)} cases, {len(found.corners)} slides{found.uncovered}")
+    for split, dataset in sets.items():
+        log(f"{split}: {len(dataset)} cases, {len(dataset.corners)} slides{dataset.uncovered}")
     if dropped := [i for dataset in sets.values() for i in dataset.dropped]:
         log(f"{plural(len(dropped), 'slide')} without a token to read: {dropped[:5]}")
     best = {"tune_auroc": -math.inf, **run.load(model, optimizer)}

@@ -22,6 +22,7 @@ from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -734,5 +735,7 @@ def test_every_python_block_of_the_readme_runs(readme_run, monkeypatch, capsys):
     white = np.zeros((2, 224, 224, 3), np.uint8)
     assert data.encode_tiles(names["Lite0"]().eval(), white, 2, "cpu").shape == (2, 3)
     folder, _ = readme_run
-    names["clam"](next(folder.glob("embeddings/**/S1.h5")), folder / "S1.pt")
+    (line,) = re.findall(r"`(torch\.save\(.*?\))`", README)
+    names |= {"h5_file": next(folder.glob("embeddings/**/S1.h5")), "pt_file": folder / "S1.pt"}
+    exec(line, {**names, "h5py": h5py})
     assert torch.load(folder / "S1.pt", weights_only=True).shape == (1, 4 * 96)
