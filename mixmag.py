@@ -482,7 +482,7 @@ class Outputs:
 class MaskedEmbeddingModel(nn.Module):
     """MEM: encode the kept tokens, predict the removed ones. Source: paper 3.1.1, figure 2a.
 
-    kept_weight: that of the same loss at the kept tokens, which the paper does not have. It makes
+    kept_weight: weight of the same loss at the kept tokens, which the paper does not have. It makes
     the encoder's outputs hold what they were given.
     """
 
