@@ -6,10 +6,10 @@
     python data.py split  labels.csv --out data/mine/tasks/t.csv  folds of a task table
     python data.py verify data/mine                               checksums, values, tasks, leakage
 
-Shape letters as in mixmag.py, and C cells of a slide, W windows (regions) of it. Lengths in `_px`
-are level-0 pixels unless the comment says otherwise; mpp is micrometres per pixel; a place on a
-lattice is (col, row). Here a level is one of the slide's pyramid, and k is the index of a
-magnification, which mixmag.py calls a level.
+Shape letters as in mixmag.py, and C cells of a slide, W windows (regions) of it, G classes of a
+task. Lengths in `_px` are level-0 pixels unless the comment says otherwise; mpp is micrometres per
+pixel; a place on a lattice is (col, row). Here a level is one of the slide's pyramid, and k is the
+index of a magnification, which mixmag.py calls a level.
 """
 
 from __future__ import annotations
@@ -122,9 +122,10 @@ def write_slide(path, features, cells, valid, meta: dict) -> None:
         text[name] = value if name in TEXT_FIELDS else json.dumps(value)
     text["sha256"] = checksum(features, cells, valid, text)
     arrays = {"features": features, "cells": cells, "valid": valid}
+    # save_file writes non-contiguous arrays in the wrong order
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     with whole_file(path) as temporary:
-        safetensors.numpy.save_file(contiguous, temporary, text)  # it scrambles others
+        safetensors.numpy.save_file(contiguous, temporary, text)
 
 
 def read_slide(path) -> Slide:
@@ -232,10 +233,9 @@ def magnification_entries(k: int) -> slice:
 
 
 def windows(cells, region: int, stride: int, min_cover: float) -> tuple:
-    """Windows of region x region cells that hold at least the fraction `min_cover` of their cells.
-    cells (C, 2) -> rows (W, R*R), which of the C cells a window holds, -1 where a cell is missing,
-    and corners (W, 2): col, row. Corners lie on a lattice of `stride`. With stride 1 windows
-    overlap."""
+    """Windows of region x region cells that hold at least the share `min_cover` of their cells.
+    cells (C, 2) -> window_cells (W, R*R): the indices of a window's cells, row by row, -1 where a
+    cell is missing; and corners (W, 2): col, row of its first cell, multiples of `stride`."""
     if not len(cells):
         return np.empty((0, region**2), int), np.empty((0, 2), int)
     start = (cells.min(axis=0) - region + 1) // stride * stride  # the first corner
@@ -243,40 +243,42 @@ def windows(cells, region: int, stride: int, min_cover: float) -> tuple:
     grid = np.full((height, width), -1)
     col, row = (cells - start).T
     grid[row, col] = np.arange(len(cells))
-    every = np.lib.stride_tricks.sliding_window_view(grid, (region, region))
-    every = every[::stride, ::stride]  # (h, w, R, R)
-    share = (every >= 0).mean(axis=(2, 3))  # (h, w)
+    window_cells = np.lib.stride_tricks.sliding_window_view(grid, (region, region))
+    window_cells = window_cells[::stride, ::stride]  # (h, w, R, R)
+    share = (window_cells >= 0).mean(axis=(2, 3))  # (h, w)
     kept = (share > 0) & (share >= min_cover)
     corners = start + stride * np.argwhere(kept)[:, ::-1]
-    return every[kept].reshape(-1, region**2), corners
+    return window_cells[kept].reshape(-1, region**2), corners
 
 
 def covering_windows(cells, region: int, min_cover: float) -> tuple:
     """`windows` side by side, for fine-tuning and inference.
     A slide may be so small or narrow that no window is full enough. Then the limit is `min_cover`
     of the cells of its fullest window."""
-    rows, corners = windows(cells, region, region, 0.0)
-    present = (rows >= 0).sum(axis=1)  # (W,)
+    window_cells, corners = windows(cells, region, region, 0.0)
+    present = (window_cells >= 0).sum(axis=1)  # (W,)
     kept = present >= min_cover * region**2
     if not kept.any():
         kept = present >= min_cover * present.max(initial=0)
-    return rows[kept], corners[kept]
+    return window_cells[kept], corners[kept]
 
 
-def token_index(slide: Slide, rows, entries) -> tuple:
-    """Where tokens of windows stand in the slide: (W, n) of its C*T embeddings, and valid (W, n).
-    rows (W, R*R): the cells of each window. entries (n,) or (W, n): the wanted tokens, counted cell
-    by cell: entry e is token e % T of the window's cell e // T."""
+def token_index(slide: Slide, window_cells, entries) -> tuple:
+    """Index (W, n) of each wanted token in features.reshape(C*T, D), and valid (W, n).
+    window_cells (W, R*R): as `windows` returns them. entries (n,) or (W, n): the wanted tokens,
+    counted cell by cell: entry e is token e % T of the window's cell e // T. With T = 5, in a
+    window of the cells 7, 8, -1, 9, entry 6 is token 1 of cell 8: index 41; entry 10 is missing.
+    Geometry.cell_order() holds all entries in the order in which the model reads them."""
     T = slide.valid.shape[1]
     entries = np.atleast_2d(entries)
-    cell = np.take_along_axis(rows, entries // T, axis=-1)
+    cell = np.take_along_axis(window_cells, entries // T, axis=-1)
     index = np.maximum(cell * T + entries % T, 0)  # any legal one where the cell is missing
     return index, (cell >= 0) & slide.valid.reshape(-1)[index]
 
 
-def gather(slide: Slide, rows, entries) -> tuple:
-    """x (W, n, D) float16, 0 where a token is invalid, and valid (W, n). As `token_index`."""
-    index, valid = token_index(slide, rows, entries)
+def gather(slide: Slide, window_cells, entries) -> tuple:
+    """The embeddings at `token_index`: x (W, n, D) float16, 0 where invalid, and valid (W, n)."""
+    index, valid = token_index(slide, window_cells, entries)
     x = slide.features.reshape(-1, slide.dim)[index]
     x[~valid] = 0
     return x, valid
@@ -311,38 +313,41 @@ class RegionDataset(torch.utils.data.Dataset):
     """Random windows for pretraining: turned at random, with the tokens that are to be removed.
     Sample i is a function of (seed, i) alone. Its epoch is i // W: in an epoch each of the W
     windows comes once, in random order. `len` is W, but indices may go on beyond it. With stride 1
-    windows overlap, so an epoch sees most cells several times."""
+    windows overlap, so an epoch sees most cells several times.
+    views: 2 for the contrastive loss, whose second window is drawn from a source x source window
+    that holds the first (paper 3.1.2). swap: share of samples that look as if stained and scanned
+    like another slide, whose mean of each magnification takes the place of their own slide's."""
 
     slides: list[Slide]
     geometry: Geometry
     seed: int
     mask: float  # the removal ratio
-    views: int = 1  # 2 for the contrastive loss: the second window is drawn from a
-    source: int = 0  # source x source window that holds the first (paper 3.1.2)
+    views: int = 1
+    source: int = 0
     stride: int = 1
     min_cover: float = 1.0
     turn: bool = True  # whether windows are turned
-    swap: float = 0.0  # share of samples that look as if stained and scanned like another slide:
-    # its mean embedding of each magnification takes the place of their own slide's
+    swap: float = 0.0
 
     def __post_init__(self):
         geometry = self.geometry
-        self.level = geometry.level().numpy()
+        self.k = geometry.level().numpy()  # (N,)
         if self.swap:
             self.slide_means = slide_means(self.slides)  # (S, K, D)
         self.removed_tokens = removal_count(geometry.num_tokens, self.mask)  # M
         self.reach = (self.source or geometry.region) - geometry.region  # cells a view may lie off
         self.turned_entries = geometry.cell_order().numpy()[geometry.dihedral().numpy()]  # (8, N)
         shape = (geometry.region, self.stride, self.min_cover)
-        rows, corners = zip(*[windows(slide.cells, *shape) for slide in self.slides], strict=True)
-        self.rows = np.concatenate(rows)  # (W, R*R)
+        of_slides = [windows(slide.cells, *shape) for slide in self.slides]
+        window_cells, corners = zip(*of_slides, strict=True)
+        self.window_cells = np.concatenate(window_cells)  # (W, R*R)
         self.corners = np.concatenate(corners)  # (W, 2)
-        counts = [len(part) for part in rows]
+        counts = [len(part) for part in corners]
         self.slide_of = np.repeat(np.arange(len(counts)), counts)  # (W,)
         self.first_window = np.cumsum([0, *counts])  # of each slide
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.corners)
 
     def draw(self, indices) -> tuple:
         """Of B samples: windows (views, B), turns of them (views, B), removed (views, B, M), and
@@ -359,7 +364,7 @@ class RegionDataset(torch.utils.data.Dataset):
             if self.views == 2:
                 window[1, b] = self.draw_partner(window[0, b], rng)
             for view in range(self.views):
-                turn[view, b] = rng.integers(8) * self.turn
+                turn[view, b] = rng.integers(8) * self.turn  # always drawn: the rest stays equal
                 removed[view, b] = rng.permutation(N)[: self.removed_tokens]
             look[b] = self.slide_of[window[0, b]]
             if rng.random() < self.swap:
@@ -381,7 +386,8 @@ class RegionDataset(torch.utils.data.Dataset):
         sample = self.batch([i])
         if sample["valid"] is None:
             sample["valid"] = torch.ones(sample["x"].shape[:-1], dtype=torch.bool)
-        return {key: value.select(self.views - 1, 0) for key, value in sample.items()}
+        axis = self.views - 1  # that of samples: views come first, where there are two
+        return {key: value.select(axis, 0) for key, value in sample.items()}
 
     def batch(self, indices) -> dict:
         """x (B, N, D) float16, removed (B, M), valid (B, N) or None if all are valid, slide (B,).
@@ -391,12 +397,12 @@ class RegionDataset(torch.utils.data.Dataset):
         x = np.empty((*window.shape, self.geometry.num_tokens, self.slides[0].dim), np.float16)
         valid = np.empty(x.shape[:-1], bool)
         for b, own in enumerate(slide[0]):
-            rows = self.rows[window[:, b]]
             entries = self.turned_entries[turn[:, b]]
-            x[:, b], valid[:, b] = gather(self.slides[own], rows, entries)
+            found = gather(self.slides[own], self.window_cells[window[:, b]], entries)
+            x[:, b], valid[:, b] = found
             if look[b] != own:
                 change = self.slide_means[look[b]] - self.slide_means[own]  # (K, D)
-                x[:, b] += change[self.level] * valid[:, b, :, None]
+                x[:, b] += change[self.k] * valid[:, b, :, None]
         batch: dict = {}
         for key, array in (("x", x), ("removed", removed), ("valid", valid), ("slide", slide)):
             batch[key] = torch.from_numpy(array if self.views == 2 else array[0])
@@ -407,14 +413,15 @@ class RegionDataset(torch.utils.data.Dataset):
 
 @functools.lru_cache(maxsize=4)  # threads that work ahead may be in the next epoch
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    # without the 1 these would be the random numbers of sample i = epoch
     return np.random.default_rng([seed, epoch, 1]).permutation(count)
 
 
 class CaseDataset(torch.utils.data.Dataset):
     """The cases of a split as ragged bags: a case has slides, a slide has regions.
-    index (n,): which tokens of a region are read (Geometry.select). `rows` and `corners` hold, for
-    each slide, its `covering_windows` with a valid token. Slides without such a window are in
-    `dropped`; a case without slides is left out. `labels` holds the label of each case.
+    index (n,): which tokens of a region are read (Geometry.select). `window_cells` and `corners`
+    hold, for each slide, its `covering_windows` with a valid token. Slides without such a window
+    are in `dropped`; a case without slides is left out. `labels` holds the label of each case.
     `cached` may hold a slide's encoder outputs (W, n or 1, d) and valid (W, n), which `batch` then
     gives instead of embeddings. `uncovered` says for the log how many cells lie in no window."""
 
@@ -423,35 +430,36 @@ class CaseDataset(torch.utils.data.Dataset):
     ):
         self.slides = slides
         self.entries = geometry.cell_order().numpy()[np.asarray(index)]  # (n,)
-        self.rows: dict[str, np.ndarray] = {}
+        self.window_cells: dict[str, np.ndarray] = {}
         self.corners: dict[str, np.ndarray] = {}
         self.cached: dict[str, tuple] = {}
         self.cases: list[Case] = []
         self.dropped: list[str] = []
+        lost = 0  # cells
         for case in cases:
             for slide_id in case.slide_ids:
-                self.find_windows(slide_id, geometry.region, min_cover)
-            usable = [i for i in case.slide_ids if i in self.rows]
-            self.dropped += [i for i in case.slide_ids if i not in self.rows]
+                lost += self.find_windows(slide_id, geometry.region, min_cover)
+            usable = [i for i in case.slide_ids if i in self.corners]
+            self.dropped += [i for i in case.slide_ids if i not in self.corners]
             if usable:
                 self.cases.append(replace(case, slide_ids=usable))
         self.labels = [case.label for case in self.cases]
-        cells = sum(len(slides[slide_id].cells) for slide_id in self.rows)
-        unused = cells - sum((rows >= 0).sum() for rows in self.rows.values())
+        cells = sum(len(slides[slide_id].cells) for slide_id in self.corners)
         self.uncovered = ""
-        if unused:
-            counts = f"{unused} of {cells} cells"
-            self.uncovered = f"; {counts} lie in windows that --min-cover leaves out"
+        if lost:
+            self.uncovered = f"; {lost} of {cells} cells lie in windows that --min-cover leaves out"
 
-    def find_windows(self, slide_id: str, region: int, min_cover: float) -> None:
-        """Note the slide's windows that hold a valid token, if there are any."""
+    def find_windows(self, slide_id: str, region: int, min_cover: float) -> int:
+        """Note the slide's windows with a valid token. Returns how many cells min_cover costs."""
         slide = self.slides[slide_id]
-        rows, corners = covering_windows(slide.cells, region, min_cover)
-        _, valid = token_index(slide, rows, self.entries)  # (W, n)
+        window_cells, corners = covering_windows(slide.cells, region, min_cover)
+        _, valid = token_index(slide, window_cells, self.entries)  # (W, n)
         kept = valid.any(axis=1)
-        if kept.any():
-            self.rows[slide_id] = rows[kept]
-            self.corners[slide_id] = corners[kept]
+        if not kept.any():
+            return 0
+        self.window_cells[slide_id] = window_cells[kept]
+        self.corners[slide_id] = corners[kept]
+        return len(slide.cells) - int((window_cells >= 0).sum())
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -487,7 +495,7 @@ class CaseDataset(torch.utils.data.Dataset):
     def read(self, slide_id: str) -> tuple:
         if self.cached:
             return self.cached[slide_id]
-        return gather(self.slides[slide_id], self.rows[slide_id], self.entries)
+        return gather(self.slides[slide_id], self.window_cells[slide_id], self.entries)
 
 
 def feature_statistics(slides, magnifications=None, limit: int = 20000) -> tuple:
@@ -523,14 +531,14 @@ def feature_statistics(slides, magnifications=None, limit: int = 20000) -> tuple
 
 def slide_means(slides, most: int = 32) -> np.ndarray:
     """(S, K, D) float16: the mean embeddings of each magnification in evenly spread cells."""
-    levels = range(len(slides[0].meta["magnifications"]))
-    means = np.zeros((len(slides), len(levels), slides[0].dim), np.float16)
+    K = len(slides[0].meta["magnifications"])
+    means = np.zeros((len(slides), K, slides[0].dim), np.float16)
     for i, slide in enumerate(progress(slides, desc="slide means")):
         count = len(slide.cells)
         chosen = np.linspace(0, count - 1, min(count, most)).astype(int)
         features = slide.features[chosen].astype(np.float32)
         valid = slide.valid[chosen]
-        for k in levels:
+        for k in range(K):
             entries = magnification_entries(k)
             tokens = features[:, entries][valid[:, entries]]  # (n, D)
             means[i, k] = tokens.sum(axis=0) / max(len(tokens), 1)
@@ -546,11 +554,10 @@ NO_NAME = re.compile(r"(nan|n/?a|[-+]?[0-9.,]+)?", re.IGNORECASE)  # of a class
 
 
 class Outcome:
-    """What a slide's label is: the number of its class. Another kind of label is another class.
-
+    """What a slide's label is: the number of its class.
     Two classes have one logit and one score, of the second class, which is the positive one; more
-    have one each.
-    """
+    have one each. A regression needs more than another Outcome: splits are stratified by class
+    (`shuffled`, train.split_cases), predictions name classes, and intervals are those of AUROC."""
 
     def classes(self, labels) -> list[str]:
         """The classes of a table's labels: 0, 1, ..., or their names in sorted order."""
@@ -572,27 +579,26 @@ class Outcome:
         return ["score"] if len(classes) == 2 else [f"score_{name}" for name in classes]
 
     def loss(self, logit: torch.Tensor, label: torch.Tensor, smoothing: float) -> torch.Tensor:
-        """logit (S,) or (S, K), label (S,) float, label smoothing -> (S,) cross-entropy."""
+        """logit (S,) or (S, G), label (S,) float, label smoothing -> (S,) cross-entropy."""
         if logit.ndim == 2:
             return F.cross_entropy(logit, label.long(), reduction="none", label_smoothing=smoothing)
         target = label * (1 - smoothing) + smoothing / 2
         return F.binary_cross_entropy_with_logits(logit, target, reduction="none")
 
     def score(self, logit: torch.Tensor) -> torch.Tensor:
-        """As logit: probabilities, float64 on the CPU: in fp32 the highest would all be 1."""
+        """Probabilities on the CPU, in the shape of `logit`. In float64, because in float32 large
+        logits all give 1 and would tie."""
         logit = logit.cpu().double()
         return torch.sigmoid(logit) if logit.ndim == 1 else torch.softmax(logit, dim=1)
 
     def of_class(self, scores) -> dict[int, np.ndarray]:
-        """scores (cases,) or (cases, K) -> class -> (cases,), for each class that is ranked."""
+        """scores (cases,) or (cases, G) -> class -> (cases,), for each class that is ranked."""
         scores = np.asarray(scores)
         return {1: scores} if scores.ndim == 1 else dict(enumerate(scores.T))
 
     def metric(self, labels, scores) -> float:
         """Area under the ROC curve; of more than two classes the mean of each against the rest.
-
-        Raises MixmagError where a class is absent.
-        """
+        Raises MixmagError where a class is absent."""
         from sklearn.metrics import roc_auc_score  # its import takes a second
 
         labels = np.asarray(labels)
@@ -600,7 +606,7 @@ class Outcome:
         if len(set(labels)) <= max(ranked):
             found = f"{len(labels)} cases of {len(set(labels))}"
             raise MixmagError(f"AUROC needs {max(ranked) + 1} classes; found {found}")
-        return float(np.mean([roc_auc_score(labels == k, ranked[k]) for k in ranked]))
+        return float(np.mean([roc_auc_score(labels == g, ranked[g]) for g in ranked]))
 
 
 OUTCOME = Outcome()
@@ -624,10 +630,8 @@ def shuffled(cases: list[Case], seed) -> list[Case]:
 @dataclass
 class TaskTable:
     """The table of a task, before a fold is chosen: train is what every fold trains on.
-
     columns: those that say a case's split, `split` or fold_0, fold_1, ... classes: their names; a
-    label is a number in this list. findings: everything that is wrong.
-    """
+    label is an index of this list. findings: everything that is wrong."""
 
     path: Path
     columns: list[str]
@@ -641,9 +645,8 @@ class TaskTable:
 
     def in_fold(self, fold: int | None, seed: int = 0) -> list[Case]:
         """The cases with their splits in a fold, or in the column `split` if fold is None.
-
-        In a fold without tune cases a fifth of each class's training cases (assumed) are.
-        """
+        In a fold without tune cases, a fifth of each class's training cases (assumed) become tune
+        cases."""
         column = "split" if fold is None else f"fold_{fold}"
         if column not in self.columns:
             found = ", ".join(self.columns)
@@ -747,11 +750,9 @@ def read_task(data, task, fold: int | None = None, seed: int = 0) -> list[Case]:
 
 
 def read_tasks(data, fold: int | None = None, seed: int = 0) -> dict[str, list[Case]]:
-    """The cases of every task, in that fold where a table has folds.
-
-    Raises MixmagError for a table that cannot hold out what it names: it is faulty, or DATA has no
-    such slides; and where a fold is needed, unless pretrain.csv says what is used, or is unknown.
-    """
+    """The cases of every task, in that fold where a table has folds. Raises MixmagError for
+    1. a faulty table, 2. a table whose slides are not in DATA, 3. a fold that no table has, or that
+    a table with folds lacks, 4. a table with folds if neither `fold` nor pretrain.csv is given."""
     files = slide_files(data)
     tables = {task: read_table(data, task) for task in task_names(data)}
     folded = [table for table in tables.values() if table.folds]

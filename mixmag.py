@@ -8,8 +8,9 @@ another project: it needs torch >= 2.6 alone, and safetensors in `load_encoder`.
 Shape letters:
     B  regions in a batch        N  tokens of a region          n  tokens given, n <= N
     M  tokens removed            D  width of a tile embedding   d  width of the encoder
-    K  magnifications            R  cells per region side       T  tokens of a cell; of all bags
-    S  slides in a batch         W  regions of these slides     P  width of the projection
+    K  magnifications            R  cells per region side       T  tokens of a cell
+    S  slides in a batch         W  regions of these slides     L  pooled tokens of these slides
+    P  width of the projection
 
 A *cell* is one tile of the lowest magnification and all tiles beneath it. A *region* is a window of
 R x R cells. *Removed* tokens are hidden from the encoder, *kept* tokens are read by it. `valid` is
@@ -70,12 +71,12 @@ class Geometry:
         return self._level_on[device]
 
     def cell_order(self) -> Tensor:
-        """(N,) long: token i's place where the region's tokens are listed cell by cell."""
+        """(N,) long. With a region's tokens cell by cell: x = by_cell[:, g.cell_order()]."""
         level, row, col = self.token_table().unbind(1)
         side = 2**level  # tokens per cell side
         cell = (row // side) * self.region + col // side
-        inside = (4**level - 1) // 3 + (row % side) * side + col % side
-        return cell * self.tokens_per_cell + inside
+        lower = (4**level - 1) // 3  # tokens of lower levels in the cell
+        return cell * self.tokens_per_cell + lower + (row % side) * side + col % side
 
     def dihedral(self) -> Tensor:
         """(8, N) long: four rotations, then four of the mirror image. Row 0 is the identity.
@@ -152,7 +153,7 @@ class Config:
         self.magnifications = tuple(self.magnifications)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and not (isinstance(value, int) and value > 0):
+            if field.type in (int, "int") and not (isinstance(value, int) and value > 0):
                 raise ValueError(f"config: {field.name} is {value!r}, expected a whole number > 0")
         if self.width % self.heads or self.decoder_width % self.decoder_heads:
             raise ValueError(
@@ -286,11 +287,11 @@ class Standardize(nn.Module):
         self.register_buffer("std", torch.ones(shape))
 
     def fit(self, mean: Tensor, std: Tensor) -> None:
-        """A dimension that hardly varies gets the typical std: its noise is not blown up."""
+        """A dimension that hardly varies is divided by the median std: its noise stays small."""
         varying = torch.where(std > 0, std, math.nan)
-        typical = varying.nanmedian(-1, keepdim=True).values.nan_to_num(1.0)
+        median = varying.nanmedian(-1, keepdim=True).values.nan_to_num(1.0)
         self.mean.copy_(mean)
-        self.std.copy_(torch.where(std < 1e-2 * typical, typical, std))
+        self.std.copy_(torch.where(std < 1e-2 * median, median, std))
 
     def forward(self, x: Tensor) -> Tensor:
         return ((at_least_fp32(x) - self.mean) / self.std).to(self.mean)  # the model's dtype
@@ -372,17 +373,18 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(config.decoder_depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, config.dim)
-        self.standardize = Standardize(config.dim)  # its inverse makes embeddings of outputs
+        self.standardize = Standardize(config.dim)
         self.apply(init_linear)
         nn.init.normal_(self.mask_token, std=0.02)  # assumed: as MAE
 
-    def forward(self, cls, tokens, kept, removed, valid=None, every=False) -> Tensor:
+    def forward(self, cls, tokens, kept, removed, valid=None, predict_kept=False) -> Tensor:
         """cls (B, 4, d), tokens (B, N - M, d) at kept (B, N - M), removed (B, M) -> (B, M, D).
 
-        Eq. 4: the kept outputs and mask tokens, each with its position, go through the blocks.
-        valid (B, N) or None. every: predict the kept tokens also, and first  (B, N, D).
+        valid (B, N) or None. predict_kept: also predict the kept tokens. The output is then
+        (B, N, D): kept tokens, then removed ones.
         """
-        first = cls.shape[1] if every else cls.shape[1] + kept.shape[1]
+        unread = cls.shape[1] if predict_kept else cls.shape[1] + kept.shape[1]
+        # Eq. 4: kept outputs and mask tokens, each with its position, go through the decoder
         tokens = self.input(tokens) + F.embedding(kept, self.pos)
         masked = self.mask_token + F.embedding(removed, self.pos)  # (B, M, d')
         x = torch.cat([self.input(cls), tokens, masked], dim=1)  # (B, 4 + N, d')
@@ -390,8 +392,8 @@ class Decoder(nn.Module):
         mask = attention_mask(None if valid is None else valid.gather(1, order), cls.shape[1])
         for block in self.blocks[:-1]:
             x = block(x, mask)
-        x = self.blocks[-1](x, mask, first)  # only these are scored
-        return self.standardize.inverse(self.head(self.norm(x)))
+        x = self.blocks[-1](x, mask, unread)  # the last block computes only what is read
+        return self.standardize.inverse(self.head(self.norm(x)))  # un-standardising is ours
 
 
 # ------------------------------------------------------------------------------------------- MEM
@@ -412,7 +414,7 @@ def random_removal(B: int, N: int, mask: float, generator=None, device=None) -> 
 
 
 def complement(removed: Tensor, N: int) -> Tensor:
-    """removed (B, M) -> kept (B, N - M), ascending. nonzero() would make a GPU wait."""
+    """removed (B, M) -> kept (B, N - M), ascending. nonzero() would force a GPU sync."""
     B, M = removed.shape
     is_removed = torch.zeros(B, N, dtype=torch.uint8, device=removed.device).scatter(1, removed, 1)
     return is_removed.argsort(dim=1, stable=True)[:, : N - M]
@@ -442,21 +444,20 @@ def removal_weights(geometry: Geometry, removed: Tensor, valid: Tensor | None = 
     return weight.gather(1, removed)
 
 
+def cosine_loss(pred: Tensor, target: Tensor) -> Tensor:
+    """pred, target (B, M, D) -> 1 - cosine (B, M), in fp32 or better."""
+    return 1 - F.cosine_similarity(at_least_fp32(pred), at_least_fp32(target), dim=-1)  # Eq. 3
+
+
 def mem_loss(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """pred, target (B, M, D), weight (B, M) -> scalar in fp32 or better. Source: paper 3.1.1."""
-    cosine = F.cosine_similarity(at_least_fp32(pred), at_least_fp32(target), dim=-1)  # Eq. 3
-    return (weight * (1 - cosine)).sum(1).mean()  # Eq. 2, mean over regions
+    return (weight * cosine_loss(pred, target)).sum(1).mean()  # Eq. 2, mean over regions
 
 
-def level_losses(
-    geometry: Geometry, pred: Tensor, target: Tensor, removed: Tensor, valid: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """pred, target (B, M, D) at removed (B, M) -> (K,) sums of 1 - cosine, (K,) counts of tokens.
-
-    Invalid tokens do not count.
-    """
+def level_losses(geometry, pred, target, removed, valid=None) -> tuple[Tensor, Tensor]:
+    """pred, target (B, M, D) at removed (B, M) -> (K,) sums, (K,) counts of their valid tokens."""
     level = geometry.level(removed.device)[removed].flatten()  # (B M,)
-    loss = 1 - F.cosine_similarity(pred.float(), target.float(), dim=-1)  # (B, M)
+    loss = cosine_loss(pred, target)  # (B, M)
     scored = torch.ones_like(loss) if valid is None else valid.gather(1, removed).to(loss)
     zeros = loss.new_zeros(geometry.levels)
     total = zeros.index_add(0, level, (loss * scored).flatten())
@@ -481,14 +482,14 @@ class Outputs:
 class MaskedEmbeddingModel(nn.Module):
     """MEM: encode the kept tokens, predict the removed ones. Source: paper 3.1.1, figure 2a.
 
-    visible: weight of the same loss at the kept tokens, which the paper does not have. It makes the
-    encoder's outputs hold what they were given.
+    kept_weight: weight of the same loss at the kept tokens, which the paper does not have. It makes
+    the encoder's outputs hold what they were given.
     """
 
-    def __init__(self, config: Config, visible: float = 0.0):
+    def __init__(self, config: Config, kept_weight: float = 0.0):
         super().__init__()
         self.config = config
-        self.visible = visible
+        self.kept_weight = kept_weight
         self.encoder = MixingEncoder(config)
         self.decoder = Decoder(config)
 
@@ -506,14 +507,14 @@ class MaskedEmbeddingModel(nn.Module):
         kept, cls, tokens = self.encode_kept(x, removed, valid)
         if valid is not None:
             x = x.masked_fill(~valid[..., None], 0)
-        every = self.training and self.visible > 0
-        pred = self.decoder(cls, tokens, kept, removed, valid, every)  # (B, M or N, D)
-        seen, pred = pred.split([pred.shape[1] - removed.shape[1], removed.shape[1]], dim=1)
-        target = take(x, removed)  # (B, M, D) as they are: only the encoder's inputs are scaled
+        predict_kept = self.training and self.kept_weight > 0
+        pred = self.decoder(cls, tokens, kept, removed, valid, predict_kept)  # (B, M or N, D)
+        pred_kept, pred = pred.tensor_split([pred.shape[1] - removed.shape[1]], dim=1)
+        target = take(x, removed)  # (B, M, D) raw embeddings, as pred is un-standardised
         loss = mem_loss(pred, target, removal_weights(geometry, removed, valid))
-        if every:
+        if predict_kept:
             weight = removal_weights(geometry, kept, valid)
-            loss = loss + self.visible * mem_loss(seen, take(x, kept), weight)
+            loss = loss + self.kept_weight * mem_loss(pred_kept, take(x, kept), weight)
         total, count = level_losses(geometry, pred.detach(), target, removed, valid)
         return Outputs(loss, pred, removed, cls, total / count, count)
 
@@ -544,8 +545,8 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
 class ContrastiveEmbeddingModel(MaskedEmbeddingModel):
     """CMEM: MEM on two nearby views, whose class tokens are aligned. Source: 3.1.2, figure 2b."""
 
-    def __init__(self, config: Config, visible: float = 0.0):
-        super().__init__(config, visible)
+    def __init__(self, config: Config, kept_weight: float = 0.0):
+        super().__init__(config, kept_weight)
         self.projector = nn.Sequential(
             nn.Linear(config.cls_tokens * config.width, config.projector_hidden),
             nn.GELU(),
@@ -564,6 +565,7 @@ class ContrastiveEmbeddingModel(MaskedEmbeddingModel):
         a, b = out.projection
         out.mem = out.loss
         out.contrastive = nt_xent(a, b, self.config.temperature)
+        # a term added here belongs in train.cmem_step too, for a batch that comes in parts
         out.loss = out.mem + self.config.contrastive_weight * out.contrastive
         return out
 
@@ -585,25 +587,25 @@ class GatedABMIL(nn.Module):
         self.w = nn.Linear(hidden, 1)
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """x (T, d): all bags, one after the other; lengths (bags,) long, each at least 1, sum T.
+        """x (L, d): all bags, one after the other; lengths (bags,) long, each at least 1, sum L.
 
-        Returns pooled (bags, d) and attention (T,), which sums to 1 in each bag.
-        Raises ValueError for an empty bag, or lengths that do not add up to T.
+        Returns pooled (bags, d) and attention (L,), which sums to 1 in each bag.
+        Raises ValueError for an empty bag, or lengths that do not add up to L.
         """
-        T, bags = x.shape[0], lengths.shape[0]
-        fits = bags > 0 and ((lengths.min() >= 1) & (lengths.sum() == T)).item()
+        L, bags = x.shape[0], lengths.shape[0]
+        fits = bags > 0 and ((lengths.min() >= 1) & (lengths.sum() == L)).item()
         # unlike an `if` on numbers, torch.export can follow this
-        torch._check_value(fits, lambda: f"bags of one token or more, {T} in all: {lengths}")
-        bag = torch.arange(bags, device=x.device).repeat_interleave(lengths, output_size=T)  # (T,)
-        gated = torch.tanh(self.V(x)) * torch.sigmoid(self.U(x))  # (T, hidden)
-        # Eq. 8: a softmax over each bag, in fp32, because half precision makes scores equal
-        score = without_autocast(F.linear, gated, self.w.weight, self.w.bias).squeeze(1)  # (T,)
+        torch._check_value(fits, lambda: f"bags of one token or more, {L} in all: {lengths}")
+        bag = torch.arange(bags, device=x.device).repeat_interleave(lengths, output_size=L)  # (L,)
+        # Eq. 8: a gated score, then a softmax over each bag; in half precision scores would tie
+        gated = torch.tanh(self.V(x)) * torch.sigmoid(self.U(x))  # (L, hidden)
+        score = without_autocast(F.linear, gated, self.w.weight, self.w.bias).squeeze(1)  # (L,)
         highest = score.new_full((bags,), -math.inf).scatter_reduce(0, bag, score.detach(), "amax")
         exponential = (score - highest[bag]).exp()
         denominator = exponential.new_zeros(bags).index_add(0, bag, exponential)
-        attention = exponential / denominator[bag]  # (T,)
+        attention = exponential / denominator[bag]  # (L,)
         pooled = F.embedding_bag(  # Eq. 7: the sum of attention * x of each bag  (bags, d)
-            torch.arange(T, device=x.device),
+            torch.arange(L, device=x.device),
             x.to(attention),
             lengths.cumsum(0) - lengths,
             mode="sum",
@@ -613,7 +615,7 @@ class GatedABMIL(nn.Module):
 
 
 def min_slide_loss(loss: Tensor, case: Tensor) -> Tensor:
-    """loss (S,), case (S,) long in 0..cases-1 -> (cases,): the least slide loss of each case."""
+    """loss (S,), case (S,) long in 0..cases-1 -> (cases,): the smallest slide loss of each case."""
     cases = int(case.max()) + 1
     return loss.new_full((cases,), math.inf).scatter_reduce(0, case, loss, "amin")  # Eq. 9
 
@@ -624,7 +626,7 @@ class SlideClassifier(nn.Module):
     encoder: None pools the tile embeddings themselves. tokens: "patch" pools the contextualized
     tokens (table 1), "cls" the class tokens of each region as one vector (table 2). magnification:
     "all", or the only one to read. chunk: regions that the encoder reads at a time. pool: a module
-    (x (T, d), lengths (bags,)) -> pooled (bags, d), attention (T,); None: gated AB-MIL with
+    (x (L, d), lengths (bags,)) -> pooled (bags, d), attention (L,); None: gated AB-MIL with
     `hidden` units. outputs: numbers per slide. Raises ValueError for "cls" without an encoder, and
     for an unknown magnification.
     """
@@ -647,18 +649,18 @@ class SlideClassifier(nn.Module):
         self.config = config
         self.encoder = encoder
         self.tokens = tokens
-        self.chunk = chunk or max(1, 256 * 96 // config.width)  # activations of about 2 GB
         with torch.device("cpu"):  # the model itself may be made on "meta"
             self.index = config.geometry().select(magnification)  # (n,)
+        n = len(self.index)
+        # as many activations as 256 regions of 189 tokens have at width 96: about 2 GB
+        self.chunk = chunk or max(1, 256 * 189 * 96 // (n * config.width))
         if encoder is None:
-            self.standardize = Standardize(len(self.index), config.dim)
+            self.standardize = Standardize(n, config.dim)
             width = config.dim
         else:
             width = config.width * (config.cls_tokens if tokens == "cls" else 1)
         self.dropout = nn.Dropout(dropout)
-        if pool is None:
-            pool = GatedABMIL(width, hidden).apply(init_linear)
-        self.pool = pool
+        self.pool = GatedABMIL(width, hidden).apply(init_linear) if pool is None else pool
         self.head = nn.Linear(width, outputs)
         init_linear(self.head)
 
@@ -666,7 +668,7 @@ class SlideClassifier(nn.Module):
         """x (W, n, D): slide after slide; regions (S,) long: how many regions each slide has.
 
         valid (W, n) bool or None. Returns logit (S,), or (S, outputs) for more than one output, and
-        the attention (T,) over all pooled tokens.
+        the attention (L,) over all pooled tokens.
         """
         return self.aggregate(self.encode_chunks(x, valid), regions, valid)
 
@@ -682,8 +684,7 @@ class SlideClassifier(nn.Module):
         return cls.flatten(1)[:, None] if self.tokens == "cls" else tokens
 
     def encode_chunks(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """As `encode`, some regions at a time. If the encoder learns, backward computes each chunk
-        again, so that memory holds the activations of one chunk only."""
+        """As `encode`, chunk by chunk; backward computes each again, to hold one at a time."""
         learns = self.encoder is not None and self.encoder.pos.requires_grad
         recompute = learns and torch.is_grad_enabled() and len(x) > self.chunk
         encoded = []
@@ -700,13 +701,13 @@ class SlideClassifier(nn.Module):
         """h (W, n or 1, d): what `encode` returns. The rest is as in `forward`."""
         if valid is None:
             lengths = regions * h.shape[1]  # (S,)
-            h = h.flatten(0, 1)  # (T, d)
+            h = h.flatten(0, 1)  # (L, d)
         else:
             if self.tokens == "cls":
                 valid = valid.any(1, keepdim=True)
             slide = torch.repeat_interleave(torch.arange(len(regions), device=h.device), regions)
             lengths = torch.zeros_like(regions).index_add(0, slide, valid.sum(1))  # (S,)
-            h = h[valid]  # (T, d)
+            h = h[valid]  # (L, d)
         pooled, attention = self.pool(self.dropout(h), lengths)
         pooled = self.dropout(pooled)
         logit = without_autocast(F.linear, pooled, self.head.weight, self.head.bias)  # (S, outputs)

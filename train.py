@@ -6,7 +6,7 @@
     python train.py table                     every row of the paper's tables 1 and 2
 
 Shape letters as in mixmag.py. Results go to stdout, everything else to stderr. A run folder holds
-config.json, metrics.jsonl, last.pt and prev.pt (checkpoints), its results, and result.json at last.
+config.json, metrics.jsonl, last.pt and prev.pt (checkpoints), and when it is done result.json.
 """
 
 from __future__ import annotations
@@ -120,10 +120,10 @@ def amp_dtype(mode: str, device: torch.device, width: int) -> torch.dtype | None
 
 
 def optimizer_step(model, optimizer, scaler, rate: float, clip: float) -> torch.Tensor:
-    """Unscale, clip, step at `rate` times each group's lr_scale, update the scale, clear.
+    """Clip the gradient, step at `rate` times each group's lr_scale, and clear the gradient.
 
-    Returns the gradient's norm, left on its device so that nothing waits for it. Under fp16 a step
-    with an infinite norm is skipped and the scale is halved.
+    Returns the gradient's norm, left on its device so that nothing waits for it. In fp16, a step
+    whose norm is infinite is skipped, and the factor on the loss is halved.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
@@ -136,7 +136,7 @@ def optimizer_step(model, optimizer, scaler, rate: float, clip: float) -> torch.
 
 
 def setting(default, help: str, small=None, paper=None, **flag):
-    """A field of a config and its command-line flag. small, paper: what None means in a preset."""
+    """A config's field and its flag. small, paper: the value that replaces None in that preset."""
     return field(default=default, metadata={"help": help, "small": small, "paper": paper, **flag})
 
 
@@ -188,21 +188,13 @@ class PretrainConfig(TrainingConfig):
         "regions of one pass; auto: as many as fit the GPU, 64 on a CPU",
         type=auto_or_positive,
     )
-    steps: int = setting(None, "optimizer steps", 3000, type=POSITIVE)
+    steps: int = setting(None, "optimizer steps", small=3000, type=POSITIVE)
     epochs: int = setting(None, "passes over all windows", paper=100, type=POSITIVE)
     lr: float = setting(None, "peak rate, instead of the base rate", type=RATE)
     blr: float = setting(None, "lr = blr * batch / 256", small=0.032, paper=1.5e-4, type=RATE)
     weight_decay: float = setting(None, "on matrices", small=0.3, paper=0.05, type=DECAY)
-    visible: float = setting(
-        None,
-        "weight of the loss at kept tokens (the paper has none)",
-        small=0.5,
-        paper=0,
-        type=SHARE,
-    )
-    swap: float = setting(
-        None, "share of regions shifted to another slide's mean", small=0.5, paper=0, type=SHARE
-    )
+    kept_weight: float = setting(None, "of the loss at kept tokens", small=0.5, paper=0, type=SHARE)
+    swap: float = setting(None, "share given another slide's mean", small=0.5, paper=0, type=SHARE)
     min_cover: float = setting(1.0, "share of its cells that a window must hold", type=SHARE)
     holdout: float = setting(0.05, "share of cases to measure the loss on", type=BELOW_ONE)
     save_every: int = setting(100, "steps between checkpoints", type=POSITIVE)
@@ -221,6 +213,8 @@ def pretrain(config: PretrainConfig) -> dict:
     Returns what result.json holds. Raises MixmagError for settings or data that cannot be used.
     Source: paper section 3.1.
     """
+    if config.steps and config.epochs:
+        raise MixmagError("--steps and --epochs: give one of them")
     config = apply_preset(config)
     machine = start_machine(config.device, config.amp, preset_width(config.preset))
     folder = ensure_data(config.data, machine)
@@ -238,11 +232,8 @@ def pretrain(config: PretrainConfig) -> dict:
         return run.result()
     log(used_slides(folder, *chosen))
     torch.manual_seed(config.seed)
-    model: mixmag.MaskedEmbeddingModel
-    if config.source:
-        model = mixmag.ContrastiveEmbeddingModel(model_config, config.visible)
-    else:
-        model = mixmag.MaskedEmbeddingModel(model_config, config.visible)
+    kind = mixmag.ContrastiveEmbeddingModel if config.source else mixmag.MaskedEmbeddingModel
+    model = kind(model_config, config.kept_weight)
     mean, std, directions = data.feature_statistics(slides)
     model.encoder.standardize.fit(mean, std)
     model.decoder.standardize.fit(mean, std)
@@ -258,10 +249,10 @@ def pretrain(config: PretrainConfig) -> dict:
 
 
 def pretraining_split(folder: Path, holdout: float, fold=None, seed=0) -> tuple[list, list]:
-    """Slide ids to train on, and to measure the loss on. Whole cases are held out.
+    """Slide ids to train on, and those that are held out to measure the loss on.
 
-    The cases whose hashed names come first are held out: the choice moves little with the cohort.
-    At least four are, but no more than a fifth.
+    Whole cases are held out, a share of `holdout`: at least four, but no more than a fifth. They
+    are those whose hashed names come first, so that new cases hardly change the choice.
     """
     case_of = {}
     for case in itertools.chain(*data.read_tasks(folder, fold, seed).values()):
@@ -304,9 +295,10 @@ def pretraining_windows(config, slides, geometry, machine) -> data.RegionDataset
     if config.source:
         more |= {"views": 2, "source": config.source}
     try:
-        dataset = data.RegionDataset(slides, geometry, config.seed, config.mask, **more)
+        mixmag.removal_count(geometry.num_tokens, config.mask)
     except ValueError as error:
         raise MixmagError(f"--mask: {error}") from None
+    dataset = data.RegionDataset(slides, geometry, config.seed, config.mask, **more)
     if len(dataset) == 0:
         raise MixmagError(
             f"no slide has a window of {config.region} x {config.region} cells that is "
@@ -340,11 +332,11 @@ def pretrain_loop(config, run: Run, model, dataset, held_out, total: int, peak: 
     log(f"{run.folder}: {parameter_count(model)}, {machine}, {len(dataset.slides)} slides")
     log(f"{len(dataset)} windows, {total} steps of {config.batch_size}, peak rate {peak:.2e}")
     start = run.load(model, optimizer)["done"]
-    own = config.batch_size // machine.world  # regions of this process in a batch
+    own_regions = config.batch_size // machine.world  # of each batch
     micro_batch = micro_batch_size(config, model, dataset, machine)
     loads = data.prefetch(
         lambda indices: data.pinned(dataset.batch(indices), machine.device),
-        micro_batches(config, start, total, own, machine.rank, micro_batch),
+        micro_batches(config, start, total, own_regions, machine.rank, micro_batch),
         config.workers,
     )
     began = time.time()
@@ -352,7 +344,7 @@ def pretrain_loop(config, run: Run, model, dataset, held_out, total: int, peak: 
     measure_every = config.save_every * math.ceil(total / config.save_every / MEASUREMENTS)
     bar = progress(total=total, initial=start, desc="pretrain")
     for step in range(start, total):
-        parts = itertools.islice(loads, math.ceil(own / micro_batch))
+        parts = itertools.islice(loads, math.ceil(own_regions / micro_batch))
         sums = train_step(model, parts, config.batch_size, machine)
         sum_gradients(model, machine)
         rate = peak * lr_at(step, total, round(config.warmup * total))
@@ -376,7 +368,7 @@ def pretrain_loop(config, run: Run, model, dataset, held_out, total: int, peak: 
             raise Stopped
     bar.close()
     seconds = time.time() - began
-    log_speed(model.config, dataset, (total - start) * own, seconds, machine)
+    log_speed(model.config, dataset, (total - start) * own_regions, seconds, machine)
     return seconds
 
 
@@ -384,12 +376,12 @@ def is_due(done: int, every: int, total: int) -> bool:
     return done % every == 0 or done == total
 
 
-def micro_batches(config, start: int, total: int, own: int, rank: int, most: int):
+def micro_batches(config, start: int, total: int, own_regions: int, rank: int, most: int):
     """The samples of this process, step by step, in parts of at most `most`."""
     for step in range(start, total):
-        first = step * config.batch_size + rank * own
-        for i in range(0, own, most):
-            yield range(first + i, first + min(i + most, own))
+        first = step * config.batch_size + rank * own_regions
+        for i in range(0, own_regions, most):
+            yield range(first + i, first + min(i + most, own_regions))
 
 
 def compile_blocks(model) -> None:
@@ -398,15 +390,15 @@ def compile_blocks(model) -> None:
         block.compile(dynamic=False)
 
 
-def mem_step(model, parts: Iterable[dict], regions: int, machine) -> dict:
-    """Forward and backward over this process's parts of a global batch of `regions` regions.
+def mem_step(model, parts: Iterable[dict], batch_size: int, machine) -> dict:
+    """Forward and backward over this process's parts of a global batch of `batch_size` regions.
 
     Gradients add up to those of the mean over the batch. Returns sums to log, on the device.
     """
     sums: dict = {}
     for part in parts:
         part = data.to_device(part, machine.device)
-        weight = part["slide"].shape[-1] / regions
+        weight = part["slide"].shape[-1] / batch_size  # slide (b,), or (2, b) for two views
         with machine.autocast():
             out = model(part["x"], part["removed"], part["valid"])
         machine.scaler.scale(out.loss * weight).backward()
@@ -414,25 +406,27 @@ def mem_step(model, parts: Iterable[dict], regions: int, machine) -> dict:
     return sums
 
 
-def cmem_step(model, parts: Iterable[dict], regions: int, machine) -> dict:
+def cmem_step(model, parts: Iterable[dict], batch_size: int, machine) -> dict:
     """As mem_step, with NT-Xent over the whole global batch, also when it comes in parts.
 
-    1. All projections, without a graph. 2. The gradient of NT-Xent at each projection. 3. Each part
-    goes forward again and backward with its slice of that gradient. Source: GradCache (Gao, 2021).
+    NT-Xent needs all projections, but their graphs together may not fit in memory. So 1. compute
+    all projections without a graph, 2. compute the gradient of NT-Xent at each of them, 3. send
+    each part forward again and backward with its slice of it. Source: GradCache (Gao, 2021).
     """
     parts = [data.to_device(part, machine.device) for part in parts]
     if len(parts) == 1 and machine.world == 1:
-        return mem_step(model, parts, regions, machine)
+        return mem_step(model, parts, batch_size, machine)
     contrastive, gradients = projection_gradients(model, parts, machine)
     factor = model.config.contrastive_weight
     sums: dict = {}
     for part, gradient in zip(parts, gradients, strict=True):
-        weight = part["x"].shape[1] / regions
+        weight = part["slide"].shape[-1] / batch_size
         with machine.autocast():
             out = model(part["x"], part["removed"], part["valid"])
         # its gradient is this part's share of the gradient of NT-Xent
-        pull = (out.projection.float() * gradient).sum()
-        machine.scaler.scale(out.mem * weight + factor * pull).backward()
+        surrogate = (out.projection.float() * gradient).sum()
+        # a term added to the loss in ContrastiveEmbeddingModel.forward belongs here too
+        machine.scaler.scale(out.mem * weight + factor * surrogate).backward()
         out.contrastive = contrastive
         out.loss = out.mem + factor * contrastive
         add_to_sums(sums, out, weight)
@@ -449,9 +443,9 @@ def projection_gradients(model, parts: list[dict], machine) -> tuple[torch.Tenso
                 part["x"].flatten(0, 1), part["removed"].flatten(0, 1), valid
             )
             projections.append(model.project(cls).float())
-    own = torch.cat(projections, dim=1)  # (2, B / world, P)
-    of_all = own.new_zeros(machine.world, *own.shape)
-    of_all[machine.rank] = own  # the sum over processes gathers them
+    projection = torch.cat(projections, dim=1)  # (2, B / world, P)
+    of_all = projection.new_zeros(machine.world, *projection.shape)
+    of_all[machine.rank] = projection  # the sum over processes gathers them
     z = machine.sum(of_all).transpose(0, 1).flatten(1, 2)  # (2, B, P)
     z.requires_grad_()
     loss = mixmag.nt_xent(z[0], z[1], model.config.temperature)
@@ -485,9 +479,7 @@ class FinetuneConfig(TrainingConfig):
     task: str = setting(dataclasses.MISSING, "name of a table in DATA/tasks")
     init: str = setting(None, "RUN, random or none (default: the newest pretraining run)")
     tokens: str = setting("patch", "table 1 or table 2", choices=("patch", "cls"))
-    magnification: str | float = setting(
-        "all", "all, or the only one read", type=parse_magnification
-    )
+    magnification: str | float = setting("all", "all, or one of them", type=parse_magnification)
     preset: str = setting(None, "sizes (default: the encoder's)", choices=PRESETS)
     region: int = setting(None, "cells per side (default: the encoder's)", type=POSITIVE)
     batch_size: int = setting(None, "global batch size", small=16, paper=32, type=POSITIVE)
@@ -495,7 +487,7 @@ class FinetuneConfig(TrainingConfig):
     frozen_epochs: int = setting(1, "epochs before the encoder learns (paper: 1)", type=NATURAL)
     lr: float = setting(None, "the aggregator's peak rate", small=1e-2, paper=1e-3, type=RATE)
     encoder_rate: float = setting(None, "encoder's rate / lr", small=0.3, paper=0.1, type=SHARE)
-    layer_decay: float = setting(0.75, "each layer's rate to the next (paper 4.3)", type=SHARE)
+    layer_decay: float = setting(0.75, "rate of a layer / of the layer above it", type=SHARE)
     weight_decay: float = setting(None, "on matrices", small=1.0, paper=0.05, type=DECAY)
     hidden: int = setting(None, "width of AB-MIL's attention", small=64, paper=256, type=POSITIVE)
     dropout: float = setting(0.2, "before and after pooling", type=BELOW_ONE)
@@ -593,8 +585,8 @@ def make_classifier(
         )
     except ValueError as error:
         raise MixmagError(f"--tokens or --magnification: {error}") from None
-    if not is_pretrained(config.init):
-        train = [slides[i] for case in cases if case.split == "train" for i in case.slide_ids]
+    train = [slides[i] for case in cases if case.split == "train" for i in case.slide_ids]
+    if train and not is_pretrained(config.init):  # split_cases refuses a task without any
         fit_standardization(model, train)
     model.to(machine.device)
     if machine.world > 1:  # sums over the data may differ in rounding
@@ -647,9 +639,10 @@ def finetune_loop(config, run: Run, model, sets: dict) -> dict:
     optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
     steps = math.ceil(len(sets["train"]) / config.batch_size)
     log(f"{run.folder}: {parameter_count(model)}, {config.epochs} epochs of {steps} steps")
-    counts = [
-        f"{split} {len(d)} cases, {len(d.rows)} slides{d.uncovered}" for split, d in sets.items()
-    ]
+    counts = []
+    for split, dataset in sets.items():
+        slides = plural(len(dataset.corners), "slide")
+        counts.append(f"{split} {len(dataset)} cases, {slides}{dataset.uncovered}")
     log(f"{run.folder}: {'; '.join(counts)}")
     best = {"tune_auroc": -math.inf, **run.load(model, optimizer)}
     start = best.pop("done")
@@ -662,7 +655,7 @@ def finetune_loop(config, run: Run, model, sets: dict) -> dict:
                 update_cache(model, sets[split], frozen and config.frozen_epochs > 1, run.machine)
         loss, norm = finetune_epoch(config, model, optimizer, sets["train"], epoch, run, bar)
         scores = score_cases(model, sets["tune"], run.machine, config.batch_size)
-        rule, tune = best_case_score(sets["tune"], scores, config.case_score)
+        rule, tune = choose_case_score(sets["tune"], scores, config.case_score)
         if tune >= best["tune_auroc"]:  # of equally good epochs the last has learned longest
             state = {name: value.cpu().clone() for name, value in model.state_dict().items()}
             best = {"model_state": state, "tune_auroc": tune}
@@ -680,54 +673,58 @@ def finetune_epoch(config, model, optimizer, dataset, epoch: int, run, bar) -> t
     The order of the cases follows from seed and epoch. Processes share the cases of a batch.
     """
     machine = run.machine
+    # the 4 makes it differ from the streams 0 to 3, with which data.py makes the synthetic cohort
     order = np.random.default_rng([config.seed, 4, epoch]).permutation(len(dataset))
     batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
-    own = [batch[machine.rank :: machine.world] for batch in batches]
     steps = config.epochs * len(batches)
-    total = torch.zeros(())
+    total = 0.0
     loads = data.prefetch(
-        lambda indices: data.pinned(dataset.batch(indices), machine.device), own, config.workers
+        lambda indices: data.pinned(dataset.batch(indices), machine.device),
+        [batch[machine.rank :: machine.world] for batch in batches],
+        config.workers,
     )
     for i, batch in enumerate(loads):
         step = epoch * len(batches) + i
-        # dropout follows from seed, step and process, so a resumed run draws the same
+        # dropout follows from seed, step and process: a resumed run draws the same
         torch.manual_seed((1_000_003 * config.seed + step) * machine.world + machine.rank)
-        loss = finetune_step(model, batch, config.smoothing, len(batches[i]), machine)
+        part = finetune_step(model, batch, config.smoothing, len(batches[i]), machine)
+        loss = machine.sum(torch.tensor(part)).item()
         sum_gradients(model, machine)
         rate = config.lr * lr_at(step, steps, round(config.warmup * steps))
         norm = optimizer_step(model, optimizer, machine.scaler, rate, config.clip).item()
         if not math.isfinite(loss) or not (math.isfinite(norm) or machine.may_skip()):
             names = ", ".join(batch.get("slide_ids", [])[:5])
             raise MixmagError(
-                f"{run.folder}: at step {step} the loss is {loss} and the gradient's norm {norm}, "
-                f"with slides {names}; try data.py verify, a smaller --lr or --amp off"
+                f"{run.folder}: at step {step + 1} the loss is {loss} and the gradient's norm "
+                f"{norm}, with slides {names}; try data.py verify, a smaller --lr or --amp off"
             )
         total += loss * len(batches[i])
         bar.update()
         if machine.stop_asked():
             raise Stopped
-    return machine.sum(total).item() / len(dataset), norm
+    return total / len(dataset), norm
 
 
 def finetune_step(model, batch: dict, smoothing: float, cases: int, machine) -> float:
-    """Forward and backward over this process's cases of a batch of `cases`. Returns its part of the
-    mean loss. A process without a case in this batch adds nothing to the gradient.
+    """Forward and backward over this process's cases of a batch of `cases`.
+
+    Returns its part of the mean loss. A process without a case adds nothing to the gradient.
     """
     if not batch:
-        machine.scaler.scale(torch.zeros((), device=machine.device))
+        machine.scaler.scale(torch.zeros((), device=machine.device))  # else it could not unscale
         return 0.0
     batch = data.to_device(batch, machine.device)
     with machine.autocast():
-        logit = slide_logits(model, batch)  # (S,) or (S, K)
+        logit = slide_logits(model, batch)  # (S,) or (S, G)
     label = batch["label"][batch["case"]]  # (S,)
     loss = OUTCOME.loss(logit, label, smoothing)
-    loss = mixmag.min_slide_loss(loss, batch["case"]).sum() / cases  # Eq. 9
+    loss = mixmag.min_slide_loss(loss, batch["case"]).sum() / cases  # Eq. 9, of smoothed losses
     machine.scaler.scale(loss).backward()
     return loss.item()
 
 
 def slide_logits(model, batch: dict) -> torch.Tensor:
-    """(S,) or (S, K) of a batch that holds embeddings, or cached outputs of a frozen encoder."""
+    """(S,) or (S, G) of a batch that holds embeddings, or cached outputs of a frozen encoder."""
     classify = model.aggregate if batch["cached"] else model
     logit, _ = classify(batch["x"], batch["regions"], batch["valid"])
     return logit
@@ -738,10 +735,10 @@ def update_cache(model, dataset, cached: bool, machine) -> None:
     if not cached:
         dataset.cached.clear()
         return
-    for slide_id, rows in progress(dataset.rows.items(), desc="encoder outputs"):
+    for slide_id, window_cells in progress(dataset.window_cells.items(), desc="encoder outputs"):
         if slide_id in dataset.cached:
             continue
-        x, valid = data.gather(dataset.slides[slide_id], rows, dataset.entries)
+        x, valid = data.gather(dataset.slides[slide_id], window_cells, dataset.entries)
         with torch.no_grad(), machine.autocast():
             h = model.encode_chunks(*data.as_batch(x, valid, machine.device))
         dataset.cached[slide_id] = (h.float().cpu().numpy(), valid)
@@ -754,13 +751,13 @@ def score_cases(model, dataset, machine, batch_size: int) -> list[np.ndarray]:
     indices = range(len(dataset))[machine.rank :: machine.world]
     for start in range(0, len(dataset), batch_size * machine.world):
         first = start // machine.world
-        own = indices[first : first + batch_size]
-        if own:
-            batch = data.to_device(dataset.batch(own), machine.device)
+        chosen = indices[first : first + batch_size]
+        if chosen:
+            batch = data.to_device(dataset.batch(chosen), machine.device)
             with torch.no_grad(), machine.autocast():
-                score = OUTCOME.score(slide_logits(model, batch)).cpu().numpy()  # as logits
+                score = OUTCOME.score(slide_logits(model, batch)).numpy()  # (S,) or (S, G)
             case = batch["case"].cpu().numpy()
-            for position, index in enumerate(own):
+            for position, index in enumerate(chosen):
                 scores[index] = score[case == position]
         if machine.stop_asked():
             raise Stopped
@@ -770,8 +767,8 @@ def score_cases(model, dataset, machine, batch_size: int) -> list[np.ndarray]:
     return [scores[i] for i in range(len(dataset))]
 
 
-def best_case_score(dataset, slide_scores: list, wanted: str) -> tuple[str, float]:
-    """How a case's score is made from the scores of its slides, and its AUROC; max on a tie."""
+def choose_case_score(dataset, slide_scores: list, wanted: str) -> tuple[str, float]:
+    """The rule with the highest AUROC, max on a tie; and its AUROC. `wanted`: the rule, or auto."""
     found = {}
     for rule in CASE_SCORES:
         if wanted in ("auto", rule):
@@ -781,10 +778,10 @@ def best_case_score(dataset, slide_scores: list, wanted: str) -> tuple[str, floa
 
 
 def case_scores(dataset, slide_scores: list, rule: str) -> list:
-    """A number for each case; for more than two classes K numbers, which add up to 1."""
+    """A number for each case; for more than two classes G numbers, which add up to 1."""
     scores = []
     for case, of_slides in zip(dataset.cases, slide_scores, strict=True):
-        score = CASE_SCORES[rule](of_slides, axis=0)  # () or (K,)
+        score = CASE_SCORES[rule](of_slides, axis=0)  # () or (G,)
         if not np.isfinite(score).all():
             names = ", ".join(case.slide_ids)
             raise MixmagError(f"case {case.case_id}, slides {names}: NaN; see data.py verify")
@@ -814,15 +811,15 @@ def finish_finetuning(config, run: Run, model, sets: dict, best: dict, classes) 
     result["slides_left_out"] = sorted(i for dataset in sets.values() for i in dataset.dropped)
     for name in ("best_epoch", "tune_auroc", "case_score"):
         result[name] = best[name]
-    write_predictions(run.folder, rows, classes, result, config.seed)
+    write_predictions_and_result(run.folder, rows, classes, result, config.seed)
 
 
-def write_predictions(folder: Path, rows: list, classes, result: dict, seed: int) -> None:
+def write_predictions_and_result(folder: Path, rows: list, classes, result: dict, seed) -> None:
     """predictions.csv, and result.json with the AUROC of the test cases, unless a class is absent.
 
     rows: case_id, label, score, split.
     """
-    lines = [(case, classes[k], *np.ravel(score).tolist(), split) for case, k, score, split in rows]
+    lines = [(case, classes[g], *np.ravel(score).tolist(), split) for case, g, score, split in rows]
     header = ("case_id", "label", *OUTCOME.columns(classes), "split")
     data.write_csv(folder / "predictions.csv", header, lines)
     tested = [(label, score) for _, label, score, split in rows if split == "test"]
@@ -1159,9 +1156,11 @@ def finetuning_plan(model, sets: dict) -> str:
     """What the task asks for: cases, slides, regions and tokens of each split."""
     lines = [f"{'':8s}{'cases':>8s}{'slides':>8s}{'regions':>9s}{'tokens':>13s}"]
     for split, dataset in sets.items():
-        regions = sum(len(rows) for rows in dataset.rows.values())
+        regions = sum(map(len, dataset.corners.values()))
         tokens = regions * len(model.index)
-        lines.append(f"{split:8s}{len(dataset):8d}{len(dataset.rows):8d}{regions:9d}{tokens:13,d}")
+        lines.append(
+            f"{split:8s}{len(dataset):8d}{len(dataset.corners):8d}{regions:9d}{tokens:13,d}"
+        )
     return "\n".join(lines)
 
 
@@ -1232,7 +1231,7 @@ def log_speed(config, dataset, regions: int, seconds: float, machine) -> None:
 def bootstrap_aurocs(labels, scores, seed: int, resamples: int = 1000) -> np.ndarray | None:
     """(resamples,) `Outcome.metric` of cases drawn with replacement within each class.
 
-    scores (cases,) or (cases, K). None with fewer than two cases of a class.
+    scores (cases,) or (cases, G). None with fewer than two cases of a class.
     """
     from scipy.stats import mannwhitneyu  # its import takes a second
 
@@ -1257,7 +1256,9 @@ def interval(samples: np.ndarray | None) -> list[float] | None:
 
 def check_finite(run: Run, recent: list, done: int) -> None:
     """Refuse a loss or gradient norm that is not finite. recent: both, of the steps to `done`."""
-    for step, (loss, norm) in enumerate(torch.stack(recent).tolist(), done - len(recent)):
+    losses, norms = torch.stack(recent, dim=1)  # the norms are those of all processes already
+    pairs = zip(run.machine.sum(losses).tolist(), norms.tolist(), strict=True)
+    for step, (loss, norm) in enumerate(pairs, done - len(recent) + 1):
         if not math.isfinite(loss) or not (math.isfinite(norm) or run.machine.may_skip()):
             raise MixmagError(
                 f"{run.folder}: at step {step} the loss is {loss:.4g} and the gradient's norm "
@@ -1660,17 +1661,17 @@ def predict(run, folder=None, slides=None, out=None, device: str = "auto") -> in
 
 @dataclass
 class OutputPlaces:
-    """Where the T outputs of a slide lie: its valid tokens, or its regions for `cls`."""
+    """Where the L outputs of a slide lie: its valid tokens, or its regions for `cls`."""
 
     slide: data.Slide
     labels: list[str]  # names of the magnifications; "regions" for `cls`
-    window: np.ndarray  # (T,)
-    region: np.ndarray  # (T, 2) the window's col, row on the lattice of regions
-    token: np.ndarray  # (T,) which of the window's outputs
-    k: np.ndarray  # (T,) index of the magnification
-    side: np.ndarray  # (T,) level-0 px, not rounded
-    place: np.ndarray  # (T, 2) col, row on the lattice of this side
-    box: np.ndarray  # (T, 4) left, top, right, bottom in level-0 px, rounded
+    window: np.ndarray  # (L,)
+    region: np.ndarray  # (L, 2) the window's col, row on the lattice of regions
+    token: np.ndarray  # (L,) which of the window's outputs
+    k: np.ndarray  # (L,) index of the magnification
+    side: np.ndarray  # (L,) level-0 px, not rounded
+    place: np.ndarray  # (L, 2) col, row on the lattice of this side
+    box: np.ndarray  # (L, 4) left, top, right, bottom in level-0 px, rounded
 
 
 def output_places(model, dataset, slide_id: str) -> OutputPlaces:
@@ -1678,7 +1679,7 @@ def output_places(model, dataset, slide_id: str) -> OutputPlaces:
     R = model.config.region
     slide = dataset.slides[slide_id]
     corners = dataset.corners[slide_id]  # in cells
-    _, valid = data.token_index(slide, dataset.rows[slide_id], dataset.entries)  # (W, n)
+    _, valid = data.token_index(slide, dataset.window_cells[slide_id], dataset.entries)  # (W, n)
     outputs = model.config.geometry().token_table()[model.index.cpu()].numpy()  # (n, 3)
     labels = [f"{m}x" for m in slide.meta["magnifications"]]
     cells = 1  # per side of an output at the lowest magnification
@@ -1730,11 +1731,11 @@ def embed_slide(model, dataset, slide, out: Path, made_by: dict, machine) -> Non
     written = [is_written(path, attributes) for path, attributes in files]
     if all(written):
         return
-    x, valid = data.gather(slide, dataset.rows[slide.slide_id], dataset.entries)
+    x, valid = dataset.read(slide.slide_id)
     with torch.inference_mode(), machine.autocast():
         h = model.encode_chunks(*data.as_batch(x, valid, machine.device))  # (W, n or 1, d)
     places = output_places(model, dataset, slide.slide_id)
-    outputs = h.float().cpu().numpy()[places.window, places.token]  # (T, d)
+    outputs = h.float().cpu().numpy()[places.window, places.token]  # (L, d)
     if not np.isfinite(outputs).all():
         raise MixmagError("its outputs are not finite; see data.py verify")
     for k, (path, attributes) in enumerate(files):
@@ -1795,9 +1796,9 @@ WEIGHTS = ("attention", "ratio", "rank")  # fields of the next class
 class AttentionTable(OutputPlaces):
     """What a model pooled of a slide, in its order, and with what weight."""
 
-    attention: np.ndarray  # (T,) its weights, which sum to 1
-    ratio: np.ndarray  # (T,) to the mean weight of the magnification
-    rank: np.ndarray  # (T,) share of the magnification's weights that are no larger
+    attention: np.ndarray  # (L,) its weights, which sum to 1
+    ratio: np.ndarray  # (L,) to the mean weight of the magnification
+    rank: np.ndarray  # (L,) share of the magnification's weights that are no larger
 
     def frames(self) -> np.ndarray:
         """(W, 4): the box around the tokens of each region."""
@@ -1807,7 +1808,7 @@ class AttentionTable(OutputPlaces):
 
 
 def outlines(box: np.ndarray) -> np.ndarray:
-    """(T, 5, 2): a closed polygon around each box, level-0 px."""
+    """(L, 5, 2): a closed polygon around each box, level-0 px."""
     return box[:, [0, 1, 2, 1, 2, 3, 0, 3, 0, 1]].reshape(-1, 5, 2)
 
 
@@ -2141,7 +2142,7 @@ def pool_folds(folder: Path, folds: list[int], classes, seed: int) -> dict:
     pooled = {"kind": "folds", "tune_auroc": tune, "cases": {"test": len(rows)}}
     pooled["fold_aurocs"] = [result.get("auroc") for result in results]
     if data.process_rank()[0] == 0:
-        write_predictions(Path(f"{folder}-folds"), rows, classes, pooled, seed)
+        write_predictions_and_result(Path(f"{folder}-folds"), rows, classes, pooled, seed)
     return pooled
 
 

@@ -404,7 +404,7 @@ def loading(batches: int = 600, size: int = 64, repeats: int = 3):
         for window, turn in zip(windows, turns, strict=True):
             slide = dataset.slides[dataset.slide_of[window]]
             rows, _ = data.token_index(
-                slide, dataset.rows[window, None], dataset.turned_entries[turn]
+                slide, dataset.window_cells[window, None], dataset.turned_entries[turn]
             )
             places.append((slide.features.reshape(-1, slide.dim), rows[0]))
         out = np.empty((size, 189, 1280), np.float16)

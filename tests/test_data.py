@@ -796,7 +796,7 @@ def test_a_sample_is_a_function_of_seed_and_index(holed, views):
             assert torch.equal(batch[key].select(len(axes) - 1, at), sample[key])
         entries = dataset.geometry.cell_order()[dataset.geometry.dihedral()[turn[:, at]]].numpy()
         slide = holed[dataset.slide_of[window[0, at]]]
-        x, valid = data.gather(slide, dataset.rows[window[:, at]], entries)
+        x, valid = data.gather(slide, dataset.window_cells[window[:, at]], entries)
         assert np.array_equal(sample["x"].reshape(x.shape), x)
         assert np.array_equal(sample["valid"].reshape(valid.shape), valid)
     other = data.RegionDataset(holed, Geometry(3), 8, 0.5, **views)
@@ -883,10 +883,10 @@ def test_case_batches_are_ragged_bags(cohort):
     entries = Geometry(3).cell_order().numpy()[Geometry(3).select(10)]
     parts = batch["x"].split(batch["regions"].tolist())
     for slide_id, part in zip(ids, parts, strict=True):
-        expected, _ = data.gather(slides[slide_id], dataset.rows[slide_id], entries)
+        expected, _ = data.gather(slides[slide_id], dataset.window_cells[slide_id], entries)
         assert np.array_equal(part, expected) and part.shape[1:] == (36, 64)
-    for i in dataset.rows:
-        W = len(dataset.rows[i])
+    for i in dataset.window_cells:
+        W = len(dataset.window_cells[i])
         dataset.cached[i] = (np.full((W, 1, 3), W, np.float32), np.ones((W, 1), bool))
     cached = dataset.batch([several, 0])
     assert cached["cached"] and cached["x"].shape == (len(batch["x"]), 1, 3)
@@ -918,7 +918,7 @@ def test_small_slides_count_and_empty_ones_are_named(tmp_path):
     cases.append(data.Case("3", 1, "train", ["small"]))
     dataset = data.CaseDataset(slides, cases, Geometry(3), Geometry(3).select())
     assert dataset.labels == [0, 1] and dataset.dropped == ["scrap", "scrap"]
-    assert set(dataset.rows) == {"whole", "small"}
+    assert set(dataset.window_cells) == {"whole", "small"}
     assert dataset.uncovered.startswith("; 1 of 13 cells lie in windows that")
     batch = dataset.batch([1])
     assert batch["regions"].tolist() == [2] and batch["valid"].sum() == 3 * 21
@@ -933,7 +933,7 @@ def test_regions_without_a_valid_token_are_no_regions(tmp_path):
     for magnification, corners in ((20, [[0, 0]]), (5, [[0, 0], [1, 0]])):
         index = Geometry(1).select(magnification)
         dataset = data.CaseDataset(slides, cases, Geometry(1), index)
-        assert dataset.corners["a"].tolist() == corners
+        assert dataset.corners["a"].tolist() == corners and dataset.uncovered == ""
         assert dataset.batch([0])["regions"].tolist() == [len(corners)]
 
 

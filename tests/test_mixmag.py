@@ -270,7 +270,7 @@ def test_losses_are_in_full_precision_under_autocast():
 
 def test_kept_tokens_may_be_scored_also():
     torch.manual_seed(0)
-    model = mixmag.MaskedEmbeddingModel(Config.small(6, region=1), visible=0.5)
+    model = mixmag.MaskedEmbeddingModel(Config.small(6, region=1), kept_weight=0.5)
     model.decoder.standardize.fit(torch.randn(6), torch.rand(6) + 0.5)
     x = torch.randn(3, 21, 6)
     valid = torch.rand(3, 21) > 0.2
@@ -279,7 +279,7 @@ def test_kept_tokens_may_be_scored_also():
     out = model(x, removed, valid)
     every = torch.cat([kept, removed], 1)
     cls, tokens = model.encoder(mixmag.take(x, kept), kept, valid.gather(1, kept))
-    pred = model.decoder(cls, tokens, kept, removed, valid, every=True)
+    pred = model.decoder(cls, tokens, kept, removed, valid, predict_kept=True)
     cosine = torch.cosine_similarity(pred, mixmag.take(x, every), dim=-1)
     level = model.encoder.geometry.level()
     expected = 0.0

@@ -240,11 +240,11 @@ def test_the_case_score_is_chosen_by_the_tune_split():
         labels = [1, 1, 0, 0]
         cases = [data.Case(str(i), label, "tune", []) for i, label in enumerate(labels)]
 
-    assert train.best_case_score(Cases, slides, "auto") == ("max", 1.0)
-    assert train.best_case_score(Cases, slides, "mean") == ("mean", 0.0)
+    assert train.choose_case_score(Cases, slides, "auto") == ("max", 1.0)
+    assert train.choose_case_score(Cases, slides, "mean") == ("mean", 0.0)
     slides[0][0] = math.nan
     with pytest.raises(MixmagError, match="case 0"):
-        train.best_case_score(Cases, slides, "auto")
+        train.choose_case_score(Cases, slides, "auto")
 
 
 def test_abmil_standardises_each_magnification_by_itself(cohort):
@@ -732,6 +732,7 @@ def test_a_checkpoint_without_a_config_is_not_taken_up(runs, cohort, tmp_path):
         ("pretrain --region 5 --holdout 0", "smaller --region"),
         ("pretrain --mask 1.0", "expected 1 to"),
         ("pretrain --source 2", "--source 2 is smaller"),
+        ("pretrain --steps 1 --epochs 1", "--steps and --epochs: give one of them"),
         ("pretrain --batch-size 4096 --steps 1", "a peak rate of 0.51"),
         ("pretrain --device gpu", "--device gpu: expected auto, cpu"),
     ],
