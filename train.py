@@ -513,10 +513,11 @@ def finetune(config: FinetuneConfig) -> dict:
     folder = ensure_data(config.data, machine)
     table = data.read_table(folder, config.task)
     cases = table.in_fold(config.fold, config.seed)
-    scores = "a score for each"
-    if len(table.classes) == 2:
-        scores = f"the score is the probability of {table.classes[1]}"
-    log(f"{config.task}: classes {', '.join(table.classes)}; {scores}")
+    if table.classes != ["0", "1"]:
+        scores = "a score for each"
+        if len(table.classes) == 2:
+            scores = f"the score is the probability of {table.classes[1]}"
+        log(f"{config.task}: classes {', '.join(table.classes)}; {scores}")
     slide_ids = [i for case in cases for i in case.slide_ids]
     slides = {slide.slide_id: slide for slide in data.read_slides(folder, slide_ids)}
     if is_pretrained(config.init):
