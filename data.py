@@ -1767,7 +1767,8 @@ def tile_command(args) -> int:
     paths = paths[share::shares]
     failed, empty = tile_all(paths, encoder, dim, settings)
     nothing = f", {empty} with nothing to embed" if empty else ""
-    print(f"{plural(len(paths) - len(failed), 'slide')} done{nothing}, {len(failed)} failed")
+    done = len(paths) - len(failed) - empty
+    print(f"{plural(done, 'slide')} done{nothing}, {len(failed)} failed")
     if args.dry_run:
         return 3 if failed else 0
     name = "failed.csv" if shares == 1 else f"failed-{share}-of-{shares}.csv"

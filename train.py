@@ -307,6 +307,14 @@ def pretraining_windows(config, slides, geometry, machine) -> data.RegionDataset
     return dataset
 
 
+def unused_slides(dataset: data.RegionDataset) -> str:
+    """How many slides give no window to train on; empty if each does."""
+    count = len(dataset.slides) - len(np.unique(dataset.slide_of))
+    if not count:
+        return ""
+    return f", {plural(count, 'slide')} without a full window (a lower --min-cover takes more)"
+
+
 def pretraining_length(config: PretrainConfig, windows: int) -> tuple[int, float]:
     """How many steps there are, and the peak rate."""
     total = config.steps or math.ceil(config.epochs * windows / config.batch_size)
@@ -329,7 +337,8 @@ def pretrain_loop(config, run: Run, model, dataset, held_out, total: int, peak: 
     train_step = cmem_step if config.source else mem_step
     if config.compile:
         compile_blocks(model)
-    log(f"{run.folder}: {parameter_count(model)}, {machine}, {len(dataset.slides)} slides")
+    slides = f"{plural(len(dataset.slides), 'slide')}{unused_slides(dataset)}"
+    log(f"{run.folder}: {parameter_count(model)}, {machine}, {slides}")
     log(f"{len(dataset)} windows, {total} steps of {config.batch_size}, peak rate {peak:.2e}")
     start = run.load(model, optimizer)["done"]
     own_regions = config.batch_size // machine.world  # of each batch
@@ -520,6 +529,7 @@ def finetune(config: FinetuneConfig) -> dict:
         log(f"{config.task}: classes {', '.join(table.classes)}; {scores}")
     slide_ids = [i for case in cases for i in case.slide_ids]
     slides = {slide.slide_id: slide for slide in data.read_slides(folder, slide_ids)}
+    check_no_copies(slides, cases)
     if is_pretrained(config.init):
         check_no_leakage(config.init, folder, cases)
     model = make_classifier(config, slides, cases, machine, table.classes)
@@ -1153,6 +1163,23 @@ def check_no_leakage(init: str, folder: Path, cases: list) -> None:
         )
 
 
+def check_no_copies(slides: dict, cases: list) -> None:
+    """Refuse one slide under two ids in two splits. data.py verify compares all numbers."""
+    seen: dict = {}
+    for case in cases:
+        for slide_id in case.slide_ids:
+            slide = slides[slide_id]
+            if len(slide.cells) == 0:
+                continue
+            digest = hashlib.sha256(slide.cells.tobytes() + slide.features[:1].tobytes()).digest()
+            split, other = seen.setdefault(digest, (case.split, slide_id))
+            if split != case.split:
+                raise MixmagError(
+                    f"{slide.path}: it is in split {case.split}, and a copy of it, {other!r}, in "
+                    f"split {split}; data.py verify lists all copies"
+                )
+
+
 def finetuning_plan(model, sets: dict) -> str:
     """What the task asks for: cases, slides, regions and tokens of each split."""
     lines = [f"{'':8s}{'cases':>8s}{'slides':>8s}{'regions':>9s}{'tokens':>13s}"]
@@ -1223,7 +1250,8 @@ def log_speed(config, dataset, regions: int, seconds: float, machine) -> None:
     rate = regions * dataset.views / max(seconds, 1e-9)
     share = rate * region_flops(config, dataset.removed_tokens) / matrix_rate(machine)
     tokens = rate * config.geometry().num_tokens
-    log(f"{tokens:,.0f} tokens per second over {seconds:.0f} s, {share:.0%} of the matrix rate")
+    log(f"{tokens:,.0f} tokens per second over {seconds:.0f} s")
+    log(f"{share:.0%} of the rate of plain matrix products on this device")
     if machine.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(machine.device) / 1e9
         log(f"peak memory {peak:.1f} GB")
@@ -1513,7 +1541,7 @@ def finish_pretraining(config, run: Run, model, slides, directions, held_out, fa
     The yardsticks are fitted on `slides`, those of training, with their `directions` (K, D)."""
     cohort = data.synthetic_facts(config.data)
     title = f"{config.data}, synthetic" if cohort else config.data
-    text = "no held-out window: the loss was not measured on unseen slides"
+    text = "Too few cases to hold one out: the loss was not measured on unseen slides."
     losses: dict = {}
     magnifications = model.config.magnifications
     if held_out:
@@ -1526,7 +1554,8 @@ def finish_pretraining(config, run: Run, model, slides, directions, held_out, fa
             losses["least"] = list(cohort["least_mem_loss"].values())
         windows = min(len(held_out), HELD_OUT_WINDOWS)
         text = f"{format_losses(losses, magnifications)}\n\n"
-        text += f"Measured on {windows} regions of {len(held_out.slides)} slides. {words}"
+        measured = plural(windows, "region"), plural(len(held_out.slides), "slide")
+        text += f"Measured on {' of '.join(measured)}. {words}"
         if not data.task_names(config.data):
             text += "\n\nNo task table says which slides are of one patient: some may be in both."
     heading = f"# {run.folder.name}: loss (1 - cosine) on held-out slides of {title}"
@@ -2387,7 +2416,11 @@ def add_embed_flags(parser) -> None:
 
 def add_heatmap_flags(parser) -> None:
     """where a fine-tuned run looks on a slide: RUN/heatmap/ID has pictures, CSV, GeoJSON"""
-    parser.epilog = "example: python train.py heatmap --run runs/msi --slide S1 --image S1.svs"
+    parser.epilog = (
+        "attention.csv has each token's attention (their sum is 1), the ratio to the mean of its "
+        "magnification, and its rank in it; --image adds regions.png. "
+        "example: python train.py heatmap --run runs/msi --slide S1 --image S1.svs"
+    )
     add = parser.add_argument
     add("--run", required=True, help="fine-tuning run")
     add("--slide", required=True, metavar="ID", help="slide id")

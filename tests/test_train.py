@@ -690,6 +690,26 @@ def test_a_fold_is_pretrained_and_tuned_without_its_cases(folded, monkeypatch, c
     assert said == pytest.approx(of_slide[slide_id][best], abs=1e-4)
 
 
+def test_a_copy_of_a_slide_in_another_split_is_refused(cohort, tmp_path):
+    ids = sorted(data.slide_files(cohort))[:4]
+    os.makedirs(tmp_path / "slides")
+    for i in ids:
+        shutil.copy(data.slide_files(cohort)[i], tmp_path / "slides")
+    twin = data.read_slide(tmp_path / "slides" / f"{ids[0]}.safetensors")
+    meta = {**twin.meta, "slide_id": "twin"}
+    path = tmp_path / "slides" / "twin.safetensors"
+    data.write_slide(path, twin.features, twin.cells, twin.valid, meta)
+    splits = ["train", "train", "tune", "tune", "test"]
+    rows = [
+        (i, i, n % 2, split)
+        for n, (i, split) in enumerate(zip([*ids, "twin"], splits, strict=True))
+    ]
+    data.write_csv(tmp_path / "tasks" / "t.csv", COLUMNS, rows)
+    config = train.FinetuneConfig(task="t", data=str(tmp_path), init="none", out=str(tmp_path))
+    with pytest.raises(MixmagError, match=f"twin.*in split test, and a copy of it, '{ids[0]}', in"):
+        train.finetune(config)
+
+
 def test_a_class_that_a_split_lacks_is_named(folded):
     path = folded / "tasks" / "grade.csv"
     lines = path.read_text().splitlines()
