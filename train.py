@@ -1164,14 +1164,15 @@ def check_no_leakage(init: str, folder: Path, cases: list) -> None:
 
 
 def check_no_copies(slides: dict, cases: list) -> None:
-    """Refuse one slide under two ids in two splits. data.py verify compares all numbers."""
+    """Refuse one slide under two ids in two splits, by 16 of its cells; verify compares all."""
     seen: dict = {}
     for case in cases:
         for slide_id in case.slide_ids:
             slide = slides[slide_id]
             if len(slide.cells) == 0:
                 continue
-            digest = hashlib.sha256(slide.cells.tobytes() + slide.features[:1].tobytes()).digest()
+            some = slide.features[:: math.ceil(len(slide.cells) / 16)]  # glass alone may be equal
+            digest = hashlib.sha256(slide.cells.tobytes() + some.tobytes()).digest()
             split, other = seen.setdefault(digest, (case.split, slide_id))
             if split != case.split:
                 raise MixmagError(
