@@ -856,8 +856,8 @@ def test_a_dry_run_counts_and_writes_nothing(cohort, tmp_path):
 
 def test_a_dry_run_names_slides_without_a_cell(tmp_path):
     rows = [(f"c{i}", f"s{i}", i % 2, data.SPLITS[i // 2]) for i in range(6)]
-    for row in rows:
-        make_slide(tmp_path, row[1])
+    for i, row in enumerate(rows):
+        make_slide(tmp_path, row[1], seed=i)
     make_slide(tmp_path, "empty", cells=[])
     rows.append(("c6", "empty", 0, "train"))
     data.write_csv(tmp_path / "tasks" / "t.csv", COLUMNS, rows)
