@@ -727,7 +727,7 @@ def parse_table(path, rows: list[dict]) -> TaskTable:
 
 
 def any_table(path) -> TaskTable:
-    """With its findings. Raises MixmagError for a file that is no table of a task."""
+    """A table with all that is wrong in it as `findings`. Raises MixmagError for another file."""
     columns = split_columns(path, read_csv(path, ())) or ["split"]
     return parse_table(path, read_csv(path, ("case_id", "slide_id", "label", *columns)))
 
@@ -745,7 +745,7 @@ def read_table(data, task) -> TaskTable:
 
 
 def read_task(data, task, fold: int | None = None, seed: int = 0) -> list[Case]:
-    """As `read_table` and `TaskTable.in_fold`."""
+    """The cases of a task, with their splits in a fold. Raises as read_table and in_fold do."""
     return read_table(data, task).in_fold(fold, seed)
 
 
