@@ -1569,14 +1569,17 @@ def finish_pretraining(config, run: Run, model, slides, directions, held_out, fa
 
 def verdict(run: Run, losses: dict, magnifications) -> str:
     """In words: what the encoder is not better than, and whether it overfits."""
-    better = []
-    for name, values in losses.items():
-        for m, value, own in zip(magnifications, values, losses["model"], strict=True):
-            if name != "model" and own >= value:
-                better.append(f"{name} at {m}x ({value:.3f} against {own:.3f})")
-    text = "The encoder is better than every other predictor at each magnification."
-    if better:
-        text = f"The encoder is not better than {', '.join(better)}."
+    sentences = []
+    for i, magnification in enumerate(magnifications):
+        better = [name for name, values in losses.items() if values[i] <= losses["model"][i]]
+        better.remove("model")
+        if better:
+            sentences.append(
+                f"At {magnification}x the encoder is not better than: {', '.join(better)}."
+            )
+    text = " ".join(sentences)
+    if not text:
+        text = "The encoder is better than every other predictor at each magnification."
     steps, curve = run.curve("held_out")
     least = min(curve)
     if curve[-1] > 1.01 * least:

@@ -417,7 +417,7 @@ def test_verdict_names_what_is_better():
     run = types.SimpleNamespace(curve=lambda name: ([10, 20], [0.2, 0.3]))
     losses = {"mean": [0.5, 0.6], "mixture": [0.4, 0.3], "model": [0.3, 0.35]}
     assert train.verdict(run, losses, (5, 10)) == (
-        "The encoder is not better than mixture at 10x (0.300 against 0.350). "
+        "At 10x the encoder is not better than: mixture. "
         "It overfits: its loss was least at step 10, 0.200."
     )
 
