@@ -62,9 +62,9 @@ from mixmag import Geometry, removal_count
 
 TILE_PX = 224  # paper 4.1: the same at every magnification
 FORMAT = "mixmag/1"
-TEXT_FIELDS = ("format", "slide_id", "encoder", "created", "sha256")
-JSON_FIELDS = ("magnifications", "tile_px", "mpp", "cell_px", "origin", "width", "height", "n_bad")
-FIELDS = (*TEXT_FIELDS, *JSON_FIELDS)
+TEXT_FIELDS = ("format", "slide_id", "encoder", "created", "sha256")  # the others are JSON
+SIZES = ("magnifications", "tile_px", "mpp", "cell_px", "origin", "width", "height", "n_bad")
+FIELDS = (*TEXT_FIELDS, *SIZES)
 
 
 @dataclass
@@ -90,10 +90,10 @@ class Slide:
 
 
 def checksum(features, cells, valid, metadata: dict) -> str:
-    """sha256 over the tensors' bytes and all metadata except `sha256` itself."""
+    """sha256 over the bytes of contiguous arrays and all metadata except `sha256` itself."""
     digest = hashlib.sha256()
     for array in (features, cells, valid):
-        digest.update(np.ascontiguousarray(array).reshape(-1).data)
+        digest.update(array)
     others = {name: value for name, value in metadata.items() if name != "sha256"}
     digest.update(json.dumps(others, sort_keys=True, separators=(",", ":")).encode("utf-8"))
     return digest.hexdigest()
@@ -120,12 +120,12 @@ def write_slide(path, features, cells, valid, meta: dict) -> None:
     text = {}
     for name, value in {"format": FORMAT, "created": created, **meta}.items():
         text[name] = value if name in TEXT_FIELDS else json.dumps(value)
-    text["sha256"] = checksum(features, cells, valid, text)
     arrays = {"features": features, "cells": cells, "valid": valid}
-    # save_file writes non-contiguous arrays in the wrong order
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    # save_file writes other arrays in the wrong order
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    text["sha256"] = checksum(**arrays, metadata=text)
     with whole_file(path) as temporary:
-        safetensors.numpy.save_file(contiguous, temporary, text)
+        safetensors.numpy.save_file(arrays, temporary, text)
 
 
 def read_slide(path) -> Slide:
@@ -134,26 +134,22 @@ def read_slide(path) -> Slide:
     path = Path(path)
     try:
         with safetensors.safe_open(path, "pt") as file:
-            meta = parse_metadata(file.metadata() or {})
+            text = file.metadata() or {}
+            missing = [name for name in FIELDS if name not in text]
+            if missing or text["format"] != FORMAT:
+                raise ValueError(f"expected format {FORMAT}; missing fields: {missing}")
             features = file.get_tensor("features").numpy()  # torch maps it, numpy would copy it
             cells = file.get_tensor("cells").numpy().copy()
             valid = file.get_tensor("valid").numpy().copy()
+        meta = {}
+        for name, value in text.items():
+            meta[name] = value if name in TEXT_FIELDS else json.loads(value)
         check_arrays(features, cells, valid, meta["magnifications"])
         if composed(meta["slide_id"]) != composed(path.stem):
             raise ValueError(f"it holds slide {meta['slide_id']!r}; rename the file")
     except (OSError, safetensors.SafetensorError, ValueError, TypeError) as error:
         raise MixmagError(f"{path}: cannot be read as a slide file ({one_line(error)})") from None
     return Slide(path, meta, features, cells, valid)
-
-
-def parse_metadata(text: dict) -> dict:
-    missing = [name for name in FIELDS if name not in text]
-    if missing or text["format"] != FORMAT:
-        raise ValueError(f"expected format {FORMAT}; missing fields: {missing}")
-    meta = {}
-    for name, value in text.items():
-        meta[name] = value if name in TEXT_FIELDS else json.loads(value)
-    return meta
 
 
 def read_slides(data, ids=None, failed: list | None = None) -> list[Slide]:
@@ -291,21 +287,20 @@ def as_batch(x: np.ndarray, valid: np.ndarray, device="cpu") -> tuple:
     return torch.from_numpy(x).to(device), torch.from_numpy(valid).to(device)
 
 
+def tensors_of(batch: dict) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in batch.items() if torch.is_tensor(value)}
+
+
 def to_device(batch: dict, device) -> dict:
-    moved = dict(batch)
-    for key, value in batch.items():
-        if torch.is_tensor(value):
-            moved[key] = value.to(device, non_blocking=True)
-    return moved
+    tensors = tensors_of(batch).items()
+    return batch | {key: tensor.to(device, non_blocking=True) for key, tensor in tensors}
 
 
 def pinned(batch: dict, device) -> dict:
     """For a GPU, the batch in memory that the GPU can copy from by itself."""
-    moved = dict(batch)
-    for key, value in batch.items():
-        if torch.device(device).type == "cuda" and torch.is_tensor(value):
-            moved[key] = value.pin_memory()
-    return moved
+    if torch.device(device).type != "cuda":
+        return batch
+    return batch | {key: tensor.pin_memory() for key, tensor in tensors_of(batch).items()}
 
 
 @dataclass(eq=False, repr=False)
@@ -314,16 +309,16 @@ class RegionDataset(torch.utils.data.Dataset):
     Sample i is a function of (seed, i) alone. Its epoch is i // W: in an epoch each of the W
     windows comes once, in random order. `len` is W, but indices may go on beyond it. With stride 1
     windows overlap, so an epoch sees most cells several times.
-    views: 2 for the contrastive loss, whose second window is drawn from a source x source window
-    that holds the first (paper 3.1.2). swap: share of samples that look as if stained and scanned
-    like another slide, whose mean of each magnification takes the place of their own slide's."""
+    source: for the contrastive loss; a sample then has a second view, a window drawn from a source
+    x source window that holds the first (paper 3.1.2). swap: share of samples that look as if
+    stained and scanned like another slide, whose mean of each magnification takes the place of
+    their own slide's."""
 
     slides: list[Slide]
     geometry: Geometry
     seed: int
     mask: float  # the removal ratio
-    views: int = 1
-    source: int = 0
+    source: int = 0  # cells per side; 0: one view
     stride: int = 1
     min_cover: float = 1.0
     turn: bool = True  # whether windows are turned
@@ -331,11 +326,11 @@ class RegionDataset(torch.utils.data.Dataset):
 
     def __post_init__(self):
         geometry = self.geometry
+        self.views = 2 if self.source else 1
         self.k = geometry.level().numpy()  # (N,)
         if self.swap:
             self.slide_means = slide_means(self.slides)  # (S, K, D)
         self.removed_tokens = removal_count(geometry.num_tokens, self.mask)  # M
-        self.reach = (self.source or geometry.region) - geometry.region  # cells a view may lie off
         self.turned_entries = geometry.cell_order().numpy()[geometry.dihedral().numpy()]  # (8, N)
         shape = (geometry.region, self.stride, self.min_cover)
         of_slides = [windows(slide.cells, *shape) for slide in self.slides]
@@ -344,7 +339,6 @@ class RegionDataset(torch.utils.data.Dataset):
         self.corners = np.concatenate(corners)  # (W, 2)
         counts = [len(part) for part in corners]
         self.slide_of = np.repeat(np.arange(len(counts)), counts)  # (W,)
-        self.first_window = np.cumsum([0, *counts])  # of each slide
 
     def __len__(self) -> int:
         return len(self.corners)
@@ -374,12 +368,12 @@ class RegionDataset(torch.utils.data.Dataset):
     def draw_partner(self, window: int, rng) -> int:
         """A random window inside a random source window that holds the given one."""
         slide = self.slide_of[window]
-        first = self.first_window[slide]
-        corners = self.corners[first : self.first_window[slide + 1]]
-        start = self.corners[window] - rng.integers(self.reach + 1, size=2)  # the source's corner
-        inside = ((corners >= start) & (corners <= start + self.reach)).all(axis=1)
-        candidates = np.flatnonzero(inside)
-        return first + candidates[rng.integers(len(candidates))]
+        first, end = np.searchsorted(self.slide_of, [slide, slide + 1])  # the slide's windows
+        corners = self.corners[first:end]
+        reach = self.source - self.geometry.region
+        start = self.corners[window] - rng.integers(reach + 1, size=2)  # the source's corner
+        inside = ((corners >= start) & (corners <= start + reach)).all(axis=1)
+        return first + rng.choice(np.flatnonzero(inside))
 
     def __getitem__(self, i: int) -> dict:
         """Sample i: as `batch`, without the axis of samples, and `valid` always a tensor."""
@@ -397,9 +391,9 @@ class RegionDataset(torch.utils.data.Dataset):
         x = np.empty((*window.shape, self.geometry.num_tokens, self.slides[0].dim), np.float16)
         valid = np.empty(x.shape[:-1], bool)
         for b, own in enumerate(slide[0]):
+            cells = self.window_cells[window[:, b]]
             entries = self.turned_entries[turn[:, b]]
-            found = gather(self.slides[own], self.window_cells[window[:, b]], entries)
-            x[:, b], valid[:, b] = found
+            x[:, b], valid[:, b] = gather(self.slides[own], cells, entries)
             if look[b] != own:
                 change = self.slide_means[look[b]] - self.slide_means[own]  # (K, D)
                 x[:, b] += change[self.k] * valid[:, b, :, None]
@@ -423,7 +417,7 @@ class CaseDataset(torch.utils.data.Dataset):
     hold, for each slide, its `covering_windows` with a valid token. Slides without such a window
     are in `dropped`; a case without slides is left out. `labels` holds the label of each case.
     `cached` may hold a slide's encoder outputs (W, n or 1, d) and valid (W, n), which `batch` then
-    gives instead of embeddings. `uncovered` says for the log how many cells lie in no window."""
+    gives instead of embeddings."""
 
     def __init__(
         self, slides: dict, cases: list, geometry: Geometry, index, min_cover: float = 0.5
@@ -435,41 +429,36 @@ class CaseDataset(torch.utils.data.Dataset):
         self.cached: dict[str, tuple] = {}
         self.cases: list[Case] = []
         self.dropped: list[str] = []
-        lost = 0  # cells
         for case in cases:
             for slide_id in case.slide_ids:
-                lost += self.find_windows(slide_id, geometry.region, min_cover)
+                cells = slides[slide_id].cells
+                window_cells, corners = covering_windows(cells, geometry.region, min_cover)
+                _, valid = token_index(slides[slide_id], window_cells, self.entries)  # (W, n)
+                kept = valid.any(axis=1)
+                if kept.any():
+                    self.window_cells[slide_id] = window_cells[kept]
+                    self.corners[slide_id] = corners[kept]
+                else:
+                    self.dropped.append(slide_id)
             usable = [i for i in case.slide_ids if i in self.corners]
-            self.dropped += [i for i in case.slide_ids if i not in self.corners]
             if usable:
                 self.cases.append(replace(case, slide_ids=usable))
         self.labels = [case.label for case in self.cases]
-        cells = sum(len(slides[slide_id].cells) for slide_id in self.corners)
-        self.uncovered = ""
-        if lost:
-            self.uncovered = f"; {lost} of {cells} cells lie in windows that --min-cover leaves out"
 
-    def find_windows(self, slide_id: str, region: int, min_cover: float) -> int:
-        """Note the slide's windows with a valid token. Returns how many cells min_cover costs."""
-        slide = self.slides[slide_id]
-        window_cells, corners = covering_windows(slide.cells, region, min_cover)
-        _, valid = token_index(slide, window_cells, self.entries)  # (W, n)
-        kept = valid.any(axis=1)
-        if not kept.any():
-            return 0
-        self.window_cells[slide_id] = window_cells[kept]
-        self.corners[slide_id] = corners[kept]
-        return len(slide.cells) - int((window_cells >= 0).sum())
+    @property
+    def uncovered(self) -> str:
+        """Says for the log how many cells of these slides lie in no window; empty if none does."""
+        cells = sum(len(self.slides[slide_id].cells) for slide_id in self.corners)
+        covered = sum(np.count_nonzero(of_slide >= 0) for of_slide in self.window_cells.values())
+        if covered == cells:
+            return ""
+        return f"; {cells - covered} of {cells} cells are not read (see --min-cover)"
 
     def __len__(self) -> int:
         return len(self.cases)
 
     def __getitem__(self, i: int) -> dict:
-        """One case as a batch, with `valid` always a tensor."""
-        case = self.batch([i])
-        if case["valid"] is None:
-            case["valid"] = torch.ones(len(case["x"]), len(self.entries), dtype=torch.bool)
-        return case
+        return self.batch([i])
 
     def batch(self, indices) -> dict:
         """x (W, n, D) float16, or what is `cached` for it; valid (W, n) or None if all are valid;
@@ -498,6 +487,12 @@ class CaseDataset(torch.utils.data.Dataset):
         return gather(self.slides[slide_id], self.window_cells[slide_id], self.entries)
 
 
+def tokens_in(slide: Slide, cells, k: int) -> np.ndarray:
+    """(n, D): the valid embeddings of magnification k in these cells, a slice or indices."""
+    entries = magnification_entries(k)
+    return slide.features[cells, entries][slide.valid[cells, entries]]
+
+
 def feature_statistics(slides, magnifications=None, limit: int = 20000) -> tuple:
     """mean (D,), std (D,) and directions (K, D) of the embeddings, as float tensors.
     A direction is the mean of a magnification's embeddings after each is scaled to length 1. It is
@@ -509,11 +504,8 @@ def feature_statistics(slides, magnifications=None, limit: int = 20000) -> tuple
     count = np.zeros((K, 1))
     total, squares, directions = np.zeros((3, K, slides[0].dim))
     for slide in progress(slides, desc="statistics"):
-        features = slide.features[::stride]
-        valid = slide.valid[::stride]
         for k in range(K) if magnifications is None else magnifications:
-            entries = magnification_entries(k)
-            tokens = features[:, entries][valid[:, entries]].astype(np.float64)  # (n, D)
+            tokens = tokens_in(slide, slice(None, None, stride), k).astype(np.float64)  # (n, D)
             if not np.isfinite(tokens).all():
                 raise MixmagError(f"{slide.path}: NaN or infinite features; see data.py verify")
             length = np.linalg.norm(tokens, axis=1, keepdims=True).clip(min=1e-12)
@@ -529,18 +521,15 @@ def feature_statistics(slides, magnifications=None, limit: int = 20000) -> tuple
     return tuple(torch.from_numpy(array).float() for array in (mean, std, directions))
 
 
-def slide_means(slides, most: int = 32) -> np.ndarray:
-    """(S, K, D) float16: the mean embeddings of each magnification in evenly spread cells."""
+def slide_means(slides) -> np.ndarray:
+    """(S, K, D) float16: mean embedding of each magnification in at most 32 evenly spread cells."""
     K = len(slides[0].meta["magnifications"])
     means = np.zeros((len(slides), K, slides[0].dim), np.float16)
     for i, slide in enumerate(progress(slides, desc="slide means")):
         count = len(slide.cells)
-        chosen = np.linspace(0, count - 1, min(count, most)).astype(int)
-        features = slide.features[chosen].astype(np.float32)
-        valid = slide.valid[chosen]
+        chosen = np.linspace(0, count - 1, min(count, 32)).astype(int)
         for k in range(K):
-            entries = magnification_entries(k)
-            tokens = features[:, entries][valid[:, entries]]  # (n, D)
+            tokens = tokens_in(slide, chosen, k).astype(np.float32)  # (n, D)
             means[i, k] = tokens.sum(axis=0) / max(len(tokens), 1)
     return means
 
@@ -549,7 +538,7 @@ def slide_means(slides, most: int = 32) -> np.ndarray:
 
 SPLITS = ("train", "tune", "test")
 BINARY = ["0", "1"]
-NUMBER = re.compile(r"(0|[1-9][0-9]*)(\.0*)?")  # spreadsheets write 1.0
+NUMBER = re.compile(r"(0|[1-9][0-9]*)(\.0*)?")
 NO_NAME = re.compile(r"(nan|n/?a|[-+]?[0-9.,]+)?", re.IGNORECASE)  # of a class
 
 
@@ -561,18 +550,15 @@ class Outcome:
 
     def classes(self, labels) -> list[str]:
         """The classes of a table's labels: 0, 1, ..., or their names in sorted order."""
-        numbers = {found[1] for label in labels if (found := NUMBER.fullmatch(label))}
+        numbers = {self.class_name(label) for label in labels if NUMBER.fullmatch(label)}
         if numbers:
             return [str(i) for i in range(max(2, len(numbers)))]
         return sorted({label for label in labels if not NO_NAME.fullmatch(label)}) or BINARY
 
-    def parse(self, text: str, classes: list[str]) -> int:
-        """The label that a table states. Raises ValueError that says what is expected."""
-        number = NUMBER.fullmatch(text)
-        name = number[1] if number else text
-        if name not in classes:
-            raise ValueError(f"expected {' or '.join(classes)}")
-        return classes.index(name)
+    def class_name(self, label: str) -> str:
+        """As `classes` writes it: spreadsheets write 1.0 for 1."""
+        number = NUMBER.fullmatch(label)
+        return number[1] if number else label
 
     def columns(self, classes: list[str]) -> list[str]:
         """Names for the scores of a slide, as many as it has logits."""
@@ -676,15 +662,13 @@ def row_fault(row: dict, columns: list[str], classes: list[str]) -> str:
     slide_id = row["slide_id"]
     if not row["case_id"] or not slide_id:
         return "case_id or slide_id is empty"
-    if "/" in slide_id or slide_id in (".", ".."):
+    if "/" in slide_id:
         return f"slide_id {slide_id!r} is a path, expected the name of a file in slides/"
     for column in columns:
         if row[column] not in SPLITS:
             return f"{column} is {row[column]!r}, expected train, tune or test"
-    try:
-        OUTCOME.parse(row["label"], classes)
-    except ValueError as error:
-        return f"label is {row['label']!r}, {error}"
+    if OUTCOME.class_name(row["label"]) not in classes:
+        return f"label is {row['label']!r}, expected {' or '.join(classes)}"
     return ""
 
 
@@ -711,7 +695,7 @@ def parse_table(path, rows: list[dict]) -> TaskTable:
         if fault:
             findings.append(f"{where}: {fault}")
             continue
-        label = OUTCOME.parse(row["label"], classes)
+        label = classes.index(OUTCOME.class_name(row["label"]))
         splits = {column: row[column] for column in columns}
         split = next((split for split in splits.values() if split != "train"), "train")
         case = cases.setdefault(row["case_id"], Case(row["case_id"], label, split, [], splits))

@@ -291,9 +291,7 @@ def pretraining_windows(config, slides, geometry, machine) -> data.RegionDataset
         raise MixmagError(f"--source {config.source} is smaller than --region {config.region}")
     if config.batch_size % machine.world:
         raise MixmagError(f"--batch-size does not divide into {machine.world} processes")
-    more = {"min_cover": config.min_cover, "swap": config.swap}
-    if config.source:
-        more |= {"views": 2, "source": config.source}
+    more = {"min_cover": config.min_cover, "swap": config.swap, "source": config.source or 0}
     try:
         mixmag.removal_count(geometry.num_tokens, config.mask)
     except ValueError as error:

@@ -264,7 +264,7 @@ def test_cells_that_are_left_out_are_said(odd, tuned, tmp_path, capsys):
     train.predict(tuned, odd, ["holes"], tmp_path / "p.csv")
     embed(odd, tmp_path / "a", "holes")
     said = capsys.readouterr().out
-    assert said.count("1 of 22 cells lie in windows that --min-cover leaves out") == 2
+    assert said.count("1 of 22 cells are not read (see --min-cover)") == 2
     embed(odd, tmp_path / "b", "holes", min_cover=0.0)
     assert "--min-cover" not in capsys.readouterr().out
 
