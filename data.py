@@ -280,11 +280,10 @@ def gather(slide: Slide, window_cells, entries) -> tuple:
     return x, valid
 
 
-def as_batch(x: np.ndarray, valid: np.ndarray, device="cpu") -> tuple:
+def as_batch(x: np.ndarray, valid: np.ndarray, device="cpu") -> dict:
     """Tensors. Where every token is valid, valid is None: then attention needs no mask."""
-    if valid.all():
-        return torch.from_numpy(x).to(device), None
-    return torch.from_numpy(x).to(device), torch.from_numpy(valid).to(device)
+    mask = None if valid.all() else torch.from_numpy(valid).to(device)
+    return {"x": torch.from_numpy(x).to(device), "valid": mask}
 
 
 def tensors_of(batch: dict) -> dict[str, torch.Tensor]:
@@ -384,25 +383,20 @@ class RegionDataset(torch.utils.data.Dataset):
         return {key: value.select(axis, 0) for key, value in sample.items()}
 
     def batch(self, indices) -> dict:
-        """x (B, N, D) float16, removed (B, M), valid (B, N) or None if all are valid, slide (B,).
+        """x (B, N, D) float16, valid (B, N) or None if all are valid, and removed (B, M).
         With two views each has a leading axis of 2."""
         window, turn, removed, look = self.draw(indices)
-        slide = self.slide_of[window]  # (views, B), the same in both views
         x = np.empty((*window.shape, self.geometry.num_tokens, self.slides[0].dim), np.float16)
         valid = np.empty(x.shape[:-1], bool)
-        for b, own in enumerate(slide[0]):
+        for b, own in enumerate(self.slide_of[window[0]]):
             cells = self.window_cells[window[:, b]]
             entries = self.turned_entries[turn[:, b]]
             x[:, b], valid[:, b] = gather(self.slides[own], cells, entries)
             if look[b] != own:
                 change = self.slide_means[look[b]] - self.slide_means[own]  # (K, D)
                 x[:, b] += change[self.k] * valid[:, b, :, None]
-        batch: dict = {}
-        for key, array in (("x", x), ("removed", removed), ("valid", valid), ("slide", slide)):
-            batch[key] = torch.from_numpy(array if self.views == 2 else array[0])
-        if valid.all():
-            batch["valid"] = None
-        return batch
+        views = slice(None) if self.views == 2 else 0
+        return as_batch(x[views], valid[views]) | {"removed": torch.from_numpy(removed[views])}
 
 
 @functools.lru_cache(maxsize=4)  # threads that work ahead may be in the next epoch
@@ -470,10 +464,7 @@ class CaseDataset(torch.utils.data.Dataset):
         slide_ids = list(itertools.chain(*slides_of))
         counts = [len(ids) for ids in slides_of]
         inputs, masks = zip(*map(self.read, slide_ids), strict=True)
-        x, valid = as_batch(np.concatenate(inputs), np.concatenate(masks))
-        return {
-            "x": x,
-            "valid": valid,
+        return as_batch(np.concatenate(inputs), np.concatenate(masks)) | {
             "cached": bool(self.cached),
             "slide_ids": slide_ids,
             "regions": torch.tensor([len(mask) for mask in masks]),

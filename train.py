@@ -405,7 +405,7 @@ def mem_step(model, parts: Iterable[dict], batch_size: int, machine) -> dict:
     sums: dict = {}
     for part in parts:
         part = data.to_device(part, machine.device)
-        weight = part["slide"].shape[-1] / batch_size  # slide (b,), or (2, b) for two views
+        weight = part["removed"].shape[-2] / batch_size  # (b, M), or (2, b, M) for two views
         with machine.autocast():
             out = model(part["x"], part["removed"], part["valid"])
         machine.scaler.scale(out.loss * weight).backward()
@@ -427,7 +427,7 @@ def cmem_step(model, parts: Iterable[dict], batch_size: int, machine) -> dict:
     factor = model.config.contrastive_weight
     sums: dict = {}
     for part, gradient in zip(parts, gradients, strict=True):
-        weight = part["slide"].shape[-1] / batch_size
+        weight = part["removed"].shape[-2] / batch_size
         with machine.autocast():
             out = model(part["x"], part["removed"], part["valid"])
         # its gradient is this part's share of the gradient of NT-Xent
@@ -749,7 +749,7 @@ def update_cache(model, dataset, cached: bool, machine) -> None:
             continue
         x, valid = data.gather(dataset.slides[slide_id], window_cells, dataset.entries)
         with torch.no_grad(), machine.autocast():
-            h = model.encode_chunks(*data.as_batch(x, valid, machine.device))
+            h = model.encode_chunks(**data.as_batch(x, valid, machine.device))
         dataset.cached[slide_id] = (h.float().cpu().numpy(), valid)
 
 
@@ -1765,7 +1765,7 @@ def embed_slide(model, dataset, slide, out: Path, made_by: dict, machine) -> Non
         return
     x, valid = dataset.read(slide.slide_id)
     with torch.inference_mode(), machine.autocast():
-        h = model.encode_chunks(*data.as_batch(x, valid, machine.device))  # (W, n or 1, d)
+        h = model.encode_chunks(**data.as_batch(x, valid, machine.device))  # (W, n or 1, d)
     places = output_places(model, dataset, slide.slide_id)
     outputs = h.float().cpu().numpy()[places.window, places.token]  # (L, d)
     if not np.isfinite(outputs).all():

@@ -310,7 +310,7 @@ def mem_step(model, B: int, machine):
     N = model.config.geometry().num_tokens
     x = torch.randn(B, N, model.config.dim, device=DEVICE).half()
     removed = mixmag.random_removal(B, N, 0.5, device=DEVICE)
-    part = {"x": x, "removed": removed, "valid": None, "slide": torch.zeros(B, device=DEVICE)}
+    part = {"x": x, "removed": removed, "valid": None}
 
     def step():
         model.zero_grad(set_to_none=True)
@@ -542,8 +542,7 @@ def training_step(config, batch: int, micro: int, machine, views: int = 1, compi
         x = torch.randn(views, micro, N, config.dim, device=DEVICE, dtype=torch.float16)
         removed = mixmag.random_removal(views * micro, N, 0.5, device=DEVICE)
         removed = removed.unflatten(0, (views, micro))
-        slide = torch.zeros(views, micro, device=DEVICE)
-        part = {"x": x, "removed": removed, "slide": slide}
+        part = {"x": x, "removed": removed}
         if views == 1:
             part = {key: value[0] for key, value in part.items()}
         parts.append({**part, "valid": None})

@@ -101,15 +101,14 @@ def some_regions(views=1, B=6):
     shape = (B,) if views == 1 else (2, B)
     x = torch.randn(*shape, 84, 8, generator=generator)
     removed = mixmag.random_removal(views * B, 84, 0.5, generator).view(*shape, -1)
-    return {"x": x, "removed": removed, "valid": None, "slide": torch.zeros(shape)}
+    return {"x": x, "removed": removed, "valid": None}
 
 
 def cut(batch, size):
     """The batch in parts of at most `size` regions."""
-    axis = batch["slide"].ndim - 1
-    parts = [batch[key].split(size, axis) for key in ("x", "removed", "slide")]
-    keys = ("x", "removed", "slide")
-    return [dict(zip(keys, part, strict=True), valid=None) for part in zip(*parts, strict=True)]
+    axis = batch["removed"].ndim - 2
+    parts = zip(batch["x"].split(size, axis), batch["removed"].split(size, axis), strict=True)
+    return [{"x": x, "removed": removed, "valid": None} for x, removed in parts]
 
 
 def small_model(kind=mixmag.MaskedEmbeddingModel):
