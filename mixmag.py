@@ -625,10 +625,9 @@ class SlideClassifier(nn.Module):
 
     encoder: None pools the tile embeddings themselves. tokens: "patch" pools the contextualized
     tokens (table 1), "cls" the class tokens of each region as one vector (table 2). magnification:
-    "all", or the only one to read. chunk: regions that the encoder reads at a time. pool: a module
-    (x (L, d), lengths (bags,)) -> pooled (bags, d), attention (L,); None: gated AB-MIL with
-    `hidden` units. outputs: numbers per slide. Raises ValueError for "cls" without an encoder, and
-    for an unknown magnification.
+    "all", or the only one to read. pool: a module (x (L, d), lengths (bags,)) -> pooled (bags, d),
+    attention (L,); None: gated AB-MIL with `hidden` units. outputs: numbers per slide. Raises
+    ValueError for "cls" without an encoder, and for an unknown magnification.
     """
 
     def __init__(
@@ -639,7 +638,6 @@ class SlideClassifier(nn.Module):
         magnification="all",
         hidden: int = 256,  # assumed
         dropout: float = 0.0,
-        chunk: int | None = None,
         pool: nn.Module | None = None,
         outputs: int = 1,
     ):
@@ -652,8 +650,8 @@ class SlideClassifier(nn.Module):
         with torch.device("cpu"):  # the model itself may be made on "meta"
             self.index = config.geometry().select(magnification)  # (n,)
         n = len(self.index)
-        # as many activations as 256 regions of 189 tokens have at width 96: about 2 GB
-        self.chunk = chunk or max(1, 256 * 189 * 96 // (n * config.width))
+        # regions at a time: as many activations as 256 of 189 tokens have at width 96, about 2 GB
+        self.chunk = max(1, 256 * 189 * 96 // (n * config.width))
         if encoder is None:
             self.standardize = Standardize(n, config.dim)
             width = config.dim

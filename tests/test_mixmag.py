@@ -438,7 +438,8 @@ def test_classifier_serves_every_row(mixing, tokens, magnification, region):
     Another number of tokens is refused."""
     config = tiny(region)
     encoder = MixingEncoder(config) if mixing else None
-    model = mixmag.SlideClassifier(config, encoder, tokens, magnification, 16, chunk=2).eval()
+    model = mixmag.SlideClassifier(config, encoder, tokens, magnification, 16).eval()
+    model.chunk = 2
     n = len(model.index)
     x = torch.randn(6, n, 10)
     valid = torch.rand(6, n) > 0.3
