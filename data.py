@@ -180,16 +180,6 @@ def slide_files(data) -> dict[str, Path]:
     return files_by_id(Path(data) / "slides", "*.safetensors")
 
 
-def files_by_id(folder: Path, pattern: str) -> dict[str, Path]:
-    """Slide id -> the file that is named so. Raises MixmagError for two files of one id."""
-    paths = visible_files(folder, pattern)
-    files = {composed(path.stem): path for path in paths}
-    if len(files) < len(paths):
-        twice = set(paths) - set(files.values())
-        raise MixmagError(f"two files of one slide, such as {twice.pop()}; rename one")
-    return files
-
-
 def slide_paths(data, ids=None) -> list[Path]:
     files = slide_files(data)
     if ids is not None:
@@ -199,16 +189,6 @@ def slide_paths(data, ids=None) -> list[Path]:
     if not files:
         raise MixmagError(f"{data}/slides: no slide files; make them with data.py tile or synth")
     return list(files.values())
-
-
-def absent_slides(ids, files: dict) -> str:
-    """Says how many slides have no file, and the likely mistake. Empty where all have one."""
-    absent = sorted(set(map(composed, ids)) - files.keys())
-    if not absent:
-        return ""
-    suffixes = {Path(slide_id).suffix for slide_id in absent if Path(slide_id).stem in files}
-    advice = "".join(f"; leave {suffix} out" for suffix in sorted(suffixes))
-    return f"{plural(len(absent), 'slide')} without a file, such as {absent[0]!r}{advice}"
 
 
 def embedding_signature(slide: Slide) -> str:
@@ -639,74 +619,6 @@ class TaskTable:
         return cases
 
 
-def task_names(data) -> list[str]:
-    """Raises MixmagError for a table of another format: it would hold nothing out, in silence."""
-    paths = visible_files(Path(data) / "tasks", "*.*")
-    for path in paths:
-        if path.suffix in (".CSV", ".tsv", ".txt", ".xls", ".xlsx", ".ods"):
-            raise MixmagError(f"{path}: expected a table whose name ends with .csv")
-    return [path.stem for path in paths if path.suffix == ".csv"]
-
-
-def row_fault(row: dict, columns: list[str], classes: list[str]) -> str:
-    """What is wrong with a row of a task table by itself. Empty if nothing is."""
-    slide_id = row["slide_id"]
-    if not row["case_id"] or not slide_id:
-        return "case_id or slide_id is empty"
-    if "/" in slide_id:
-        return f"slide_id {slide_id!r} is a path, expected the name of a file in slides/"
-    for column in columns:
-        if row[column] not in SPLITS:
-            return f"{column} is {row[column]!r}, expected train, tune or test"
-    if OUTCOME.class_name(row["label"]) not in classes:
-        return f"label is {row['label']!r}, expected {' or '.join(classes)}"
-    return ""
-
-
-def split_columns(path, rows: list[dict]) -> list[str]:
-    """Those that say a case's split: `split`, or fold_0, fold_1, ..., or none."""
-    names = list(rows[0]) if rows else ["split"]
-    columns = [name for name in names if re.fullmatch(r"split|fold_(0|[1-9][0-9]*)", name)]
-    if "split" in columns and len(columns) > 1:
-        raise MixmagError(f"{path}: found {', '.join(columns)}; expected a split or folds")
-    return columns
-
-
-def parse_table(path, rows: list[dict]) -> TaskTable:
-    columns = split_columns(path, rows)
-    classes = OUTCOME.classes([row["label"] for row in rows])
-    findings = []
-    cases: dict[str, Case] = {}
-    seen = set()
-    for row in rows:
-        where = f"{path}: line {row['line']}, case {row['case_id']!r}"
-        fault = row_fault(row, columns, classes)
-        if row["slide_id"] in seen:
-            fault = f"slide {row['slide_id']!r} stands in more than one row"
-        if fault:
-            findings.append(f"{where}: {fault}")
-            continue
-        label = classes.index(OUTCOME.class_name(row["label"]))
-        splits = {column: row[column] for column in columns}
-        split = next((split for split in splits.values() if split != "train"), "train")
-        case = cases.setdefault(row["case_id"], Case(row["case_id"], label, split, [], splits))
-        for column, split in case.splits.items():
-            if split != row[column]:
-                findings.append(f"{where} is in two splits, {split} and {row[column]}")
-        if case.label != label:
-            names = f"{classes[case.label]} and {classes[label]}"
-            findings.append(f"{where} has two labels, {names}")
-        case.slide_ids.append(row["slide_id"])
-        seen.add(row["slide_id"])
-    return TaskTable(Path(path), columns, classes, list(cases.values()), findings)
-
-
-def any_table(path) -> TaskTable:
-    """A table with all that is wrong in it as `findings`. Raises MixmagError for another file."""
-    columns = split_columns(path, read_csv(path, ())) or ["split"]
-    return parse_table(path, read_csv(path, ("case_id", "slide_id", "label", *columns)))
-
-
 def read_table(data, task) -> TaskTable:
     """Raises MixmagError for an unknown task, and with the first finding of a faulty table."""
     found = task_names(data)
@@ -769,8 +681,99 @@ def pretraining_ids(data, fold: int | None = None, seed: int = 0) -> list[str]:
 
 
 # ======================================================================================== stop here
-# Above stands what the paper needs. Below stands what a lab needs around it: reading slides and
-# other tools' files, the synthetic cohort, checks, and the command line.
+# Above stands what the paper needs. Below stands what a lab needs around it: checks of its tables,
+# reading slides and other tools' files, the synthetic cohort, and the command line.
+
+
+# -------------------------------------------------------------- finding files, rows of a task table
+
+
+def files_by_id(folder: Path, pattern: str) -> dict[str, Path]:
+    """Slide id -> the file that is named so. Raises MixmagError for two files of one id."""
+    paths = visible_files(folder, pattern)
+    files = {composed(path.stem): path for path in paths}
+    if len(files) < len(paths):
+        twice = set(paths) - set(files.values())
+        raise MixmagError(f"two files of one slide, such as {twice.pop()}; rename one")
+    return files
+
+
+def absent_slides(ids, files: dict) -> str:
+    """Says how many slides have no file, and the likely mistake. Empty where all have one."""
+    absent = sorted(set(map(composed, ids)) - files.keys())
+    if not absent:
+        return ""
+    suffixes = {Path(slide_id).suffix for slide_id in absent if Path(slide_id).stem in files}
+    advice = "".join(f"; leave {suffix} out" for suffix in sorted(suffixes))
+    return f"{plural(len(absent), 'slide')} without a file, such as {absent[0]!r}{advice}"
+
+
+def task_names(data) -> list[str]:
+    """Raises MixmagError for a table of another format: it would hold nothing out, in silence."""
+    paths = visible_files(Path(data) / "tasks", "*.*")
+    for path in paths:
+        if path.suffix in (".CSV", ".tsv", ".txt", ".xls", ".xlsx", ".ods"):
+            raise MixmagError(f"{path}: expected a table whose name ends with .csv")
+    return [path.stem for path in paths if path.suffix == ".csv"]
+
+
+def any_table(path) -> TaskTable:
+    """A table with all that is wrong in it as `findings`. Raises MixmagError for another file."""
+    columns = split_columns(path, read_csv(path, ())) or ["split"]
+    return parse_table(path, read_csv(path, ("case_id", "slide_id", "label", *columns)))
+
+
+def split_columns(path, rows: list[dict]) -> list[str]:
+    """Those that say a case's split: `split`, or fold_0, fold_1, ..., or none."""
+    names = list(rows[0]) if rows else ["split"]
+    columns = [name for name in names if re.fullmatch(r"split|fold_(0|[1-9][0-9]*)", name)]
+    if "split" in columns and len(columns) > 1:
+        raise MixmagError(f"{path}: found {', '.join(columns)}; expected a split or folds")
+    return columns
+
+
+def parse_table(path, rows: list[dict]) -> TaskTable:
+    columns = split_columns(path, rows)
+    classes = OUTCOME.classes([row["label"] for row in rows])
+    findings = []
+    cases: dict[str, Case] = {}
+    seen = set()
+    for row in rows:
+        where = f"{path}: line {row['line']}, case {row['case_id']!r}"
+        fault = row_fault(row, columns, classes)
+        if row["slide_id"] in seen:
+            fault = f"slide {row['slide_id']!r} stands in more than one row"
+        if fault:
+            findings.append(f"{where}: {fault}")
+            continue
+        label = classes.index(OUTCOME.class_name(row["label"]))
+        splits = {column: row[column] for column in columns}
+        split = next((split for split in splits.values() if split != "train"), "train")
+        case = cases.setdefault(row["case_id"], Case(row["case_id"], label, split, [], splits))
+        for column, split in case.splits.items():
+            if split != row[column]:
+                findings.append(f"{where} is in two splits, {split} and {row[column]}")
+        if case.label != label:
+            names = f"{classes[case.label]} and {classes[label]}"
+            findings.append(f"{where} has two labels, {names}")
+        case.slide_ids.append(row["slide_id"])
+        seen.add(row["slide_id"])
+    return TaskTable(Path(path), columns, classes, list(cases.values()), findings)
+
+
+def row_fault(row: dict, columns: list[str], classes: list[str]) -> str:
+    """What is wrong with a row of a task table by itself. Empty if nothing is."""
+    slide_id = row["slide_id"]
+    if not row["case_id"] or not slide_id:
+        return "case_id or slide_id is empty"
+    if "/" in slide_id:
+        return f"slide_id {slide_id!r} is a path, expected the name of a file in slides/"
+    for column in columns:
+        if row[column] not in SPLITS:
+            return f"{column} is {row[column]!r}, expected train, tune or test"
+    if OUTCOME.class_name(row["label"]) not in classes:
+        return f"label is {row['label']!r}, expected {' or '.join(classes)}"
+    return ""
 
 
 # ---------------------------------------------------------- the slide reader, micrometres per pixel
