@@ -62,9 +62,9 @@ from mixmag import Geometry, removal_count
 
 TILE_PX = 224  # paper 4.1: the same at every magnification
 FORMAT = "mixmag/1"
-TEXT_FIELDS = ("format", "slide_id", "encoder", "created", "sha256")  # the others are JSON
-SIZES = ("magnifications", "tile_px", "mpp", "cell_px", "origin", "width", "height", "n_bad")
-FIELDS = (*TEXT_FIELDS, *SIZES)
+TEXT_FIELDS = ("format", "slide_id", "encoder", "created", "sha256")
+JSON_FIELDS = ("magnifications", "tile_px", "mpp", "cell_px", "origin", "width", "height", "n_bad")
+FIELDS = (*TEXT_FIELDS, *JSON_FIELDS)
 
 
 @dataclass
@@ -157,8 +157,11 @@ def read_slides(data, ids=None, failed: list | None = None) -> list[Slide]:
     All must agree on encoder, width and magnifications. Raises MixmagError for the first that
     does not, and for one that cannot be read. Where `failed` is given, slides that cannot be read
     are left out and listed there as (slide_id, stage, reason)."""
+    files = slide_files(data, ids)
+    if not files:
+        raise MixmagError(f"{data}/slides: no slide files; make them with data.py tile or synth")
     slides = []
-    for path in progress(slide_paths(data, ids), desc="slides"):
+    for path in progress(files.values(), desc="slides"):
         try:
             slides.append(read_slide(path))
         except MixmagError as error:
@@ -175,20 +178,14 @@ def read_slides(data, ids=None, failed: list | None = None) -> list[Slide]:
     return slides
 
 
-def slide_files(data) -> dict[str, Path]:
-    """Slide id -> file."""
-    return files_by_id(Path(data) / "slides", "*.safetensors")
-
-
-def slide_paths(data, ids=None) -> list[Path]:
-    files = slide_files(data)
-    if ids is not None:
-        if fault := absent_slides(ids, files):
-            raise MixmagError(f"{data}/slides: {fault}")
-        files = {i: files[i] for i in sorted(map(composed, ids))}
-    if not files:
-        raise MixmagError(f"{data}/slides: no slide files; make them with data.py tile or synth")
-    return list(files.values())
+def slide_files(data, ids=None) -> dict[str, Path]:
+    """Slide id -> file, sorted. Raises MixmagError for one of `ids` that has no file."""
+    files = files_by_id(Path(data) / "slides", "*.safetensors")
+    if ids is None:
+        return files
+    if fault := absent_slides(ids, files):
+        raise MixmagError(f"{data}/slides: {fault}")
+    return {i: files[i] for i in sorted(map(composed, ids))}
 
 
 def embedding_signature(slide: Slide) -> str:
@@ -393,9 +390,7 @@ class CaseDataset(torch.utils.data.Dataset):
     `cached` may hold a slide's encoder outputs (W, n or 1, d) and valid (W, n), which `batch` then
     gives instead of embeddings."""
 
-    def __init__(
-        self, slides: dict, cases: list, geometry: Geometry, index, min_cover: float = 0.5
-    ):
+    def __init__(self, slides: dict, cases: list, geometry: Geometry, index, min_cover=0.5):
         self.slides = slides
         self.entries = geometry.cell_order().numpy()[np.asarray(index)]  # (n,)
         self.window_cells: dict[str, np.ndarray] = {}
@@ -766,7 +761,7 @@ def row_fault(row: dict, columns: list[str], classes: list[str]) -> str:
     slide_id = row["slide_id"]
     if not row["case_id"] or not slide_id:
         return "case_id or slide_id is empty"
-    if "/" in slide_id:
+    if "/" in slide_id or slide_id in (".", ".."):
         return f"slide_id {slide_id!r} is a path, expected the name of a file in slides/"
     for column in columns:
         if row[column] not in SPLITS:

@@ -1124,7 +1124,8 @@ def newest_pretraining(config: FinetuneConfig) -> Path:
     if not finished:
         raise MixmagError(f"no finished pretraining run under runs/; {advice}")
     folder = ensure_data(config.data, start_machine(config.device))
-    wanted = data.embedding_signature(data.read_slide(data.slide_paths(folder)[0]))
+    first = list(data.slide_files(folder))[:1]
+    wanted = data.embedding_signature(data.read_slides(folder, first)[0])
     for path in sorted(finished, key=lambda path: -path.stat().st_mtime):
         known = data.read_json(encoder_folder(path.parent) / "config.json")
         model = known["model"]
