@@ -26,7 +26,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
 import reprlib
@@ -36,7 +35,7 @@ import textwrap
 import time
 import unicodedata
 from collections import Counter, defaultdict, deque
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -1744,7 +1743,7 @@ def tile_all(paths: list, encoder, dim: int, settings: TileSettings) -> tuple:
         except (Stopped, BrokenPipeError, OtherSettings):
             raise
         except Exception as error:  # whatever a slide, or the user's encoder, raises
-            reason = failure(error)
+            reason = one_line(error)
             failed.append((path.stem, "tile", reason))
             tqdm.write(f"{path.stem}: FAILED: {reason}", file=sys.stderr)
     return failed, empty
@@ -1777,25 +1776,13 @@ def tile_command(args) -> int:
 
 # --------------------------------------------------------------------- import of other tools' files
 
-IMPORT_SECONDS = 600  # assumed: no slide takes longer, unless a file hangs the HDF5 library
 STAMP_SNAP = 0.1  # assumed: how far STAMP's tiles may be off their lattice, in tiles
 MAX_RATIO = 1032  # gzip cannot shrink more, so an array is at most this many times its file
-IMPORT_FACTS = ("encoder", "magnifications", "mpp", "mpp_source")
 
 
 def whole_if_possible(value: float) -> int | float:
     """5 for 5.0, and 2.5 for 2.5."""
     return int(value) if value == int(value) else value
-
-
-@dataclass
-class ImportJob:
-    slide_id: str
-    paths: list[Path]  # one file for each magnification, from low to high
-    out: Path
-    tool: str  # trident or stamp
-    encoder: str | None = None
-    mpp: float | None = None
 
 
 @dataclass
@@ -1866,10 +1853,7 @@ def read_feature_file(path: Path, tool: str) -> FeatureFile:
 def settle_trident_sides(files: list[FeatureFile]) -> None:
     """TRIDENT cuts tiles of a rounded side but states its floor: one more may be the true side."""
     for more in (0, 1):
-        sides = [file.side + more for file in files]
-        halves = all(high == low / 2 for low, high in itertools.pairwise(sides))
-        on_lattice = not any((file.corners % (file.side + more)).any() for file in files)
-        if halves and on_lattice:
+        if not any((file.corners % (file.side + more)).any() for file in files):
             for file in files:
                 file.side += more
             return
@@ -1892,17 +1876,17 @@ def encoder_of(files: list[FeatureFile]) -> str:
     return names[0]
 
 
-def import_mpp(files: list[FeatureFile], job: ImportJob) -> tuple[float, str]:
+def import_mpp(files: list[FeatureFile], tool: str, given: float | None) -> tuple[float, str]:
     """um per level-0 pixel, and who says so. STAMP's files know no pixels of the slide."""
     nominal = 10 / files[-1].magnification
-    if job.tool == "trident":
+    if tool == "trident":
         nominal *= files[-1].tile_px / files[-1].side
-    if job.mpp is None:
+    if given is None:
         return nominal, "nominal"
     # TRIDENT cuts slides of 0.2 to 0.3 um/px as if they were 0.25.
-    if job.tool == "trident" and abs(job.mpp - nominal) > 0.2 * nominal:
-        raise MixmagError(f"{GIVEN} says {job.mpp:g}, its tiles say {nominal:.4g} um/px")
-    return job.mpp, GIVEN
+    if tool == "trident" and abs(given - nominal) > 0.2 * nominal:
+        raise MixmagError(f"{GIVEN} says {given:g}, its tiles say {nominal:.4g} um/px")
+    return given, GIVEN
 
 
 def lattice_positions(file: FeatureFile, tool: str) -> np.ndarray:
@@ -1940,31 +1924,30 @@ def assemble_cells(files: list, positions: list) -> tuple:
     return features, np.stack([cells % 2**32, cells >> 32], axis=1).astype(np.int32), valid
 
 
-def import_slide(job: ImportJob) -> str:
-    """Writes the slide file. Returns what was done."""
-    sources = [file_sha256(path) for path in job.paths]
-    settings = {"tool": job.tool, "sources": sources}
-    if already_done(job.out, {"encoder": job.encoder, "settings": settings}, job.mpp):
-        return "done before"
-    files = [read_feature_file(path, job.tool) for path in job.paths]
-    if job.tool == "trident":
+def import_slide(paths: list, out: Path, tool: str, encoder=None, mpp=None) -> str:
+    """Join a slide's files, one for each magnification from low to high. Returns a report."""
+    settings = {"tool": tool, "sources": [file_sha256(path) for path in paths]}
+    if already_done(out, {"encoder": encoder, "settings": settings}, mpp):
+        return f"{out.stem}: done before"
+    files = [read_feature_file(path, tool) for path in paths]
+    if tool == "trident":
         settle_trident_sides(files)
     check_same_slide(files)
-    first = files[0]
-    encoder = job.encoder or encoder_of(files)
-    positions = [lattice_positions(file, job.tool) for file in files]
+    encoder = encoder or encoder_of(files)
+    positions = [lattice_positions(file, tool) for file in files]
     features, cells, valid = assemble_cells(files, positions)
     if not features.shape[2]:
         raise MixmagError("its files hold no tile, and no width of an embedding")
     if encoder == "virchow2" and features.shape[2] == 2560:
         features = features[..., :1280]  # the class token; the rest is the mean patch token
-    mpp, mpp_source = import_mpp(files, job)
-    cell_px = first.side / mpp if job.tool == "stamp" else first.side
+    mpp, mpp_source = import_mpp(files, tool, mpp)
+    first = files[0]
+    cell_px = first.side / mpp if tool == "stamp" else first.side
     size = first.slide_size
     if None in size:
         size = (cells.max(axis=0, initial=-1) + 1) * cell_px
     meta = {
-        "slide_id": job.slide_id,
+        "slide_id": out.stem,
         "encoder": encoder,
         "magnifications": [whole_if_possible(file.magnification) for file in files],
         "tile_px": first.tile_px,
@@ -1978,72 +1961,34 @@ def import_slide(job: ImportJob) -> str:
         "settings": settings,
         "size_known": None not in first.slide_size,
     }
-    write_slide(job.out, features, cells, valid, meta)
-    return "imported"
-
-
-def import_worker(job: ImportJob) -> list:
-    """Imports a slide in a process of its own. Returns its row of import.csv."""
-    for signum in SIGNALS:  # the parent receives them too, and lets the slide be finished
-        signal.signal(signum, signal.SIG_IGN)
-    signal.alarm(IMPORT_SECONDS)  # ends this process if a file hangs it, or the parent is dead
-    status = import_slide(job)
-    slide = read_slide(job.out)
-    facts = [slide.meta[name] for name in IMPORT_FACTS]
-    entries = map(magnification_entries, range(len(job.paths)))
-    tiles = [int(slide.valid[:, entry].sum()) for entry in entries]
-    return [job.slide_id, status, "", *facts, len(slide.cells), tiles]
-
-
-def import_report(slide_id: str, status: str, reason: str, *facts) -> str:
-    """A row of import.csv in words."""
-    if status == "failed":
-        return f"{slide_id}: failed: {reason}"
-    _, magnifications, mpp, source, cells, tiles = facts
-    parts = [f"{count} tiles at {m}x" for count, m in zip(tiles, magnifications, strict=True)]
-    report = f"{slide_id}: {status}, {mpp:.4g} um/px ({source}), {plural(cells, 'cell')}"
-    return ", ".join([report, *parts])
-
-
-def find_feature_files(folder) -> dict[str, Path]:
-    files = files_by_id(Path(folder), "**/*.h5")  # STAMP repeats the folders of the slides
-    if not files:
-        raise MixmagError(f"{folder}: no feature files (*.h5)")
-    return files
+    write_slide(out, features, cells, valid, meta)
+    report = f"{out.stem}: {mpp:.4g} um/px ({mpp_source}), {plural(len(cells), 'cell')}"
+    tiles = [f"{len(file.features)} tiles at {file.magnification:g}x" for file in files]
+    return ", ".join([report, *tiles])
 
 
 def import_command(args) -> int:
     tool = "trident" if args.trident else "stamp"
-    found = {folder: find_feature_files(folder) for folder in getattr(args, tool)}
-    slide_ids = sorted(set().union(*found.values()))
+    found = []  # (folder, its files by slide id) for each magnification
+    for folder in getattr(args, tool):
+        found.append((folder, files_by_id(Path(folder), "**/*.h5")))  # STAMP nests as slides do
+        if not found[-1][1]:
+            raise MixmagError(f"{folder}: no feature files (*.h5)")
+    slide_ids = sorted(set().union(*(files for _, files in found)))
     manifest = read_manifest(args.manifest, set(slide_ids))
-    rows = []
-    spawn = multiprocessing.get_context("spawn")  # a fork inherits torch's threads
-    pool = ProcessPoolExecutor(1, spawn)
+    failed = []
     for i in progress(slide_ids, desc="slides"):
-        paths = [files.get(i, Path(folder, f"{i}.h5")) for folder, files in found.items()]
+        paths = [files.get(i, Path(folder, f"{i}.h5")) for folder, files in found]
         out = Path(args.out, "slides", f"{i}.safetensors")
-        job = ImportJob(i, paths, out, tool, args.encoder, manifest.get(i, args.mpp))
         try:
-            row = pool.submit(import_worker, job).result()
-        except OtherSettings:  # the tables stay as they are
-            pool.shutdown()
+            show(import_slide(paths, out, tool, args.encoder, manifest.get(i, args.mpp)))
+        except (BrokenPipeError, OtherSettings):
             raise
-        except BrokenExecutor:
-            stop_if_asked()  # then a signal ended it
-            pool = ProcessPoolExecutor(1, spawn)
-            row = [i, "failed", "its files bring the HDF5 library down, or hang it"]
         except Exception as error:  # a refusal, no such file, a full disk, no memory
-            row = [i, "failed", failure(error)]
-        rows.append(row)
-        show(import_report(*row))
-    pool.shutdown()
-    failed = [(row[0], "import", row[2]) for row in rows if row[1] == "failed"]
-    table = Path(args.out, "import.csv")
-    write_csv(table, ("slide_id", "status", "reason", *IMPORT_FACTS, "cells", "tiles"), rows)
-    done = plural(len(rows) - len(failed), "slide")
-    print(f"{done} imported, {len(failed)} failed; see {table}")
-    return report_failed(table.with_name("failed.csv"), failed)
+            failed.append((i, "import", one_line(error)))
+            tqdm.write(f"{i}: FAILED: {one_line(error)}", file=sys.stderr)
+    print(f"{plural(len(slide_ids) - len(failed), 'slide')} imported, {len(failed)} failed")
+    return report_failed(Path(args.out, "failed.csv"), failed)
 
 
 # ----------------------------------------------------------------------------- the synthetic cohort
@@ -2385,20 +2330,16 @@ def slide_findings(path) -> tuple:
     return slide, findings
 
 
-def table_findings(path: Path, slides: dict) -> tuple[list[Case], list[str]]:
-    """The cases of a task table, and what is wrong with it and its slides (id -> Slide or None)."""
+def table_findings(path: Path, files: dict, content: dict) -> tuple[list[Case], list[str]]:
+    """The cases of a task table, and what is wrong with it and its slides.
+    files: slide id -> file. content: slide id -> sha256 of its features, unless it is empty."""
     try:
         table = any_table(path)
     except MixmagError as error:
         return [], [str(error)]
     findings = table.findings
-    slide_ids = [slide_id for case in table.cases for slide_id in case.slide_ids]
-    if fault := absent_slides(slide_ids, slides):
+    if fault := absent_slides([i for case in table.cases for i in case.slide_ids], files):
         findings.append(f"{path}: {fault}")
-    content = {}  # slide id -> sha256 of its features
-    for slide_id in slide_ids:
-        if (slide := slides.get(slide_id)) and len(slide.cells):
-            content[slide_id] = hashlib.sha256(slide.features).hexdigest()
     for column, fold in itertools.zip_longest(table.columns, table.folds):
         for fault in split_faults(table.in_fold(fold), content, table.classes):
             findings.append(f"{path}: {column}: {fault}")
@@ -2425,39 +2366,41 @@ def verify(data) -> list[str]:
     """Every finding in DATA, one line each: slide files, task tables, leakage.
     Raises MixmagError for a folder with neither slides nor tables."""
     data = Path(data)
+    files = slide_files(data)
+    names = task_names(data)
+    if not files and not names:
+        raise MixmagError(f"{data} is no DATA folder: neither slides/ nor tasks/ holds anything")
     findings = []
-    slides = {}
+    content = {}  # slide id -> sha256 of its features
     made: dict[str, list] = defaultdict(list)  # how -> the slides made so
-    for slide_id, path in progress(list(slide_files(data).items()), desc="slides"):
+    for slide_id, path in progress(files.items(), desc="slides"):
         slide, found = slide_findings(path)
-        slides[slide_id] = slide
         findings += found
         if slide:
             made[embedding_signature(slide)].append(slide_id)
-            if not len(slide.cells):
+            if len(slide.cells):
+                content[slide_id] = hashlib.sha256(slide.features).hexdigest()
+            else:
                 show(f"{path}: holds no cell, which is no finding")
-    names = task_names(data)
-    if not slides and not names:
-        raise MixmagError(f"{data} is no DATA folder: neither slides/ nor tasks/ holds anything")
     if len(made) > 1:
         for how, ids in made.items():
             findings.append(f"{data}: {plural(len(ids), 'slide')}, such as {ids[0]}, with {how}")
     tasks = {}
     for task in names:
-        tasks[task], found = table_findings(data / "tasks" / f"{task}.csv", slides)
+        tasks[task], found = table_findings(data / "tasks" / f"{task}.csv", files, content)
         findings += found
     if (data / "pretrain.csv").exists():
-        findings += pretrain_findings(data, slides, evaluation_slides(tasks))
+        findings += pretrain_findings(data, files, evaluation_slides(tasks))
     return findings
 
 
-def pretrain_findings(data: Path, slides: dict, evaluation: dict[str, set]) -> list[str]:
+def pretrain_findings(data: Path, files: dict, evaluation: dict[str, set]) -> list[str]:
     try:
         ids = pretraining_ids(data)
     except MixmagError as error:
         return [str(error)]
     findings = []
-    if fault := absent_slides(ids, slides):
+    if fault := absent_slides(ids, files):
         findings.append(f"pretrain.csv: {fault}")
     for slide_id in sorted(set(ids) & set().union(*evaluation.values())):
         findings.append(f"pretrain.csv: slide {slide_id!r} belongs to a tune or test case")
@@ -2531,8 +2474,7 @@ def run_command(function, *args, **kwargs) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE  # what a shell reports for a program that does not catch it
     except (MixmagError, OSError, MemoryError) as error:
-        reason = one_line(error) or "out of memory"  # Python's own MemoryError says nothing
-        tqdm.write(f"error: {reason}", file=sys.stderr)
+        tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
         return 1
 
 
@@ -2574,16 +2516,13 @@ def show(text: str) -> None:
 
 
 def one_line(error: Exception) -> str:
+    """What is no refusal of ours comes with its type."""
     text = " ".join(str(error).split())
-    if "No such device" in text and not isinstance(error, MixmagError):
+    if isinstance(error, MixmagError):
+        return text
+    if "No such device" in text:
         text += "; this disk takes no memory maps: copy the files to another"
-    return text
-
-
-def failure(error: Exception) -> str:
-    """Why a slide failed: what is no refusal of ours comes with its type."""
-    kind = "" if isinstance(error, MixmagError) else f"{type(error).__name__}: "
-    return kind + one_line(error)
+    return f"{type(error).__name__}: {text}"
 
 
 def plural(count: int, noun: str) -> str:
@@ -2679,8 +2618,9 @@ def file_sha256(path) -> str:
 
 
 def write_text(path, text: str) -> None:
+    """As UTF-8, with bytes of a file name that are none escaped."""
     with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, "utf-8", "backslashreplace", newline="")
 
 
 def write_json(path, value) -> None:
@@ -2696,40 +2636,30 @@ def read_json(path) -> dict:
 
 
 def write_csv(path, header, rows) -> None:
-    """Bytes of a file name that are no UTF-8 are written escaped."""
-    with (
-        whole_file(path) as temporary,
-        open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
-    ):
-        csv.writer(file).writerows([header, *rows])
-
-
-SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+    text = io.StringIO()
+    csv.writer(text).writerows([header, *rows])
+    write_text(path, text.getvalue())
 
 
 def read_csv(path, columns) -> list[dict]:
     """Rows as dicts of stripped, composed text, and under "line" the line where each ends.
     Empty rows are skipped. Raises MixmagError for a file that is missing or no such table."""
+    mark = "\t" if Path(path).suffix == ".tsv" else ","
+    rows = []
     try:
-        mark = "\t" if Path(path).suffix == ".tsv" else ","
-        raw = Path(path).read_bytes()
-        if b"\0" in raw:
-            raise ValueError("it is UTF-16")
-        reader = csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""), delimiter=mark)
+        text = composed(Path(path).read_text("utf-8-sig"))
+        reader = csv.reader(io.StringIO(text), delimiter=mark)
         header = [name.strip() for name in next(reader, [])]
-        rows = []
         for cells in reader:
-            texts = [composed(cell.strip()) for cell in cells]
+            texts = [cell.strip() for cell in cells]
             if any(texts):
                 row = dict(itertools.zip_longest(header, texts[: len(header)], fillvalue=""))
-                rows.append({**row, "line": reader.line_num})
+                rows.append(row | {"line": reader.line_num})
     except (OSError, ValueError, csv.Error) as error:
         raise MixmagError(f"{path}: cannot be read as 'CSV UTF-8' ({error})") from None
-    missing = ", ".join(name for name in columns if header.count(name) != 1)
-    if missing:
-        found = [name for other, name in SEPARATORS.items() if other in "".join(header)]
-        advice = "".join(f", with {name}: expected {SEPARATORS[mark]}" for name in found)
-        raise MixmagError(f"{path}: column {missing} is missing or twice; found {header}{advice}")
+    if missing := ", ".join(name for name in columns if header.count(name) != 1):
+        found = f"found {header}, separated by {mark!r}"
+        raise MixmagError(f"{path}: column {missing} is missing or twice; {found}")
     return rows
 
 
