@@ -180,12 +180,12 @@ def read_slides(data, ids=None, failed: list | None = None) -> list[Slide]:
 
 def slide_files(data) -> dict[str, Path]:
     """Slide id -> file."""
-    return files_by_id(Path(data) / "slides", "*.safetensors")
+    return files_by_id(Path(data) / "slides", "[!.]*.safetensors")  # macOS hides others there
 
 
 def files_by_id(folder: Path, pattern: str) -> dict[str, Path]:
     """Slide id -> the file that is named so. Raises MixmagError for two files of one id."""
-    paths = visible_files(folder, pattern)
+    paths = sorted(folder.glob(pattern))
     files = {composed(path.stem): path for path in paths}
     if len(files) < len(paths):
         twice = set(paths) - set(files.values())
@@ -663,7 +663,7 @@ class TaskTable:
 
 def task_names(data) -> list[str]:
     """Raises MixmagError for a table of another format: it would hold nothing out, in silence."""
-    paths = visible_files(Path(data) / "tasks", "*.*")
+    paths = sorted(Path(data).glob("tasks/[!.]*.*"))
     for path in paths:
         if path.suffix in (".CSV", ".tsv", ".txt", ".xls", ".xlsx", ".ods"):
             raise MixmagError(f"{path}: expected a table whose name ends with .csv")
@@ -1777,7 +1777,7 @@ def tile_command(args) -> int:
 # --------------------------------------------------------------------- import of other tools' files
 
 STAMP_SNAP = 0.1  # assumed: how far STAMP's tiles may be off their lattice, in tiles
-MAX_RATIO = 1032  # gzip cannot shrink more, so an array is at most this many times its file
+MAX_RATIO = 1032  # gzip cannot shrink more, so arrays have at most this many times their file
 
 
 def whole_if_possible(value: float) -> int | float:
@@ -1795,35 +1795,27 @@ class FeatureFile:
     tile_px: int
     magnification: float
     encoder: str | None
-    slide_size: tuple = (None, None)  # width, height
-
-
-def read_array(file: h5py.File, name: str) -> np.ndarray:
-    """What claims more bytes than its file can hold is refused unread."""
-    array = file[name]
-    if array.nbytes > MAX_RATIO * os.path.getsize(file.filename):
-        raise MixmagError(f"{name} claims {array.nbytes} bytes that its file does not hold")
-    return array[...]
+    slide_size: tuple = (0, 0)  # width, height; 0 if the file does not say
 
 
 def read_trident(file: h5py.File) -> FeatureFile:
     """Layout: trident/IO.py of mahmoodlab/TRIDENT."""
     facts = file["coords"].attrs
     return FeatureFile(
-        read_array(file, "features"),
-        read_array(file, "coords"),
+        file["features"][...],
+        file["coords"][...],
         side=float(facts["patch_size_level0"]),
         tile_px=int(facts["patch_size"]),
         magnification=float(facts["target_magnification"]),
         encoder=file["features"].attrs.get("encoder"),
-        slide_size=(facts.get("level0_width"), facts.get("level0_height")),
+        slide_size=tuple(int(facts.get(f"level0_{side}", 0)) for side in ("width", "height")),
     )
 
 
 def read_stamp(file: h5py.File) -> FeatureFile:
     """Layout: src/stamp/preprocessing/__init__.py of KatherLab/STAMP, from version 2.1 on."""
-    features = read_array(file, "feats")
-    corners = read_array(file, "coords")
+    features = file["feats"][...]
+    corners = file["coords"][...]
     side = float(file.attrs["tile_size_um"])
     tile_px = int(file.attrs["tile_size_px"])
     # Up to version 2.3 a hash of STAMP's own code ends it (KatherLab/STAMP#57).
@@ -1835,6 +1827,9 @@ def read_feature_file(path: Path, tool: str) -> FeatureFile:
     read = {"trident": read_trident, "stamp": read_stamp}[tool]
     try:
         with h5py.File(path, locking=False) as file:  # some disks know no locks
+            claimed = sum(getattr(part, "nbytes", 0) for part in file.values())
+            if claimed > MAX_RATIO * path.stat().st_size:
+                raise ValueError(f"its arrays claim {claimed} bytes that it does not hold")
             found = read(file)
     except Exception as error:  # damage raises a dozen types
         raise MixmagError(f"{path}: {error}") from None
@@ -1861,12 +1856,11 @@ def settle_trident_sides(files: list[FeatureFile]) -> None:
 
 def check_same_slide(files: list[FeatureFile]) -> None:
     for low, high in itertools.pairwise(files):
-        if low.slide_size != high.slide_size:
-            sizes = [" x ".join(map(str, file.slide_size)) for file in (low, high)]
-            raise MixmagError(f"its files say that the slide has {' and '.join(sizes)} px")
-        if high.magnification != 2 * low.magnification or high.side != low.side / 2:
-            found = ", ".join(f"{file.magnification:g}x {file.side:g}" for file in files)
-            raise MixmagError(f"expected doublings and half the side each, found {found}")
+        doubled = high.magnification == 2 * low.magnification and high.side == low.side / 2
+        if not doubled or high.slide_size != low.slide_size:
+            found = [f"{file.magnification:g}x {file.side:g} {file.slide_size}" for file in files]
+            expected = "expected doublings of one slide, with half the side each"
+            raise MixmagError(f"{expected}, found {', '.join(found)}")
 
 
 def encoder_of(files: list[FeatureFile]) -> str:
@@ -1944,7 +1938,7 @@ def import_slide(paths: list, out: Path, tool: str, encoder=None, mpp=None) -> s
     first = files[0]
     cell_px = first.side / mpp if tool == "stamp" else first.side
     size = first.slide_size
-    if None in size:
+    if 0 in size:
         size = (cells.max(axis=0, initial=-1) + 1) * cell_px
     meta = {
         "slide_id": out.stem,
@@ -1959,7 +1953,7 @@ def import_slide(paths: list, out: Path, tool: str, encoder=None, mpp=None) -> s
         "height": math.ceil(size[1]),
         "n_bad": 0,
         "settings": settings,
-        "size_known": None not in first.slide_size,
+        "size_known": 0 not in first.slide_size,
     }
     write_slide(out, features, cells, valid, meta)
     report = f"{out.stem}: {mpp:.4g} um/px ({mpp_source}), {plural(len(cells), 'cell')}"
@@ -1969,16 +1963,14 @@ def import_slide(paths: list, out: Path, tool: str, encoder=None, mpp=None) -> s
 
 def import_command(args) -> int:
     tool = "trident" if args.trident else "stamp"
-    found = []  # (folder, its files by slide id) for each magnification
-    for folder in getattr(args, tool):
-        found.append((folder, files_by_id(Path(folder), "**/*.h5")))  # STAMP nests as slides do
-        if not found[-1][1]:
-            raise MixmagError(f"{folder}: no feature files (*.h5)")
-    slide_ids = sorted(set().union(*(files for _, files in found)))
+    found = {folder: files_by_id(Path(folder), "**/[!.]*.h5") for folder in getattr(args, tool)}
+    if not all(found.values()):
+        raise MixmagError(f"no feature files (*.h5) in one of {', '.join(found)}")
+    slide_ids = sorted(set().union(*found.values()))
     manifest = read_manifest(args.manifest, set(slide_ids))
     failed = []
     for i in progress(slide_ids, desc="slides"):
-        paths = [files.get(i, Path(folder, f"{i}.h5")) for folder, files in found]
+        paths = [files.get(i, Path(folder, f"{i}.h5")) for folder, files in found.items()]
         out = Path(args.out, "slides", f"{i}.safetensors")
         try:
             show(import_slide(paths, out, tool, args.encoder, manifest.get(i, args.mpp)))
@@ -2157,23 +2149,16 @@ def synthetic_facts(path) -> dict:
 
 def synth_cohort(out, scale="quick", dim=64, regions=4, seed=0) -> None:
     """Write DATA/slides, DATA/tasks and DATA/synthetic.json, which says `complete` at the end.
-    Slide files that are there are kept. Raises MixmagError where they are of other arguments."""
+    Raises OtherSettings where there is other data."""
     out = Path(out)
-    settings = {
-        "synthetic": SYNTHETIC,
-        "scale": scale,
-        "dim": dim,
-        "regions": regions,
-        "seed": seed,
-    }
+    settings = {"synthetic": SYNTHETIC, "scale": scale}
+    settings |= {"dim": dim, "regions": regions, "seed": seed}
     world = synth_world(dim, seed)
     facts = synthetic_facts(out)
-    if not facts:
-        if (out / "slides").exists() or (out / "tasks").exists():
-            raise MixmagError(f"{out}: holds no synthetic cohort's data; give another --out")
+    if facts | settings != facts:
+        if facts or (out / "slides").exists() or (out / "tasks").exists():
+            raise OtherSettings(f"{out}: its data is no cohort of {settings}; give another --out")
         write_json(out / "synthetic.json", {**settings, "complete": False})
-    elif facts | settings != facts:
-        raise OtherSettings(f"{out}: its cohort is not one of {settings}; give another --out")
     losses = []
     for number, (task, rows) in enumerate(synth_plan(scale, seed).items()):
         for i, (_, slide_id, _, _, shows) in enumerate(progress(rows, desc=f"synthetic {task}")):
@@ -2189,9 +2174,6 @@ def synth_cohort(out, scale="quick", dim=64, regions=4, seed=0) -> None:
 
 
 def write_synthetic_slide(out: Path, slide_id: str, features, cells, seed: int) -> None:
-    path = out / "slides" / f"{slide_id}.safetensors"
-    if path.exists():
-        return
     width, height = (896 * (cells.max(axis=0) + 1)).tolist()
     meta = {
         "slide_id": slide_id,
@@ -2206,6 +2188,7 @@ def write_synthetic_slide(out: Path, slide_id: str, features, cells, seed: int) 
         "n_bad": 0,
         "created": "2000-01-01T00:00:00+00:00",  # the same seed gives the same checksum
     }
+    path = out / "slides" / f"{slide_id}.safetensors"
     write_slide(path, features, cells, np.ones(features.shape[:2], bool), meta)
 
 
@@ -2295,9 +2278,8 @@ def split_command(args) -> int:
         raise MixmagError("; ".join(table.findings[:1]) or f"{args.table} has no rows")
     if not table.columns:
         folds = args.folds or 5
-        fold_of = {
-            case.case_id: i % folds for i, case in enumerate(shuffled(table.cases, args.seed))
-        }
+        ordered = shuffled(table.cases, args.seed)
+        fold_of = {case.case_id: i % folds for i, case in enumerate(ordered)}
         for row, fold in itertools.product(rows, range(folds)):
             tests = fold_of[row["case_id"]] == fold
             row[f"fold_{fold}"] = "test" if tests else "train"
@@ -2330,9 +2312,8 @@ def slide_findings(path) -> tuple:
     return slide, findings
 
 
-def table_findings(path: Path, files: dict, content: dict) -> tuple[list[Case], list[str]]:
-    """The cases of a task table, and what is wrong with it and its slides.
-    files: slide id -> file. content: slide id -> sha256 of its features, unless it is empty."""
+def table_findings(path: Path, files: dict) -> tuple[list[Case], list[str]]:
+    """The cases of a task table, and what is wrong with it. files: slide id -> file."""
     try:
         table = any_table(path)
     except MixmagError as error:
@@ -2341,57 +2322,13 @@ def table_findings(path: Path, files: dict, content: dict) -> tuple[list[Case], 
     if fault := absent_slides([i for case in table.cases for i in case.slide_ids], files):
         findings.append(f"{path}: {fault}")
     for column, fold in itertools.zip_longest(table.columns, table.folds):
-        for fault in split_faults(table.in_fold(fold), content, table.classes):
-            findings.append(f"{path}: {column}: {fault}")
+        found = {(case.split, case.label) for case in table.in_fold(fold)}
+        for split in SPLITS:
+            absent = [name for k, name in enumerate(table.classes) if (split, k) not in found]
+            if absent:
+                words = f"{split} has no case of class {', '.join(absent)}"
+                findings.append(f"{path}: {column}: {words}")
     return table.cases, findings
-
-
-def split_faults(cases: list[Case], content: dict, classes: list[str]) -> list[str]:
-    """What is wrong between the splits of a table or fold."""
-    faults = []
-    split_of: dict[str, str] = {}
-    for case in cases:
-        for slide_id in case.slide_ids:
-            split = split_of.setdefault(content.get(slide_id, slide_id), case.split)
-            if split != case.split:
-                faults.append(f"slide {slide_id!r} has a copy in split {split}")
-    for split in SPLITS:
-        labels = {case.label for case in cases if case.split == split}
-        if absent := [name for label, name in enumerate(classes) if label not in labels]:
-            faults.append(f"{split} has no case of class {', '.join(absent)}")
-    return faults
-
-
-def verify(data) -> list[str]:
-    """Every finding in DATA, one line each: slide files, task tables, leakage.
-    Raises MixmagError for a folder with neither slides nor tables."""
-    data = Path(data)
-    files = slide_files(data)
-    names = task_names(data)
-    if not files and not names:
-        raise MixmagError(f"{data} is no DATA folder: neither slides/ nor tasks/ holds anything")
-    findings = []
-    content = {}  # slide id -> sha256 of its features
-    made: dict[str, list] = defaultdict(list)  # how -> the slides made so
-    for slide_id, path in progress(files.items(), desc="slides"):
-        slide, found = slide_findings(path)
-        findings += found
-        if slide:
-            made[embedding_signature(slide)].append(slide_id)
-            if len(slide.cells):
-                content[slide_id] = hashlib.sha256(slide.features).hexdigest()
-            else:
-                show(f"{path}: holds no cell, which is no finding")
-    if len(made) > 1:
-        for how, ids in made.items():
-            findings.append(f"{data}: {plural(len(ids), 'slide')}, such as {ids[0]}, with {how}")
-    tasks = {}
-    for task in names:
-        tasks[task], found = table_findings(data / "tasks" / f"{task}.csv", files, content)
-        findings += found
-    if (data / "pretrain.csv").exists():
-        findings += pretrain_findings(data, files, evaluation_slides(tasks))
-    return findings
 
 
 def pretrain_findings(data: Path, files: dict, evaluation: dict[str, set]) -> list[str]:
@@ -2404,6 +2341,41 @@ def pretrain_findings(data: Path, files: dict, evaluation: dict[str, set]) -> li
         findings.append(f"pretrain.csv: {fault}")
     for slide_id in sorted(set(ids) & set().union(*evaluation.values())):
         findings.append(f"pretrain.csv: slide {slide_id!r} belongs to a tune or test case")
+    return findings
+
+
+def verify(data) -> list[str]:
+    """Every finding in DATA, one line each: slide files, task tables, leakage.
+    Raises MixmagError for a folder with neither slides nor tables."""
+    data = Path(data)
+    files = slide_files(data)
+    names = task_names(data)
+    if not files and not names:
+        raise MixmagError(f"{data} is no DATA folder: neither slides/ nor tasks/ holds anything")
+    findings = []
+    made: dict[str, list] = defaultdict(list)  # how -> the slides made so
+    copies: dict[str, list] = defaultdict(list)  # sha256 of all features -> the slides with these
+    for slide_id, path in progress(files.items(), desc="slides"):
+        slide, found = slide_findings(path)
+        findings += found
+        if slide:
+            made[embedding_signature(slide)].append(slide_id)
+            if len(slide.cells):
+                copies[hashlib.sha256(slide.features).hexdigest()].append(slide_id)
+            else:
+                show(f"{path}: holds no cell, which is no finding")
+    for how, ids in made.items():
+        if len(made) > 1:
+            findings.append(f"{data}: {plural(len(ids), 'slide')}, such as {ids[0]}, with {how}")
+    for ids in copies.values():
+        if len(ids) > 1:
+            findings.append(f"{data}: one slide under several ids: {', '.join(ids)}")
+    tasks = {}
+    for task in names:
+        tasks[task], found = table_findings(data / "tasks" / f"{task}.csv", files)
+        findings += found
+    if (data / "pretrain.csv").exists():
+        findings += pretrain_findings(data, files, evaluation_slides(tasks))
     return findings
 
 
@@ -2607,11 +2579,6 @@ def flush_to_disk(path: Path) -> None:
             raise  # those three say that the share knows no fsync
 
 
-def visible_files(folder: Path, pattern: str) -> list[Path]:
-    """The folder's files, sorted, without hidden ones such as macOS leaves beside others."""
-    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
-
-
 def file_sha256(path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -2726,16 +2693,12 @@ NATURAL = number_in(int, 0, 2**32 - 1)
 POSITIVE = number_in(int, 1, 2**32 - 1)
 
 
-# The docstrings of these functions are the summaries that --help shows.
-
-
 def add_synth_flags(parser) -> None:
     """make a synthetic cohort: embeddings with seven planted biomarkers"""
     parser.epilog = "example: python data.py synth --out data/synthetic --scale quick"
     add = parser.add_argument
     add("--out", default="data/synthetic", help="folder to write")
-    scales = "full: as many cases as the paper has; quick: a twentieth, and at least some"
-    add("--scale", choices=("quick", "full"), default="quick", help=scales)
+    add("--scale", choices=("quick", "full"), default="quick", help="full: the paper's cases")
     add("--dim", type=POSITIVE, default=64, help="width of an embedding (Virchow2 has 1280)")
     add("--regions", type=POSITIVE, default=4, help="3 x 3 regions a slide on average, at least 2")
     add("--images", type=NATURAL, default=0, help="write so many H&E-like slides for tile instead")
@@ -2752,9 +2715,8 @@ def add_tile_flags(parser) -> None:
     """turn whole-slide images into slide files: tissue, cells on one lattice, embeddings"""
     parser.epilog = "example: python data.py tile --slides slides/ --out data/mine --mpp 0.5"
     add = parser.add_argument
-    files = {"nargs": "+", "metavar": "DIR|FILE", "type": existing_place}
-    places = "slides, or their folders; of a DICOM series name one file"
-    add("--slides", required=True, help=places, **files)
+    places = {"nargs": "+", "metavar": "DIR|FILE", "type": existing_place, "required": True}
+    add("--slides", help="slides, or their folders; of a DICOM series name one file", **places)
     add_output_flags(parser)
     add("--region", type=POSITIVE, default=3, help="cells per side of a window")
     add("--encoder", default="texture", help="texture, virchow2, or module:factory (see README)")
@@ -2762,11 +2724,14 @@ def add_tile_flags(parser) -> None:
     add("--mpp", type=float, help="um per level-0 pixel, for slides that do not say it")
     run = {"nargs": "+", "type": number_in(float, 0.01, 1000), "action": Doublings}
     add("--magnifications", default=[5, 10, 20], help="each twice the one before", **run)
-    tissue = "least share of tissue in a window (assumed); biopsies and smears want less"
-    add("--min-tissue", type=number_in(float, 0, 1), default=0.25, help=tissue)
+    add(
+        "--min-tissue",
+        type=number_in(float, 0, 1),
+        default=0.25,
+        help="share of a window (assumed)",
+    )
     add("--mask", metavar="FILE|DIR", help="a tissue mask, a PNG; DIR: one per slide id")
-    part = {"type": share_of_slides, "metavar": "i/n"}
-    add("--shard", default="0/1", help="do the i-th of n shares of the slides, from 0 on", **part)
+    add("--shard", type=share_of_slides, default="0/1", metavar="i/n", help="share i < n of slides")
     add("--batch-size", type=POSITIVE, default=256, help="tiles per call of the encoder")
     add("--device", default="auto", help="auto, cpu or cuda[:i]")
     add("--dry-run", action="store_true", help="only say mpp, windows, tokens, bytes of each slide")
@@ -2778,14 +2743,11 @@ def add_import_flags(parser) -> None:
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     folders = {"nargs": "+", "metavar": "DIR", "type": existing_place}
-    folders["help"] = "its folders of feature files, one per magnification, from low to high"
-    source.add_argument("--trident", **folders)
-    source.add_argument("--stamp", **folders)
+    for tool in ("--trident", "--stamp"):
+        source.add_argument(tool, help="folders of its files, low magnification first", **folders)
     add_output_flags(parser)
-    name = "the encoder's name (default: as the files say); of virchow2 the class token is kept"
-    add("--encoder", help=name)
-    mpp = number_in(float, 0.1, 4)
-    add("--mpp", type=mpp, help="um per level-0 pixel, which STAMP's files do not say")
+    add("--encoder", help="its name, where the files say none; of virchow2 the class token is kept")
+    add("--mpp", type=number_in(float, 0.1, 4), help="um per level-0 pixel; STAMP does not say it")
 
 
 def add_split_flags(parser) -> None:
@@ -2795,8 +2757,7 @@ def add_split_flags(parser) -> None:
     add("table", help="CSV or .tsv with columns case_id, slide_id, label; with its splits, if any")
     add("--out", required=True, help="DATA/tasks/<task>.csv")
     add("--label", default="label", metavar="COLUMN", help="the column that holds the label")
-    folds = "so many new folds of whole cases, stratified by label (default: 5)"
-    add("--folds", type=number_in(int, 2, 1000), help=folds)
+    add("--folds", type=number_in(int, 2, 1000), help="new folds, stratified by label (default: 5)")
     add("--clam", metavar="DIR", help="CLAM's folder of splits_0.csv, ...")
     add("--seed", type=NATURAL, default=0, help="new folds follow from it")
 
@@ -2817,7 +2778,8 @@ COMMANDS = {
 
 
 def parse_command(argv, script: str, summary, commands: dict) -> argparse.Namespace:
-    """The flags of a command. commands: name -> its function, and what adds its flags."""
+    """The flags of a command.
+    commands: name -> its function, and what adds its flags, whose docstring --help shows."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=script, description=summary, formatter_class=plain)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")

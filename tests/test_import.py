@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import os
+import shutil
 import time
 
 import h5py
@@ -19,15 +20,16 @@ THREE = (5, 10, 20)
 
 
 # ----------------------------------------------------------------------------- files of other tools
-def random_features(count, dim=8, dtype=np.float32):
-    return np.random.default_rng(count).standard_normal((count, dim)).astype(dtype)
+def random_features(count, dim=8, dtype=np.float32, name=""):
+    rng = np.random.default_rng([count, *name.encode()])
+    return rng.standard_normal((count, dim)).astype(dtype)
 
 
 def trident_file(path, corners, magnification, side, features=None, layout=None, **changes):
     """What TRIDENT writes: chunks of one row, and attributes on both data sets."""
     corners = np.array(corners, np.int64).reshape(-1, 2)
     if features is None:
-        features = random_features(len(corners))
+        features = random_features(len(corners), name=path.stem)
     attributes = {
         "patch_size": 224,
         "patch_size_level0": side,
@@ -285,13 +287,9 @@ def moved(x, y):
         ({10: {"corners": moved(-896 * 6, 0)}}, {}, ": 1 of 48 tiles at 10x"),
         ({10: {"corners": moved(896, 0)}}, {}, "some tiles stand where another does"),
         ({20: {"corners": grid(16, 12, 416)}}, {}, "off the lattice of 448: .* at 20x"),
-        (
-            {20: {"patch_size_level0": 446}},
-            {},
-            "half the side each, found 5x 1792, 10x 896, 20x 446",
-        ),
+        ({20: {"patch_size_level0": 446}}, {}, "found 5x 1792 .*, 10x 896 .*, 20x 446"),
         ({20: {"magnification": 40}}, {}, "expected doublings .*, 40x 448"),
-        ({20: {"level0_width": 29000}}, {}, "30000 x 20000 and 29000 x 20000 px"),
+        ({20: {"level0_width": 29000}}, {}, r"one slide.*30000, 20000.*448 \(29000, 20000"),
         ({20: {"encoder": "uni_v2"}}, {}, "name uni_v2 and virchow2; .*--encoder"),
         ({20: {"features": random_features(192, 9)}}, {}, "shape mismatch"),
         ({20: {"features": random_features(191)}}, {}, "shape mismatch"),
@@ -356,9 +354,9 @@ def hostile(f, kind):
     "kind, message",
     [
         ("soft link loop", "too many links"),
-        ("group", "'Group' object has no attribute"),
+        ("group", "Accessing a group"),
         ("absent", "doesn't exist"),
-        ("2^60 rows", "claims 36893488147419103232 bytes"),
+        ("2^60 rows", "claim [0-9]{20} bytes that it does not hold"),
     ],
 )
 def test_hostile_hdf5_is_refused_unread(tmp_path, kind, message, monkeypatch):
@@ -386,7 +384,10 @@ def test_folders_that_cannot_be_meant(tmp_path):
         (tmp_path / place).touch()
     (tmp_path / "empty").mkdir()
     flags = ("--trident", tmp_path / "p", "empty", "--out", "d")
-    assert "empty: no feature files" in run("data.py import", *flags, cwd=tmp_path, code=1)[1]
+    assert (
+        "no feature files (*.h5) in one of"
+        in run("data.py import", *flags, cwd=tmp_path, code=1)[1]
+    )
     with pytest.raises(MixmagError, match="two files of one slide"):
         data.files_by_id(tmp_path, "**/*.h5")
     for flags in ((), ("--trident", "p", "--stamp", "q"), ("--stamp", "gone")):
@@ -471,8 +472,10 @@ def test_mutated_hdf5_is_refused_or_read_as_it_is(tmp_path):
     """100 slides with random bytes changed in a file, or its end cut off. What is imported differs
     from the clean slide in single numbers (damaged embeddings) or places (damaged coordinates)."""
     rng = np.random.default_rng(0)
+    folders = slide_of_three(tmp_path, "clean")
     for i in range(100):
-        folders = slide_of_three(tmp_path, f"s{i}", name="clean")
+        for folder in folders:
+            shutil.copy(folder / "clean.h5", folder / f"s{i}.h5")
         path = folders[i % 3] / f"s{i}.h5"
         raw = bytearray(path.read_bytes())
         for at in rng.integers(len(raw), size=(1, 1, 4, 16)[i % 4]):
@@ -480,9 +483,8 @@ def test_mutated_hdf5_is_refused_or_read_as_it_is(tmp_path):
         if i % 10 == 0:
             raw = raw[: rng.integers(len(raw))]
         path.write_bytes(raw)
-    slide_of_three(tmp_path, "clean")
     run("data.py import --trident", *folders, "--out", "d", cwd=tmp_path, code=3)
-    assert data.verify(tmp_path / "d") == []
+    assert all("one slide under several ids" in line for line in data.verify(tmp_path / "d"))
     slides = {slide.slide_id: slide for slide in data.read_slides(tmp_path / "d")}
     failed = table(tmp_path / "d" / "failed.csv")
     assert len(slides) + len(failed) == 101 and 20 < len(slides) < 90
