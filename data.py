@@ -2205,12 +2205,11 @@ def synth_picture(rng, height: int, width: int) -> np.ndarray:
     nuclei = smooth(12) + 0.6 * smooth(300) > 1.1
     hematoxylin = tissue * (0.03 + ndimage.uniform_filter(nuclei.astype(np.float32), 5))
     eosin = tissue * (0.4 + 0.15 * smooth(120) + 0.1 * smooth(24)).clip(min=0.02)
-    picture = np.empty((height, width, 3), np.uint8)
-    for channel, (purple, pink) in enumerate(((1.25, 0.12), (1.35, 0.95), (0.55, 0.45))):
-        light = 240 * np.exp(-purple * hematoxylin - pink * eosin)  # Beer-Lambert
-        light += 2 * rng.standard_normal((height, width), np.float32)
-        picture[..., channel] = light.clip(0, 255)
-    return picture
+    purple = np.array([[[1.25]], [[1.35]], [[0.55]]], np.float32)  # absorbs red, green, blue
+    pink = np.array([[[0.12]], [[0.95]], [[0.45]]], np.float32)
+    light = 240 * np.exp(-purple * hematoxylin - pink * eosin)  # (3, height, width), Beer-Lambert
+    light += 2 * rng.standard_normal(light.shape, np.float32)
+    return light.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
 
 
 def synth_images(out, count: int, seed: int) -> None:
