@@ -1855,19 +1855,14 @@ def settle_trident_sides(files: list[FeatureFile]) -> None:
 
 
 def check_same_slide(files: list[FeatureFile]) -> None:
+    if not files[0].encoder:
+        raise MixmagError("its files name no encoder; give the name with --encoder")
     for low, high in itertools.pairwise(files):
         doubled = high.magnification == 2 * low.magnification and high.side == low.side / 2
-        if not doubled or high.slide_size != low.slide_size:
-            found = [f"{file.magnification:g}x {file.side:g} {file.slide_size}" for file in files]
-            expected = "expected doublings of one slide, with half the side each"
-            raise MixmagError(f"{expected}, found {', '.join(found)}")
-
-
-def encoder_of(files: list[FeatureFile]) -> str:
-    names = sorted({file.encoder or "no encoder" for file in files})
-    if names != [files[0].encoder]:
-        raise MixmagError(f"its files name {' and '.join(names)}; give the name with --encoder")
-    return names[0]
+        if not doubled or (high.slide_size, high.encoder) != (low.slide_size, low.encoder):
+            facts = [f"{f.magnification:g}x {f.side:g} {f.slide_size} {f.encoder}" for f in files]
+            expected = "expected doublings with half the side each, of one slide, by one --encoder"
+            raise MixmagError(f"{expected}, found {', '.join(facts)}")
 
 
 def import_mpp(files: list[FeatureFile], tool: str, given: float | None) -> tuple[float, str]:
@@ -1926,23 +1921,24 @@ def import_slide(paths: list, out: Path, tool: str, encoder=None, mpp=None) -> s
     files = [read_feature_file(path, tool) for path in paths]
     if tool == "trident":
         settle_trident_sides(files)
+    for file in files:
+        file.encoder = encoder or file.encoder
     check_same_slide(files)
-    encoder = encoder or encoder_of(files)
     positions = [lattice_positions(file, tool) for file in files]
     features, cells, valid = assemble_cells(files, positions)
     if not features.shape[2]:
         raise MixmagError("its files hold no tile, and no width of an embedding")
-    if encoder == "virchow2" and features.shape[2] == 2560:
+    first = files[0]
+    if first.encoder == "virchow2" and features.shape[2] == 2560:
         features = features[..., :1280]  # the class token; the rest is the mean patch token
     mpp, mpp_source = import_mpp(files, tool, mpp)
-    first = files[0]
     cell_px = first.side / mpp if tool == "stamp" else first.side
     size = first.slide_size
     if 0 in size:
         size = (cells.max(axis=0, initial=-1) + 1) * cell_px
     meta = {
         "slide_id": out.stem,
-        "encoder": encoder,
+        "encoder": first.encoder,
         "magnifications": [whole_if_possible(file.magnification) for file in files],
         "tile_px": first.tile_px,
         "mpp": mpp,
@@ -2632,10 +2628,9 @@ def read_csv(path, columns) -> list[dict]:
 def report_failed(path, failed: list) -> int:
     """Write the table of (slide_id, stage, reason), if any failed. Returns the exit code."""
     Path(path).unlink(missing_ok=True)
-    if not failed:
-        return 0
-    write_csv(path, ("slide_id", "stage", "reason"), failed)
-    return 3
+    if failed:
+        write_csv(path, ("slide_id", "stage", "reason"), failed)
+    return 3 if failed else 0
 
 
 # --------------------------------------------------------------------------------- the command line
