@@ -180,7 +180,7 @@ def read_slides(data, ids=None, failed: list | None = None) -> list[Slide]:
 
 def slide_files(data, ids=None) -> dict[str, Path]:
     """Slide id -> file, sorted. Raises MixmagError for one of `ids` that has no file."""
-    files = files_by_id(Path(data) / "slides", "*.safetensors")
+    files = files_by_id(Path(data) / "slides", "[!.]*.safetensors")
     if ids is None:
         return files
     if fault := absent_slides(ids, files):
@@ -685,7 +685,7 @@ def pretraining_ids(data, fold: int | None = None, seed: int = 0) -> list[str]:
 
 def files_by_id(folder: Path, pattern: str) -> dict[str, Path]:
     """Slide id -> the file that is named so. Raises MixmagError for two files of one id."""
-    paths = visible_files(folder, pattern)
+    paths = sorted(folder.glob(pattern))  # macOS hides others there
     files = {composed(path.stem): path for path in paths}
     if len(files) < len(paths):
         twice = set(paths) - set(files.values())
@@ -705,7 +705,7 @@ def absent_slides(ids, files: dict) -> str:
 
 def task_names(data) -> list[str]:
     """Raises MixmagError for a table of another format: it would hold nothing out, in silence."""
-    paths = visible_files(Path(data) / "tasks", "*.*")
+    paths = sorted(Path(data).glob("tasks/[!.]*.*"))
     for path in paths:
         if path.suffix in (".CSV", ".tsv", ".txt", ".xls", ".xlsx", ".ods"):
             raise MixmagError(f"{path}: expected a table whose name ends with .csv")
@@ -1717,7 +1717,7 @@ def tile_all(paths: list, encoder, dim: int, settings: TileSettings) -> tuple:
         except (Stopped, BrokenPipeError, OtherSettings):
             raise
         except Exception as error:  # whatever a slide, or the user's encoder, raises
-            reason = failure(error)
+            reason = one_line(error)
             failed.append((path.stem, "tile", reason))
             tqdm.write(f"{path.stem}: FAILED: {reason}", file=sys.stderr)
     return failed, empty
@@ -1752,23 +1752,12 @@ def tile_command(args) -> int:
 
 IMPORT_SECONDS = 600  # assumed: no slide takes longer, unless a file hangs the HDF5 library
 STAMP_SNAP = 0.1  # assumed: how far STAMP's tiles may be off their lattice, in tiles
-MAX_RATIO = 1032  # gzip cannot shrink more, so an array is at most this many times its file
-IMPORT_FACTS = ("encoder", "magnifications", "mpp", "mpp_source")
+MAX_RATIO = 1032  # gzip cannot shrink more, so arrays have at most this many times their file
 
 
 def whole_if_possible(value: float) -> int | float:
     """5 for 5.0, and 2.5 for 2.5."""
     return int(value) if value == int(value) else value
-
-
-@dataclass
-class ImportJob:
-    slide_id: str
-    paths: list[Path]  # one file for each magnification, from low to high
-    out: Path
-    tool: str  # trident or stamp
-    encoder: str | None = None
-    mpp: float | None = None
 
 
 @dataclass
@@ -1781,35 +1770,27 @@ class FeatureFile:
     tile_px: int
     magnification: float
     encoder: str | None
-    slide_size: tuple = (None, None)  # width, height
-
-
-def read_array(file: h5py.File, name: str) -> np.ndarray:
-    """What claims more bytes than its file can hold is refused unread."""
-    array = file[name]
-    if array.nbytes > MAX_RATIO * os.path.getsize(file.filename):
-        raise MixmagError(f"{name} claims {array.nbytes} bytes that its file does not hold")
-    return array[...]
+    slide_size: tuple = (0, 0)  # width, height; 0 if the file does not say
 
 
 def read_trident(file: h5py.File) -> FeatureFile:
     """Layout: trident/IO.py of mahmoodlab/TRIDENT."""
     facts = file["coords"].attrs
     return FeatureFile(
-        read_array(file, "features"),
-        read_array(file, "coords"),
+        file["features"][...],
+        file["coords"][...],
         side=float(facts["patch_size_level0"]),
         tile_px=int(facts["patch_size"]),
         magnification=float(facts["target_magnification"]),
         encoder=file["features"].attrs.get("encoder"),
-        slide_size=(facts.get("level0_width"), facts.get("level0_height")),
+        slide_size=tuple(int(facts.get(f"level0_{side}", 0)) for side in ("width", "height")),
     )
 
 
 def read_stamp(file: h5py.File) -> FeatureFile:
     """Layout: src/stamp/preprocessing/__init__.py of KatherLab/STAMP, from version 2.1 on."""
-    features = read_array(file, "feats")
-    corners = read_array(file, "coords")
+    features = file["feats"][...]
+    corners = file["coords"][...]
     side = float(file.attrs["tile_size_um"])
     tile_px = int(file.attrs["tile_size_px"])
     # Up to version 2.3 a hash of STAMP's own code ends it (KatherLab/STAMP#57).
@@ -1821,6 +1802,9 @@ def read_feature_file(path: Path, tool: str) -> FeatureFile:
     read = {"trident": read_trident, "stamp": read_stamp}[tool]
     try:
         with h5py.File(path, locking=False) as file:  # some disks know no locks
+            claimed = sum(getattr(part, "nbytes", 0) for part in file.values())
+            if claimed > MAX_RATIO * path.stat().st_size:
+                raise ValueError(f"its arrays claim {claimed} bytes that it does not hold")
             found = read(file)
     except Exception as error:  # damage raises a dozen types
         raise MixmagError(f"{path}: {error}") from None
@@ -1839,43 +1823,34 @@ def read_feature_file(path: Path, tool: str) -> FeatureFile:
 def settle_trident_sides(files: list[FeatureFile]) -> None:
     """TRIDENT cuts tiles of a rounded side but states its floor: one more may be the true side."""
     for more in (0, 1):
-        sides = [file.side + more for file in files]
-        halves = all(high == low / 2 for low, high in itertools.pairwise(sides))
-        on_lattice = not any((file.corners % (file.side + more)).any() for file in files)
-        if halves and on_lattice:
+        if not any((file.corners % (file.side + more)).any() for file in files):
             for file in files:
                 file.side += more
             return
 
 
 def check_same_slide(files: list[FeatureFile]) -> None:
+    if not files[0].encoder:
+        raise MixmagError("its files name no encoder; give the name with --encoder")
     for low, high in itertools.pairwise(files):
-        if low.slide_size != high.slide_size:
-            sizes = [" x ".join(map(str, file.slide_size)) for file in (low, high)]
-            raise MixmagError(f"its files say that the slide has {' and '.join(sizes)} px")
-        if high.magnification != 2 * low.magnification or high.side != low.side / 2:
-            found = ", ".join(f"{file.magnification:g}x {file.side:g}" for file in files)
-            raise MixmagError(f"expected doublings and half the side each, found {found}")
+        doubled = high.magnification == 2 * low.magnification and high.side == low.side / 2
+        if not doubled or (high.slide_size, high.encoder) != (low.slide_size, low.encoder):
+            facts = [f"{f.magnification:g}x {f.side:g} {f.slide_size} {f.encoder}" for f in files]
+            expected = "expected doublings with half the side each, of one slide, by one --encoder"
+            raise MixmagError(f"{expected}, found {', '.join(facts)}")
 
 
-def encoder_of(files: list[FeatureFile]) -> str:
-    names = sorted({file.encoder or "no encoder" for file in files})
-    if names != [files[0].encoder]:
-        raise MixmagError(f"its files name {' and '.join(names)}; give the name with --encoder")
-    return names[0]
-
-
-def import_mpp(files: list[FeatureFile], job: ImportJob) -> tuple[float, str]:
+def import_mpp(files: list[FeatureFile], tool: str, given: float | None) -> tuple[float, str]:
     """um per level-0 pixel, and who says so. STAMP's files know no pixels of the slide."""
     nominal = 10 / files[-1].magnification
-    if job.tool == "trident":
+    if tool == "trident":
         nominal *= files[-1].tile_px / files[-1].side
-    if job.mpp is None:
+    if given is None:
         return nominal, "nominal"
     # TRIDENT cuts slides of 0.2 to 0.3 um/px as if they were 0.25.
-    if job.tool == "trident" and abs(job.mpp - nominal) > 0.2 * nominal:
-        raise MixmagError(f"{GIVEN} says {job.mpp:g}, its tiles say {nominal:.4g} um/px")
-    return job.mpp, GIVEN
+    if tool == "trident" and abs(given - nominal) > 0.2 * nominal:
+        raise MixmagError(f"{GIVEN} says {given:g}, its tiles say {nominal:.4g} um/px")
+    return given, GIVEN
 
 
 def lattice_positions(file: FeatureFile, tool: str) -> np.ndarray:
@@ -1913,32 +1888,32 @@ def assemble_cells(files: list, positions: list) -> tuple:
     return features, np.stack([cells % 2**32, cells >> 32], axis=1).astype(np.int32), valid
 
 
-def import_slide(job: ImportJob) -> str:
-    """Writes the slide file. Returns what was done."""
-    sources = [file_sha256(path) for path in job.paths]
-    settings = {"tool": job.tool, "sources": sources}
-    if already_done(job.out, {"encoder": job.encoder, "settings": settings}, job.mpp):
-        return "done before"
-    files = [read_feature_file(path, job.tool) for path in job.paths]
-    if job.tool == "trident":
+def import_slide(paths: list, out: Path, tool: str, encoder=None, mpp=None) -> str:
+    """Join a slide's files, one for each magnification from low to high. Returns a report."""
+    settings = {"tool": tool, "sources": [file_sha256(path) for path in paths]}
+    if already_done(out, {"encoder": encoder, "settings": settings}, mpp):
+        return f"{out.stem}: done before"
+    files = [read_feature_file(path, tool) for path in paths]
+    if tool == "trident":
         settle_trident_sides(files)
+    for file in files:
+        file.encoder = encoder or file.encoder
     check_same_slide(files)
-    first = files[0]
-    encoder = job.encoder or encoder_of(files)
-    positions = [lattice_positions(file, job.tool) for file in files]
+    positions = [lattice_positions(file, tool) for file in files]
     features, cells, valid = assemble_cells(files, positions)
     if not features.shape[2]:
         raise MixmagError("its files hold no tile, and no width of an embedding")
-    if encoder == "virchow2" and features.shape[2] == 2560:
+    first = files[0]
+    if first.encoder == "virchow2" and features.shape[2] == 2560:
         features = features[..., :1280]  # the class token; the rest is the mean patch token
-    mpp, mpp_source = import_mpp(files, job)
-    cell_px = first.side / mpp if job.tool == "stamp" else first.side
+    mpp, mpp_source = import_mpp(files, tool, mpp)
+    cell_px = first.side / mpp if tool == "stamp" else first.side
     size = first.slide_size
-    if None in size:
+    if 0 in size:
         size = (cells.max(axis=0, initial=-1) + 1) * cell_px
     meta = {
-        "slide_id": job.slide_id,
-        "encoder": encoder,
+        "slide_id": out.stem,
+        "encoder": first.encoder,
         "magnifications": [whole_if_possible(file.magnification) for file in files],
         "tile_px": first.tile_px,
         "mpp": mpp,
@@ -1949,74 +1924,52 @@ def import_slide(job: ImportJob) -> str:
         "height": math.ceil(size[1]),
         "n_bad": 0,
         "settings": settings,
-        "size_known": None not in first.slide_size,
+        "size_known": 0 not in first.slide_size,
     }
-    write_slide(job.out, features, cells, valid, meta)
-    return "imported"
+    write_slide(out, features, cells, valid, meta)
+    report = f"{out.stem}: {mpp:.4g} um/px ({mpp_source}), {plural(len(cells), 'cell')}"
+    tiles = [f"{len(file.features)} tiles at {file.magnification:g}x" for file in files]
+    return ", ".join([report, *tiles])
 
 
-def import_worker(job: ImportJob) -> list:
-    """Imports a slide in a process of its own. Returns its row of import.csv."""
+def import_worker(*job) -> str:
+    """`import_slide` in a process of its own, which a file may end, or hang until the alarm."""
     for signum in SIGNALS:  # the parent receives them too, and lets the slide be finished
         signal.signal(signum, signal.SIG_IGN)
-    signal.alarm(IMPORT_SECONDS)  # ends this process if a file hangs it, or the parent is dead
-    status = import_slide(job)
-    slide = read_slide(job.out)
-    facts = [slide.meta[name] for name in IMPORT_FACTS]
-    entries = map(magnification_entries, range(len(job.paths)))
-    tiles = [int(slide.valid[:, entry].sum()) for entry in entries]
-    return [job.slide_id, status, "", *facts, len(slide.cells), tiles]
-
-
-def import_report(slide_id: str, status: str, reason: str, *facts) -> str:
-    """A row of import.csv in words."""
-    if status == "failed":
-        return f"{slide_id}: failed: {reason}"
-    _, magnifications, mpp, source, cells, tiles = facts
-    parts = [f"{count} tiles at {m}x" for count, m in zip(tiles, magnifications, strict=True)]
-    report = f"{slide_id}: {status}, {mpp:.4g} um/px ({source}), {plural(cells, 'cell')}"
-    return ", ".join([report, *parts])
-
-
-def find_feature_files(folder) -> dict[str, Path]:
-    files = files_by_id(Path(folder), "**/*.h5")  # STAMP repeats the folders of the slides
-    if not files:
-        raise MixmagError(f"{folder}: no feature files (*.h5)")
-    return files
+    signal.alarm(IMPORT_SECONDS)
+    return import_slide(*job)
 
 
 def import_command(args) -> int:
     tool = "trident" if args.trident else "stamp"
-    found = {folder: find_feature_files(folder) for folder in getattr(args, tool)}
+    found = {folder: files_by_id(Path(folder), "**/[!.]*.h5") for folder in getattr(args, tool)}
+    if not all(found.values()):
+        raise MixmagError(f"no feature files (*.h5) in one of {', '.join(found)}")
     slide_ids = sorted(set().union(*found.values()))
     manifest = read_manifest(args.manifest, set(slide_ids))
-    rows = []
+    failed = []
     spawn = multiprocessing.get_context("spawn")  # a fork inherits torch's threads
     pool = ProcessPoolExecutor(1, spawn)
     for i in progress(slide_ids, desc="slides"):
         paths = [files.get(i, Path(folder, f"{i}.h5")) for folder, files in found.items()]
         out = Path(args.out, "slides", f"{i}.safetensors")
-        job = ImportJob(i, paths, out, tool, args.encoder, manifest.get(i, args.mpp))
+        job = (paths, out, tool, args.encoder, manifest.get(i, args.mpp))
         try:
-            row = pool.submit(import_worker, job).result()
-        except OtherSettings:  # the tables stay as they are
+            show(pool.submit(import_worker, *job).result())
+        except (BrokenPipeError, OtherSettings):
             pool.shutdown()
             raise
-        except BrokenExecutor:
-            stop_if_asked()  # then a signal ended it
-            pool = ProcessPoolExecutor(1, spawn)
-            row = [i, "failed", "its files bring the HDF5 library down, or hang it"]
         except Exception as error:  # a refusal, no such file, a full disk, no memory
-            row = [i, "failed", failure(error)]
-        rows.append(row)
-        show(import_report(*row))
+            reason = one_line(error)
+            if isinstance(error, BrokenExecutor):
+                stop_if_asked()  # then a signal ended it
+                pool = ProcessPoolExecutor(1, spawn)
+                reason = "its files bring the HDF5 library down, or hang it"
+            failed.append((i, "import", reason))
+            tqdm.write(f"{i}: FAILED: {reason}", file=sys.stderr)
     pool.shutdown()
-    failed = [(row[0], "import", row[2]) for row in rows if row[1] == "failed"]
-    table = Path(args.out, "import.csv")
-    write_csv(table, ("slide_id", "status", "reason", *IMPORT_FACTS, "cells", "tiles"), rows)
-    done = plural(len(rows) - len(failed), "slide")
-    print(f"{done} imported, {len(failed)} failed; see {table}")
-    return report_failed(table.with_name("failed.csv"), failed)
+    print(f"{plural(len(slide_ids) - len(failed), 'slide')} imported, {len(failed)} failed")
+    return report_failed(Path(args.out, "failed.csv"), failed)
 
 
 # ----------------------------------------------------------------------------- the synthetic cohort
@@ -2185,23 +2138,16 @@ def synthetic_facts(path) -> dict:
 
 def synth_cohort(out, scale="quick", dim=64, regions=4, seed=0) -> None:
     """Write DATA/slides, DATA/tasks and DATA/synthetic.json, which says `complete` at the end.
-    Slide files that are there are kept. Raises MixmagError where they are of other arguments."""
+    Raises OtherSettings where there is other data."""
     out = Path(out)
-    settings = {
-        "synthetic": SYNTHETIC,
-        "scale": scale,
-        "dim": dim,
-        "regions": regions,
-        "seed": seed,
-    }
+    settings = {"synthetic": SYNTHETIC, "scale": scale}
+    settings |= {"dim": dim, "regions": regions, "seed": seed}
     world = synth_world(dim, seed)
     facts = synthetic_facts(out)
-    if not facts:
-        if (out / "slides").exists() or (out / "tasks").exists():
-            raise MixmagError(f"{out}: holds no synthetic cohort's data; give another --out")
+    if facts | settings != facts:
+        if facts or (out / "slides").exists() or (out / "tasks").exists():
+            raise OtherSettings(f"{out}: its data is no cohort of {settings}; give another --out")
         write_json(out / "synthetic.json", {**settings, "complete": False})
-    elif facts | settings != facts:
-        raise OtherSettings(f"{out}: its cohort is not one of {settings}; give another --out")
     losses = []
     for number, (task, rows) in enumerate(synth_plan(scale, seed).items()):
         for i, (_, slide_id, _, _, shows) in enumerate(progress(rows, desc=f"synthetic {task}")):
@@ -2217,9 +2163,6 @@ def synth_cohort(out, scale="quick", dim=64, regions=4, seed=0) -> None:
 
 
 def write_synthetic_slide(out: Path, slide_id: str, features, cells, seed: int) -> None:
-    path = out / "slides" / f"{slide_id}.safetensors"
-    if path.exists():
-        return
     width, height = (896 * (cells.max(axis=0) + 1)).tolist()
     meta = {
         "slide_id": slide_id,
@@ -2234,6 +2177,7 @@ def write_synthetic_slide(out: Path, slide_id: str, features, cells, seed: int) 
         "n_bad": 0,
         "created": "2000-01-01T00:00:00+00:00",  # the same seed gives the same checksum
     }
+    path = out / "slides" / f"{slide_id}.safetensors"
     write_slide(path, features, cells, np.ones(features.shape[:2], bool), meta)
 
 
@@ -2250,12 +2194,11 @@ def synth_picture(rng, height: int, width: int) -> np.ndarray:
     nuclei = smooth(12) + 0.6 * smooth(300) > 1.1
     hematoxylin = tissue * (0.03 + ndimage.uniform_filter(nuclei.astype(np.float32), 5))
     eosin = tissue * (0.4 + 0.15 * smooth(120) + 0.1 * smooth(24)).clip(min=0.02)
-    picture = np.empty((height, width, 3), np.uint8)
-    for channel, (purple, pink) in enumerate(((1.25, 0.12), (1.35, 0.95), (0.55, 0.45))):
-        light = 240 * np.exp(-purple * hematoxylin - pink * eosin)  # Beer-Lambert
-        light += 2 * rng.standard_normal((height, width), np.float32)
-        picture[..., channel] = light.clip(0, 255)
-    return picture
+    purple = np.array([[[1.25]], [[1.35]], [[0.55]]], np.float32)  # absorbs red, green, blue
+    pink = np.array([[[0.12]], [[0.95]], [[0.45]]], np.float32)
+    light = 240 * np.exp(-purple * hematoxylin - pink * eosin)  # (3, height, width), Beer-Lambert
+    light += 2 * rng.standard_normal(light.shape, np.float32)
+    return light.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
 
 
 def synth_images(out, count: int, seed: int) -> None:
@@ -2323,9 +2266,8 @@ def split_command(args) -> int:
         raise MixmagError("; ".join(table.findings[:1]) or f"{args.table} has no rows")
     if not table.columns:
         folds = args.folds or 5
-        fold_of = {
-            case.case_id: i % folds for i, case in enumerate(shuffled(table.cases, args.seed))
-        }
+        ordered = shuffled(table.cases, args.seed)
+        fold_of = {case.case_id: i % folds for i, case in enumerate(ordered)}
         for row, fold in itertools.product(rows, range(folds)):
             tests = fold_of[row["case_id"]] == fold
             row[f"fold_{fold}"] = "test" if tests else "train"
@@ -2358,82 +2300,70 @@ def slide_findings(path) -> tuple:
     return slide, findings
 
 
-def table_findings(path: Path, slides: dict) -> tuple[list[Case], list[str]]:
-    """The cases of a task table, and what is wrong with it and its slides (id -> Slide or None)."""
+def table_findings(path: Path, files: dict) -> tuple[list[Case], list[str]]:
+    """The cases of a task table, and what is wrong with it. files: slide id -> file."""
     try:
         table = any_table(path)
     except MixmagError as error:
         return [], [str(error)]
     findings = table.findings
-    slide_ids = [slide_id for case in table.cases for slide_id in case.slide_ids]
-    if fault := absent_slides(slide_ids, slides):
+    if fault := absent_slides([i for case in table.cases for i in case.slide_ids], files):
         findings.append(f"{path}: {fault}")
-    content = {}  # slide id -> sha256 of its features
-    for slide_id in slide_ids:
-        if (slide := slides.get(slide_id)) and len(slide.cells):
-            content[slide_id] = hashlib.sha256(slide.features).hexdigest()
     for column, fold in itertools.zip_longest(table.columns, table.folds):
-        for fault in split_faults(table.in_fold(fold), content, table.classes):
-            findings.append(f"{path}: {column}: {fault}")
+        found = {(case.split, case.label) for case in table.in_fold(fold)}
+        for split in SPLITS:
+            absent = [name for k, name in enumerate(table.classes) if (split, k) not in found]
+            if absent:
+                words = f"{split} has no case of class {', '.join(absent)}"
+                findings.append(f"{path}: {column}: {words}")
     return table.cases, findings
 
 
-def split_faults(cases: list[Case], content: dict, classes: list[str]) -> list[str]:
-    """What is wrong between the splits of a table or fold."""
-    faults = []
-    split_of: dict[str, str] = {}
-    for case in cases:
-        for slide_id in case.slide_ids:
-            split = split_of.setdefault(content.get(slide_id, slide_id), case.split)
-            if split != case.split:
-                faults.append(f"slide {slide_id!r} has a copy in split {split}")
-    for split in SPLITS:
-        labels = {case.label for case in cases if case.split == split}
-        if absent := [name for label, name in enumerate(classes) if label not in labels]:
-            faults.append(f"{split} has no case of class {', '.join(absent)}")
-    return faults
+def pretrain_findings(data: Path, files: dict, evaluation: dict[str, set]) -> list[str]:
+    try:
+        ids = pretraining_ids(data)
+    except MixmagError as error:
+        return [str(error)]
+    findings = []
+    if fault := absent_slides(ids, files):
+        findings.append(f"pretrain.csv: {fault}")
+    for slide_id in sorted(set(ids) & set().union(*evaluation.values())):
+        findings.append(f"pretrain.csv: slide {slide_id!r} belongs to a tune or test case")
+    return findings
 
 
 def verify(data) -> list[str]:
     """Every finding in DATA, one line each: slide files, task tables, leakage.
     Raises MixmagError for a folder with neither slides nor tables."""
     data = Path(data)
+    files = slide_files(data)
+    names = task_names(data)
+    if not files and not names:
+        raise MixmagError(f"{data} is no DATA folder: neither slides/ nor tasks/ holds anything")
     findings = []
-    slides = {}
     made: dict[str, list] = defaultdict(list)  # how -> the slides made so
-    for slide_id, path in progress(list(slide_files(data).items()), desc="slides"):
+    copies: dict[str, list] = defaultdict(list)  # sha256 of all features -> the slides with these
+    for slide_id, path in progress(files.items(), desc="slides"):
         slide, found = slide_findings(path)
-        slides[slide_id] = slide
         findings += found
         if slide:
             made[embedding_signature(slide)].append(slide_id)
-            if not len(slide.cells):
+            if len(slide.cells):
+                copies[hashlib.sha256(slide.features).hexdigest()].append(slide_id)
+            else:
                 show(f"{path}: holds no cell, which is no finding")
-    names = task_names(data)
-    if not slides and not names:
-        raise MixmagError(f"{data} is no DATA folder: neither slides/ nor tasks/ holds anything")
-    if len(made) > 1:
-        for how, ids in made.items():
+    for how, ids in made.items():
+        if len(made) > 1:
             findings.append(f"{data}: {plural(len(ids), 'slide')}, such as {ids[0]}, with {how}")
+    for ids in copies.values():
+        if len(ids) > 1:
+            findings.append(f"{data}: one slide under several ids: {', '.join(ids)}")
     tasks = {}
     for task in names:
-        tasks[task], found = table_findings(data / "tasks" / f"{task}.csv", slides)
+        tasks[task], found = table_findings(data / "tasks" / f"{task}.csv", files)
         findings += found
     if (data / "pretrain.csv").exists():
-        findings += pretrain_findings(data, slides, evaluation_slides(tasks))
-    return findings
-
-
-def pretrain_findings(data: Path, slides: dict, evaluation: dict[str, set]) -> list[str]:
-    try:
-        ids = pretraining_ids(data)
-    except MixmagError as error:
-        return [str(error)]
-    findings = []
-    if fault := absent_slides(ids, slides):
-        findings.append(f"pretrain.csv: {fault}")
-    for slide_id in sorted(set(ids) & set().union(*evaluation.values())):
-        findings.append(f"pretrain.csv: slide {slide_id!r} belongs to a tune or test case")
+        findings += pretrain_findings(data, files, evaluation_slides(tasks))
     return findings
 
 
@@ -2504,8 +2434,7 @@ def run_command(function, *args, **kwargs) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE  # what a shell reports for a program that does not catch it
     except (MixmagError, OSError, MemoryError) as error:
-        reason = one_line(error) or "out of memory"  # Python's own MemoryError says nothing
-        tqdm.write(f"error: {reason}", file=sys.stderr)
+        tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
         return 1
 
 
@@ -2547,16 +2476,13 @@ def show(text: str) -> None:
 
 
 def one_line(error: Exception) -> str:
+    """What is no refusal of ours comes with its type."""
     text = " ".join(str(error).split())
-    if "No such device" in text and not isinstance(error, MixmagError):
+    if isinstance(error, MixmagError):
+        return text
+    if "No such device" in text:
         text += "; this disk takes no memory maps: copy the files to another"
-    return text
-
-
-def failure(error: Exception) -> str:
-    """Why a slide failed: what is no refusal of ours comes with its type."""
-    kind = "" if isinstance(error, MixmagError) else f"{type(error).__name__}: "
-    return kind + one_line(error)
+    return f"{type(error).__name__}: {text}"
 
 
 def plural(count: int, noun: str) -> str:
@@ -2641,19 +2567,15 @@ def flush_to_disk(path: Path) -> None:
             raise  # those three say that the share knows no fsync
 
 
-def visible_files(folder: Path, pattern: str) -> list[Path]:
-    """The folder's files, sorted, without hidden ones such as macOS leaves beside others."""
-    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
-
-
 def file_sha256(path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path, text: str) -> None:
+    """As UTF-8, with bytes of a file name that are none escaped."""
     with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, "utf-8", "backslashreplace", newline="")
 
 
 def write_json(path, value) -> None:
@@ -2669,50 +2591,42 @@ def read_json(path) -> dict:
 
 
 def write_csv(path, header, rows) -> None:
-    """Bytes of a file name that are no UTF-8 are written escaped."""
-    with (
-        whole_file(path) as temporary,
-        open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
-    ):
-        csv.writer(file).writerows([header, *rows])
-
-
-SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+    text = io.StringIO()
+    csv.writer(text).writerows([header, *rows])
+    write_text(path, text.getvalue())
 
 
 def read_csv(path, columns) -> list[dict]:
     """Rows as dicts of stripped, composed text, and under "line" the line where each ends.
     Empty rows are skipped. Raises MixmagError for a file that is missing or no such table."""
+    mark = "\t" if Path(path).suffix == ".tsv" else ","
+    rows = []
     try:
-        mark = "\t" if Path(path).suffix == ".tsv" else ","
-        raw = Path(path).read_bytes()
-        if b"\0" in raw:
+        if b"\0" in Path(path).read_bytes():
             raise ValueError("it is UTF-16")
-        reader = csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""), delimiter=mark)
+        text = composed(Path(path).read_text("utf-8-sig"))
+        reader = csv.reader(io.StringIO(text), delimiter=mark)
         header = [name.strip() for name in next(reader, [])]
-        rows = []
         for cells in reader:
-            texts = [composed(cell.strip()) for cell in cells]
+            texts = [cell.strip() for cell in cells]
             if any(texts):
                 row = dict(itertools.zip_longest(header, texts[: len(header)], fillvalue=""))
-                rows.append({**row, "line": reader.line_num})
+                rows.append(row | {"line": reader.line_num})
     except (OSError, ValueError, csv.Error) as error:
         raise MixmagError(f"{path}: cannot be read as 'CSV UTF-8' ({error})") from None
-    missing = ", ".join(name for name in columns if header.count(name) != 1)
-    if missing:
-        found = [name for other, name in SEPARATORS.items() if other in "".join(header)]
-        advice = "".join(f", with {name}: expected {SEPARATORS[mark]}" for name in found)
-        raise MixmagError(f"{path}: column {missing} is missing or twice; found {header}{advice}")
+    if missing := ", ".join(name for name in columns if header.count(name) != 1):
+        other = " (with semicolons: save it with commas)" if ";" in "".join(header) else ""
+        found = f"found {header}, separated by {mark!r}{other}"
+        raise MixmagError(f"{path}: column {missing} is missing or twice; {found}")
     return rows
 
 
 def report_failed(path, failed: list) -> int:
     """Write the table of (slide_id, stage, reason), if any failed. Returns the exit code."""
     Path(path).unlink(missing_ok=True)
-    if not failed:
-        return 0
-    write_csv(path, ("slide_id", "stage", "reason"), failed)
-    return 3
+    if failed:
+        write_csv(path, ("slide_id", "stage", "reason"), failed)
+    return 3 if failed else 0
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -2769,16 +2683,12 @@ NATURAL = number_in(int, 0, 2**32 - 1)
 POSITIVE = number_in(int, 1, 2**32 - 1)
 
 
-# The docstrings of these functions are the summaries that --help shows.
-
-
 def add_synth_flags(parser) -> None:
     """make a synthetic cohort: embeddings with seven planted biomarkers"""
     parser.epilog = "example: python data.py synth --out data/synthetic --scale quick"
     add = parser.add_argument
     add("--out", default="data/synthetic", help="folder to write")
-    scales = "full: as many cases as the paper has; quick: a twentieth, and at least some"
-    add("--scale", choices=("quick", "full"), default="quick", help=scales)
+    add("--scale", choices=("quick", "full"), default="quick", help="full: the paper's cases")
     add("--dim", type=POSITIVE, default=64, help="width of an embedding (Virchow2 has 1280)")
     add("--regions", type=POSITIVE, default=4, help="3 x 3 regions a slide on average, at least 2")
     add("--images", type=NATURAL, default=0, help="write so many H&E-like slides for tile instead")
@@ -2795,9 +2705,8 @@ def add_tile_flags(parser) -> None:
     """turn whole-slide images into slide files: tissue, cells on one lattice, embeddings"""
     parser.epilog = "example: python data.py tile --slides slides/ --out data/mine --mpp 0.5"
     add = parser.add_argument
-    files = {"nargs": "+", "metavar": "DIR|FILE", "type": existing_place}
-    places = "slides, or their folders; of a DICOM series name one file"
-    add("--slides", required=True, help=places, **files)
+    places = {"nargs": "+", "metavar": "DIR|FILE", "type": existing_place, "required": True}
+    add("--slides", help="slides, or their folders; of a DICOM series name one file", **places)
     add_output_flags(parser)
     add("--region", type=POSITIVE, default=3, help="cells per side of a window")
     add("--encoder", default="texture", help="texture, virchow2, or module:factory (see README)")
@@ -2805,11 +2714,14 @@ def add_tile_flags(parser) -> None:
     add("--mpp", type=float, help="um per level-0 pixel, for slides that do not say it")
     run = {"nargs": "+", "type": number_in(float, 0.01, 1000), "action": Doublings}
     add("--magnifications", default=[5, 10, 20], help="each twice the one before", **run)
-    tissue = "least share of tissue in a window (assumed); biopsies and smears want less"
-    add("--min-tissue", type=number_in(float, 0, 1), default=0.25, help=tissue)
+    add(
+        "--min-tissue",
+        type=number_in(float, 0, 1),
+        default=0.25,
+        help="share of a window (assumed)",
+    )
     add("--mask", metavar="FILE|DIR", help="a tissue mask, a PNG; DIR: one per slide id")
-    part = {"type": share_of_slides, "metavar": "i/n"}
-    add("--shard", default="0/1", help="do the i-th of n shares of the slides, from 0 on", **part)
+    add("--shard", type=share_of_slides, default="0/1", metavar="i/n", help="share i < n of slides")
     add("--batch-size", type=POSITIVE, default=256, help="tiles per call of the encoder")
     add("--device", default="auto", help="auto, cpu or cuda[:i]")
     add("--dry-run", action="store_true", help="only say mpp, windows, tokens, bytes of each slide")
@@ -2821,14 +2733,11 @@ def add_import_flags(parser) -> None:
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     folders = {"nargs": "+", "metavar": "DIR", "type": existing_place}
-    folders["help"] = "its folders of feature files, one per magnification, from low to high"
-    source.add_argument("--trident", **folders)
-    source.add_argument("--stamp", **folders)
+    for tool in ("--trident", "--stamp"):
+        source.add_argument(tool, help="folders of its files, low magnification first", **folders)
     add_output_flags(parser)
-    name = "the encoder's name (default: as the files say); of virchow2 the class token is kept"
-    add("--encoder", help=name)
-    mpp = number_in(float, 0.1, 4)
-    add("--mpp", type=mpp, help="um per level-0 pixel, which STAMP's files do not say")
+    add("--encoder", help="its name, where the files say none; of virchow2 the class token is kept")
+    add("--mpp", type=number_in(float, 0.1, 4), help="um per level-0 pixel; STAMP does not say it")
 
 
 def add_split_flags(parser) -> None:
@@ -2838,8 +2747,7 @@ def add_split_flags(parser) -> None:
     add("table", help="CSV or .tsv with columns case_id, slide_id, label; with its splits, if any")
     add("--out", required=True, help="DATA/tasks/<task>.csv")
     add("--label", default="label", metavar="COLUMN", help="the column that holds the label")
-    folds = "so many new folds of whole cases, stratified by label (default: 5)"
-    add("--folds", type=number_in(int, 2, 1000), help=folds)
+    add("--folds", type=number_in(int, 2, 1000), help="new folds, stratified by label (default: 5)")
     add("--clam", metavar="DIR", help="CLAM's folder of splits_0.csv, ...")
     add("--seed", type=NATURAL, default=0, help="new folds follow from it")
 
@@ -2860,7 +2768,8 @@ COMMANDS = {
 
 
 def parse_command(argv, script: str, summary, commands: dict) -> argparse.Namespace:
-    """The flags of a command. commands: name -> its function, and what adds its flags."""
+    """The flags of a command.
+    commands: name -> its function, and what adds its flags, whose docstring --help shows."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=script, description=summary, formatter_class=plain)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")

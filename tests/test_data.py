@@ -119,8 +119,6 @@ def test_slide_file_is_what_the_contract_says(tmp_path):
     others = {name: value for name, value in meta.items() if name != "sha256"}
     digest.update(json.dumps(others, sort_keys=True, separators=(",", ":")).encode())
     assert meta["sha256"] == digest.hexdigest()
-    (tmp_path / "other").touch()
-    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_arrays_that_are_empty_or_not_contiguous_are_written_right(tmp_path):
@@ -236,7 +234,7 @@ FAULTS = [  # rows of a task table, and what is said of them
     (("c1", "nan", 0, "train"), "case 'c1' has two labels, 1 and 0"),
     (("x", "y", 7, "train"), "case 'x': label is '7', expected 0 or 1 or 2"),  # there are three
     (("x", "y", 1, "later"), "case 'x': split is 'later', expected train, tune or test"),
-    (("z", "twin", 0, "test"), "slide 'twin' has a copy in split train"),
+    (("z", "twin", 0, "test"), "one slide under several ids: other, s0, twin"),
     (("c9", "s5", 1, "test"), "'s5' stands in more than one row"),
     (("c9", "a/b", 1, "test"), "slide_id 'a/b' is a path"),
     (("", "y", 1, "test"), "case_id or slide_id is empty"),
@@ -483,8 +481,7 @@ def test_verify_looks_into_every_fold(tmp_path):
     rows = [(f"p{i}", f"s{i}", i % 2, *splits[i]) for i in range(4)]
     path = fold_table(tmp_path, [*rows, ("p1", "s9", 1, "train", "train")])
     findings = data.verify(tmp_path)
-    assert f"{path}: fold_0: slide 's3' has a copy in split train" in findings
-    assert not any("fold_1: slide" in finding for finding in findings)
+    assert f"{tmp_path}: one slide under several ids: s0, s3" in findings
     assert f"{path}: fold_1: test has no case of class 0" not in findings
     assert f"{path}: fold_1: tune has no case of class 1" in findings
     assert f"{path}: line 6, case 'p1' is in two splits, test and train" in findings
@@ -691,7 +688,7 @@ def test_a_cohort_is_complete_only_at_its_end_and_mixes_with_nothing(tmp_path, m
     with pytest.raises(data.OtherSettings, match="give another --out"):
         data.synth_cohort(tmp_path, seed=1)
     (tmp_path / "synthetic.json").unlink()
-    with pytest.raises(MixmagError, match="no synthetic cohort's .*give another --out"):
+    with pytest.raises(MixmagError, match="is no cohort of .*give another --out"):
         data.synth_cohort(tmp_path)
     assert not (tmp_path / "synthetic.json").exists()
 
@@ -971,7 +968,7 @@ def test_a_failing_write_keeps_the_old_file(tmp_path):
     with pytest.raises(KeyError), data.whole_file(path) as temporary:
         temporary.write_text("half")
         raise KeyError
-    refused = pytest.raises(MixmagError, match=r"x.txt: cannot be written \(no space left\)")
+    refused = pytest.raises(MixmagError, match=r"x.txt: cannot be written \(.*: no space left\)")
     with refused, data.whole_file(path):
         raise RuntimeError("no space\n left")
     assert path.read_text() == "good" and os.listdir(tmp_path) == ["x.txt"]
@@ -1002,8 +999,13 @@ def test_tables_come_back_as_they_were(tmp_path):
     [
         (None, [], 0, ""),
         (MixmagError("bad input"), [], 1, "error: bad input\n"),
-        (FileNotFoundError(2, "No such file", "x"), [], 1, "error: [Errno 2] No such file: 'x'\n"),
-        (MemoryError(), [], 1, "error: out of memory\n"),
+        (
+            FileNotFoundError(2, "Gone", "x"),
+            [],
+            1,
+            "error: FileNotFoundError: [Errno 2] Gone: 'x'\n",
+        ),
+        (MemoryError(), [], 1, "error: MemoryError"),
         (data.Stopped(), [signal.SIGTERM], 75, "stopped by a signal"),
         (data.Stopped(), [signal.SIGINT], 130, "stopped by a signal"),
     ],
@@ -1125,8 +1127,7 @@ TABLE = "case_id,slide_id,label,split\nc,S1,1,train\n"
 @pytest.mark.parametrize(
     "raw, said",
     [
-        (TABLE.replace(",", ";").encode(), "with semicolons: expected commas"),
-        (TABLE.replace(",", "\t").encode(), "with tabs: expected commas"),
+        (TABLE.replace(",", ";").encode(), "separated by ',' .with semicolons: save it"),
         (TABLE.encode("utf-16"), "cannot be read as 'CSV UTF-8' .it is UTF-16"),
         (TABLE.encode("utf-16-le"), "it is UTF-16"),
         (TABLE.replace("S1", "Grün").encode("cp1252"), "cannot be read as 'CSV UTF-8'"),

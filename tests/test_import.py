@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,22 +15,23 @@ import tifffile
 from conftest import ROOT, Command, run
 
 import data
-from data import ImportJob, MixmagError
+from data import MixmagError
 from mixmag import Geometry
 
 THREE = (5, 10, 20)
 
 
 # ----------------------------------------------------------------------------- files of other tools
-def random_features(count, dim=8, dtype=np.float32):
-    return np.random.default_rng(count).standard_normal((count, dim)).astype(dtype)
+def random_features(count, dim=8, dtype=np.float32, name=""):
+    rng = np.random.default_rng([count, *name.encode()])
+    return rng.standard_normal((count, dim)).astype(dtype)
 
 
 def trident_file(path, corners, magnification, side, features=None, layout=None, **changes):
     """What TRIDENT writes: chunks of one row, and attributes on both data sets."""
     corners = np.array(corners, np.int64).reshape(-1, 2)
     if features is None:
-        features = random_features(len(corners))
+        features = random_features(len(corners), name=path.stem)
     attributes = {
         "patch_size": 224,
         "patch_size_level0": side,
@@ -111,11 +113,11 @@ def three(folder, changes=(), **common):
 
 
 def import_files(folder, paths, tool="trident", **flags):
-    """The slide, imported in this process."""
+    """The slide, and what is said of it."""
     out = folder / "slides" / "s.safetensors"
-    status = data.import_slide(ImportJob("s", list(paths), out, tool, **flags))
+    report = data.import_slide(paths, out, tool, **flags)
     assert data.verify(folder) == []
-    return data.read_slide(out), status
+    return data.read_slide(out), report
 
 
 def table(path):
@@ -168,8 +170,8 @@ def test_import_equals_placing_by_hand(tmp_path, magnifications, cell, dtype, pa
         some = random_features(len(corners[k]), dtype=dtype)
         features.append(some)
         trident_file(paths[k], corners[k], magnifications[k], side, some, patch_size=patch)
-    slide, status = import_files(tmp_path, paths)
-    assert status == "imported"
+    slide, report = import_files(tmp_path, paths)
+    assert report.endswith(f", {len(features[-1])} tiles at {magnifications[-1]}x")
     placed = by_hand(corners, features, sides, magnifications)
     assert_holds(slide, placed)
     meta = slide.meta
@@ -262,8 +264,8 @@ def test_import_says_where_mpp_and_encoder_are_from(tmp_path):
     slide, _ = import_files(tmp_path, paths, **flags)
     found = [slide.meta[k] for k in ("mpp", "mpp_source", "cell_px", "encoder")]
     assert found == [0.2525, data.GIVEN, 1792.0, "virchow2"]
-    assert import_files(tmp_path, paths, **flags)[1] == "done before"
-    assert import_files(tmp_path, paths)[1] == "done before"  # all was said the first time
+    assert import_files(tmp_path, paths, **flags)[1] == "s: done before"
+    assert import_files(tmp_path, paths)[1] == "s: done before"  # all was said the first time
     for other in ({"mpp": 0.26}, {"encoder": "uni"}):
         with pytest.raises(MixmagError, match="give another --out"):
             import_files(tmp_path, paths, **other)
@@ -287,14 +289,10 @@ def moved(x, y):
         ({10: {"corners": moved(-896 * 6, 0)}}, {}, ": 1 of 48 tiles at 10x"),
         ({10: {"corners": moved(896, 0)}}, {}, "some tiles stand where another does"),
         ({20: {"corners": grid(16, 12, 416)}}, {}, "off the lattice of 448: .* at 20x"),
-        (
-            {20: {"patch_size_level0": 446}},
-            {},
-            "half the side each, found 5x 1792, 10x 896, 20x 446",
-        ),
+        ({20: {"patch_size_level0": 446}}, {}, "found 5x 1792 .*, 10x 896 .*, 20x 446"),
         ({20: {"magnification": 40}}, {}, "expected doublings .*, 40x 448"),
-        ({20: {"level0_width": 29000}}, {}, "30000 x 20000 and 29000 x 20000 px"),
-        ({20: {"encoder": "uni_v2"}}, {}, "name uni_v2 and virchow2; .*--encoder"),
+        ({20: {"level0_width": 29000}}, {}, r"one slide.*30000, 20000.*448 \(29000, 20000"),
+        ({20: {"encoder": "uni_v2"}}, {}, "one --encoder, found .* virchow2, 20x .* uni_v2"),
         ({20: {"features": random_features(192, 9)}}, {}, "shape mismatch"),
         ({20: {"features": random_features(191)}}, {}, "shape mismatch"),
         ({20: {"patch_size_level0": None}}, {}, "20x_.*s.h5: .*patch_size_level0"),
@@ -304,7 +302,7 @@ def moved(x, y):
         ({5: {"features": np.full((12, 8), np.nan)}}, {}, "NaN, .*: 12 of 12 tiles"),
         ({5: {"features": np.ones((12, 8, 1))}}, {}, "shape mismatch"),
         ({}, {"mpp": 0.31}, "--mpp.* says 0.31, its tiles say 0.25"),
-        ({m: {"encoder": None} for m in THREE}, {}, "name no encoder"),
+        ({m: {"encoder": None} for m in THREE}, {}, "name no encoder; .*--encoder"),
     ],
 )
 def test_what_does_not_match_is_refused_by_name(tmp_path, changes, flags, message):
@@ -318,7 +316,7 @@ def test_what_does_not_match_is_refused_by_name(tmp_path, changes, flags, messag
     [
         ({"tile_size_um": None}, "tile_size_um"),
         ({"tile_size_px": 0}, "doublings"),
-        ({"extractor": "uni"}, "name uni and virchow2"),
+        ({"extractor": "uni"}, "by one --encoder, found 5x .* virchow2, 10x .* uni"),
         ({"tile_size_um": 300.0}, "doublings"),
         (
             {"coords": np.array(grid(6, 5, 224.0)) + [0, 70]},
@@ -358,9 +356,9 @@ def hostile(f, kind):
     "kind, message",
     [
         ("soft link loop", "too many links"),
-        ("group", "'Group' object has no attribute"),
+        ("group", "Accessing a group"),
         ("absent", "doesn't exist"),
-        ("2^60 rows", "claims 36893488147419103232 bytes"),
+        ("2^60 rows", "claim [0-9]{20} bytes that it does not hold"),
     ],
 )
 def test_hostile_hdf5_is_refused_unread(tmp_path, kind, message, monkeypatch):
@@ -388,7 +386,10 @@ def test_folders_that_cannot_be_meant(tmp_path):
         (tmp_path / place).touch()
     (tmp_path / "empty").mkdir()
     flags = ("--trident", tmp_path / "p", "empty", "--out", "d")
-    assert "empty: no feature files" in run("data.py import", *flags, cwd=tmp_path, code=1)[1]
+    assert (
+        "no feature files (*.h5) in one of"
+        in run("data.py import", *flags, cwd=tmp_path, code=1)[1]
+    )
     with pytest.raises(MixmagError, match="two files of one slide"):
         data.files_by_id(tmp_path, "**/*.h5")
     for flags in ((), ("--trident", "p", "--stamp", "q"), ("--stamp", "gone")):
@@ -403,15 +404,14 @@ def test_import_takes_each_slides_own_mpp(tmp_path):
             stamp_file(tmp_path / str(m) / f"{slide_id}.h5", 2240 / m, mpp, m, m, drop=-1)
     (tmp_path / "m.csv").write_text("slide,mpp\na.svs,0.2528\nb.1,0.4991\nz.svs,0.25\n")
     args = ("import", "--stamp", 5, 10, "--out", "d", "--mpp", 0.25, "--manifest", "m.csv")
-    _, err = run("data.py", *args, cwd=tmp_path)
+    out, err = run("data.py", *args, cwd=tmp_path)
     assert "no slide here for 1 of 3 rows, such as z" in err
-    rows = table(tmp_path / "d" / "import.csv")
-    assert {i: (row["mpp"], row["mpp_source"]) for i, row in rows.items()} == {
-        "a": ("0.2528", data.GIVEN),
-        "b.1": ("0.4991", data.GIVEN),
-        "c": ("0.25", data.GIVEN),
-    }
-    for slide in data.read_slides(tmp_path / "d"):
+    slides = data.read_slides(tmp_path / "d")
+    mpps = {"a": 0.2528, "b.1": 0.4991, "c": 0.25}
+    assert {slide.slide_id: slide.meta["mpp"] for slide in slides} == mpps
+    for slide_id, mpp in mpps.items():
+        assert f"{slide_id}: {mpp} um/px ({data.GIVEN}), " in out
+    for slide in slides:
         assert slide.meta["cell_px"] == pytest.approx(448 / slide.meta["mpp"])
     (tmp_path / "m.csv").write_text("slide,mpp\na.svs,0.2528\na,0.25\n")
     assert "expected one number" in run("data.py", *args, cwd=tmp_path, code=1)[1]
@@ -425,17 +425,13 @@ def test_an_imported_cohort_trains(tmp_path):
         (folder / "lone.h5").unlink()
     os.truncate(folders[1] / "cut.h5", 5000)
     args = ("import", "--trident", *folders, "--out", tmp_path / "d")
-    out, _ = run("data.py", *args, cwd=tmp_path, code=3)
+    out, err = run("data.py", *args, cwd=tmp_path, code=3)
     counts = "18 cells, 18 tiles at 5x, 72 tiles at 10x, 288 tiles at 20x"
-    assert f"a: imported, 0.25 um/px (nominal), {counts}\n" in out
+    assert f"a: 0.25 um/px (nominal), {counts}\n" in out
     assert "2 slides imported, 2 failed" in out
-    assert "cut: failed: " in out and "lone: failed: FileNotFoundError" in out
-    rows = table(tmp_path / "d" / "import.csv")
+    assert "cut: FAILED: " in err and "lone: FAILED: FileNotFoundError" in err
     failed = table(tmp_path / "d" / "failed.csv")
-    assert [row["status"] for row in rows.values()] == ["imported", "imported", "failed", "failed"]
     assert failed.keys() == {"cut", "lone"} and "truncated" in failed["cut"]["reason"]
-    assert rows["a"]["tiles"] == "[18, 72, 288]"
-    assert rows["a"]["cells"] == "18"
     assert data.verify(tmp_path / "d") == []
     flags = ("--out", tmp_path / "r", "--steps", 2, "--batch-size", 2, "--holdout", 0)
     run("train.py", "pretrain", "--data", tmp_path / "d", *flags, cwd=tmp_path)
@@ -453,11 +449,9 @@ def test_a_refused_import_changes_nothing_and_says_what_differs(tmp_path):
     with open(folders[1] / "a.h5") as locked:
         fcntl.flock(locked, fcntl.LOCK_EX)
         run("data.py", *args, cwd=tmp_path)
-    before = (tmp_path / "d" / "import.csv").read_bytes()
     _, err = run("data.py", *args, "--encoder", "uni", cwd=tmp_path, code=1)
     assert "encoder 'virchow2' there, 'uni' now; give another --out" in err
     assert "sources" not in err
-    assert (tmp_path / "d" / "import.csv").read_bytes() == before
     assert not (tmp_path / "d" / "failed.csv").exists()
 
 
@@ -472,7 +466,7 @@ def test_a_killed_import_goes_on(tmp_path):
     assert killed.end()[0] == -9
     before = len(list(tmp_path.glob("d/slides/s*")))
     out, _ = run(*args, cwd=tmp_path)
-    assert before < 30 and before <= out.count("done before") < 30  # its worker ends a slide
+    assert before == out.count("done before") < 30
     assert "30 slides imported, 0 failed" in out and data.verify(tmp_path / "d") == []
 
 
@@ -494,30 +488,30 @@ if __name__ == "__main__":
 """
 
 
-def import_damaged(folder, folders):
-    """import.csv of a cohort with failures, by a command that files can crash or hang."""
-    (folder / "script.py").write_text(IMPORT_SCRIPT)
-    command = [sys.executable, folder / "script.py", "import", "--trident", *folders]
-    done = subprocess.run([*command, "--out", folder / "d"], capture_output=True, text=True)
-    assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
-    assert data.verify(folder / "d") == []
-    return table(folder / "d" / "import.csv")
-
-
 def test_a_file_that_brings_the_reader_down_costs_its_slide(tmp_path):
     for slide_id in ("a", "crash", "hang", "z"):
         folders = slide_of_three(tmp_path, slide_id)
-    rows = import_damaged(tmp_path, folders)
-    assert [i for i, row in rows.items() if row["status"] == "imported"] == ["a", "z"]
-    assert all("bring the HDF5 library down" in rows[i]["reason"] for i in ("crash", "hang"))
+    (tmp_path / "script.py").write_text(IMPORT_SCRIPT)
+    command = [sys.executable, tmp_path / "script.py", "import", "--trident", *folders]
+    done = subprocess.run([*command, "--out", tmp_path / "d"], capture_output=True, text=True)
+    assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
+    failed = table(tmp_path / "d" / "failed.csv")
+    assert failed.keys() == {"crash", "hang"}
+    assert all("bring the HDF5 library down" in row["reason"] for row in failed.values())
+    assert data.verify(tmp_path / "d") == [] and sorted(data.slide_files(tmp_path / "d")) == [
+        "a",
+        "z",
+    ]
 
 
 def test_mutated_hdf5_is_refused_or_read_as_it_is(tmp_path):
     """100 slides with random bytes changed in a file, or its end cut off. What is imported differs
     from the clean slide in single numbers (damaged embeddings) or places (damaged coordinates)."""
     rng = np.random.default_rng(0)
+    folders = slide_of_three(tmp_path, "clean")
     for i in range(100):
-        folders = slide_of_three(tmp_path, f"s{i}", name="clean")
+        for folder in folders:
+            shutil.copy(folder / "clean.h5", folder / f"s{i}.h5")
         path = folders[i % 3] / f"s{i}.h5"
         raw = bytearray(path.read_bytes())
         for at in rng.integers(len(raw), size=(1, 1, 4, 16)[i % 4]):
@@ -525,13 +519,12 @@ def test_mutated_hdf5_is_refused_or_read_as_it_is(tmp_path):
         if i % 10 == 0:
             raw = raw[: rng.integers(len(raw))]
         path.write_bytes(raw)
-    slide_of_three(tmp_path, "clean")
-    rows = import_damaged(tmp_path, folders)
-    assert len(rows) == 101
-    assert all(row["reason"] for row in rows.values() if row["status"] == "failed")
-    imported = [i for i, row in rows.items() if row["status"] == "imported"]
-    assert 20 < len(imported) < 90
-    slides = {slide.slide_id: slide for slide in data.read_slides(tmp_path / "d", imported)}
+    run("data.py import --trident", *folders, "--out", "d", cwd=tmp_path, code=3)
+    assert all("one slide under several ids" in line for line in data.verify(tmp_path / "d"))
+    slides = {slide.slide_id: slide for slide in data.read_slides(tmp_path / "d")}
+    failed = table(tmp_path / "d" / "failed.csv")
+    assert len(slides) + len(failed) == 101 and 20 < len(slides) < 90
+    assert all(row["reason"] for row in failed.values())
     clean = slides.pop("clean")
     for slide_id, slide in slides.items():
         k = int(slide_id[1:]) % 3
