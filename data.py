@@ -1284,7 +1284,8 @@ def read_cell(reader: Reader, plan: TilePlan, col: int, row: int) -> np.ndarray:
         planes = F.interpolate(planes, size=(side, side), mode="bilinear", antialias=True)
         pixels = planes[0].permute(1, 2, 0).numpy()
     picture = Image.frombuffer("RGBX", (side, side), pixels, "raw", "RGBX", 0, 1)
-    picture = picture.reduce(plan.shrink)
+    if plan.shrink > 1:
+        picture = picture.reduce(plan.shrink)
     tiles = np.empty(((4**K - 1) // 3, TILE_PX, TILE_PX, 3), np.uint8)
     for k in reversed(range(K)):
         n = 2**k
@@ -1537,8 +1538,8 @@ def tile_slide(reader: Reader, plan: TilePlan, encoder, dim: int, settings: Tile
                 share = f"{len(unreadable)} of {plural(len(plan.windows), 'window')} cannot be read"
                 raise MixmagError(f"{share}, more than 1%: {tiles}")
         if len(batch) == cells_per_batch or (batch and count == len(plan.cells)):
-            tiles = np.stack(batch)
-            features.append(encode_tiles(encoder, tiles, settings.batch_size, settings.device))
+            stack = np.stack(batch)
+            features.append(encode_tiles(encoder, stack, settings.batch_size, settings.device))
             batch.clear()
     cells = np.array(done, np.int32).reshape(-1, 3)
     good = ~np.isin(cells[:, 0], list(unreadable))
@@ -1651,9 +1652,9 @@ def tile_command(args) -> int:
     encoder = tile_encoder(args.encoder, device, args.weights)
     white = np.full((1, TILE_PX, TILE_PX, 3), 255, np.uint8)
     dim = encode_tiles(encoder, white, 1, device).shape[1]
-    weights = file_sha256(args.weights) if args.weights else None
-    flags = vars(args) | {"manifest": manifest, "device": device, "weights_sha256": weights}
-    flags["out"] = Path(args.out).resolve()
+    out = Path(args.out).resolve()
+    flags = {**vars(args), "out": out, "manifest": manifest, "device": device}
+    flags["weights_sha256"] = file_sha256(args.weights) if args.weights else None
     settings = TileSettings(**{name: flags[name] for name in TileSettings.__dataclass_fields__})
     paths = paths[share::shares]
     failed, empty = tile_all(paths, encoder, dim, settings)
@@ -1662,7 +1663,7 @@ def tile_command(args) -> int:
     if args.dry_run:
         return 3 if failed else 0
     name = "failed.csv" if shares == 1 else f"failed-{share}-of-{shares}.csv"
-    return report_failed(settings.out / name, failed)
+    return report_failed(out / name, failed)
 
 
 # --------------------------------------------------------------------- import of other tools' files
