@@ -21,13 +21,13 @@ import errno
 import functools
 import glob
 import hashlib
-import importlib
 import io
 import itertools
 import json
 import math
 import multiprocessing
 import os
+import pkgutil
 import re
 import reprlib
 import signal
@@ -776,6 +776,7 @@ def row_fault(row: dict, columns: list[str], classes: list[str]) -> str:
 CACHE_BYTES = 2**26  # of decoded tiles, shared by neighbouring reads of a level (assumed)
 SLIDE_SUFFIXES = [".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu"]
 SLIDE_SUFFIXES += [".scn", ".mrxs", ".svslide", ".bif", ".czi"]
+OPENSLIDE_VERSION = openslide.__library_version__
 GIVEN = "--mpp or --manifest"  # a row of the manifest goes before
 MPP_TOLERANCE = 0.02  # the share by which two values of one slide may differ (assumed)
 
@@ -859,22 +860,12 @@ def over_white(rgba: np.ndarray) -> Image.Image:
     return rgb
 
 
-def openslide_version() -> str:
-    return openslide.__library_version__
-
-
 def number(text) -> float:
-    """The number in a text, with a decimal point or comma; NaN if there is none, or 0."""
+    """The number in a text, with a decimal point or comma; NaN if there is none."""
     try:
-        return float(str(text).replace(",", ".")) or math.nan
+        return float(str(text).replace(",", "."))
     except ValueError:
         return math.nan
-
-
-def plausible_mpp(x: float, y: float) -> float:
-    """The mean of both; NaN if it is not within 0.1 to 4 um/px, or if x and y differ."""
-    mean = (x + y) / 2
-    return mean if 0.1 <= mean <= 4 and abs(x - y) <= MPP_TOLERANCE * mean else math.nan
 
 
 def slide_mpp(properties, given: float | None = None) -> tuple[float, str]:
@@ -884,37 +875,36 @@ def slide_mpp(properties, given: float | None = None) -> tuple[float, str]:
     name = "openslide.mpp-x"  # of a plain TIFF, OpenSlide makes it from the resolution
     x = number(properties.get(name))
     y = number(properties.get("openslide.mpp-y"))
-    mpp = plausible_mpp(x, y)
+    mpp = (x + y) / 2
+    plausible = 0.1 <= mpp <= 4 and abs(x - y) <= MPP_TOLERANCE * mpp
     stated = f"the slide says {x:.4g} x {y:.4g} um/px"
-    if given is not None:
-        if math.isnan(plausible_mpp(given, given)):
-            raise MixmagError(f"{GIVEN} says {given:g} um/px, expected 0.1 to 4")
-        if abs(given - mpp) > MPP_TOLERANCE * mpp:
-            raise MixmagError(f"{GIVEN} says {given:g} um/px, {stated}; leave it out for this one")
-        return given, GIVEN
     if name not in properties:
-        raise MixmagError("the slide says no mpp; give --mpp or --manifest")
-    if math.isnan(mpp):
-        raise MixmagError(f"{stated}, not 0.1 to 4, equal in x and y; give --mpp or --manifest")
-    return mpp, name
+        stated = "the slide says no mpp"
+    if given is None and not plausible:
+        raise MixmagError(f"{stated}, expected 0.1 to 4, equal in x and y; give {GIVEN}")
+    if given is None:
+        return mpp, name
+    if plausible and abs(given - mpp) > MPP_TOLERANCE * mpp:
+        raise MixmagError(f"{GIVEN} says {given:g} um/px, {stated}; leave it out for this one")
+    return given, GIVEN
 
 
 def read_manifest(path, slide_ids) -> dict:
     """{slide id: mpp} of a CSV with the columns slide (an id or a file) and mpp; {} without a path.
-    Rows without an mpp are skipped. Raises MixmagError for a slide with two rows or no number."""
+    Rows without an mpp are skipped. Raises MixmagError for a second mpp, or one not in 0.1 to 4."""
     found: dict[str, float] = {}
     for row in read_csv(path, ("slide", "mpp")) if path else ():
         file = Path(row["slide"])
         slide_id = file.stem if file.suffix.lower() in SLIDE_SUFFIXES else file.name
         if not row["mpp"]:
             continue
-        if slide_id in found or math.isnan(number(row["mpp"])):
+        mpp = number(row["mpp"])
+        if slide_id in found or not 0.1 <= mpp <= 4:
             line = f"{path}, line {row['line']}"
-            raise MixmagError(f"{line}: expected one number of um/px for {slide_id!r}")
-        found[slide_id] = number(row["mpp"])
+            raise MixmagError(f"{line}: expected one number of 0.1 to 4 um/px for {slide_id!r}")
+        found[slide_id] = mpp
     if unmatched := sorted(found.keys() - slide_ids):
-        rows = f"{len(unmatched)} of {plural(len(found), 'row')}"
-        log(f"--manifest: no slide here for {rows}, such as {unmatched[0]}")
+        log(f"--manifest: no slide here for {reprlib.repr(unmatched)}")
     return found
 
 
@@ -923,7 +913,6 @@ def read_manifest(path, slide_ids) -> dict:
 MAX_TILE_BYTES = 2**30  # that a TIFF may claim for one of its tiles (assumed)
 START = b"\xff\xd8"  # of every JPEG picture
 ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0"  # the byte after it tells libjpeg YCbCr (1) or RGB (0)
-PLAIN_JPEG = (7, 1, 8, 3)  # compression JPEG, colours side by side, bits, colours
 
 
 class JpegLevel:
@@ -934,16 +923,22 @@ class JpegLevel:
     def __init__(self, path, page):
         self.tile_size = (page.tilewidth, page.tilelength)
         self.tiles_across = math.ceil(page.imagewidth / page.tilewidth)
-        self.starts = page.dataoffsets
-        self.lengths = page.databytecounts
+        file = io.FileIO(path)
         is_ycbcr = page.photometric == tifffile.PHOTOMETRIC.YCBCR
+        expected = (page.tilelength, page.tilewidth, "YCbCr" if is_ycbcr else "RGB")
         tables = (page.jpegtables or b"")[2:-2]  # of all tiles, without their own start and end
         head = START + ADOBE + bytes([is_ycbcr]) + tables
-        expected = (page.tilelength, page.tilewidth, "YCbCr" if is_ycbcr else "RGB")
-        # The cached function does not know self: no cycle of references keeps the cache alive.
-        decode = functools.partial(decode_tile, io.FileIO(path), head, expected)
-        tile_bytes = 4 * page.tilewidth * page.tilelength
-        self.tile = functools.lru_cache(CACHE_BYTES // tile_bytes)(decode)
+
+        # It does not know self: no cycle of references keeps the cache alive.
+        @functools.lru_cache(CACHE_BYTES // (4 * page.tilewidth * page.tilelength))
+        def tile(i: int) -> np.ndarray:
+            found = os.pread(file.fileno(), page.databytecounts[i], page.dataoffsets[i])
+            jpeg = head + found[2:]
+            if found[:2] != START or simplejpeg.decode_jpeg_header(jpeg)[:3] != expected:
+                raise ValueError("no JPEG picture of the size and colours that the page says")
+            return simplejpeg.decode_jpeg(jpeg, "RGBA")  # (h, w, 4) uint8
+
+        self.tile = tile
 
     def region(self, left: int, top: int, right: int, bottom: int) -> np.ndarray:
         """(bottom - top, right - left, 4) uint8 RGBA of a rectangle inside the level."""
@@ -951,8 +946,7 @@ class JpegLevel:
         pixels = np.empty((bottom - top, right - left, 4), np.uint8)
         for y in range(top - top % height, bottom, height):
             for x in range(left - left % width, right, width):
-                i = y // height * self.tiles_across + x // width
-                tile = self.tile(self.starts[i], self.lengths[i])
+                tile = self.tile(y // height * self.tiles_across + x // width)
                 part = tile[max(0, top - y) : bottom - y, max(0, left - x) : right - x]
                 row = max(0, y - top)
                 column = max(0, x - left)
@@ -960,48 +954,38 @@ class JpegLevel:
         return pixels
 
 
-def decode_tile(file, head: bytes, expected: tuple, start: int, length: int) -> np.ndarray:
-    """(h, w, 4) uint8 RGBA of the tile at `start`, whose first two bytes `head` replaces."""
-    found = os.pread(file.fileno(), length, start)
-    jpeg = head + found[2:]
-    if found[:2] != START or simplejpeg.decode_jpeg_header(jpeg)[:3] != expected:
-        raise ValueError("no JPEG picture of the size and colours that the page says")
-    return simplejpeg.decode_jpeg(jpeg, "RGBA")
-
-
-def plain_jpeg_pages(reader: Reader, pages: list) -> dict:
-    """{level: page} of the levels whose tiles are JPEG pictures of three 8-bit colours.
-    Raises SlideReadError for tiles so large that OpenSlide would end the process for want of
-    memory, for more or fewer than the level has, and for a macro in the scan's place."""
+def tiled_pages(reader: Reader, pages: list) -> dict:
+    """{level: page} of the levels that have one page, of tiles. Raises SlideReadError for tiles so
+    large that OpenSlide would end the process for want of memory, for more or fewer than the level
+    has, and for a macro in the scan's place."""
     found: dict = {}
-    for page in pages:
-        size = (page.imagewidth, page.imagelength)
-        if math.prod(size) > math.prod(reader.size):
-            smaller = f"{reader.path}: its first picture has {reader.size} px, a later one {size}"
-            raise SlideReadError(f"{smaller}; save the scan as the first")
+    sizes = [(page.imagewidth, page.imagelength) for page in pages]
+    largest = max(sizes, key=math.prod)
+    if math.prod(largest) > math.prod(reader.size):
+        smaller = f"{reader.path}: its first picture has {reader.size} px, a later one {largest}"
+        raise SlideReadError(f"{smaller}; save the scan as the first")
+    for page, size in zip(pages, sizes, strict=True):
         if not page.is_tiled or size not in reader.level_sizes:
             continue
-        largest = max(4 * page.tilewidth * page.tilelength, *page.databytecounts)
-        if largest > MAX_TILE_BYTES or len(page.dataoffsets) != math.prod(page.chunked):
+        most_bytes = max(4 * page.tilewidth * page.tilelength, *page.databytecounts)
+        if most_bytes > MAX_TILE_BYTES or len(page.dataoffsets) != math.prod(page.chunked):
             raise SlideReadError(f"{reader.path}: is damaged: its tiles do not make {size} px")
         if 0 in page.databytecounts:  # OpenSlide draws an absent tile in ways of its own
             return {}
-        level = reader.level_sizes.index(size)
-        form = (page.compression, page.planarconfig, page.bitspersample, page.samplesperpixel)
-        # Either of two pages of one size may be OpenSlide's: then it reads that level.
-        found[level] = page if form == PLAIN_JPEG and level not in found else None
-    return {level: page for level, page in found.items() if page}
+        if sizes.count(size) == 1:  # of two, either may be OpenSlide's
+            found[reader.level_sizes.index(size)] = page
+    return found
 
 
 def jpeg_levels(reader: Reader) -> dict[int, JpegLevel]:
-    """Those levels, by number, that can be read without OpenSlide. It must make the same of the
-    first tile. Raises SlideReadError as plain_jpeg_pages."""
+    """{level: itself} of those that can be read without OpenSlide: their first tile is a JPEG
+    picture of which it makes the same. Raises SlideReadError as tiled_pages."""
     levels: dict = {}
     if reader.properties["openslide.vendor"] not in ("aperio", "generic-tiff"):
         return levels
     try:
         with tifffile.TiffFile(reader.path) as tiff:
-            pages = plain_jpeg_pages(reader, [page.aspage() for page in tiff.pages])
+            pages = tiled_pages(reader, [page.aspage() for page in tiff.pages])
             ours = {level: JpegLevel(reader.path, page) for level, page in pages.items()}
     except SlideReadError:
         raise
@@ -1127,10 +1111,8 @@ def find_tissue(rgb: np.ndarray, inside: np.ndarray | float = 0.0) -> np.ndarray
     return (mask | holes & ~large_components(holes, HOLE)) & ~ink
 
 
-def find_mask(path: Path, place) -> Path | None:
+def find_mask(path: Path, place: str | Path) -> Path:
     """The user's mask of a slide: the file `place`, or <slide_id>.png in a folder."""
-    if place is None:
-        return None
     mask = Path(place)
     if mask.is_dir():
         mask /= f"{path.stem}.png"
@@ -1139,7 +1121,7 @@ def find_mask(path: Path, place) -> Path | None:
     return mask
 
 
-def read_mask(path: Path, reader: Reader, shape: tuple) -> np.ndarray:
+def read_mask(path, reader: Reader, shape: tuple) -> np.ndarray:
     """A picture of the whole slide, whose non-zero pixels are tissue -> (h, w) bool. Raises
     MixmagError for one that does not fit."""
     try:
@@ -1158,7 +1140,7 @@ def read_mask(path: Path, reader: Reader, shape: tuple) -> np.ndarray:
     return mask
 
 
-def tissue_mask(reader: Reader, mpp: float, own: Path | None = None) -> tuple:
+def tissue_mask(reader: Reader, mpp: float, own: str | Path | None = None) -> tuple:
     """The thumbnail, (h, w, 3) uint8 at TISSUE_UM, and where tissue is, (h, w) bool."""
     picture, variance, unread = thumbnail(reader, mpp)
     # What cannot be read counts as tissue, so that its windows are tried and counted as unreadable.
@@ -1174,56 +1156,61 @@ MAX_LOST = 0.01  # share of a cell that may be missing where the mask sees tissu
 QC_SIDE = 600  # px of each picture on the quality control sheet
 
 
-@dataclass
 class TilePlan:
-    """What will be read of a slide: one lattice of cells. Its lines are rounded once, to whole
-    pixels of the one level that is read. A tile is an equal part of its cell, so that children tile
-    their parent whatever the mpp. Windows are (col, row, cols, rows) in cells."""
+    """What will be read of a slide: one lattice of cells, in exact mpp, from the corner of the
+    slide's bounds. Its lines are rounded once, to whole pixels of the one level that is read. A
+    tile is an equal part of its cell, so that children tile their parent whatever the mpp. Windows
+    are (col, row, cols, rows) in cells. Raises MixmagError for a slide that would be upsampled."""
 
-    mpp: float
-    mpp_source: str
-    magnifications: tuple
-    cell_px: float
-    origin: tuple
-    level: int  # the coarsest one that is fine enough for every magnification
-    downsample: float
-    lines: tuple  # (cols + 1,), (rows + 1,) int: the lattice in the level's pixels
-    thumbnail: np.ndarray  # (h, w, 3) at TISSUE_UM
-    mask: np.ndarray  # (h, w) where its tissue is
-    mask_scale: np.ndarray  # (2,) pixels of the mask per level-0 pixel, in x and y
-    windows: list = field(default_factory=list)  # those with enough tissue
-    shares: list = field(default_factory=list)  # of tissue in each window looked at
-    unscanned: set = field(default_factory=set)  # cells read so far with pixels that do not exist
+    def __init__(self, reader: Reader, settings: TileSettings):
+        self.mpp, self.mpp_source = slide_mpp(reader.properties, settings.mpp)
+        self.magnifications = settings.magnifications
+        highest = self.magnifications[-1]
+        finest = 10.0 / highest  # 20x is 0.5 um/px, 5x is 2.0
+        if self.mpp > MAX_STRETCH * finest:
+            found = f"its {self.mpp:.4g} um/px are coarser than {highest}x ({finest:g} um/px)"
+            raise MixmagError(f"{found}, and nothing is upsampled; give lower --magnifications")
+        self.cell_px = TILE_PX * 10.0 / self.magnifications[0] / self.mpp
+        bounds = reader.bounds
+        self.origin = (float(bounds[0]), float(bounds[1]))
+        self.level = reader.level_for(finest / self.mpp)
+        self.downsample = reader.downsamples[self.level]
+        # The level's pixels, rounded, along a pixel of the finest magnification.
+        self.shrink = max(1, round(finest / self.mpp / self.downsample))
+        self.lines = []  # (cols + 1,), (rows + 1,) int: the lattice in the level's pixels
+        level_size = reader.level_sizes[self.level]
+        for start, side, size in zip(bounds[:2], bounds[2:], level_size, strict=True):
+            cells = int((side + 1) / self.cell_px)  # a last line may be rounded, too
+            if cells == 0:
+                raise MixmagError(f"its {side} px are less than one cell of {self.cell_px:g} px")
+            exact = (start + self.cell_px * np.arange(cells + 1)) / self.downsample
+            rounded = np.round(exact).clip(max=size).astype(int)
+            if np.abs(rounded - exact).max() * self.downsample * self.mpp > finest:
+                fault = f"level {self.level} of {size} px does not fit level 0 of {reader.size}"
+                raise MixmagError(fault)
+            self.lines.append(rounded)
+        self.thumbnail, self.mask = tissue_mask(reader, self.mpp, settings.mask)
+        self.mask_scale = np.divide(self.mask.shape[::-1], reader.size)  # its px per level-0 px
+        self.choose_windows(settings.region, settings.min_tissue)
+        self.unscanned: set = set()  # cells read so far with pixels that do not exist
 
     def choose_windows(self, R: int, min_tissue: float) -> None:
+        """Those of R x R cells, or at the border what is left of them, with enough tissue."""
+        self.windows: list = []
+        self.cells: list = []  # (number of its window, (col, row)) of each cell in them
+        self.shares: list = []  # of tissue in each window looked at
+        held = 0
         cols, rows = (len(lines) - 1 for lines in self.lines)
         for row, col in itertools.product(range(0, rows, R), range(0, cols, R)):
             window = (col, row, min(R, cols - col), min(R, rows - row))
-            self.shares.append(self.patch(self.mask, *window).mean())
-            if self.shares[-1] >= min_tissue:
+            tissue = self.patch(self.mask, *window)
+            self.shares.append(tissue.mean())
+            if tissue.mean() >= min_tissue:
+                places = itertools.product(range(row, row + window[3]), range(col, col + window[2]))
+                self.cells += [(len(self.windows), (c, r)) for r, c in places]
                 self.windows.append(window)
-
-    @property
-    def tissue_held(self) -> float:
-        """The fraction of the mask's tissue that lies in the windows."""
-        held = sum(self.patch(self.mask, *window).sum() for window in self.windows)
-        return held / max(1, self.mask.sum())
-
-    @property
-    def reads(self) -> str:
-        """How much of the tissue is read, and what reads more of it."""
-        more = self.tissue_held < 0.9 and len(self.windows) < np.count_nonzero(self.shares)
-        advice = " (more with a lower --min-tissue)" if more else ""
-        return f"{self.tissue_held:.0%} of the tissue{advice}"
-
-    @property
-    def cell_count(self) -> int:
-        return sum(cols * rows for _, _, cols, rows in self.windows)
-
-    @property
-    def shrink(self) -> int:
-        """The level's pixels, rounded, along a pixel of the finest magnification."""
-        return max(1, round(10.0 / self.magnifications[-1] / self.mpp / self.downsample))
+                held += tissue.sum()
+        self.tissue_held = held / max(1, self.mask.sum())  # share of all tissue
 
     def box(self, col: int, row: int, cols: int = 1, rows: int = 1) -> list:
         """[left, top, right, bottom] of cells in pixels of the mask."""
@@ -1244,59 +1231,6 @@ class TilePlan:
         return ndimage.binary_erosion(self.mask | small_holes, iterations=2)
 
 
-def plan_slide(reader: Reader, settings: TileSettings) -> TilePlan:
-    """The lattice of cells, in exact mpp, from the corner of the slide's bounds, and the windows of
-    region x region cells with enough tissue. A window at the border has those of its cells that lie
-    wholly on the slide. Raises MixmagError for a slide that would have to be upsampled."""
-    given = settings.manifest.get(composed(reader.path.stem), settings.mpp)
-    mpp, source = slide_mpp(reader.properties, given)
-    highest = settings.magnifications[-1]
-    finest = 10.0 / highest  # 20x is 0.5 um/px, 5x is 2.0
-    if mpp > MAX_STRETCH * finest:
-        found = f"its {mpp:.4g} um/px are coarser than {highest}x ({finest:g} um/px)"
-        raise MixmagError(f"{found}, and nothing is upsampled; give lower --magnifications")
-    cell_px = TILE_PX * 10.0 / settings.magnifications[0] / mpp
-    bounds = reader.bounds
-    level = reader.level_for(finest / mpp)
-    downsample = reader.downsamples[level]
-    lines = []
-    for start, side, size in zip(bounds[:2], bounds[2:], reader.level_sizes[level], strict=True):
-        cells = int((side + 1) / cell_px)  # a last line may be rounded, too
-        if cells == 0:
-            raise MixmagError(f"its {side} px are less than one cell of {cell_px:g} px")
-        exact = (start + cell_px * np.arange(cells + 1)) / downsample
-        rounded = np.round(exact).clip(max=size).astype(int)
-        if np.abs(rounded - exact).max() * downsample * mpp > finest:
-            raise MixmagError(f"level {level} of {size} px does not fit level 0 of {reader.size}")
-        lines.append(rounded)
-    picture, mask = tissue_mask(reader, mpp, find_mask(reader.path, settings.mask))
-    plan = TilePlan(
-        mpp=mpp,
-        mpp_source=source,
-        magnifications=settings.magnifications,
-        cell_px=cell_px,
-        origin=(float(bounds[0]), float(bounds[1])),
-        level=level,
-        downsample=downsample,
-        lines=tuple(lines),
-        thumbnail=picture,
-        mask=mask,
-        mask_scale=np.divide(mask.shape[::-1], reader.size),
-    )
-    plan.choose_windows(settings.region, settings.min_tissue)
-    return plan
-
-
-def check_nothing_lost(plan: TilePlan, alpha: np.ndarray, col: int, row: int) -> None:
-    """Notes a cell that has pixels which the file does not have, alpha (h, w) = 0. Raises
-    SlideReadError if there was tissue."""
-    plan.unscanned.add((col, row))
-    inside = plan.patch(plan.inside, col, row)
-    seen = Image.fromarray(alpha).resize(inside.shape[::-1], Image.Resampling.BOX)
-    if (inside & (np.asarray(seen) == 0)).mean() > MAX_LOST:
-        raise SlideReadError(f"cell ({col}, {row}) has no pixels where the thumbnail shows tissue")
-
-
 def read_cell(reader: Reader, plan: TilePlan, col: int, row: int) -> np.ndarray:
     """(T, 224, 224, 3) uint8: a cell's tiles in the slide file's token order. Pixels are resampled
     once, by a factor near 1; means of whole pixels do the rest, so that a tile is the mean of its
@@ -1306,8 +1240,13 @@ def read_cell(reader: Reader, plan: TilePlan, col: int, row: int) -> np.ndarray:
     # Four bytes a pixel: torch and Pillow work faster on them than on three.
     pixels = reader.region(plan.level, left, top, right, bottom)  # (h, w, 4)
     least_alpha = pixels[..., 3].min()
-    if least_alpha == 0:
-        check_nothing_lost(plan, pixels[..., 3], col, row)
+    if least_alpha == 0:  # the file does not have all
+        plan.unscanned.add((col, row))
+        inside = plan.patch(plan.inside, col, row)
+        alpha = Image.fromarray(pixels[..., 3]).resize(inside.shape[::-1], Image.Resampling.BOX)
+        if (inside & (np.asarray(alpha) == 0)).mean() > MAX_LOST:
+            place = f"cell ({col}, {row})"
+            raise SlideReadError(f"{place} has no pixels where the thumbnail shows tissue")
     if least_alpha < 255:
         pixels = np.asarray(over_white(pixels).convert("RGBX"))
     K = len(plan.magnifications)
@@ -1318,22 +1257,16 @@ def read_cell(reader: Reader, plan: TilePlan, col: int, row: int) -> np.ndarray:
         planes = F.interpolate(planes, size=(side, side), mode="bilinear", antialias=True)
         pixels = planes[0].permute(1, 2, 0).numpy()
     picture = Image.frombuffer("RGBX", (side, side), pixels, "raw", "RGBX", 0, 1)
+    if plan.shrink > 1:
+        picture = picture.reduce(plan.shrink)
     tiles = np.empty(((4**K - 1) // 3, TILE_PX, TILE_PX, 3), np.uint8)
-    shrink = plan.shrink
     for k in reversed(range(K)):
-        if shrink > 1:
-            picture = picture.reduce(shrink)
-        shrink = 2
         n = 2**k
         rgb = np.frombuffer(picture.tobytes("raw", "RGB"), np.uint8)
         rgb = rgb.reshape(n, TILE_PX, n, TILE_PX, 3).swapaxes(1, 2)  # (n, n, 224, 224, 3)
         tiles[magnification_entries(k)].reshape(rgb.shape)[:] = rgb
+        picture = picture.reduce(2)
     return tiles
-
-
-def cells_of(window: tuple) -> list:
-    col, row, cols, rows = window
-    return [(col + c, row + r) for r in range(rows) for c in range(cols)]
 
 
 def read_cells(reader: Reader, plan: TilePlan):
@@ -1347,8 +1280,7 @@ def read_cells(reader: Reader, plan: TilePlan):
         except SlideReadError as error:
             return number, cell, error
 
-    cells = [(i, cell) for i, window in enumerate(plan.windows) for cell in cells_of(window)]
-    return prefetch(read, cells, torch.get_num_threads())
+    return prefetch(read, plan.cells, torch.get_num_threads())
 
 
 def round_length(across: float) -> tuple[float, str]:
@@ -1361,31 +1293,14 @@ def round_length(across: float) -> tuple[float, str]:
 def scale_bar(axis, across: float) -> None:
     """A bar of a round length at the lower left of a picture in um that shows `across`."""
     length, label = round_length(across)
-    left, right = axis.get_xlim()
-    bottom, top = axis.get_ylim()
-    x = left + 0.04 * (right - left)
-    y = bottom + 0.04 * (top - bottom)
-    axis.plot([x, x + length], [y, y], color="black", lw=3, solid_capstyle="butt")
-    axis.annotate(label, (x, y), (0, 5), textcoords="offset points", fontsize=8)
-
-
-def window_pictures(reader: Reader, plan: TilePlan, window: tuple) -> list:
-    """A picture per magnification of a window, put together from its tiles."""
-    _, _, cols, rows = window
-    cells = np.stack([read_cell(reader, plan, *cell) for cell in cells_of(window)])
-    pictures = []
-    for k in range(len(plan.magnifications)):
-        n = 2**k
-        tiles = cells[:, magnification_entries(k)]  # (cells, n * n, 224, 224, 3)
-        tiles = tiles.reshape(rows, cols, n, n, TILE_PX, TILE_PX, 3)
-        tiles = tiles.transpose(0, 2, 4, 1, 3, 5, 6)  # (rows, n, 224, cols, n, 224, 3)
-        pictures.append(Image.fromarray(tiles.reshape(rows * n * TILE_PX, cols * n * TILE_PX, 3)))
-    return pictures
+    ends = (0.04, 0.04 + length / across)  # in parts of the picture
+    axis.plot(ends, (0.04, 0.04), "black", lw=3, solid_capstyle="butt", transform=axis.transAxes)
+    axis.text(0.04, 0.045, label, va="bottom", fontsize=8, transform=axis.transAxes)
 
 
 def draw_qc(path, reader: Reader, plan: TilePlan) -> None:
-    """A PNG to look at: the thumbnail with its tissue's contours and the kept windows, and the
-    window with most tissue, put together from each magnification's tiles. Text is the legend."""
+    """A PNG to look at: the thumbnail with its tissue's contours and the kept windows, and the cell
+    with most tissue, put together from its finest tiles. Text is the legend."""
     overview = ImageOps.contain(Image.fromarray(plan.thumbnail), (QC_SIDE, QC_SIDE))
     mask = np.asarray(Image.fromarray(plan.mask).resize(overview.size))
     inner = ndimage.binary_erosion(mask, iterations=2)
@@ -1396,13 +1311,17 @@ def draw_qc(path, reader: Reader, plan: TilePlan) -> None:
         draw.rectangle([zoom * edge for edge in plan.box(*window)], outline="blue")
     pictures = [overview]
     text = [(line, "black") for line in textwrap.wrap(composed(reader.path.stem), 60)]
-    text += [("tissue", "green"), (f"windows that are read: {plan.reads}", "blue")]
-    if plan.windows:
-        best = max(plan.windows, key=lambda window: plan.patch(plan.mask, *window).sum())
+    text.append(("tissue", "green"))
+    text.append((f"windows that are read: {plan.tissue_held:.0%} of the tissue", "blue"))
+    if plan.cells:
+        _, best = max(plan.cells, key=lambda cell: plan.patch(plan.mask, *cell[1]).sum())
         draw.rectangle([zoom * edge for edge in plan.box(*best)], outline="red", width=2)
-        text.append((f"the window with most tissue, beside at {plan.magnifications}", "red"))
+        text.append((f"the cell with most tissue, beside at {plan.magnifications[-1]}x", "red"))
         with contextlib.suppress(SlideReadError):  # tiling says it
-            pictures += window_pictures(reader, plan, best)
+            n = 2 ** (len(plan.magnifications) - 1)
+            tiles = read_cell(reader, plan, *best)[-n * n :].reshape(n, n, TILE_PX, TILE_PX, 3)
+            cell = tiles.swapaxes(1, 2).reshape(n * TILE_PX, n * TILE_PX, 3)
+            pictures.append(Image.fromarray(cell))
     length, label = round_length(plan.mpp * reader.size[0])
     text.append((label, "black"))
     top = 20 * len(text)
@@ -1442,34 +1361,32 @@ def tile_encoder(name: str, device, weights=None):
     if name == "texture":
         return texture
     if name == "virchow2":
-        return load_virchow2(device, weights)
-    module, _, factory = name.partition(":")
-    if not module or not factory:
-        raise MixmagError(f"--encoder {name}: expected texture, virchow2 or module:factory")
+        model = virchow2_of_file(weights) if weights else virchow2_of_hub()
+        return Virchow2(model).to(device).eval()
     sys.path.insert(0, os.getcwd())
     try:
-        encoder = getattr(importlib.import_module(module), factory)()
+        encoder = pkgutil.resolve_name(name)()
     except Exception as error:  # whatever the user's module raises
-        raise MixmagError(f"--encoder {name}: {type(error).__name__}: {error}") from None
+        expected = "expected texture, virchow2 or module:factory"
+        raise MixmagError(f"--encoder {name}: {one_line(error)}; {expected}") from None
     if isinstance(encoder, torch.nn.Module):
         return encoder.to(device).eval()
     if not callable(encoder):
-        raise MixmagError(f"--encoder {name}: {factory}() returned {encoder!r}, no callable")
+        raise MixmagError(f"--encoder {name}: it returned {encoder!r}, no callable")
     return encoder
 
 
-def encode_tiles(encoder, tiles: np.ndarray, batch_size: int, device, dim: int | None = None):
+def encode_tiles(encoder, tiles: np.ndarray, batch_size: int, device) -> np.ndarray:
     """tiles (..., 224, 224, 3) uint8 -> (..., D) float16. Raises MixmagError for an output that is
-    no (B, D) of finite floats in float16's range, or has another width than `dim`, if given."""
+    no (B, D) of finite floats in float16's range."""
     made = []
     with torch.inference_mode():
         for batch in torch.from_numpy(tiles.reshape(-1, *tiles.shape[-3:])).split(batch_size):
             out = encoder(batch.to(device))
             shape = tuple(getattr(out, "shape", ()))
-            dim = dim or (0, *shape)[-1]
             floats = isinstance(out, torch.Tensor) and out.is_floating_point()
-            if not floats or shape != (len(batch), dim):
-                expected = f"a tensor ({len(batch)}, {dim}) of floats"
+            if not floats or shape[:-1] != (len(batch),):
+                expected = f"a tensor ({len(batch)}, D) of floats"
                 raise MixmagError(f"the encoder returned {type(out)} {shape}, expected {expected}")
             made.append(out.half().cpu())
     half = torch.cat(made)
@@ -1494,48 +1411,36 @@ class Virchow2(torch.nn.Module):
             return self.model(pictures)[:, 0].float()
 
 
-def load_virchow2(device, weights=None) -> Virchow2:
-    """With the weights of a file, else of the Hugging Face hub. Raises MixmagError."""
+def create_virchow2(name: str, **settings) -> torch.nn.Module:
+    """timm's model of this name, with Virchow2's kinds of layers. Raises MixmagError."""
     try:
         import timm
         from timm.layers import SwiGLUPacked
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision for another torch
         advice = "pip install timm torchvision==0.28.0 (the one for torch 2.13)"
         raise MixmagError(f"--encoder virchow2 needs timm ({error}): {advice}") from None
-    layers = {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU}
-    if weights:
-        model = empty_virchow2()
-        load_weights(model, weights)
-    else:
-        try:
-            model = timm.create_model("hf-hub:paige-ai/Virchow2", pretrained=True, **layers)
-        except OSError as error:  # all that the hub and the network raise
-            reason = error.strerror or type(error).__name__  # the full text may hold a token
-            advice = "accept its terms on huggingface.co and set HF_TOKEN, or give --weights FILE"
-            raise MixmagError(f"Virchow2 cannot be fetched ({reason}): {advice}") from None
-    return Virchow2(model).to(device).eval()
+    return timm.create_model(name, mlp_layer=SwiGLUPacked, act_layer=torch.nn.SiLU, **settings)
+
+
+def virchow2_of_hub() -> torch.nn.Module:
+    try:
+        return create_virchow2("hf-hub:paige-ai/Virchow2", pretrained=True)
+    except OSError as error:  # all that the hub and the network raise
+        reason = error.strerror or type(error).__name__  # the full text may hold a token
+        advice = "accept its terms on huggingface.co and set HF_TOKEN, or give --weights FILE"
+        raise MixmagError(f"Virchow2 cannot be fetched ({reason}): {advice}") from None
 
 
 def empty_virchow2() -> torch.nn.Module:
     """Its architecture, without memory for the weights: 2.5 GB that need not be drawn first."""
-    from timm import create_model
-    from timm.layers import SwiGLUPacked
-
+    shape = {"reg_tokens": 4, "mlp_ratio": 5.3375, "init_values": 1e-5}
     with torch.device("meta"):
-        return create_model(
-            "vit_huge_patch14_224",
-            init_values=1e-5,
-            num_classes=0,
-            reg_tokens=4,
-            mlp_ratio=5.3375,
-            global_pool="",
-            mlp_layer=SwiGLUPacked,
-            act_layer=torch.nn.SiLU,
-        )
+        return create_virchow2("vit_huge_patch14_224", num_classes=0, global_pool="", **shape)
 
 
-def load_weights(model: torch.nn.Module, path) -> None:
-    """Give a model all weights of a file, and no others, as fp32. Raises MixmagError."""
+def virchow2_of_file(path) -> torch.nn.Module:
+    """With all weights of a file, and no others, as fp32. Raises MixmagError."""
+    model = empty_virchow2()
     try:
         if str(path).endswith(".safetensors"):
             state = safetensors.torch.load_file(path)
@@ -1546,6 +1451,7 @@ def load_weights(model: torch.nn.Module, path) -> None:
     except Exception as error:  # each of the two libraries has half a dozen ways to say it
         reason = one_line(error)[:500]
         raise MixmagError(f"--weights {path}: no weights of Virchow2 ({reason})") from None
+    return model
 
 
 # --------------------------------------------------------------------------------- the tile command
@@ -1565,7 +1471,7 @@ class TileSettings:
     magnifications: tuple = (5, 10, 20)
     region: int = 3
     min_tissue: float = 0.25
-    mask: str | None = None  # a file or a folder
+    mask: str | Path | None = None  # a file or a folder
     batch_size: int = 256
     device: torch.device = torch.device("cpu")
     dry_run: bool = False
@@ -1577,14 +1483,12 @@ def already_done(path, wanted: dict, mpp: float | None) -> Slide | None:
     if not Path(path).exists():
         return None
     slide = read_slide(path)
-    meta = slide.meta
-    if mpp is not None and not math.isclose(mpp, meta["mpp"], rel_tol=0.02):
-        wanted = {**wanted, "mpp": mpp}
     wanted = {name: value for name, value in wanted.items() if value is not None}
-    if differing := differences({name: meta.get(name) for name in wanted}, wanted):
-        raise OtherSettings(
-            f"{path} was made otherwise: {differing}; give another --out, or remove it"
-        )
+    if mpp is not None and not math.isclose(mpp, slide.meta["mpp"], rel_tol=MPP_TOLERANCE):
+        wanted["mpp"] = mpp
+    if differing := differences({name: slide.meta.get(name) for name in wanted}, wanted):
+        made = f"{path} was made otherwise: {differing}"
+        raise OtherSettings(f"{made}; give another --out, or remove it")
     return slide
 
 
@@ -1596,26 +1500,20 @@ def tile_slide(reader: Reader, plan: TilePlan, encoder, dim: int, settings: Tile
     features = [np.zeros((0, T, dim), np.float16)]
     done = []  # (window, col, row) of each cell, in the order of the features
     unreadable = set()  # windows
-
-    def encode():
-        tiles = np.stack(batch)
-        features.append(encode_tiles(encoder, tiles, settings.batch_size, settings.device, dim))
-        batch.clear()
-
-    reads = read_cells(reader, plan)
-    for window, cell, tiles in progress(reads, total=plan.cell_count):
-        if isinstance(tiles, SlideReadError):
+    reads = progress(read_cells(reader, plan), total=len(plan.cells))
+    for count, (window, cell, tiles) in enumerate(reads, start=1):
+        if not isinstance(tiles, SlideReadError):
+            done.append((window, *cell))
+            batch.append(tiles)
+        else:
             unreadable.add(window)
             if len(unreadable) > MAX_BAD_WINDOWS * len(plan.windows):
                 share = f"{len(unreadable)} of {plural(len(plan.windows), 'window')} cannot be read"
                 raise MixmagError(f"{share}, more than 1%: {tiles}")
-            continue
-        done.append((window, *cell))
-        batch.append(tiles)
-        if len(batch) == cells_per_batch:
-            encode()
-    if batch:
-        encode()
+        if len(batch) == cells_per_batch or (batch and count == len(plan.cells)):
+            stack = np.stack(batch)
+            features.append(encode_tiles(encoder, stack, settings.batch_size, settings.device))
+            batch.clear()
     cells = np.array(done, np.int32).reshape(-1, 3)
     good = ~np.isin(cells[:, 0], list(unreadable))
     return np.concatenate(features)[good], cells[good, 1:], len(unreadable)
@@ -1628,8 +1526,8 @@ def find_slide_files(places) -> list[Path]:
         if not place.is_dir():
             paths.append(place)
             continue
-        below = sorted(glob.glob(f"{glob.escape(str(place))}/**", recursive=True))
-        paths += [path for path in map(Path, below) if path.suffix.lower() in SLIDE_SUFFIXES]
+        below = sorted(glob.glob("**", root_dir=place, recursive=True))
+        paths += [place / name for name in below if Path(name).suffix.lower() in SLIDE_SUFFIXES]
     found: dict[str, Path] = {}
     for path in paths:
         file = path.parent.resolve() / path.name  # one file may be found by several links
@@ -1642,20 +1540,18 @@ def find_slide_files(places) -> list[Path]:
 
 
 def plan_report(reader: Reader, plan: TilePlan, dim: int, min_tissue: float) -> str:
-    report = f"{composed(reader.path.stem)}: {plan.mpp:.4g} um/px ({plan.mpp_source}"
+    source = plan.mpp_source
     power = number(reader.properties.get("openslide.objective-power"))
     if abs(power - 10 / plan.mpp) > 4 / plan.mpp:  # assumed; a 40x scan has 0.2 to 0.3 um/px
-        report += f", not its objective power of {power:g}"
-    report += ")"
-    if not plan.windows:
-        fullest = max(plan.shares, default=0)
-        report += f": nothing to embed; its fullest window holds {fullest:.1%} tissue"
-        return f"{report}, --min-tissue wants {min_tissue:.1%}"
+        source += f", not its objective power of {power:g}"
     windows = f"{len(plan.windows)} of {plural(len(plan.shares), 'window')}"
-    tokens = plan.cell_count * Geometry(1, plan.magnifications).tokens_per_cell
-    size = f"{tokens} tokens, {tokens * dim / 5e5:.2f} MB"
-    report += f", level {plan.level}, {windows} with {plan.reads}: "
-    return f"{report}{plural(plan.cell_count, 'cell')}, {size}"
+    windows += f" (--min-tissue {min_tissue:.1%}, the fullest {max(plan.shares):.1%})"
+    tokens = len(plan.cells) * Geometry(1, plan.magnifications).tokens_per_cell
+    return (
+        f"{composed(reader.path.stem)}: {plan.mpp:.4g} um/px ({source}), "
+        f"level {plan.level}, {windows} with {plan.tissue_held:.0%} of the tissue: "
+        f"{plural(len(plan.cells), 'cell')}, {tokens} tokens, {tokens * dim / 5e5:.2f} MB"
+    )
 
 
 def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> tuple[str, int]:
@@ -1663,23 +1559,26 @@ def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> tuple[str
     slide_id = composed(path.stem)
     slide_id.encode("utf-8")  # a name in another encoding is refused now, not at the end
     out = settings.out / "slides" / f"{slide_id}.safetensors"
-    mask = find_mask(path, settings.mask)
-    meta: dict[str, Any] = {"encoder": settings.encoder}
-    meta["magnifications"] = list(settings.magnifications)
-    meta["settings"] = {
-        "region": settings.region,
-        "min_tissue": settings.min_tissue,
-        "source_bytes": path.stat().st_size,
-        "mask": file_sha256(mask) if mask else None,
-        "weights": settings.weights_sha256,
+    mask = find_mask(path, settings.mask) if settings.mask else None
+    settings = replace(settings, mask=mask, mpp=settings.manifest.get(slide_id, settings.mpp))
+    meta: dict[str, Any] = {
+        "encoder": settings.encoder,
+        "magnifications": list(settings.magnifications),
+        "settings": {
+            "region": settings.region,
+            "min_tissue": settings.min_tissue,
+            "source_bytes": path.stat().st_size,
+            "mask": file_sha256(mask) if mask else None,
+            "weights": settings.weights_sha256,
+        },
     }
-    if slide := already_done(out, meta, settings.manifest.get(slide_id, settings.mpp)):
+    if slide := already_done(out, meta, settings.mpp):
         return f"{slide_id}: done before", len(slide.cells)
     reader = Reader(path)
-    plan = plan_slide(reader, settings)
+    plan = TilePlan(reader, settings)
     report = plan_report(reader, plan, dim, settings.min_tissue)
     if settings.dry_run:
-        return report, plan.cell_count
+        return report, len(plan.cells)
     draw_qc(settings.out / "qc" / f"{slide_id}.png", reader, plan)
     features, cells, bad = tile_slide(reader, plan, encoder, dim, settings)
     meta |= {
@@ -1694,17 +1593,13 @@ def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> tuple[str
         "n_unscanned": len(plan.unscanned),
     }
     write_slide(out, features, cells, np.ones(features.shape[:2], bool), meta)
-    if bad:
-        report += f"; {plural(bad, 'window')} unreadable"
-    if plan.unscanned:
-        report += f"; {plural(len(plan.unscanned), 'cell')} partly not scanned"
-    return report, len(cells)
+    unscanned = f"{plural(len(plan.unscanned), 'cell')} partly not scanned"
+    return f"{report}; {plural(bad, 'window')} unreadable, {unscanned}", len(cells)
 
 
 def tile_all(paths: list, encoder, dim: int, settings: TileSettings) -> tuple:
-    """The (slide_id, stage, reason) of each slide that fails; the number of empty ones.
-
-    Raises OtherSettings, before any other work, for a slide that was tiled with others."""
+    """The (slide_id, stage, reason) of each slide that fails; the number of empty ones. Raises
+    OtherSettings, before any other work, for a slide that was tiled with others."""
     failed = []
     empty = 0
     done = slide_files(settings.out)
@@ -1733,19 +1628,18 @@ def tile_command(args) -> int:
     encoder = tile_encoder(args.encoder, device, args.weights)
     white = np.full((1, TILE_PX, TILE_PX, 3), 255, np.uint8)
     dim = encode_tiles(encoder, white, 1, device).shape[1]
-    weights = file_sha256(args.weights) if args.weights else None
-    flags = vars(args) | {"manifest": manifest, "device": device, "weights_sha256": weights}
-    flags["out"] = Path(args.out).resolve()
+    out = Path(args.out).resolve()
+    flags = {**vars(args), "out": out, "manifest": manifest, "device": device}
+    flags["weights_sha256"] = file_sha256(args.weights) if args.weights else None
     settings = TileSettings(**{name: flags[name] for name in TileSettings.__dataclass_fields__})
     paths = paths[share::shares]
     failed, empty = tile_all(paths, encoder, dim, settings)
-    nothing = f", {empty} with nothing to embed" if empty else ""
-    done = len(paths) - len(failed) - empty
-    print(f"{plural(done, 'slide')} done{nothing}, {len(failed)} failed")
+    done = plural(len(paths) - len(failed) - empty, "slide")
+    print(f"{done} done, {empty} with nothing to embed, {len(failed)} failed")
     if args.dry_run:
         return 3 if failed else 0
     name = "failed.csv" if shares == 1 else f"failed-{share}-of-{shares}.csv"
-    return report_failed(settings.out / name, failed)
+    return report_failed(out / name, failed)
 
 
 # --------------------------------------------------------------------- import of other tools' files
@@ -2711,7 +2605,8 @@ def add_tile_flags(parser) -> None:
     add("--region", type=POSITIVE, default=3, help="cells per side of a window")
     add("--encoder", default="texture", help="texture, virchow2, or module:factory (see README)")
     add("--weights", help="virchow2's weights, .safetensors or .pt; else from the Hugging Face hub")
-    add("--mpp", type=float, help="um per level-0 pixel, for slides that do not say it")
+    mpp = number_in(float, 0.1, 4)
+    add("--mpp", type=mpp, help="um per level-0 pixel, for slides that do not say it")
     run = {"nargs": "+", "type": number_in(float, 0.01, 1000), "action": Doublings}
     add("--magnifications", default=[5, 10, 20], help="each twice the one before", **run)
     add(

@@ -2314,7 +2314,7 @@ def doctor() -> int:
     """Versions, device, threads, precision, free disk. A WARNING says what to mend."""
     facts: dict = {}
     facts["python"] = sys.version.split()[0]
-    facts["OpenSlide library"] = data.openslide_version()
+    facts["OpenSlide library"] = data.OPENSLIDE_VERSION
     requirements = Path(__file__).with_name("requirements.txt").read_text("utf-8")
     for package in re.findall(r"^[\w-]+", requirements, re.MULTILINE):
         try:

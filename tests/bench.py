@@ -242,7 +242,7 @@ def read_by_tile(path, plan) -> None:
 
 def tiling_rows(name: str, path, mpp=None, repeats: int = 5):
     settings = data.TileSettings(mpp=mpp, min_tissue=0.0)  # all windows, tissue or not
-    plan = data.plan_slide(data.Reader(path), settings)
+    plan = data.TilePlan(data.Reader(path), settings)
     blocks = [functools.partial(read_plain, path, plan, block) for block in (1024, 2048, 4096)]
     fastest = min(blocks, key=lambda read: in_turn(2, plain=read)["plain"].min())
     by_tile = functools.partial(read_by_tile, path, plan)

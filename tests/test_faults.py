@@ -155,7 +155,7 @@ def test_no_loop_is_deaf(cohort, tmp_path, monkeypatch):
     cases = [case for case in data.read_task(cohort, "skin_braf") if case.split == "tune"]
     reader = data.Reader(write_tiff(tmp_path / "s.tiff", pink(1000, 1000), 0.5))
     tiling = data.TileSettings(region=1)
-    plan = data.plan_slide(reader, tiling)
+    plan = data.TilePlan(reader, tiling)
     config = mixmag.Config.small(64)
     model = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config))
     by_id = {slide.slide_id: slide for slide in slides}

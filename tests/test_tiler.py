@@ -158,7 +158,7 @@ def test_tiles_are_area_means(tmp_path, scale, levels):
     side = 4 * int(1.1 * 112 * scale)
     picture = noisy(side, side)
     reader = data.Reader(write_tiff(tmp_path / "s.tiff", picture, 0.5 / scale, levels))
-    plan = data.plan_slide(reader, TileSettings(magnifications=(10, 20), min_tissue=0.0))
+    plan = data.TilePlan(reader, TileSettings(magnifications=(10, 20), min_tissue=0.0))
     assert plan.downsample == max(n for n in levels if n <= scale)
     tiles = data.read_cell(reader, plan, 0, 0)
     source = shrunk(picture, int(plan.downsample))
@@ -223,7 +223,7 @@ def test_children_tile_their_parent_at_any_mpp(no_tissue):
         width, height = rng.integers(4000, 90000, 2).tolist()
         reader = Ramp(width, height, PYRAMIDS[i % len(PYRAMIDS)], mpp)
         settings = TileSettings(magnifications=magnifications, region=int(rng.integers(1, 4)))
-        plan = data.plan_slide(reader, settings)
+        plan = data.TilePlan(reader, settings)
         finest = 10 / magnifications[-1] / mpp  # level-0 px along one of its pixels
         assert plan.cell_px == pytest.approx(448 / mpp, rel=1e-12)
         assert plan.downsample <= finest * 1.02
@@ -250,7 +250,7 @@ def test_children_tile_their_parent_at_any_mpp(no_tissue):
 def test_nothing_is_upsampled(no_tissue):
     def plan(mpp, downsamples=(1.0,), level_sizes=None, **settings):
         reader = Ramp(9000, 9000, downsamples, mpp, level_sizes)
-        return data.plan_slide(reader, TileSettings(**settings))
+        return data.TilePlan(reader, TileSettings(**settings))
 
     plan(0.509)
     with pytest.raises(MixmagError, match="0.52 .*coarser than 20x .* lower --magnifications"):
@@ -293,7 +293,7 @@ def test_levels_that_are_padded_to_whole_tiles_are_passed_over(tmp_path, levels)
         data.Reader(write_tiff(tmp_path / "clean.tiff", picture, 0.25, levels)),
         data.Reader(write_tiff(tmp_path / "padded.tiff", padded, 0.25, levels)),
     ]
-    plans = [data.plan_slide(reader, TileSettings(region=1)) for reader in readers]
+    plans = [data.TilePlan(reader, TileSettings(region=1)) for reader in readers]
     assert [plan.level for plan in plans] == [1, 0]
     assert plans[0].windows == plans[1].windows and plans[0].windows
     for col, row, _, _ in plans[0].windows:
@@ -320,8 +320,8 @@ def test_openslide_is_never_asked_for_what_is_not_there(tmp_path, monkeypatch):
         height, width = (448 / mpp * rng.uniform(1, 2, 2)).astype(int)
         levels = [(1,), (1, 2, 4), (1, 3)][i % 3]
         path = write_tiff(tmp_path / f"{i}.tiff", pink(height, width, i), mpp, levels)
-        plan = data.plan_slide(data.Reader(path), TileSettings(min_tissue=0.0, region=1))
-        assert len(list(data.read_cells(data.Reader(path), plan))) == plan.cell_count > 0
+        plan = data.TilePlan(data.Reader(path), TileSettings(min_tissue=0.0, region=1))
+        assert len(list(data.read_cells(data.Reader(path), plan))) == len(plan.cells) > 0
     assert set(asked) == {0, 1, 2}
 
 
@@ -529,9 +529,8 @@ def test_mpp_comes_from_who_says_it(properties, given, mpp, source):
 def test_a_slides_power_is_no_mpp_and_said_where_it_is_another(tmp_path, power, words):
     reader = data.Reader(write_tiff(tmp_path / "s.tiff", pink(1000, 1000), 0.5))
     reader.properties["openslide.objective-power"] = power
-    plan = data.plan_slide(reader, TileSettings())
-    report = data.plan_report(reader, plan, 39, 0.25)
-    assert report.startswith(f"s: 0.5 um/px (openslide.mpp-x{words}), level 0, 1 of 1 window with")
+    report = data.plan_report(reader, data.TilePlan(reader, TileSettings()), 39, 0.25)
+    assert report.startswith(f"s: 0.5 um/px (openslide.mpp-x{words}), level 0, 1 of 1 window ")
 
 
 @pytest.mark.parametrize(
@@ -539,7 +538,7 @@ def test_a_slides_power_is_no_mpp_and_said_where_it_is_another(tmp_path, power, 
     [
         (says(), None, "no mpp.*--mpp or --manifest"),
         (says(power="20"), None, "no mpp"),
-        (says("0", "0"), None, "nan x nan .*0.1 to 4.*--mpp"),
+        (says("0", "0"), None, "0 x 0 .*0.1 to 4.*--mpp"),
         (says("nan", "0.5"), None, "nan x 0.5 .*--mpp"),
         (says("", "0.5"), None, "nan x 0.5 .*--mpp"),
         (says("0.5"), None, "0.5 x nan .*--mpp"),
@@ -553,9 +552,6 @@ def test_a_slides_power_is_no_mpp_and_said_where_it_is_another(tmp_path, power, 
             "--mpp or --manifest says 0.5.*0.25 x .*leave it out",
         ),
         (says("0.5", "0.5"), 0.489, "leave it out"),
-        (says(), 25.0, "--mpp.* says 25 .*0.1 to 4"),
-        (says(), float("nan"), "--mpp.* says nan"),
-        (says("0.5", "0.5"), 0.0, "--mpp.* says 0"),
     ],
 )
 def test_mpp_is_never_guessed(properties, given, message):
@@ -595,9 +591,11 @@ def test_manifest_names_slides_by_file_or_id(tmp_path):
     path.write_text('slide,mpp,note\nfolder/a.svs,"0,25",x\nb.c,0.5,\nd.svs,,nothing said\n')
     manifest = data.read_manifest(path, {"a", "b.c"})
     assert manifest == {"a": 0.25, "b.c": 0.5}
-    path.write_text("slide,mpp\na,0.5\nb,half\na.svs,0.25\nc,0\n")
-    with pytest.raises(MixmagError, match="line 3: expected one number of um/px for 'b'"):
-        data.read_manifest(path, set())
+    for row in ("b,half", "b,25", "b,0", "b,nan", "a.svs,0.5"):
+        path.write_text(f"slide,mpp\na,0.5\n{row}\n")
+        said = f"line 3: expected one number of 0.1 to 4 um/px for '{row[0]}'"
+        with pytest.raises(MixmagError, match=said):
+            data.read_manifest(path, set())
     path.write_text("wsi,mpp\na,0.5\n")
     with pytest.raises(MixmagError, match="column slide is missing"):
         data.read_manifest(path, set())
@@ -782,7 +780,7 @@ def test_tissue_of_real_slides(real, name, mpp, least, most):
 def test_pale_tissue_of_a_real_slide(real):
     """As much of it as at 2 um/px is coloured more than glass: 0.242, 25 windows."""
     reader = data.Reader(real / "slides" / "atlas-EAS17-HE-2um.tiff")
-    plan = data.plan_slide(reader, TileSettings(magnifications=(5,)))
+    plan = data.TilePlan(reader, TileSettings(magnifications=(5,)))
     assert abs(plan.mask.mean() - 0.242) < 0.01
     assert 24 <= len(plan.windows) <= 26 and plan.tissue_held > 0.85
 
@@ -853,8 +851,7 @@ def test_masks_belong_to_slides_by_name(tmp_path):
     def found(slide, place=tmp_path):
         return data.find_mask(data.Path(f"x/{slide}.svs"), place)
 
-    assert found("a", None) is None and found("z", tmp_path / "a.png") == tmp_path / "a.png"
-    assert found("a").name == "a.png"
+    assert found("a") == found("z", tmp_path / "a.png") == tmp_path / "a.png"
     with pytest.raises(MixmagError, match="expected .*d.png"):
         found("d")
 
@@ -880,13 +877,13 @@ def test_neighbours_of_a_bad_region_are_those_of_the_clean_slide(tmp_path, monke
     clean = write_tiff(tmp_path / "s.tiff", pink(3584, 3584), 0.5, levels=(1, 8))
     bad = spoil(clean, 5 * 14 + 6)  # of 14 x 14 tiles of 256 px: inside cell (1, 1) and that alone
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    plan = data.plan_slide(data.Reader(bad), TileSettings(region=1))
+    plan = data.TilePlan(data.Reader(bad), TileSettings(region=1))
     good = {cell: tiles.tobytes() for _, cell, tiles in data.read_cells(data.Reader(clean), plan)}
     assert len(good) == 16
     for seed in range(4):
-        np.random.default_rng(seed).shuffle(plan.windows)
+        np.random.default_rng(seed).shuffle(plan.cells)
         found = {cell: tiles for _, cell, tiles in data.read_cells(data.Reader(bad), plan)}
-        assert list(found) == [window[:2] for window in plan.windows]
+        assert list(found) == [cell for _, cell in plan.cells]
         assert isinstance(found.pop((1, 1)), SlideReadError) and len(found) == 15
         assert all(tiles.tobytes() == good[cell] for cell, tiles in found.items())
 
@@ -900,7 +897,7 @@ def test_missing_tissue_is_never_white(tmp_path, levels):
     clean = write_tiff(tmp_path / "s.tiff", picture, 0.5, levels)
     # One within cell (1, 1); corners and a side of glass.
     less = data.Reader(without(clean, 5 * 14 + 5, 0, 13, 12 * 14 + 13))
-    plan = data.plan_slide(less, TileSettings(region=1))
+    plan = data.TilePlan(less, TileSettings(region=1))
     found = {cell: tiles for _, cell, tiles in data.read_cells(less, plan)}
     assert len(found) == 16 and "where the thumbnail shows tissue" in str(found.pop((1, 1)))
     for _, cell, tiles in data.read_cells(data.Reader(clean), plan):
@@ -915,7 +912,7 @@ def test_unscanned_holes_are_no_lost_tiles(tmp_path):
     mask[100:200, 100:200] = mask[20:30, 20:30] = False
     Image.fromarray(mask).save(tmp_path / "m.png")
     path = write_tiff(tmp_path / "s.tiff", glass(9600, 9600), 0.5)
-    inside = data.plan_slide(
+    inside = data.TilePlan(
         data.Reader(path), TileSettings(mask=tmp_path / "m.png", min_tissue=0.0)
     ).inside
     assert inside.shape == mask.shape and not inside[0].any()
@@ -929,7 +926,7 @@ def test_bad_windows_are_dropped_alone_and_more_than_one_percent_is_a_failure(tm
     out = tmp_path / "d"
     flags = ("--region", 1, "--magnifications", 20, "--batch-size", 50)
     assert tile("--slides", clean, bad, worse, "--out", out, *flags) == 3
-    assert "; 1 window unreadable\n" in capsys.readouterr().out
+    assert "; 1 window unreadable, 0 cells partly not scanned\n" in capsys.readouterr().out
     [(failed, reason)] = failures(out).items()
     assert failed == worse.stem and "2 of 121 windows cannot be read, more than 1%" in reason
     whole, less = tiled(out, clean.stem), tiled(out, bad.stem)
@@ -944,7 +941,7 @@ def test_pixels_that_the_file_does_not_have_are_counted(tmp_path, capsys):
     clean = write_tiff(tmp_path / "s.tiff", pink(2700, 2700), 0.5)
     less = without(clean, *range(5 * 11, 6 * 11))
     assert tile("--slides", less, clean, "--out", tmp_path / "d") == 0
-    assert capsys.readouterr().out.count("MB; 3 cells partly not scanned\n") == 1
+    assert capsys.readouterr().out.count("unreadable, 3 cells partly not scanned\n") == 1
     assert [tiled(tmp_path / "d", i).meta["n_unscanned"] for i in ("less-s", "s")] == [3, 0]
 
 
@@ -991,8 +988,7 @@ def test_bad_slides_are_listed_and_the_rest_is_done(tmp_path):
     places = (tmp_path, tmp_path / "gone.svs")
     out, _ = run("data.py tile", "--slides", *places, "--out", "d", cwd=tmp_path, code=3)
     assert "1 slide done, 1 with nothing to embed, 6 failed" in out
-    assert "white: 0.5 um/px (openslide.mpp-x): nothing to embed; its fullest window " in out
-    assert "holds 0.0% tissue, --min-tissue wants 25.0%\n" in out
+    assert "0 of 1 window (--min-tissue 25.0%, the fullest 0.0%) with 0% of the tissue: 0 c" in out
     failed = failures(tmp_path / "d")
     assert set(failed) == {"no-mpp", "empty", "text", "cut", "Pr\\udce4parat", "gone"}
     assert "cannot open it" in failed["empty"] and "--mpp" in failed["no-mpp"]
@@ -1017,8 +1013,9 @@ def test_manifest_mask_and_qc_from_the_command_line(tmp_path, capsys):
     flags = ("--slides", slides, "--out", out, "--manifest", tmp_path / "m.csv", "--mask", masks)
     assert tile(*flags) == 3
     printed, err = capsys.readouterr()
-    assert f"a: 0.5 um/px ({data.GIVEN})" in printed and "2 slides done, 2 failed" in printed
-    assert "no slide here for 1 of 3 rows, such as gone" in err
+    assert f"a: 0.5 um/px ({data.GIVEN}, " in printed
+    assert "2 slides done, 0 with nothing to embed, 2 failed" in printed
+    assert "no slide here for ['gone']" in err
     failed = failures(out)
     assert "--manifest says 0.25" in failed["b"] and "e.png" in failed["e"]
     made_with = tiled(out, "a").meta["settings"]
@@ -1036,35 +1033,25 @@ def test_manifest_mask_and_qc_from_the_command_line(tmp_path, capsys):
         tile("--slides", slides, "--out", out, "--mask", masks / "a.png")
 
 
-def test_qc_shows_the_tiles_in_their_places(tmp_path):
-    """Each panel, put together from tiles, is the region itself at the panel's resolution."""
-    region = pink(2 * 896, 3 * 896)
-    reader = data.Reader(write_tiff(tmp_path / "s.tiff", region, 0.5))
-    plan = data.plan_slide(reader, TileSettings(min_tissue=0.0))
-    pictures = data.window_pictures(reader, plan, (0, 0, 3, 2))
-    assert [picture.size for picture in pictures] == [(672, 448), (1344, 896), (2688, 1792)]
-    for picture in pictures:
-        expected = Image.fromarray(region).resize(picture.size, Image.Resampling.BOX)
-        assert np.abs(np.subtract(picture, expected, dtype=float)).max() <= 3
-
-
 def test_qc_says_how_much_is_read_and_how_long_a_millimetre_is(tmp_path):
+    """The cell with most tissue is beside, its tiles in their places."""
     picture = glass(1500, 6000)
     picture[:896, :2688] = pink(896, 2688)
     picture[:400, 5000:5300] = pink(400, 300)  # under a quarter of its window
     reader = data.Reader(write_tiff(tmp_path / "s.tiff", picture, 0.5))
-    plan = data.plan_slide(reader, TileSettings())
-    assert plan.reads == f"{plan.tissue_held:.0%} of the tissue" and 0.9 < plan.tissue_held < 0.99
-    plan.windows.clear()
-    assert plan.reads == "0% of the tissue (more with a lower --min-tissue)"
+    plan = data.TilePlan(reader, TileSettings())
+    assert 0.9 < plan.tissue_held < 0.99
     data.draw_qc(tmp_path / "qc.png", reader, plan)
     with Image.open(tmp_path / "qc.png") as sheet:
-        legend = np.asarray(sheet)[:80, 90:]  # four lines, the last one with the scale bar
-    assert sheet.size == (600, 680)
-    black = (legend[70] == 0).all(axis=1)
+        legend = np.asarray(sheet)[:100, 90:]  # five lines, the last one with the scale bar
+        beside = sheet.crop((600, 100, 1200, 700))
+    assert sheet.size == (1200, 700)
+    black = (legend[90] == 0).all(axis=1)
     assert abs(black.sum() - 200) <= 2  # 1 mm where 600 px are 3 mm
     blue = (legend[40:60] == (0, 0, 255)).all(axis=2)
     assert blue.any() and not blue[:, -5:].any()
+    whole = Image.fromarray(picture[:896, :896]).resize(beside.size)
+    assert np.abs(np.subtract(beside, whole, dtype=float)).mean() < 1
 
 
 def test_dry_run_plans_and_writes_nothing(tmp_path, capsys):
@@ -1075,11 +1062,11 @@ def test_dry_run_plans_and_writes_nothing(tmp_path, capsys):
     assert tile(*flags) == 0
     out = capsys.readouterr().out
     for words in (
-        "0.25 um/px (openslide.mpp-x)",
+        "0.25 um/px (openslide.mpp-x, ",
         "level 1",
-        "1 of 1 window with",
+        "1 of 1 window (",
         "1 cell, 21 tokens, 0.00 MB",
-        "1 slide done, 0 failed",
+        "1 slide done, 0 with nothing to embed, 0 failed",
     ):
         assert words in out
     write_tiff(slides / "no-mpp.tiff", pink(1000, 1000), None)
@@ -1096,7 +1083,7 @@ def test_slides_are_only_read_and_their_names_may_be_odd(tmp_path, capsys):
     (slides / "._001.tiff").write_bytes(b"resource fork")
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in slides.iterdir()}
     assert tile("--slides", slides, "--out", tmp_path / "d") == 0
-    assert f"{len(names)} slides done, 0 failed" in capsys.readouterr().out
+    assert f"{len(names)} slides done, 0 with" in capsys.readouterr().out
     assert {slide.slide_id for slide in data.read_slides(tmp_path / "d")} == set(names)
     assert data.verify(tmp_path / "d") == []
     after = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in slides.iterdir()}
@@ -1145,10 +1132,18 @@ def test_flags_of_one_run_do_not_undo_another(tmp_path, monkeypatch, capsys):
         tile(*flags, "--weights", weights)
 
 
-def test_a_folder_that_is_not_there_is_a_usage_error(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--slides", "nowhere"), "nowhere does not exist"),
+        (("--slides", ".", "--mpp", "25"), "25 is not within 0.1 to 4"),
+        (("--slides", ".", "--mpp", "nan"), "nan is not within 0.1 to 4"),
+    ],
+)
+def test_usage_errors_come_before_any_work(tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as left:
-        tile("--slides", tmp_path / "slide", "--out", tmp_path / "d")
-    assert left.value.code == 2 and "slide does not exist" in capsys.readouterr().err
+        tile(*flags, "--out", tmp_path / "d")
+    assert left.value.code == 2 and message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -1212,7 +1207,7 @@ def nothing():
 
 
 def test_what_an_encoder_may_return():
-    """(B, D) finite floating-point numbers of one width: bfloat16 and ragged last batches, too."""
+    """(B, D) finite floating-point numbers: bfloat16 and ragged last batches, too."""
     tiles = random_tiles(2, 5)
 
     def mean(batch):
@@ -1220,24 +1215,20 @@ def test_what_an_encoder_may_return():
 
     whole = data.encode_tiles(mean, tiles, 10, "cpu")
     assert whole.shape == (2, 5, 3) and whole.dtype == np.float16
-    assert np.array_equal(whole, data.encode_tiles(mean, tiles, 3, "cpu", 3))
+    assert np.array_equal(whole, data.encode_tiles(mean, tiles, 3, "cpu"))
     short = data.encode_tiles(lambda batch: mean(batch).bfloat16(), tiles, 4, "cpu")
     assert np.allclose(short, whole, rtol=2**-8)
-    widths = iter((3, 3, 3, 2))
     for encoder, message in (
         (lambda b: mean(b) * 1e9, "beyond float16"),
         (lambda b: mean(b) / 0 * 0, "NaN"),
         (lambda b: b.sum((1, 2)), "of floats"),
-        (lambda b: mean(b)[:1], r"\(1, 3\), .* \(3, 3\)"),
+        (lambda b: mean(b)[:1], r"\(1, 3\), .* \(3, D\)"),
         (lambda b: mean(b)[:, 0], r"\(3,\)"),
-        (lambda b: b.float(), r"expected a tensor \(3, 3\) of floats"),
+        (lambda b: b.float(), r"expected a tensor \(3, D\) of floats"),
         (lambda b: mean(b).numpy(), "ndarray"),
-        (lambda b: mean(b)[:, : next(widths)], r"\(1, 2\), expected .* \(1, 3\)"),
     ):
         with pytest.raises(MixmagError, match=message):
             data.encode_tiles(encoder, tiles, 3, "cpu")
-    with pytest.raises(MixmagError, match=r"\(3, 3\), expected .* \(3, 4\)"):
-        data.encode_tiles(mean, tiles, 3, "cpu", 4)
 
 
 @pytest.fixture
