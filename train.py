@@ -38,7 +38,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import distributed
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import mixmag
@@ -91,17 +90,18 @@ def parameter_groups(
     Norms and biases do not decay (paper 4.2), nor do class and mask tokens and positions (assumed:
     as MAE). Every parameter is in exactly one group. Source: paper 4.3, BEiT, MAE.
     """
-    groups: dict[tuple, dict] = {}
+    groups = defaultdict(list)
     depth = model.config.depth
     for name, parameter in model.named_parameters():
         scale = layer_decay ** (depth + 1 - layer_of(name, depth))
         if name.startswith("encoder."):
             scale *= encoder_rate
         decays = parameter.ndim > 1 and not name.endswith((".cls", ".pos"))
-        decay = weight_decay if decays else 0.0
-        group = {"params": [], "lr_scale": scale, "weight_decay": decay}
-        groups.setdefault((scale, decays), group)["params"].append(parameter)
-    return list(groups.values())
+        groups[scale, weight_decay if decays else 0.0].append(parameter)
+    return [
+        {"params": parameters, "lr_scale": scale, "weight_decay": decay}
+        for (scale, decay), parameters in groups.items()
+    ]
 
 
 def amp_dtype(mode: str, device: torch.device, width: int) -> torch.dtype | None:
@@ -218,11 +218,10 @@ def pretrain(config: PretrainConfig) -> dict:
     config = apply_preset(config)
     machine = start_machine(config.device, config.amp, preset_width(config.preset))
     folder = ensure_data(config.data, machine)
-    chosen = (config.fold, config.seed)
-    train_ids, held_out_ids = pretraining_split(folder, config.holdout, *chosen)
+    used = used_slides(folder, config.fold, config.seed)
+    train_ids, held_out_ids = pretraining_split(folder, config.holdout, config.fold, config.seed)
     if not train_ids:
-        found = used_slides(folder, *chosen)
-        raise MixmagError(f"no slide is left to train on with this --holdout: {found}")
+        raise MixmagError(f"no slide is left to train on with this --holdout: {used}")
     slides = data.read_slides(folder, train_ids)
     model_config = make_model_config(config, slides[0])
     dataset = pretraining_windows(config, slides, model_config.geometry(), machine)
@@ -230,7 +229,7 @@ def pretrain(config: PretrainConfig) -> dict:
     run = Run(config, run_settings("pretrain", config, model_config, slides), machine)
     if run.result():
         return run.result()
-    log(used_slides(folder, *chosen))
+    log(used)
     torch.manual_seed(config.seed)
     kind = mixmag.ContrastiveEmbeddingModel if config.source else mixmag.MaskedEmbeddingModel
     model = kind(model_config, config.kept_weight)
@@ -262,27 +261,25 @@ def pretraining_split(folder: Path, holdout: float, fold=None, seed=0) -> tuple[
     ordered = sorted(cases, key=lambda case: hashlib.sha256(case.encode("utf-8")).digest())
     count = min(max(HELD_OUT_CASES, round(holdout * len(cases))), len(cases) // 5)
     held_out = set(ordered[: count if holdout else 0])
+    train_ids = [i for i in ids if case_of.get(i, i) not in held_out]
     held_out_ids = [i for i in ids if case_of.get(i, i) in held_out]
-    return [i for i in ids if i not in set(held_out_ids)], held_out_ids
+    return train_ids, held_out_ids
 
 
 def used_slides(folder: Path, fold=None, seed=0) -> str:
     """How many slides pretraining sees, and what each table leaves out or will be refused for."""
     used = set(data.pretraining_ids(folder, fold, seed))
-    slides = plural(len(data.slide_files(folder)), "slide")
-    parts = [f"{folder}: pretraining uses {len(used)} of {slides}"]
     tasks = data.read_tasks(folder, fold, seed)
+    slides = plural(len(data.slide_files(folder)), "slide")
+    text = f"{folder}: pretraining uses {len(used)} of {slides}"
     if not tasks:
-        parts.append("no table in tasks/: finetune will refuse tasks that tune or test on them")
+        text += "; no table in tasks/: finetune will refuse tasks that tune or test on them"
     for task, evaluated in data.evaluation_slides(tasks).items():
-        left_out = sorted(evaluated - used)
-        if left_out:
-            named = ", ".join(left_out[:3])
-            parts.append(f"{task}.csv leaves out {len(left_out)}, such as {named}")
-        if evaluated & used:
-            common = plural(len(evaluated & used), "slide")
-            parts.append(f"finetune will refuse {task}: it tunes or tests on {common} of these")
-    return "; ".join(parts)
+        if left_out := sorted(evaluated - used):
+            text += f"; {task}.csv leaves out {len(left_out)}, such as {left_out[0]}"
+        if seen := evaluated & used:
+            text += f"; finetune will refuse {task}: it tunes or tests on {len(seen)} of these"
+    return text
 
 
 def pretraining_windows(config, slides, geometry, machine) -> data.RegionDataset:
@@ -307,14 +304,6 @@ def pretraining_windows(config, slides, geometry, machine) -> data.RegionDataset
     return dataset
 
 
-def unused_slides(dataset: data.RegionDataset) -> str:
-    """How many slides give no window to train on; empty if each does."""
-    count = len(dataset.slides) - len(np.unique(dataset.slide_of))
-    if not count:
-        return ""
-    return f", {plural(count, 'slide')} without a full window (a lower --min-cover takes more)"
-
-
 def pretraining_length(config: PretrainConfig, windows: int) -> tuple[int, float]:
     """How many steps there are, and the peak rate."""
     total = config.steps or math.ceil(config.epochs * windows / config.batch_size)
@@ -337,9 +326,10 @@ def pretrain_loop(config, run: Run, model, dataset, held_out, total: int, peak: 
     train_step = cmem_step if config.source else mem_step
     if config.compile:
         compile_blocks(model)
-    slides = f"{plural(len(dataset.slides), 'slide')}{unused_slides(dataset)}"
-    log(f"{run.folder}: {parameter_count(model)}, {machine}, {slides}")
-    log(f"{len(dataset)} windows, {total} steps of {config.batch_size}, peak rate {peak:.2e}")
+    log(f"{run.folder}: {parameter_count(model)}, {machine}")
+    slides = f"{len(np.unique(dataset.slide_of))} of {plural(len(dataset.slides), 'slide')}"
+    log(f"{len(dataset)} windows in {slides}, with --min-cover {config.min_cover:g}")
+    log(f"{total} steps of {config.batch_size}, peak rate {peak:.2e}")
     start = run.load(model, optimizer)["done"]
     own_regions = config.batch_size // machine.world  # of each batch
     micro_batch = micro_batch_size(config, model, dataset, machine)
@@ -349,7 +339,6 @@ def pretrain_loop(config, run: Run, model, dataset, held_out, total: int, peak: 
         config.workers,
     )
     began = time.time()
-    recent = []
     measure_every = config.save_every * math.ceil(total / config.save_every / MEASUREMENTS)
     bar = progress(total=total, initial=start, desc="pretrain")
     for step in range(start, total):
@@ -358,18 +347,16 @@ def pretrain_loop(config, run: Run, model, dataset, held_out, total: int, peak: 
         sum_gradients(model, machine)
         rate = peak * lr_at(step, total, round(config.warmup * total))
         norm = optimizer_step(model, optimizer, machine.scaler, rate, config.clip)
-        recent.append(torch.stack([sums["loss"], norm]))
         done = step + 1
         stop = machine.stop_asked()
         saves = stop or is_due(done, config.save_every, total)
         logs = is_due(done, LOG_EVERY, total)
         if saves or logs:  # only here does anything wait for the device
-            check_finite(run, recent, done)
-            recent.clear()
+            check_finite(run, done, sums["loss"].item(), norm.item(), slides)
         if logs:
             note_pretraining(run, done, sums, rate, norm, model.config.magnifications, bar)
-        if is_due(done, measure_every, total):
-            note_held_out(run, done, model, held_out)
+        if held_out and is_due(done, measure_every, total):
+            run.note(step=done, held_out=float(np.mean(model_losses(model, held_out, machine))))
         bar.update()
         if saves:
             run.save(done, model, optimizer)
@@ -377,7 +364,8 @@ def pretrain_loop(config, run: Run, model, dataset, held_out, total: int, peak: 
             raise Stopped
     bar.close()
     seconds = time.time() - began
-    log_speed(model.config, dataset, (total - start) * own_regions, seconds, machine)
+    tokens = (total - start) * config.batch_size * dataset.views * dataset.geometry.num_tokens
+    log(f"{tokens / max(seconds, 1e-9):,.0f} tokens per second over {seconds:.0f} s")
     return seconds
 
 
@@ -531,7 +519,7 @@ def finetune(config: FinetuneConfig) -> dict:
     slides = {slide.slide_id: slide for slide in data.read_slides(folder, slide_ids)}
     check_no_copies(slides, cases)
     if is_pretrained(config.init):
-        check_no_leakage(config.init, folder, cases)
+        check_no_leakage(config.init, folder, config.task, cases)
     model = make_classifier(config, slides, cases, machine, table.classes)
     sets = split_cases(config, model, slides, cases, table.classes)
     if config.dry_run:
@@ -703,12 +691,8 @@ def finetune_epoch(config, model, optimizer, dataset, epoch: int, run, bar) -> t
         sum_gradients(model, machine)
         rate = config.lr * lr_at(step, steps, round(config.warmup * steps))
         norm = optimizer_step(model, optimizer, machine.scaler, rate, config.clip).item()
-        if not math.isfinite(loss) or not (math.isfinite(norm) or machine.may_skip()):
-            names = ", ".join(batch.get("slide_ids", [])[:5])
-            raise MixmagError(
-                f"{run.folder}: at step {step + 1} the loss is {loss} and the gradient's norm "
-                f"{norm}, with slides {names}; try data.py verify, a smaller --lr or --amp off"
-            )
+        names = ", ".join(batch.get("slide_ids", [])[:5])
+        check_finite(run, step + 1, loss, norm, f"slides {names}")
         total += loss * len(batches[i])
         bar.update()
         if machine.stop_asked():
@@ -886,10 +870,6 @@ class Machine:
     def stop_asked(self) -> bool:
         """Whether any process received a signal; all ask at one place and stop together."""
         return bool(self.sum(torch.tensor(len(data.STOP_SIGNALS))))
-
-    def may_skip(self) -> bool:
-        """Whether the scaler may go on skipping steps. Below a scale of 1 it is not to blame."""
-        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
 
 
 def preset_width(preset: str) -> int:
@@ -1120,26 +1100,26 @@ def ensure_data(path, machine: Machine | None = None) -> Path:
 
 def newest_pretraining(config: FinetuneConfig) -> Path:
     """The newest finished pretraining run under runs/ whose encoder fits DATA."""
-    advice = "run `python train.py pretrain`, or give --init RUN, --init random or --init none"
-    results = Path("runs").glob("*/result.json")
-    finished = [path for path in results if data.read_json(path).get("kind") == "pretrain"]
-    if not finished:
-        raise MixmagError(f"no finished pretraining run under runs/; {advice}")
     folder = ensure_data(config.data, start_machine(config.device))
     wanted = data.embedding_signature(data.read_slide(data.slide_paths(folder)[0]))
-    for path in sorted(finished, key=lambda path: -path.stat().st_mtime):
-        known = data.read_json(encoder_folder(path.parent) / "config.json")
-        model = known["model"]
-        if data.signature(known["tile_encoder"], model["dim"], model["magnifications"]) == wanted:
-            log(f"--init {path.parent}: the newest pretraining run that fits {folder}")
-            return path.parent
-    raise MixmagError(f"no pretraining run under runs/ fits {folder} ({wanted}); {advice}")
+    results = Path("runs").glob("*/result.json")
+    for path in sorted(results, key=lambda path: -path.stat().st_mtime):
+        if data.read_json(path).get("kind") == "pretrain":
+            known = data.read_json(encoder_folder(path.parent) / "config.json")
+            size = known["model"]["dim"], known["model"]["magnifications"]
+            if data.signature(known["tile_encoder"], *size) == wanted:
+                log(f"--init {path.parent}: the newest pretraining run that fits {folder}")
+                return path.parent
+    raise MixmagError(
+        f"no finished pretraining run under runs/ fits {folder} ({wanted}); "
+        "run `python train.py pretrain`, or give --init RUN, --init random or --init none"
+    )
 
 
 # ------------------------------------------------------------------------- measuring, export, curve
 
 
-def check_no_leakage(init: str, folder: Path, cases: list) -> None:
+def check_no_leakage(init: str, folder: Path, task: str, cases: list) -> None:
     """Refuse an encoder that was pretrained on any slide of this task's tune and test cases.
 
     Another task's table may name further slides of such a case.
@@ -1150,13 +1130,9 @@ def check_no_leakage(init: str, folder: Path, cases: list) -> None:
         return
     rows = data.read_csv(listed, ("slide_id", "role"))
     seen = {row["slide_id"] for row in rows if row["role"] == "train"}
-    evaluated = {case.case_id for case in cases if case.split != "train"}
-    leaked = set()
-    for task in data.task_names(folder):
-        for case in data.read_table(folder, task).cases:
-            if case.case_id in evaluated:
-                leaked |= seen.intersection(case.slide_ids)
-    if leaked:
+    tasks = {name: data.read_table(folder, name).cases for name in data.task_names(folder)}
+    tasks[task] = cases  # with the splits of this fold
+    if leaked := seen & data.evaluation_slides(tasks)[task]:
         raise MixmagError(
             f"{init} was pretrained on {plural(len(leaked), 'slide')} of its tune or test cases, "
             f"such as {min(leaked)!r}; pretrain without them, with the same --fold and --seed"
@@ -1193,17 +1169,6 @@ def finetuning_plan(model, sets: dict) -> str:
     return "\n".join(lines)
 
 
-def region_flops(config: mixmag.Config, M: int) -> int:
-    """FLOPs of the matrix products of MEM on a region, forward and backward, as torch counts."""
-    with torch.device("meta"):
-        model = mixmag.MaskedEmbeddingModel(config)
-        x = torch.empty(1, config.geometry().num_tokens, config.dim)
-        removed = torch.empty(1, M, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter:
-        model(x, removed).loss.backward()
-    return counter.get_total_flops()
-
-
 def region_bytes(config: mixmag.Config, M: int, size: int) -> int:
     """Memory that MEM keeps of a region for backward. size: bytes of a number in autocast.
 
@@ -1236,28 +1201,6 @@ def micro_batch_size(config, model, dataset, machine) -> int:
     return max(1, fits // 64 * 64 or fits)
 
 
-def matrix_rate(machine) -> float:
-    """FLOPs per second of plain matrix products in the run's precision."""
-    from torch.utils.benchmark import Timer  # its import takes a quarter of a second
-
-    side = 8192 if machine.device.type == "cuda" else 1024
-    a = torch.randn(side, side, device=machine.device, dtype=machine.dtype)
-    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
-    return 2 * side**3 / timer.timeit(8).mean
-
-
-def log_speed(config, dataset, regions: int, seconds: float, machine) -> None:
-    """Tokens per second, and the useful FLOPs as a share of what this device can do at most."""
-    rate = regions * dataset.views / max(seconds, 1e-9)
-    share = rate * region_flops(config, dataset.removed_tokens) / matrix_rate(machine)
-    tokens = rate * config.geometry().num_tokens
-    log(f"{tokens:,.0f} tokens per second over {seconds:.0f} s")
-    log(f"{share:.0%} of the rate of plain matrix products on this device")
-    if machine.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(machine.device) / 1e9
-        log(f"peak memory {peak:.1f} GB")
-
-
 def bootstrap_aurocs(labels, scores, seed: int, resamples: int = 1000) -> np.ndarray | None:
     """(resamples,) `Outcome.metric` of cases drawn with replacement within each class.
 
@@ -1284,22 +1227,18 @@ def interval(samples: np.ndarray | None) -> list[float] | None:
     return None if samples is None else np.percentile(samples, [2.5, 97.5]).tolist()
 
 
-def check_finite(run: Run, recent: list, done: int) -> None:
-    """Refuse a loss or gradient norm that is not finite. recent: both, of the steps to `done`."""
-    losses, norms = torch.stack(recent, dim=1)  # the norms are those of all processes already
-    pairs = zip(run.machine.sum(losses).tolist(), norms.tolist(), strict=True)
-    for step, (loss, norm) in enumerate(pairs, done - len(recent) + 1):
-        if not math.isfinite(loss) or not (math.isfinite(norm) or run.machine.may_skip()):
-            raise MixmagError(
-                f"{run.folder}: at step {step} the loss is {loss:.4g} and the gradient's norm "
-                f"{norm:.4g}; run data.py verify, or try a smaller --lr; the last checkpoint stays"
-            )
+def check_finite(run: Run, step: int, loss: float, norm: float, slides: str) -> None:
+    """Refuse a loss or a gradient's norm that is not finite.
 
-
-def note_held_out(run: Run, step: int, model, held_out) -> None:
-    """One line of metrics: the mean loss over magnifications on unseen slides, if there are any."""
-    if held_out and run.writes:
-        run.note(step=step, held_out=float(np.mean(model_losses(model, held_out, run.machine))))
+    In fp16 a step with an infinite norm is skipped and the scale falls; below 1 it is not to blame.
+    """
+    scaler = run.machine.scaler
+    skipped = scaler.is_enabled() and scaler.get_scale() >= 1
+    if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
+        raise MixmagError(
+            f"{run.folder}: at step {step} the loss is {loss:.4g} and the gradient's norm "
+            f"{norm:.4g}, with {slides}; try data.py verify, a smaller --lr or --amp off"
+        )
 
 
 def note_pretraining(run: Run, step, sums: dict, rate, norm, magnifications, bar) -> None:
@@ -1313,19 +1252,6 @@ def note_pretraining(run: Run, step, sums: dict, rate, norm, magnifications, bar
         values[f"{magnification}x"] = loss
     run.note(step=step, **values, rate=rate, norm=norm.item())
     bar.set_postfix(loss=f"{values['loss']:.3f}")
-
-
-PREDICTORS = {
-    "mean": "mean embedding",
-    "shift": "mean + the region's common shift",
-    "parent": "visible parent",
-    "children": "visible children",
-    "neighbours": "visible neighbours",
-    "mixture": "mixture of them, 5 weights a magnification",
-    "kriging": "kriging, and the mixture for the rest",
-    "model": "**mixing encoder**",
-    "least": "least possible (synthetic)",
-}
 
 
 class Yardsticks:
@@ -1484,7 +1410,7 @@ def format_losses(losses: dict, magnifications) -> str:
     rows = []
     for name, values in losses.items():
         numbers = [f"{value:.3f}" for value in (*values, np.mean(values))]
-        rows.append([PREDICTORS[name], *numbers])
+        rows.append([name, *numbers])
     titles = ["predictor of the removed tokens", *(f"{m}x" for m in magnifications), "all"]
     return markdown(titles, rows)
 
@@ -1546,17 +1472,16 @@ def finish_pretraining(config, run: Run, model, slides, directions, held_out, fa
     losses: dict = {}
     magnifications = model.config.magnifications
     if held_out:
-        plain = dataclasses.replace(config, swap=0.0, source=0)
-        trained = pretraining_windows(plain, slides, held_out.geometry, run.machine)
+        place = (config.seed, config.mask)
+        trained = data.RegionDataset(slides, held_out.geometry, *place, min_cover=config.min_cover)
         losses = held_out_losses(held_out, Yardsticks(trained, directions).predict)
         losses["model"] = model_losses(model, held_out, run.machine)
         words = verdict(run, losses, magnifications)
         if cohort:
             losses["least"] = list(cohort["least_mem_loss"].values())
-        windows = min(len(held_out), HELD_OUT_WINDOWS)
-        text = f"{format_losses(losses, magnifications)}\n\n"
-        measured = plural(windows, "region"), plural(len(held_out.slides), "slide")
-        text += f"Measured on {' of '.join(measured)}. {words}"
+        windows = plural(min(len(held_out), HELD_OUT_WINDOWS), "region")
+        measured = f"Measured on {windows} of {plural(len(held_out.slides), 'slide')}."
+        text = f"{format_losses(losses, magnifications)}\n\n{measured} {words}"
         if not data.task_names(config.data):
             text += "\n\nNo task table says which slides are of one patient: some may be in both."
     heading = f"# {run.folder.name}: loss (1 - cosine) on held-out slides of {title}"
@@ -1568,24 +1493,19 @@ def finish_pretraining(config, run: Run, model, slides, directions, held_out, fa
 
 
 def verdict(run: Run, losses: dict, magnifications) -> str:
-    """In words: what the encoder is not better than, and whether it overfits."""
+    """In words: what the model is not better than, and whether it overfits."""
     sentences = []
     for i, magnification in enumerate(magnifications):
-        better = [name for name, values in losses.items() if values[i] <= losses["model"][i]]
-        better.remove("model")
-        if better:
-            sentences.append(
-                f"At {magnification}x the encoder is not better than: {', '.join(better)}."
-            )
-    text = " ".join(sentences)
-    if not text:
-        text = "The encoder is better than every other predictor at each magnification."
+        as_good = [name for name, values in losses.items() if values[i] <= losses["model"][i]]
+        as_good.remove("model")
+        names = ", ".join(as_good) or "none"
+        sentences.append(f"At {magnification}x as good as the model, or better: {names}.")
     steps, curve = run.curve("held_out")
     least = min(curve)
     if curve[-1] > 1.01 * least:
         step = steps[curve.index(least)]
-        text += f" It overfits: its loss was least at step {step}, {least:.3f}."
-    return text
+        sentences.append(f"It overfits: its loss was least at step {step}, {least:.3f}.")
+    return " ".join(sentences)
 
 
 def own_style(draw: Callable) -> Callable:
@@ -1619,15 +1539,19 @@ def draw_curve(run: Run, losses: dict, magnifications, title: str) -> None:
     figure, axis = plot()
     for m in magnifications:
         axis.plot(*run.curve(f"{m}x"), lw=1, label=f"{m}x, training batches")
-    if losses:
-        styles = {"shift": ":", "neighbours": "-.", "mixture": "--", "kriging": "-"}
-        for name, style in styles.items():
+    styles = {
+        "shift": ":",
+        "neighbours": "-.",
+        "mixture": "--",
+        "kriging": "-",
+        "least": (0, (1, 4)),
+    }
+    for name, style in styles.items():
+        if name in losses:
             label = f"{name}, held out"
             axis.axhline(np.mean(losses[name]), color="black", ls=style, lw=1, label=label)
+    if losses:
         axis.plot(*run.curve("held_out"), "o-", color="crimson", label="encoder, held out")
-    if "least" in losses:
-        least = np.mean(losses["least"])
-        axis.axhline(least, color="grey", lw=3, alpha=0.4, label="least possible")
     axis.set(xlabel="optimizer step", ylabel="1 - cosine at removed tokens")
     axis.set_title(f"{run.folder.name}, {title}", parse_math=False)
     axis.legend(fontsize=7, frameon=False, ncols=2)

@@ -30,6 +30,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if "gpu" in sys.argv:  # a GPU machine may lack what reads slides, and nothing there uses it
@@ -305,6 +307,17 @@ def products(flops: float, dtype):
     return multiply
 
 
+def region_flops(config: mixmag.Config, M: int) -> int:
+    """FLOPs of the matrix products of MEM on a region, forward and backward, as torch counts."""
+    with torch.device("meta"):
+        model = mixmag.MaskedEmbeddingModel(config)
+        x = torch.empty(1, config.geometry().num_tokens, config.dim)
+        removed = torch.empty(1, M, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(x, removed).loss.backward()
+    return counter.get_total_flops()
+
+
 def mem_step(model, B: int, machine):
     """A MEM step on B random regions of which half the tokens are removed."""
     N = model.config.geometry().num_tokens
@@ -355,7 +368,7 @@ def pretraining(repeats: int = 5):
     torch.manual_seed(0)
     config = mixmag.Config.paper()
     B = 16 if DEVICE.type == "cpu" else 256
-    flops = B * train.region_flops(config, mixmag.removal_count(189, 0.5))
+    flops = B * region_flops(config, mixmag.removal_count(189, 0.5))
     model = mixmag.MaskedEmbeddingModel(config).to(DEVICE)
     compiled = mixmag.MaskedEmbeddingModel(config).to(DEVICE)
     train.compile_blocks(compiled)
@@ -512,13 +525,21 @@ def most_held() -> float:
     return peak_memory() / 1e9
 
 
+def matrix_rate(machine) -> float:
+    """FLOPs per second of plain matrix products in the run's precision."""
+    side = 8192 if machine.device.type == "cuda" else 1024
+    a = torch.randn(side, side, device=machine.device, dtype=machine.dtype)
+    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+    return 2 * side**3 / timer.timeit(8).mean
+
+
 def gpu():
     """The paper preset on one GPU: five minutes. On a CPU a small one, to try the script."""
     big = DEVICE.type == "cuda"
     config = mixmag.Config.paper() if big else mixmag.Config.small(1280)
     batch = 4096 if big else 32
     machine = train.start_machine(amp="auto" if big else "off", width=config.width)
-    rate = train.matrix_rate(machine)
+    rate = matrix_rate(machine)
     yield "matrix products", rate / 1e12, "TFLOP/s", 1.0, "products", 1
     sizes = (64, 256, 512, 1024, 2048) if big else (8, 16)
     yield from gpu_steps(config, batch, sizes, rate, machine)
@@ -559,7 +580,7 @@ def training_step(config, batch: int, micro: int, machine, views: int = 1, compi
 def gpu_steps(config, batch: int, sizes: tuple, rate: float, machine):
     """`products`: what the useful FLOPs would take as plain matrix products."""
     M = mixmag.removal_count(config.geometry().num_tokens, 0.5)
-    flops = train.region_flops(config, M)
+    flops = region_flops(config, M)
     size = 2 if machine.dtype else 4
     runs = [(micro, 1, False) for micro in sizes]
     runs += [(micro, 1, True) for micro in sizes[1:4]]
