@@ -60,9 +60,7 @@ from data import (
 
 def lr_at(step: int, total: int, warmup: int) -> float:
     """The factor on the peak rate: a linear rise, whose first step is not zero, then a cosine to 0.
-
-    A function of the step alone, so there is no scheduler to save. Source: paper 4.2, SGDR.
-    """
+    A function of the step alone, so there is no scheduler to save. Source: paper 4.2, SGDR."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
@@ -70,9 +68,7 @@ def lr_at(step: int, total: int, warmup: int) -> float:
 
 def layer_of(name: str, depth: int) -> int:
     """A parameter's layer: 0 before the blocks, i + 1 in block i, depth + 1 after the blocks.
-
-    Raises ValueError for a name that it does not know.
-    """
+    Raises ValueError for a name that it does not know."""
     if re.match(r"encoder\.(cls|pos)$|encoder\.input\.", name):
         return 0
     if block := re.match(r"encoder\.blocks\.(\d+)\.", name):
@@ -86,10 +82,8 @@ def parameter_groups(
     model, weight_decay: float, layer_decay: float = 1.0, encoder_rate: float = 1.0
 ) -> list[dict]:
     """AdamW groups. `lr_scale` is layer_decay ** (layers above), times encoder_rate in the encoder.
-
     Norms and biases do not decay (paper 4.2), nor do class and mask tokens and positions (assumed:
-    as MAE). Every parameter is in exactly one group. Source: paper 4.3, BEiT, MAE.
-    """
+    as MAE). Every parameter is in exactly one group. Source: paper 4.3, BEiT, MAE."""
     groups = defaultdict(list)
     depth = model.config.depth
     for name, parameter in model.named_parameters():
@@ -106,10 +100,8 @@ def parameter_groups(
 
 def amp_dtype(mode: str, device: torch.device, width: int) -> torch.dtype | None:
     """The precision of autocast, None for fp32.
-
     auto: on a GPU bf16, or fp16 where it lacks bf16 (the paper's V100); on a CPU bf16 where it has
-    the instructions and the model is wide enough to gain by them.
-    """
+    the instructions and the model is wide enough to gain by them."""
     if mode != "auto":
         return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[mode]
     if device.type == "cuda":
@@ -121,10 +113,8 @@ def amp_dtype(mode: str, device: torch.device, width: int) -> torch.dtype | None
 
 def optimizer_step(model, optimizer, scaler, rate: float, clip: float) -> torch.Tensor:
     """Clip the gradient, step at `rate` times each group's lr_scale, and clear the gradient.
-
     Returns the gradient's norm, left on its device so that nothing waits for it. In fp16, a step
-    whose norm is infinite is skipped, and the factor on the loss is halved.
-    """
+    whose norm is infinite is skipped, and the factor on the loss is halved."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
     scaler.unscale_(optimizer)
@@ -151,9 +141,7 @@ PRESETS = ("small", "paper")  # small: about a million parameters; paper: the si
 @dataclass(kw_only=True)
 class TrainingConfig:
     """Settings of every training. Numbers that the paper does not give are assumed.
-
-    None stands for the preset's number, or for what the help names.
-    """
+    None stands for the preset's number, or for what the help names."""
 
     data: str = setting(DEFAULT_DATA, "DATA folder; the default one is made where it is missing")
     out: str = setting(None, "run folder (default: a name made of the settings, in runs/)")
@@ -170,10 +158,6 @@ class TrainingConfig:
 # ---------------------------------------------------------------------------------- pretraining
 
 
-def auto_or_positive(text: str) -> str | int:
-    return text if text == "auto" else POSITIVE(text)
-
-
 @dataclass(kw_only=True)
 class PretrainConfig(TrainingConfig):
     """Settings of masked embedding modelling; each is a flag of `train.py pretrain`."""
@@ -183,10 +167,8 @@ class PretrainConfig(TrainingConfig):
     mask: float = setting(0.5, "removal ratio (paper: 0.25, 0.50, 0.75)", type=SHARE)
     source: int = setting(None, "CMEM: side of the source window, 3, 7, 11", type=POSITIVE)
     batch_size: int = setting(None, "global batch size", small=16, paper=4096, type=POSITIVE)
-    micro_batch: int | str = setting(
-        "auto",
-        "regions of one pass; auto: as many as fit the GPU, 64 on a CPU",
-        type=auto_or_positive,
+    micro_batch: int = setting(
+        None, "regions of one pass (default: what a GPU holds, 64 on a CPU)", type=POSITIVE
     )
     steps: int = setting(None, "optimizer steps", small=3000, type=POSITIVE)
     epochs: int = setting(None, "passes over all windows", paper=100, type=POSITIVE)
@@ -209,10 +191,8 @@ MEASUREMENTS = 12  # of the held-out loss in a run
 
 def pretrain(config: PretrainConfig) -> dict:
     """MEM or CMEM on all slides that no task tunes or tests on, or on those of pretrain.csv.
-
     Returns what result.json holds. Raises MixmagError for settings or data that cannot be used.
-    Source: paper section 3.1.
-    """
+    Source: paper section 3.1."""
     if config.steps and config.epochs:
         raise MixmagError("--steps and --epochs: give one of them")
     config = apply_preset(config)
@@ -249,10 +229,8 @@ def pretrain(config: PretrainConfig) -> dict:
 
 def pretraining_split(folder: Path, holdout: float, fold=None, seed=0) -> tuple[list, list]:
     """Slide ids to train on, and those that are held out to measure the loss on.
-
     Whole cases are held out, a share of `holdout`: at least four, but no more than a fifth. They
-    are those whose hashed names come first, so that new cases hardly change the choice.
-    """
+    are those whose hashed names come first, so that new cases hardly change the choice."""
     case_of = {}
     for case in itertools.chain(*data.read_tasks(folder, fold, seed).values()):
         case_of.update(dict.fromkeys(case.slide_ids, case.case_id))
@@ -389,9 +367,7 @@ def compile_blocks(model) -> None:
 
 def mem_step(model, parts: Iterable[dict], batch_size: int, machine) -> dict:
     """Forward and backward over this process's parts of a global batch of `batch_size` regions.
-
-    Gradients add up to those of the mean over the batch. Returns sums to log, on the device.
-    """
+    Gradients add up to those of the mean over the batch. Returns sums to log, on the device."""
     sums: dict = {}
     for part in parts:
         part = data.to_device(part, machine.device)
@@ -405,11 +381,9 @@ def mem_step(model, parts: Iterable[dict], batch_size: int, machine) -> dict:
 
 def cmem_step(model, parts: Iterable[dict], batch_size: int, machine) -> dict:
     """As mem_step, with NT-Xent over the whole global batch, also when it comes in parts.
-
     NT-Xent needs all projections, but their graphs together may not fit in memory. So 1. compute
     all projections without a graph, 2. compute the gradient of NT-Xent at each of them, 3. send
-    each part forward again and backward with its slice of it. Source: GradCache (Gao, 2021).
-    """
+    each part forward again and backward with its slice of it. Source: GradCache (Gao, 2021)."""
     parts = [data.to_device(part, machine.device) for part in parts]
     if len(parts) == 1 and machine.world == 1:
         return mem_step(model, parts, batch_size, machine)
@@ -519,7 +493,7 @@ def finetune(config: FinetuneConfig) -> dict:
     slides = {slide.slide_id: slide for slide in data.read_slides(folder, slide_ids)}
     check_no_copies(slides, cases)
     if is_pretrained(config.init):
-        check_no_leakage(config.init, folder, config.task, cases)
+        check_no_leakage(config.init, folder, cases)
     model = make_classifier(config, slides, cases, machine, table.classes)
     sets = split_cases(config, model, slides, cases, table.classes)
     if config.dry_run:
@@ -908,9 +882,7 @@ RUN_FILES = [
 
 class Run:
     """A run folder. Two starts with the same settings are one run; other settings are refused.
-
-    The first of several processes writes, the others only read.
-    """
+    The first of several processes writes, the others only read."""
 
     def __init__(self, config: TrainingConfig, settings: dict, machine: Machine):
         self.folder = Path(config.out or Path("runs") / run_name(config))
@@ -984,9 +956,7 @@ class Run:
 
     def load(self, model, optimizer) -> dict:
         """Go on from the newest whole checkpoint, with the metrics up to it.
-
-        Returns what `save` was given. Raises MixmagError where all checkpoints are damaged.
-        """
+        Returns what `save` was given. Raises MixmagError where all checkpoints are damaged."""
         checkpoints = [self.folder / "last.pt", self.folder / "prev.pt"]
         existing = [path for path in checkpoints if path.exists()]
         state: dict = {"done": 0, "metrics": []}
@@ -1119,11 +1089,9 @@ def newest_pretraining(config: FinetuneConfig) -> Path:
 # ------------------------------------------------------------------------- measuring, export, curve
 
 
-def check_no_leakage(init: str, folder: Path, task: str, cases: list) -> None:
-    """Refuse an encoder that was pretrained on any slide of this task's tune and test cases.
-
-    Another task's table may name further slides of such a case.
-    """
+def check_no_leakage(init: str, folder: Path, cases: list) -> None:
+    """Refuse an encoder that was pretrained on any slide of the tune and test cases among `cases`.
+    Any task's table may name further slides of such a case."""
     listed = encoder_folder(init) / "slides.csv"
     if not listed.exists():
         log(f"WARNING: {listed} is missing; nobody can tell which slides this encoder saw")
@@ -1131,8 +1099,8 @@ def check_no_leakage(init: str, folder: Path, task: str, cases: list) -> None:
     rows = data.read_csv(listed, ("slide_id", "role"))
     seen = {row["slide_id"] for row in rows if row["role"] == "train"}
     tasks = {name: data.read_table(folder, name).cases for name in data.task_names(folder)}
-    tasks[task] = cases  # with the splits of this fold
-    if leaked := seen & data.evaluation_slides(tasks)[task]:
+    tasks["this"] = cases
+    if leaked := seen & data.evaluation_slides(tasks)["this"]:
         raise MixmagError(
             f"{init} was pretrained on {plural(len(leaked), 'slide')} of its tune or test cases, "
             f"such as {min(leaked)!r}; pretrain without them, with the same --fold and --seed"
@@ -1169,27 +1137,21 @@ def finetuning_plan(model, sets: dict) -> str:
     return "\n".join(lines)
 
 
-def region_bytes(config: mixmag.Config, M: int, size: int) -> int:
+def region_bytes(config: mixmag.Config, M: int, size: int) -> float:
     """Memory that MEM keeps of a region for backward. size: bytes of a number in autocast.
-
-    A block keeps its two sums in fp32, and of each token six vectors of its width (two norms, q, k,
-    v, attention) and four of the gated layer's.
-    """
+    Of a token a block keeps its two sums in fp32, six vectors of its width (two norms, q, k, v,
+    attention) and the gated layer's four, which are 8/3 as wide."""
     N = config.geometry().num_tokens
     n = N - M + config.cls_tokens
-    total = (N + n) * config.dim * 4 + M * config.dim * 24  # inputs, and the cosine's vectors
-    for width, tokens, depth in (
-        (config.width, n, config.depth),
-        (config.decoder_width, n + M, config.decoder_depth),
-    ):
-        of_token = 8 * width + size * (6 * width + 4 * mixmag.swiglu_width(width))
-        total += depth * tokens * of_token
-    return total
+    of_blocks = n * config.depth * config.width
+    of_blocks += (n + M) * config.decoder_depth * config.decoder_width
+    of_blocks *= 8 + size * (6 + 4 * 8 / 3)
+    return of_blocks + 4 * config.dim * (N + n + 6 * M)  # inputs, and the cosine's vectors
 
 
 def micro_batch_size(config, model, dataset, machine) -> int:
-    """auto: as many regions as a GPU holds, with a fifth of its memory to spare."""
-    if config.micro_batch != "auto":
+    """As many regions as a GPU holds, with a fifth of its memory to spare."""
+    if config.micro_batch:
         return config.micro_batch
     if machine.device.type != "cuda":
         return 64
@@ -1203,9 +1165,7 @@ def micro_batch_size(config, model, dataset, machine) -> int:
 
 def bootstrap_aurocs(labels, scores, seed: int, resamples: int = 1000) -> np.ndarray | None:
     """(resamples,) `Outcome.metric` of cases drawn with replacement within each class.
-
-    scores (cases,) or (cases, G). None with fewer than two cases of a class.
-    """
+    scores (cases,) or (cases, G). None with fewer than two cases of a class."""
     from scipy.stats import mannwhitneyu  # its import takes a second
 
     labels = np.asarray(labels)
@@ -1229,9 +1189,8 @@ def interval(samples: np.ndarray | None) -> list[float] | None:
 
 def check_finite(run: Run, step: int, loss: float, norm: float, slides: str) -> None:
     """Refuse a loss or a gradient's norm that is not finite.
-
-    In fp16 a step with an infinite norm is skipped and the scale falls; below 1 it is not to blame.
-    """
+    In fp16 a step with an infinite norm is skipped and the scale falls; below 1 it is not to
+    blame."""
     scaler = run.machine.scaler
     skipped = scaler.is_enabled() and scaler.get_scale() >= 1
     if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
@@ -1363,15 +1322,12 @@ def held_out_windows(config, geometry, slide_ids) -> data.RegionDataset | None:
         return None
     slides = data.read_slides(Path(config.data), slide_ids)
     whole = {"stride": config.region, "min_cover": config.min_cover, "turn": False}
-    dataset = data.RegionDataset(slides, geometry, config.seed, config.mask, **whole)
-    return dataset if len(dataset) else None
+    return data.RegionDataset(slides, geometry, config.seed, config.mask, **whole)
 
 
 def held_out_losses(dataset, predict) -> dict[str, list]:
     """predictor -> (K,) mean of 1 - cosine on the removed tokens of the windows of `dataset`.
-
-    predict: a function of x, removed, valid that gives predictor -> (B, M, D).
-    """
+    predict: a function of x, removed, valid that gives predictor -> (B, M, D)."""
     sums: dict = defaultdict(float)
     count = min(len(dataset), HELD_OUT_WINDOWS)
     chosen = np.linspace(0, len(dataset) - 1, count).astype(int)
