@@ -111,16 +111,21 @@ def amp_dtype(mode: str, device: torch.device, width: int) -> torch.dtype | None
     return torch.bfloat16 if gains else None
 
 
-def optimizer_step(model, optimizer, scaler, rate: float, clip: float) -> torch.Tensor:
-    """Clip the gradient, step at `rate` times each group's lr_scale, and clear the gradient.
+def optimizer_step(model, optimizer, machine, rate: float, clip: float) -> torch.Tensor:
+    """Add up the processes' gradients, clip, step at `rate` times each group's lr_scale, and clear.
     Returns the gradient's norm, left on its device so that nothing waits for it. In fp16, a step
     whose norm is infinite is skipped, and the factor on the loss is halved."""
+    for p in model.parameters():
+        if p.requires_grad and machine.world > 1:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            machine.sum(p.grad)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
-    scaler.unscale_(optimizer)
+    machine.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    scaler.step(optimizer)
-    scaler.update()
+    machine.scaler.step(optimizer)
+    machine.scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm
 
@@ -217,7 +222,11 @@ def pretrain(config: PretrainConfig) -> dict:
     model.encoder.standardize.fit(mean, std)
     model.decoder.standardize.fit(mean, std)
     model.to(machine.device)
-    held_out = held_out_windows(config, model.encoder.geometry, held_out_ids)
+    held_out = None
+    if held_out_ids:
+        unseen = data.read_slides(folder, held_out_ids)
+        fixed: dict = {"stride": config.region, "min_cover": config.min_cover, "turn": False}
+        held_out = data.RegionDataset(unseen, dataset.geometry, config.seed, config.mask, **fixed)
     seconds = pretrain_loop(config, run, model, dataset, held_out, total, peak)
     if run.writes:
         export_encoder(run, model.encoder, slides[0], config.preset, train_ids, held_out_ids)
@@ -285,10 +294,8 @@ def pretraining_windows(config, slides, geometry, machine) -> data.RegionDataset
 def pretraining_length(config: PretrainConfig, windows: int) -> tuple[int, float]:
     """How many steps there are, and the peak rate."""
     total = config.steps or math.ceil(config.epochs * windows / config.batch_size)
-    if config.lr is not None:
-        return total, config.lr
-    peak = config.blr * config.batch_size / 256  # linear scaling rule, paper 4.2
-    if peak > HIGHEST_RATE:
+    peak = config.lr or config.blr * config.batch_size / 256  # linear scaling rule, paper 4.2
+    if not config.lr and peak > HIGHEST_RATE:
         raise MixmagError(
             f"--batch-size {config.batch_size} and the base rate {config.blr:g} make a peak rate "
             f"of {peak:.2g}, too high to learn; give --lr, a smaller --blr or --preset paper"
@@ -322,9 +329,8 @@ def pretrain_loop(config, run: Run, model, dataset, held_out, total: int, peak: 
     for step in range(start, total):
         parts = itertools.islice(loads, math.ceil(own_regions / micro_batch))
         sums = train_step(model, parts, config.batch_size, machine)
-        sum_gradients(model, machine)
         rate = peak * lr_at(step, total, round(config.warmup * total))
-        norm = optimizer_step(model, optimizer, machine.scaler, rate, config.clip)
+        norm = optimizer_step(model, optimizer, machine, rate, config.clip)
         done = step + 1
         stop = machine.stop_asked()
         saves = stop or is_due(done, config.save_every, total)
@@ -662,9 +668,8 @@ def finetune_epoch(config, model, optimizer, dataset, epoch: int, run, bar) -> t
         torch.manual_seed((1_000_003 * config.seed + step) * machine.world + machine.rank)
         part = finetune_step(model, batch, config.smoothing, len(batches[i]), machine)
         loss = machine.sum(torch.tensor(part)).item()
-        sum_gradients(model, machine)
         rate = config.lr * lr_at(step, steps, round(config.warmup * steps))
-        norm = optimizer_step(model, optimizer, machine.scaler, rate, config.clip).item()
+        norm = optimizer_step(model, optimizer, machine, rate, config.clip).item()
         names = ", ".join(batch.get("slide_ids", [])[:5])
         check_finite(run, step + 1, loss, norm, f"slides {names}")
         total += loss * len(batches[i])
@@ -864,15 +869,6 @@ def start_machine(device: str = "auto", amp: str = "auto", width: int = 96) -> M
     return Machine(found, dtype, rank, world, scaler)
 
 
-def sum_gradients(model, machine: Machine) -> None:
-    """Add up the processes' shares of the gradient of the global batch's mean."""
-    for p in model.parameters():
-        if p.requires_grad and machine.world > 1:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            machine.sum(p.grad)
-
-
 RUN_FILES = [
     *("result.json", "predict.csv", "predict-failed.csv", "predictions.csv", "model.safetensors"),
     *("encoder/config.json", "encoder/slides.csv", "encoder/model.safetensors"),
@@ -896,8 +892,7 @@ class Run:
     def claim(self, settings: dict, resume: str) -> None:
         """Write config.json. Raises OtherSettings for another run, or one that is going on."""
         stored = self.folder / "config.json"
-        begun = stored.exists() or (self.folder / "last.pt").exists()
-        if begun and resume == "auto":
+        if resume == "auto" and (stored.exists() or (self.folder / "last.pt").exists()):
             found = data.read_json(stored)
             if differing := data.differences(without_places(found), without_places(settings)):
                 raise OtherSettings(
@@ -1010,9 +1005,8 @@ def run_settings(kind: str, config, model_config, slides: list, files=()) -> dic
         digest.update(slide.meta["sha256"].encode("utf-8"))
     for path in files:
         digest.update(Path(path).read_bytes())
-    settings["tile_encoder"] = slides[0].meta["encoder"]
-    settings["inputs_sha256"] = digest.hexdigest()
-    return settings
+    content = {"tile_encoder": slides[0].meta["encoder"], "inputs_sha256": digest.hexdigest()}
+    return {**settings, **content}
 
 
 def run_name(config) -> str:
@@ -1057,8 +1051,7 @@ def ensure_data(path, machine: Machine | None = None) -> Path:
     facts = data.synthetic_facts(folder)
     if facts.get("synthetic", data.SYNTHETIC) != data.SYNTHETIC:
         raise MixmagError(f"{folder}: a synthetic cohort of an earlier version; remove the folder")
-    complete = facts.get("complete")
-    if str(folder) == DEFAULT_DATA and not complete and data.process_rank()[0] == 0:
+    if str(folder) == DEFAULT_DATA and not facts.get("complete") and data.process_rank()[0] == 0:
         log(f"making the quick synthetic cohort first (data.py synth --out {folder})")
         data.synth_cohort(folder)
     if machine is not None:
@@ -1189,8 +1182,7 @@ def interval(samples: np.ndarray | None) -> list[float] | None:
 
 def check_finite(run: Run, step: int, loss: float, norm: float, slides: str) -> None:
     """Refuse a loss or a gradient's norm that is not finite.
-    In fp16 a step with an infinite norm is skipped and the scale falls; below 1 it is not to
-    blame."""
+    In fp16 steps of infinite norm are skipped and the scale falls; below 1 it is not to blame."""
     scaler = run.machine.scaler
     skipped = scaler.is_enabled() and scaler.get_scale() >= 1
     if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
@@ -1202,9 +1194,7 @@ def check_finite(run: Run, step: int, loss: float, norm: float, slides: str) -> 
 
 def note_pretraining(run: Run, step, sums: dict, rate, norm, magnifications, bar) -> None:
     """One line of metrics: the sums of a step over all processes."""
-    total = {}
-    for name, value in sums.items():
-        total[name] = run.machine.sum(value.double().cpu())
+    total = {name: run.machine.sum(value.double().cpu()) for name, value in sums.items()}
     of_level, count = total.pop("levels")
     values = {name: value.item() for name, value in total.items()}
     for magnification, loss in zip(magnifications, (of_level / count).tolist(), strict=True):
@@ -1215,13 +1205,11 @@ def note_pretraining(run: Run, step, sums: dict, rate, norm, magnifications, bar
 
 class Yardsticks:
     """Predictions of removed tokens that need no network: what an encoder has to beat.
-
     All start from the mean embedding of a magnification (each scaled to length 1) and add how
     visible tokens deviate from theirs: "shift" the mean deviation of all, "parent", "children" and
     "neighbours" theirs. Two are fitted on training windows: "mixture" weighs five such means, and
     "kriging" is the conditional mean of a Gaussian with a covariance of places for each of the
-    first principal directions (the rest as the mixture).
-    """
+    first principal directions (the rest as the mixture)."""
 
     def __init__(self, dataset, mean: torch.Tensor, windows: int = 1024, directions: int = 96):
         """mean (K, D). dataset: RegionDataset of the training slides."""
@@ -1290,15 +1278,9 @@ class Yardsticks:
         parent, children, neighbours, _, shift = means
         level = self.level[removed]
         mixture = torch.einsum("bmw,wbmd->bmd", self.weights[level], means)
-        added = {
-            "mean": torch.zeros_like(shift),
-            "shift": shift,
-            "parent": parent,
-            "children": children,
-            "neighbours": neighbours,
-            "mixture": mixture,
-            "kriging": mixture + self.krige(y, visible, removed, mixture),
-        }
+        added = {"mean": torch.zeros_like(shift), "shift": shift, "parent": parent}
+        added |= {"children": children, "neighbours": neighbours, "mixture": mixture}
+        added["kriging"] = mixture + self.krige(y, visible, removed, mixture)
         return {name: self.mean[level] + part for name, part in added.items()}
 
     def krige(self, y, visible, removed, start) -> torch.Tensor:
@@ -1314,15 +1296,6 @@ class Yardsticks:
 
 
 HELD_OUT_WINDOWS = 512  # at most so many are measured, evenly spread
-
-
-def held_out_windows(config, geometry, slide_ids) -> data.RegionDataset | None:
-    """The windows side by side of these slides, if any; they are neither turned nor shifted."""
-    if not slide_ids:
-        return None
-    slides = data.read_slides(Path(config.data), slide_ids)
-    whole = {"stride": config.region, "min_cover": config.min_cover, "turn": False}
-    return data.RegionDataset(slides, geometry, config.seed, config.mask, **whole)
 
 
 def held_out_losses(dataset, predict) -> dict[str, list]:
@@ -1495,13 +1468,8 @@ def draw_curve(run: Run, losses: dict, magnifications, title: str) -> None:
     figure, axis = plot()
     for m in magnifications:
         axis.plot(*run.curve(f"{m}x"), lw=1, label=f"{m}x, training batches")
-    styles = {
-        "shift": ":",
-        "neighbours": "-.",
-        "mixture": "--",
-        "kriging": "-",
-        "least": (0, (1, 4)),
-    }
+    styles: dict = {"shift": ":", "neighbours": "-.", "mixture": "--", "kriging": "-"}
+    styles["least"] = (0, (1, 4))
     for name, style in styles.items():
         if name in losses:
             label = f"{name}, held out"

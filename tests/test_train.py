@@ -163,10 +163,11 @@ def test_a_scaled_step_equals_the_plain_one_and_skips_infinities():
     for dtype in (None, torch.float16):
         model = small_model()
         optimizer = torch.optim.AdamW(train.parameter_groups(model, 0.05))
-        scaler = machine_of(dtype).scaler
+        machine = machine_of(dtype)
+        scaler = machine.scaler
         batch = some_regions()
         scaler.scale(model(batch["x"], batch["removed"]).loss).backward()
-        train.optimizer_step(model, optimizer, scaler, 1e-3, 0.1)
+        train.optimizer_step(model, optimizer, machine, 1e-3, 0.1)
         models.append(model)
     plain, scaled = models
     for a, b in zip(plain.parameters(), scaled.parameters(), strict=True):
@@ -174,7 +175,7 @@ def test_a_scaled_step_equals_the_plain_one_and_skips_infinities():
     before = [parameter.clone() for parameter in scaled.parameters()]
     scaler.scale(scaled(batch["x"], batch["removed"]).loss).backward()
     next(scaled.parameters()).grad.view(-1)[0] = math.inf
-    norm = train.optimizer_step(scaled, optimizer, scaler, 1e-3, 0.1)
+    norm = train.optimizer_step(scaled, optimizer, machine, 1e-3, 0.1)
     assert not norm.isfinite()
     assert scaler.get_scale() == 512.0
     for a, b in zip(before, scaled.parameters(), strict=True):
