@@ -172,9 +172,7 @@ class PretrainConfig(TrainingConfig):
     mask: float = setting(0.5, "removal ratio (paper: 0.25, 0.50, 0.75)", type=SHARE)
     source: int = setting(None, "CMEM: side of the source window, 3, 7, 11", type=POSITIVE)
     batch_size: int = setting(None, "global batch size", small=16, paper=4096, type=POSITIVE)
-    micro_batch: int = setting(
-        None, "regions of one pass (default: what a GPU holds, 64 on a CPU)", type=POSITIVE
-    )
+    micro_batch: int = setting(None, "regions in a pass (default: what fits)", type=POSITIVE)
     steps: int = setting(None, "optimizer steps", small=3000, type=POSITIVE)
     epochs: int = setting(None, "passes over all windows", paper=100, type=POSITIVE)
     lr: float = setting(None, "peak rate, instead of the base rate", type=RATE)
@@ -326,20 +324,20 @@ def pretrain_loop(config, run: Run, model, dataset, held_out, total: int, peak: 
     began = time.time()
     measure_every = config.save_every * math.ceil(total / config.save_every / MEASUREMENTS)
     bar = progress(total=total, initial=start, desc="pretrain")
-    for step in range(start, total):
+    for done in range(start + 1, total + 1):
         parts = itertools.islice(loads, math.ceil(own_regions / micro_batch))
         sums = train_step(model, parts, config.batch_size, machine)
-        rate = peak * lr_at(step, total, round(config.warmup * total))
+        rate = peak * lr_at(done - 1, total, round(config.warmup * total))
         norm = optimizer_step(model, optimizer, machine, rate, config.clip)
-        done = step + 1
         stop = machine.stop_asked()
-        saves = stop or is_due(done, config.save_every, total)
-        logs = is_due(done, LOG_EVERY, total)
+        last = done == total
+        saves = stop or last or done % config.save_every == 0
+        logs = last or done % LOG_EVERY == 0
         if saves or logs:  # only here does anything wait for the device
             check_finite(run, done, sums["loss"].item(), norm.item(), slides)
         if logs:
             note_pretraining(run, done, sums, rate, norm, model.config.magnifications, bar)
-        if held_out and is_due(done, measure_every, total):
+        if held_out and (last or done % measure_every == 0):
             run.note(step=done, held_out=float(np.mean(model_losses(model, held_out, machine))))
         bar.update()
         if saves:
@@ -351,10 +349,6 @@ def pretrain_loop(config, run: Run, model, dataset, held_out, total: int, peak: 
     tokens = (total - start) * config.batch_size * dataset.views * dataset.geometry.num_tokens
     log(f"{tokens / max(seconds, 1e-9):,.0f} tokens per second over {seconds:.0f} s")
     return seconds
-
-
-def is_due(done: int, every: int, total: int) -> bool:
-    return done % every == 0 or done == total
 
 
 def micro_batches(config, start: int, total: int, own_regions: int, rank: int, most: int):
@@ -1102,19 +1096,18 @@ def check_no_leakage(init: str, folder: Path, cases: list) -> None:
 
 def check_no_copies(slides: dict, cases: list) -> None:
     """Refuse one slide under two ids in two splits, by 16 of its cells; verify compares all."""
+    split_of = {slide_id: case.split for case in cases for slide_id in case.slide_ids}
     seen: dict = {}
-    for case in cases:
-        for slide_id in case.slide_ids:
-            slide = slides[slide_id]
-            if len(slide.cells) == 0:
-                continue
+    for slide_id, split in split_of.items():
+        slide = slides[slide_id]
+        if len(slide.cells):
             some = slide.features[:: math.ceil(len(slide.cells) / 16)]  # glass alone may be equal
             digest = hashlib.sha256(slide.cells.tobytes() + some.tobytes()).digest()
-            split, other = seen.setdefault(digest, (case.split, slide_id))
-            if split != case.split:
+            other = seen.setdefault(digest, slide_id)
+            if split_of[other] != split:
                 raise MixmagError(
-                    f"{slide.path}: it is in split {case.split}, and a copy of it, {other!r}, in "
-                    f"split {split}; data.py verify lists all copies"
+                    f"{slide.path}: it is in split {split}, and a copy of it, {other!r}, in split "
+                    f"{split_of[other]}; data.py verify lists all copies"
                 )
 
 
@@ -1143,7 +1136,7 @@ def region_bytes(config: mixmag.Config, M: int, size: int) -> float:
 
 
 def micro_batch_size(config, model, dataset, machine) -> int:
-    """As many regions as a GPU holds, with a fifth of its memory to spare."""
+    """How many regions go through at a time: if not given, as many as a GPU holds."""
     if config.micro_batch:
         return config.micro_batch
     if machine.device.type != "cuda":
@@ -1152,7 +1145,7 @@ def micro_batch_size(config, model, dataset, machine) -> int:
     free -= 12 * sum(p.numel() for p in model.parameters())  # gradients, AdamW's two moments
     size = 2 if machine.dtype else 4
     of_region = dataset.views * region_bytes(model.config, dataset.removed_tokens, size)
-    fits = int(0.8 * free / of_region)
+    fits = int(0.8 * free / of_region)  # a fifth stays free
     return max(1, fits // 64 * 64 or fits)
 
 
@@ -1401,8 +1394,7 @@ def finish_pretraining(config, run: Run, model, slides, directions, held_out, fa
     losses: dict = {}
     magnifications = model.config.magnifications
     if held_out:
-        place = (config.seed, config.mask)
-        trained = data.RegionDataset(slides, held_out.geometry, *place, min_cover=config.min_cover)
+        trained = dataclasses.replace(held_out, slides=slides, stride=1, turn=True)
         losses = held_out_losses(held_out, Yardsticks(trained, directions).predict)
         losses["model"] = model_losses(model, held_out, run.machine)
         words = verdict(run, losses, magnifications)
@@ -1430,10 +1422,9 @@ def verdict(run: Run, losses: dict, magnifications) -> str:
         names = ", ".join(as_good) or "none"
         sentences.append(f"At {magnification}x as good as the model, or better: {names}.")
     steps, curve = run.curve("held_out")
-    least = min(curve)
-    if curve[-1] > 1.01 * least:
-        step = steps[curve.index(least)]
-        sentences.append(f"It overfits: its loss was least at step {step}, {least:.3f}.")
+    best = int(np.argmin(curve))
+    if curve[-1] > 1.01 * curve[best]:
+        sentences.append(f"It overfits: at step {steps[best]} its loss was {curve[best]:.3f}.")
     return " ".join(sentences)
 
 

@@ -421,7 +421,7 @@ def test_verdict_names_what_is_better():
     assert train.verdict(run, losses, (5, 10)) == (
         "At 5x as good as the model, or better: none. "
         "At 10x as good as the model, or better: mixture. "
-        "It overfits: its loss was least at step 10, 0.200."
+        "It overfits: at step 10 its loss was 0.200."
     )
 
 
