@@ -61,9 +61,7 @@ from data import (
 
 def lr_at(step: int, total: int, warmup: int) -> float:
     """The factor on the peak rate: a linear rise, whose first step is not zero, then a cosine to 0.
-
-    A function of the step alone, so there is no scheduler to save. Source: paper 4.2, SGDR.
-    """
+    A function of the step alone, so there is no scheduler to save. Source: paper 4.2, SGDR."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
@@ -71,9 +69,7 @@ def lr_at(step: int, total: int, warmup: int) -> float:
 
 def layer_of(name: str, depth: int) -> int:
     """A parameter's layer: 0 before the blocks, i + 1 in block i, depth + 1 after the blocks.
-
-    Raises ValueError for a name that it does not know.
-    """
+    Raises ValueError for a name that it does not know."""
     if re.match(r"encoder\.(cls|pos)$|encoder\.input\.", name):
         return 0
     if block := re.match(r"encoder\.blocks\.(\d+)\.", name):
@@ -87,29 +83,26 @@ def parameter_groups(
     model, weight_decay: float, layer_decay: float = 1.0, encoder_rate: float = 1.0
 ) -> list[dict]:
     """AdamW groups. `lr_scale` is layer_decay ** (layers above), times encoder_rate in the encoder.
-
     Norms and biases do not decay (paper 4.2), nor do class and mask tokens and positions (assumed:
-    as MAE). Every parameter is in exactly one group. Source: paper 4.3, BEiT, MAE.
-    """
-    groups: dict[tuple, dict] = {}
+    as MAE). Every parameter is in exactly one group. Source: paper 4.3, BEiT, MAE."""
+    groups = defaultdict(list)
     depth = model.config.depth
     for name, parameter in model.named_parameters():
         scale = layer_decay ** (depth + 1 - layer_of(name, depth))
         if name.startswith("encoder."):
             scale *= encoder_rate
         decays = parameter.ndim > 1 and not name.endswith((".cls", ".pos"))
-        decay = weight_decay if decays else 0.0
-        group = {"params": [], "lr_scale": scale, "weight_decay": decay}
-        groups.setdefault((scale, decays), group)["params"].append(parameter)
-    return list(groups.values())
+        groups[scale, weight_decay if decays else 0.0].append(parameter)
+    return [
+        {"params": parameters, "lr_scale": scale, "weight_decay": decay}
+        for (scale, decay), parameters in groups.items()
+    ]
 
 
 def amp_dtype(mode: str, device: torch.device, width: int) -> torch.dtype | None:
     """The precision of autocast, None for fp32.
-
     auto: on a GPU bf16, or fp16 where it lacks bf16 (the paper's V100); on a CPU bf16 where it has
-    the instructions and the model is wide enough to gain by them.
-    """
+    the instructions and the model is wide enough to gain by them."""
     if mode != "auto":
         return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[mode]
     if device.type == "cuda":
@@ -119,18 +112,21 @@ def amp_dtype(mode: str, device: torch.device, width: int) -> torch.dtype | None
     return torch.bfloat16 if gains else None
 
 
-def optimizer_step(model, optimizer, scaler, rate: float, clip: float) -> torch.Tensor:
-    """Clip the gradient, step at `rate` times each group's lr_scale, and clear the gradient.
-
+def optimizer_step(model, optimizer, machine, rate: float, clip: float) -> torch.Tensor:
+    """Add up the processes' gradients, clip, step at `rate` times each group's lr_scale, and clear.
     Returns the gradient's norm, left on its device so that nothing waits for it. In fp16, a step
-    whose norm is infinite is skipped, and the factor on the loss is halved.
-    """
+    whose norm is infinite is skipped, and the factor on the loss is halved."""
+    for p in model.parameters():
+        if p.requires_grad and machine.world > 1:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            machine.sum(p.grad)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
-    scaler.unscale_(optimizer)
+    machine.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    scaler.step(optimizer)
-    scaler.update()
+    machine.scaler.step(optimizer)
+    machine.scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm
 
@@ -151,9 +147,7 @@ PRESETS = ("small", "paper")  # small: about a million parameters; paper: the si
 @dataclass(kw_only=True)
 class TrainingConfig:
     """Settings of every training. Numbers that the paper does not give are assumed.
-
-    None stands for the preset's number, or for what the help names.
-    """
+    None stands for the preset's number, or for what the help names."""
 
     data: str = setting(DEFAULT_DATA, "DATA folder; the default one is made where it is missing")
     out: str = setting(None, "run folder (default: a name made of the settings, in runs/)")
@@ -209,20 +203,17 @@ MEASUREMENTS = 12  # of the held-out loss in a run
 
 def pretrain(config: PretrainConfig) -> dict:
     """MEM or CMEM on all slides that no task tunes or tests on, or on those of pretrain.csv.
-
     Returns what result.json holds. Raises MixmagError for settings or data that cannot be used.
-    Source: paper section 3.1.
-    """
+    Source: paper section 3.1."""
     if config.steps and config.epochs:
         raise MixmagError("--steps and --epochs: give one of them")
     config = apply_preset(config)
     machine = start_machine(config.device, config.amp, preset_width(config.preset))
     folder = ensure_data(config.data, machine)
-    chosen = (config.fold, config.seed)
-    train_ids, held_out_ids = pretraining_split(folder, config.holdout, *chosen)
+    used = used_slides(folder, config.fold, config.seed)
+    train_ids, held_out_ids = pretraining_split(folder, config.holdout, config.fold, config.seed)
     if not train_ids:
-        found = used_slides(folder, *chosen)
-        raise MixmagError(f"no slide is left to train on with this --holdout: {found}")
+        raise MixmagError(f"no slide is left to train on with this --holdout: {used}")
     slides = data.read_slides(folder, train_ids)
     model_config = make_model_config(config, slides[0])
     dataset = pretraining_windows(config, slides, model_config.geometry(), machine)
@@ -230,7 +221,7 @@ def pretrain(config: PretrainConfig) -> dict:
     run = Run(config, run_settings("pretrain", config, model_config, slides), machine)
     if run.result():
         return run.result()
-    log(used_slides(folder, *chosen))
+    log(used)
     torch.manual_seed(config.seed)
     kind = mixmag.ContrastiveEmbeddingModel if config.source else mixmag.MaskedEmbeddingModel
     model = kind(model_config, config.kept_weight)
@@ -238,7 +229,11 @@ def pretrain(config: PretrainConfig) -> dict:
     model.encoder.standardize.fit(mean, std)
     model.decoder.standardize.fit(mean, std)
     model.to(machine.device)
-    held_out = held_out_windows(config, model.encoder.geometry, held_out_ids)
+    held_out = None
+    if held_out_ids:
+        unseen = data.read_slides(folder, held_out_ids)
+        fixed: dict = {"stride": config.region, "min_cover": config.min_cover, "turn": False}
+        held_out = data.RegionDataset(unseen, dataset.geometry, config.seed, config.mask, **fixed)
     seconds = pretrain_loop(config, run, model, dataset, held_out, total, peak)
     if run.writes:
         export_encoder(run, model.encoder, slides[0], config.preset, train_ids, held_out_ids)
@@ -250,10 +245,8 @@ def pretrain(config: PretrainConfig) -> dict:
 
 def pretraining_split(folder: Path, holdout: float, fold=None, seed=0) -> tuple[list, list]:
     """Slide ids to train on, and those that are held out to measure the loss on.
-
     Whole cases are held out, a share of `holdout`: at least four, but no more than a fifth. They
-    are those whose hashed names come first, so that new cases hardly change the choice.
-    """
+    are those whose hashed names come first, so that new cases hardly change the choice."""
     case_of = {}
     for case in itertools.chain(*data.read_tasks(folder, fold, seed).values()):
         case_of.update(dict.fromkeys(case.slide_ids, case.case_id))
@@ -262,27 +255,25 @@ def pretraining_split(folder: Path, holdout: float, fold=None, seed=0) -> tuple[
     ordered = sorted(cases, key=lambda case: hashlib.sha256(case.encode("utf-8")).digest())
     count = min(max(HELD_OUT_CASES, round(holdout * len(cases))), len(cases) // 5)
     held_out = set(ordered[: count if holdout else 0])
+    train_ids = [i for i in ids if case_of.get(i, i) not in held_out]
     held_out_ids = [i for i in ids if case_of.get(i, i) in held_out]
-    return [i for i in ids if i not in set(held_out_ids)], held_out_ids
+    return train_ids, held_out_ids
 
 
 def used_slides(folder: Path, fold=None, seed=0) -> str:
     """How many slides pretraining sees, and what each table leaves out or will be refused for."""
     used = set(data.pretraining_ids(folder, fold, seed))
-    slides = plural(len(data.slide_files(folder)), "slide")
-    parts = [f"{folder}: pretraining uses {len(used)} of {slides}"]
     tasks = data.read_tasks(folder, fold, seed)
+    slides = plural(len(data.slide_files(folder)), "slide")
+    text = f"{folder}: pretraining uses {len(used)} of {slides}"
     if not tasks:
-        parts.append("no table in tasks/: finetune will refuse tasks that tune or test on them")
+        text += "; no table in tasks/: finetune will refuse tasks that tune or test on them"
     for task, evaluated in data.evaluation_slides(tasks).items():
-        left_out = sorted(evaluated - used)
-        if left_out:
-            named = ", ".join(left_out[:3])
-            parts.append(f"{task}.csv leaves out {len(left_out)}, such as {named}")
-        if evaluated & used:
-            common = plural(len(evaluated & used), "slide")
-            parts.append(f"finetune will refuse {task}: it tunes or tests on {common} of these")
-    return "; ".join(parts)
+        if left_out := sorted(evaluated - used):
+            text += f"; {task}.csv leaves out {len(left_out)}, such as {left_out[0]}"
+        if seen := evaluated & used:
+            text += f"; finetune will refuse {task}: it tunes or tests on {len(seen)} of these"
+    return text
 
 
 def pretraining_windows(config, slides, geometry, machine) -> data.RegionDataset:
@@ -305,21 +296,11 @@ def pretraining_windows(config, slides, geometry, machine) -> data.RegionDataset
     return dataset
 
 
-def unused_slides(dataset: data.RegionDataset) -> str:
-    """How many slides give no window to train on; empty if each does."""
-    count = len(dataset.slides) - len(np.unique(dataset.slide_of))
-    if not count:
-        return ""
-    return f", {plural(count, 'slide')} without a full window (a lower --min-cover takes more)"
-
-
 def pretraining_length(config: PretrainConfig, windows: int) -> tuple[int, float]:
     """How many steps there are, and the peak rate."""
     total = config.steps or math.ceil(config.epochs * windows / config.batch_size)
-    if config.lr is not None:
-        return total, config.lr
-    peak = config.blr * config.batch_size / 256  # linear scaling rule, paper 4.2
-    if peak > HIGHEST_RATE:
+    peak = config.lr or config.blr * config.batch_size / 256  # linear scaling rule, paper 4.2
+    if not config.lr and peak > HIGHEST_RATE:
         raise MixmagError(
             f"--batch-size {config.batch_size} and the base rate {config.blr:g} make a peak rate "
             f"of {peak:.2g}, too high to learn; give --lr, a smaller --blr or --preset paper"
@@ -335,9 +316,10 @@ def pretrain_loop(config, run: Run, model, dataset, held_out, total: int, peak: 
     train_step = cmem_step if config.source else mem_step
     if config.compile:
         compile_blocks(model)
-    slides = f"{plural(len(dataset.slides), 'slide')}{unused_slides(dataset)}"
-    log(f"{run.folder}: {parameter_count(model)}, {machine}, {slides}")
-    log(f"{len(dataset)} windows, {total} steps of {config.batch_size}, peak rate {peak:.2e}")
+    log(f"{run.folder}: {parameter_count(model)}, {machine}")
+    slides = f"{len(np.unique(dataset.slide_of))} of {plural(len(dataset.slides), 'slide')}"
+    log(f"{len(dataset)} windows in {slides}, with --min-cover {config.min_cover:g}")
+    log(f"{total} steps of {config.batch_size}, peak rate {peak:.2e}")
     start = run.load(model, optimizer)["done"]
     own_regions = config.batch_size // machine.world  # of each batch
     micro_batch = micro_batch_size(config, model, dataset, machine)
@@ -347,27 +329,23 @@ def pretrain_loop(config, run: Run, model, dataset, held_out, total: int, peak: 
         config.workers,
     )
     began = time.time()
-    recent = []
     measure_every = config.save_every * math.ceil(total / config.save_every / MEASUREMENTS)
     bar = progress(total=total, initial=start, desc="pretrain")
-    for step in range(start, total):
+    for done in range(start + 1, total + 1):
         parts = itertools.islice(loads, math.ceil(own_regions / micro_batch))
         sums = train_step(model, parts, config.batch_size, machine)
-        sum_gradients(model, machine)
-        rate = peak * lr_at(step, total, round(config.warmup * total))
-        norm = optimizer_step(model, optimizer, machine.scaler, rate, config.clip)
-        recent.append(torch.stack([sums["loss"], norm]))
-        done = step + 1
+        rate = peak * lr_at(done - 1, total, round(config.warmup * total))
+        norm = optimizer_step(model, optimizer, machine, rate, config.clip)
         stop = machine.stop_asked()
-        saves = stop or is_due(done, config.save_every, total)
-        logs = is_due(done, LOG_EVERY, total)
+        last = done == total
+        saves = stop or last or done % config.save_every == 0
+        logs = last or done % LOG_EVERY == 0
         if saves or logs:  # only here does anything wait for the device
-            check_finite(run, recent, done)
-            recent.clear()
+            check_finite(run, done, sums["loss"].item(), norm.item(), slides)
         if logs:
             note_pretraining(run, done, sums, rate, norm, model.config.magnifications, bar)
-        if is_due(done, measure_every, total):
-            note_held_out(run, done, model, held_out)
+        if held_out and (last or done % measure_every == 0):
+            run.note(step=done, held_out=float(np.mean(model_losses(model, held_out, machine))))
         bar.update()
         if saves:
             run.save(done, model, optimizer)
@@ -377,10 +355,6 @@ def pretrain_loop(config, run: Run, model, dataset, held_out, total: int, peak: 
     seconds = time.time() - began
     log_speed(model.config, dataset, (total - start) * own_regions, seconds, machine)
     return seconds
-
-
-def is_due(done: int, every: int, total: int) -> bool:
-    return done % every == 0 or done == total
 
 
 def micro_batches(config, start: int, total: int, own_regions: int, rank: int, most: int):
@@ -399,9 +373,7 @@ def compile_blocks(model) -> None:
 
 def mem_step(model, parts: Iterable[dict], batch_size: int, machine) -> dict:
     """Forward and backward over this process's parts of a global batch of `batch_size` regions.
-
-    Gradients add up to those of the mean over the batch. Returns sums to log, on the device.
-    """
+    Gradients add up to those of the mean over the batch. Returns sums to log, on the device."""
     sums: dict = {}
     for part in parts:
         part = data.to_device(part, machine.device)
@@ -415,11 +387,9 @@ def mem_step(model, parts: Iterable[dict], batch_size: int, machine) -> dict:
 
 def cmem_step(model, parts: Iterable[dict], batch_size: int, machine) -> dict:
     """As mem_step, with NT-Xent over the whole global batch, also when it comes in parts.
-
     NT-Xent needs all projections, but their graphs together may not fit in memory. So 1. compute
     all projections without a graph, 2. compute the gradient of NT-Xent at each of them, 3. send
-    each part forward again and backward with its slice of it. Source: GradCache (Gao, 2021).
-    """
+    each part forward again and backward with its slice of it. Source: GradCache (Gao, 2021)."""
     parts = [data.to_device(part, machine.device) for part in parts]
     if len(parts) == 1 and machine.world == 1:
         return mem_step(model, parts, batch_size, machine)
@@ -698,15 +668,10 @@ def finetune_epoch(config, model, optimizer, dataset, epoch: int, run, bar) -> t
         torch.manual_seed((1_000_003 * config.seed + step) * machine.world + machine.rank)
         part = finetune_step(model, batch, config.smoothing, len(batches[i]), machine)
         loss = machine.sum(torch.tensor(part)).item()
-        sum_gradients(model, machine)
         rate = config.lr * lr_at(step, steps, round(config.warmup * steps))
-        norm = optimizer_step(model, optimizer, machine.scaler, rate, config.clip).item()
-        if not math.isfinite(loss) or not (math.isfinite(norm) or machine.may_skip()):
-            names = ", ".join(batch.get("slide_ids", [])[:5])
-            raise MixmagError(
-                f"{run.folder}: at step {step + 1} the loss is {loss} and the gradient's norm "
-                f"{norm}, with slides {names}; try data.py verify, a smaller --lr or --amp off"
-            )
+        norm = optimizer_step(model, optimizer, machine, rate, config.clip).item()
+        names = ", ".join(batch.get("slide_ids", [])[:5])
+        check_finite(run, step + 1, loss, norm, f"slides {names}")
         total += loss * len(batches[i])
         bar.update()
         if machine.stop_asked():
@@ -885,10 +850,6 @@ class Machine:
         """Whether any process received a signal; all ask at one place and stop together."""
         return bool(self.sum(torch.tensor(len(data.STOP_SIGNALS))))
 
-    def may_skip(self) -> bool:
-        """Whether the scaler may go on skipping steps. Below a scale of 1 it is not to blame."""
-        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
-
 
 def preset_width(preset: str) -> int:
     return getattr(mixmag.Config, preset)(1).width
@@ -908,15 +869,6 @@ def start_machine(device: str = "auto", amp: str = "auto", width: int = 96) -> M
     return Machine(found, dtype, rank, world, scaler)
 
 
-def sum_gradients(model, machine: Machine) -> None:
-    """Add up the processes' shares of the gradient of the global batch's mean."""
-    for p in model.parameters():
-        if p.requires_grad and machine.world > 1:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            machine.sum(p.grad)
-
-
 RUN_FILES = [
     *("result.json", "predict.csv", "predict-failed.csv", "predictions.csv", "model.safetensors"),
     *("encoder/config.json", "encoder/slides.csv", "encoder/model.safetensors"),
@@ -926,9 +878,7 @@ RUN_FILES = [
 
 class Run:
     """A run folder. Two starts with the same settings are one run; other settings are refused.
-
-    The first of several processes writes, the others only read.
-    """
+    The first of several processes writes, the others only read."""
 
     def __init__(self, config: TrainingConfig, settings: dict, machine: Machine):
         self.folder = Path(config.out or Path("runs") / run_name(config))
@@ -942,8 +892,7 @@ class Run:
     def claim(self, settings: dict, resume: str) -> None:
         """Write config.json. Raises OtherSettings for another run, or one that is going on."""
         stored = self.folder / "config.json"
-        begun = stored.exists() or (self.folder / "last.pt").exists()
-        if begun and resume == "auto":
+        if resume == "auto" and (stored.exists() or (self.folder / "last.pt").exists()):
             found = data.read_json(stored)
             if differing := data.differences(without_places(found), without_places(settings)):
                 raise OtherSettings(
@@ -1002,9 +951,7 @@ class Run:
 
     def load(self, model, optimizer) -> dict:
         """Go on from the newest whole checkpoint, with the metrics up to it.
-
-        Returns what `save` was given. Raises MixmagError where all checkpoints are damaged.
-        """
+        Returns what `save` was given. Raises MixmagError where all checkpoints are damaged."""
         checkpoints = [self.folder / "last.pt", self.folder / "prev.pt"]
         existing = [path for path in checkpoints if path.exists()]
         state: dict = {"done": 0, "metrics": []}
@@ -1058,9 +1005,8 @@ def run_settings(kind: str, config, model_config, slides: list, files=()) -> dic
         digest.update(slide.meta["sha256"].encode("utf-8"))
     for path in files:
         digest.update(Path(path).read_bytes())
-    settings["tile_encoder"] = slides[0].meta["encoder"]
-    settings["inputs_sha256"] = digest.hexdigest()
-    return settings
+    content = {"tile_encoder": slides[0].meta["encoder"], "inputs_sha256": digest.hexdigest()}
+    return {**settings, **content}
 
 
 def run_name(config) -> str:
@@ -1105,8 +1051,7 @@ def ensure_data(path, machine: Machine | None = None) -> Path:
     facts = data.synthetic_facts(folder)
     if facts.get("synthetic", data.SYNTHETIC) != data.SYNTHETIC:
         raise MixmagError(f"{folder}: a synthetic cohort of an earlier version; remove the folder")
-    complete = facts.get("complete")
-    if str(folder) == DEFAULT_DATA and not complete and data.process_rank()[0] == 0:
+    if str(folder) == DEFAULT_DATA and not facts.get("complete") and data.process_rank()[0] == 0:
         log(f"making the quick synthetic cohort first (data.py synth --out {folder})")
         data.synth_cohort(folder)
     if machine is not None:
@@ -1118,44 +1063,38 @@ def ensure_data(path, machine: Machine | None = None) -> Path:
 
 def newest_pretraining(config: FinetuneConfig) -> Path:
     """The newest finished pretraining run under runs/ whose encoder fits DATA."""
-    advice = "run `python train.py pretrain`, or give --init RUN, --init random or --init none"
-    results = Path("runs").glob("*/result.json")
-    finished = [path for path in results if data.read_json(path).get("kind") == "pretrain"]
-    if not finished:
-        raise MixmagError(f"no finished pretraining run under runs/; {advice}")
     folder = ensure_data(config.data, start_machine(config.device))
     first = list(data.slide_files(folder))[:1]
     wanted = data.embedding_signature(data.read_slides(folder, first)[0])
-    for path in sorted(finished, key=lambda path: -path.stat().st_mtime):
-        known = data.read_json(encoder_folder(path.parent) / "config.json")
-        model = known["model"]
-        if data.signature(known["tile_encoder"], model["dim"], model["magnifications"]) == wanted:
-            log(f"--init {path.parent}: the newest pretraining run that fits {folder}")
-            return path.parent
-    raise MixmagError(f"no pretraining run under runs/ fits {folder} ({wanted}); {advice}")
+    results = Path("runs").glob("*/result.json")
+    for path in sorted(results, key=lambda path: -path.stat().st_mtime):
+        if data.read_json(path).get("kind") == "pretrain":
+            known = data.read_json(encoder_folder(path.parent) / "config.json")
+            size = known["model"]["dim"], known["model"]["magnifications"]
+            if data.signature(known["tile_encoder"], *size) == wanted:
+                log(f"--init {path.parent}: the newest pretraining run that fits {folder}")
+                return path.parent
+    raise MixmagError(
+        f"no finished pretraining run under runs/ fits {folder} ({wanted}); "
+        "run `python train.py pretrain`, or give --init RUN, --init random or --init none"
+    )
 
 
 # ------------------------------------------------------------------------- measuring, export, curve
 
 
 def check_no_leakage(init: str, folder: Path, cases: list) -> None:
-    """Refuse an encoder that was pretrained on any slide of this task's tune and test cases.
-
-    Another task's table may name further slides of such a case.
-    """
+    """Refuse an encoder that was pretrained on any slide of the tune and test cases among `cases`.
+    Any task's table may name further slides of such a case."""
     listed = encoder_folder(init) / "slides.csv"
     if not listed.exists():
         log(f"WARNING: {listed} is missing; nobody can tell which slides this encoder saw")
         return
     rows = data.read_csv(listed, ("slide_id", "role"))
     seen = {row["slide_id"] for row in rows if row["role"] == "train"}
-    evaluated = {case.case_id for case in cases if case.split != "train"}
-    leaked = set()
-    for task in data.task_names(folder):
-        for case in data.read_table(folder, task).cases:
-            if case.case_id in evaluated:
-                leaked |= seen.intersection(case.slide_ids)
-    if leaked:
+    tasks = {name: data.read_table(folder, name).cases for name in data.task_names(folder)}
+    tasks["this"] = cases
+    if leaked := seen & data.evaluation_slides(tasks)["this"]:
         raise MixmagError(
             f"{init} was pretrained on {plural(len(leaked), 'slide')} of its tune or test cases, "
             f"such as {min(leaked)!r}; pretrain without them, with the same --fold and --seed"
@@ -1164,19 +1103,18 @@ def check_no_leakage(init: str, folder: Path, cases: list) -> None:
 
 def check_no_copies(slides: dict, cases: list) -> None:
     """Refuse one slide under two ids in two splits, by 16 of its cells; verify compares all."""
+    split_of = {slide_id: case.split for case in cases for slide_id in case.slide_ids}
     seen: dict = {}
-    for case in cases:
-        for slide_id in case.slide_ids:
-            slide = slides[slide_id]
-            if len(slide.cells) == 0:
-                continue
+    for slide_id, split in split_of.items():
+        slide = slides[slide_id]
+        if len(slide.cells):
             some = slide.features[:: math.ceil(len(slide.cells) / 16)]  # glass alone may be equal
             digest = hashlib.sha256(slide.cells.tobytes() + some.tobytes()).digest()
-            split, other = seen.setdefault(digest, (case.split, slide_id))
-            if split != case.split:
+            other = seen.setdefault(digest, slide_id)
+            if split_of[other] != split:
                 raise MixmagError(
-                    f"{slide.path}: it is in split {case.split}, and a copy of it, {other!r}, in "
-                    f"split {split}; data.py verify lists all copies"
+                    f"{slide.path}: it is in split {split}, and a copy of it, {other!r}, in split "
+                    f"{split_of[other]}; data.py verify lists all copies"
                 )
 
 
@@ -1203,26 +1141,20 @@ def region_flops(config: mixmag.Config, M: int) -> int:
     return counter.get_total_flops()
 
 
-def region_bytes(config: mixmag.Config, M: int, size: int) -> int:
+def region_bytes(config: mixmag.Config, M: int, size: int) -> float:
     """Memory that MEM keeps of a region for backward. size: bytes of a number in autocast.
-
-    A block keeps its two sums in fp32, and of each token six vectors of its width (two norms, q, k,
-    v, attention) and four of the gated layer's.
-    """
+    Of a token a block keeps its two sums in fp32, six vectors of its width (two norms, q, k, v,
+    attention) and the gated layer's four, which are 8/3 as wide."""
     N = config.geometry().num_tokens
     n = N - M + config.cls_tokens
-    total = (N + n) * config.dim * 4 + M * config.dim * 24  # inputs, and the cosine's vectors
-    for width, tokens, depth in (
-        (config.width, n, config.depth),
-        (config.decoder_width, n + M, config.decoder_depth),
-    ):
-        of_token = 8 * width + size * (6 * width + 4 * mixmag.swiglu_width(width))
-        total += depth * tokens * of_token
-    return total
+    of_blocks = n * config.depth * config.width
+    of_blocks += (n + M) * config.decoder_depth * config.decoder_width
+    of_blocks *= 8 + size * (6 + 4 * 8 / 3)
+    return of_blocks + 4 * config.dim * (N + n + 6 * M)  # inputs, and the cosine's vectors
 
 
 def micro_batch_size(config, model, dataset, machine) -> int:
-    """auto: as many regions as a GPU holds, with a fifth of its memory to spare."""
+    """auto: as many regions as a GPU holds."""
     if config.micro_batch != "auto":
         return config.micro_batch
     if machine.device.type != "cuda":
@@ -1231,7 +1163,7 @@ def micro_batch_size(config, model, dataset, machine) -> int:
     free -= 12 * sum(p.numel() for p in model.parameters())  # gradients, AdamW's two moments
     size = 2 if machine.dtype else 4
     of_region = dataset.views * region_bytes(model.config, dataset.removed_tokens, size)
-    fits = int(0.8 * free / of_region)
+    fits = int(0.8 * free / of_region)  # a fifth stays free
     return max(1, fits // 64 * 64 or fits)
 
 
@@ -1249,19 +1181,16 @@ def log_speed(config, dataset, regions: int, seconds: float, machine) -> None:
     """Tokens per second, and the useful FLOPs as a share of what this device can do at most."""
     rate = regions * dataset.views / max(seconds, 1e-9)
     share = rate * region_flops(config, dataset.removed_tokens) / matrix_rate(machine)
-    tokens = rate * config.geometry().num_tokens
-    log(f"{tokens:,.0f} tokens per second over {seconds:.0f} s")
-    log(f"{share:.0%} of the rate of plain matrix products on this device")
+    text = f"{rate * config.geometry().num_tokens:,.0f} tokens per second over {seconds:.0f} s, "
+    text += f"{share:.0%} of the rate of plain matrix products on this device"
     if machine.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(machine.device) / 1e9
-        log(f"peak memory {peak:.1f} GB")
+        text += f", peak memory {torch.cuda.max_memory_allocated(machine.device) / 1e9:.1f} GB"
+    log(text)
 
 
 def bootstrap_aurocs(labels, scores, seed: int, resamples: int = 1000) -> np.ndarray | None:
     """(resamples,) `Outcome.metric` of cases drawn with replacement within each class.
-
-    scores (cases,) or (cases, G). None with fewer than two cases of a class.
-    """
+    scores (cases,) or (cases, G). None with fewer than two cases of a class."""
     from scipy.stats import mannwhitneyu  # its import takes a second
 
     labels = np.asarray(labels)
@@ -1283,29 +1212,21 @@ def interval(samples: np.ndarray | None) -> list[float] | None:
     return None if samples is None else np.percentile(samples, [2.5, 97.5]).tolist()
 
 
-def check_finite(run: Run, recent: list, done: int) -> None:
-    """Refuse a loss or gradient norm that is not finite. recent: both, of the steps to `done`."""
-    losses, norms = torch.stack(recent, dim=1)  # the norms are those of all processes already
-    pairs = zip(run.machine.sum(losses).tolist(), norms.tolist(), strict=True)
-    for step, (loss, norm) in enumerate(pairs, done - len(recent) + 1):
-        if not math.isfinite(loss) or not (math.isfinite(norm) or run.machine.may_skip()):
-            raise MixmagError(
-                f"{run.folder}: at step {step} the loss is {loss:.4g} and the gradient's norm "
-                f"{norm:.4g}; run data.py verify, or try a smaller --lr; the last checkpoint stays"
-            )
-
-
-def note_held_out(run: Run, step: int, model, held_out) -> None:
-    """One line of metrics: the mean loss over magnifications on unseen slides, if there are any."""
-    if held_out and run.writes:
-        run.note(step=step, held_out=float(np.mean(model_losses(model, held_out, run.machine))))
+def check_finite(run: Run, step: int, loss: float, norm: float, slides: str) -> None:
+    """Refuse a loss or a gradient's norm that is not finite.
+    In fp16 steps of infinite norm are skipped and the scale falls; below 1 it is not to blame."""
+    scaler = run.machine.scaler
+    skipped = scaler.is_enabled() and scaler.get_scale() >= 1
+    if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
+        raise MixmagError(
+            f"{run.folder}: at step {step} the loss is {loss:.4g} and the gradient's norm "
+            f"{norm:.4g}, with {slides}; try data.py verify, a smaller --lr or --amp off"
+        )
 
 
 def note_pretraining(run: Run, step, sums: dict, rate, norm, magnifications, bar) -> None:
     """One line of metrics: the sums of a step over all processes."""
-    total = {}
-    for name, value in sums.items():
-        total[name] = run.machine.sum(value.double().cpu())
+    total = {name: run.machine.sum(value.double().cpu()) for name, value in sums.items()}
     of_level, count = total.pop("levels")
     values = {name: value.item() for name, value in total.items()}
     for magnification, loss in zip(magnifications, (of_level / count).tolist(), strict=True):
@@ -1314,28 +1235,13 @@ def note_pretraining(run: Run, step, sums: dict, rate, norm, magnifications, bar
     bar.set_postfix(loss=f"{values['loss']:.3f}")
 
 
-PREDICTORS = {
-    "mean": "mean embedding",
-    "shift": "mean + the region's common shift",
-    "parent": "visible parent",
-    "children": "visible children",
-    "neighbours": "visible neighbours",
-    "mixture": "mixture of them, 5 weights a magnification",
-    "kriging": "kriging, and the mixture for the rest",
-    "model": "**mixing encoder**",
-    "least": "least possible (synthetic)",
-}
-
-
 class Yardsticks:
     """Predictions of removed tokens that need no network: what an encoder has to beat.
-
     All start from the mean embedding of a magnification (each scaled to length 1) and add how
     visible tokens deviate from theirs: "shift" the mean deviation of all, "parent", "children" and
     "neighbours" theirs. Two are fitted on training windows: "mixture" weighs five such means, and
     "kriging" is the conditional mean of a Gaussian with a covariance of places for each of the
-    first principal directions (the rest as the mixture).
-    """
+    first principal directions (the rest as the mixture)."""
 
     def __init__(self, dataset, mean: torch.Tensor, windows: int = 1024, directions: int = 96):
         """mean (K, D). dataset: RegionDataset of the training slides."""
@@ -1404,15 +1310,9 @@ class Yardsticks:
         parent, children, neighbours, _, shift = means
         level = self.level[removed]
         mixture = torch.einsum("bmw,wbmd->bmd", self.weights[level], means)
-        added = {
-            "mean": torch.zeros_like(shift),
-            "shift": shift,
-            "parent": parent,
-            "children": children,
-            "neighbours": neighbours,
-            "mixture": mixture,
-            "kriging": mixture + self.krige(y, visible, removed, mixture),
-        }
+        added = {"mean": torch.zeros_like(shift), "shift": shift, "parent": parent}
+        added |= {"children": children, "neighbours": neighbours, "mixture": mixture}
+        added["kriging"] = mixture + self.krige(y, visible, removed, mixture)
         return {name: self.mean[level] + part for name, part in added.items()}
 
     def krige(self, y, visible, removed, start) -> torch.Tensor:
@@ -1430,21 +1330,9 @@ class Yardsticks:
 HELD_OUT_WINDOWS = 512  # at most so many are measured, evenly spread
 
 
-def held_out_windows(config, geometry, slide_ids) -> data.RegionDataset | None:
-    """The windows side by side of these slides, if any; they are neither turned nor shifted."""
-    if not slide_ids:
-        return None
-    slides = data.read_slides(Path(config.data), slide_ids)
-    whole = {"stride": config.region, "min_cover": config.min_cover, "turn": False}
-    dataset = data.RegionDataset(slides, geometry, config.seed, config.mask, **whole)
-    return dataset if len(dataset) else None
-
-
 def held_out_losses(dataset, predict) -> dict[str, list]:
     """predictor -> (K,) mean of 1 - cosine on the removed tokens of the windows of `dataset`.
-
-    predict: a function of x, removed, valid that gives predictor -> (B, M, D).
-    """
+    predict: a function of x, removed, valid that gives predictor -> (B, M, D)."""
     sums: dict = defaultdict(float)
     count = min(len(dataset), HELD_OUT_WINDOWS)
     chosen = np.linspace(0, len(dataset) - 1, count).astype(int)
@@ -1483,7 +1371,7 @@ def format_losses(losses: dict, magnifications) -> str:
     rows = []
     for name, values in losses.items():
         numbers = [f"{value:.3f}" for value in (*values, np.mean(values))]
-        rows.append([PREDICTORS[name], *numbers])
+        rows.append([name, *numbers])
     titles = ["predictor of the removed tokens", *(f"{m}x" for m in magnifications), "all"]
     return markdown(titles, rows)
 
@@ -1545,17 +1433,15 @@ def finish_pretraining(config, run: Run, model, slides, directions, held_out, fa
     losses: dict = {}
     magnifications = model.config.magnifications
     if held_out:
-        plain = dataclasses.replace(config, swap=0.0, source=0)
-        trained = pretraining_windows(plain, slides, held_out.geometry, run.machine)
+        trained = dataclasses.replace(held_out, slides=slides, stride=1, turn=True)
         losses = held_out_losses(held_out, Yardsticks(trained, directions).predict)
         losses["model"] = model_losses(model, held_out, run.machine)
         words = verdict(run, losses, magnifications)
         if cohort:
             losses["least"] = list(cohort["least_mem_loss"].values())
-        windows = min(len(held_out), HELD_OUT_WINDOWS)
-        text = f"{format_losses(losses, magnifications)}\n\n"
-        measured = plural(windows, "region"), plural(len(held_out.slides), "slide")
-        text += f"Measured on {' of '.join(measured)}. {words}"
+        windows = plural(min(len(held_out), HELD_OUT_WINDOWS), "region")
+        measured = f"Measured on {windows} of {plural(len(held_out.slides), 'slide')}."
+        text = f"{format_losses(losses, magnifications)}\n\n{measured} {words}"
         if not data.task_names(config.data):
             text += "\n\nNo task table says which slides are of one patient: some may be in both."
     heading = f"# {run.folder.name}: loss (1 - cosine) on held-out slides of {title}"
@@ -1567,24 +1453,18 @@ def finish_pretraining(config, run: Run, model, slides, directions, held_out, fa
 
 
 def verdict(run: Run, losses: dict, magnifications) -> str:
-    """In words: what the encoder is not better than, and whether it overfits."""
+    """In words: what the model is not better than, and whether it overfits."""
     sentences = []
     for i, magnification in enumerate(magnifications):
-        better = [name for name, values in losses.items() if values[i] <= losses["model"][i]]
-        better.remove("model")
-        if better:
-            sentences.append(
-                f"At {magnification}x the encoder is not better than: {', '.join(better)}."
-            )
-    text = " ".join(sentences)
-    if not text:
-        text = "The encoder is better than every other predictor at each magnification."
+        as_good = [name for name, values in losses.items() if values[i] <= losses["model"][i]]
+        as_good.remove("model")
+        names = ", ".join(as_good) or "none"
+        sentences.append(f"At {magnification}x as good as the model, or better: {names}.")
     steps, curve = run.curve("held_out")
-    least = min(curve)
-    if curve[-1] > 1.01 * least:
-        step = steps[curve.index(least)]
-        text += f" It overfits: its loss was least at step {step}, {least:.3f}."
-    return text
+    best = int(np.argmin(curve))
+    if curve[-1] > 1.01 * curve[best]:
+        sentences.append(f"It overfits: at step {steps[best]} its loss was {curve[best]:.3f}.")
+    return " ".join(sentences)
 
 
 def own_style(draw: Callable) -> Callable:
@@ -1618,15 +1498,14 @@ def draw_curve(run: Run, losses: dict, magnifications, title: str) -> None:
     figure, axis = plot()
     for m in magnifications:
         axis.plot(*run.curve(f"{m}x"), lw=1, label=f"{m}x, training batches")
-    if losses:
-        styles = {"shift": ":", "neighbours": "-.", "mixture": "--", "kriging": "-"}
-        for name, style in styles.items():
+    styles: dict = {"shift": ":", "neighbours": "-.", "mixture": "--", "kriging": "-"}
+    styles["least"] = (0, (1, 4))
+    for name, style in styles.items():
+        if name in losses:
             label = f"{name}, held out"
             axis.axhline(np.mean(losses[name]), color="black", ls=style, lw=1, label=label)
+    if losses:
         axis.plot(*run.curve("held_out"), "o-", color="crimson", label="encoder, held out")
-    if "least" in losses:
-        least = np.mean(losses["least"])
-        axis.axhline(least, color="grey", lw=3, alpha=0.4, label="least possible")
     axis.set(xlabel="optimizer step", ylabel="1 - cosine at removed tokens")
     axis.set_title(f"{run.folder.name}, {title}", parse_math=False)
     axis.legend(fontsize=7, frameon=False, ncols=2)

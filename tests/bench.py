@@ -550,7 +550,7 @@ def training_step(config, batch: int, micro: int, machine, views: int = 1, compi
 
     def step(parts=parts):
         train_step(model, parts, batch, machine)
-        train.optimizer_step(model, optimizer, machine.scaler, 1e-4, 1.0)
+        train.optimizer_step(model, optimizer, machine, 1e-4, 1.0)
 
     return step
 

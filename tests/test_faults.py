@@ -387,9 +387,14 @@ FINETUNE_5X = "finetune --task skin_braf --init random --magnification 5"
 
 
 @pytest.mark.parametrize(
-    "command, amp", [("pretrain --steps 20", "off"), (FINETUNE_5X, "off"), (FINETUNE_5X, "fp16")]
+    "command, amp, message",
+    [
+        ("pretrain --steps 20", "off", "at step 10 the loss is nan"),
+        (FINETUNE_5X, "off", "at step 2 the loss is .*norm inf"),
+        (FINETUNE_5X, "fp16", "at step 22 the loss is .*norm inf"),
+    ],
 )
-def test_gradients_that_are_not_finite(cohort, tmp_path, monkeypatch, command, amp):
+def test_gradients_that_are_not_finite(cohort, tmp_path, monkeypatch, command, amp, message):
     """One is the end. Under fp16 such steps are skipped until the scale cannot be to blame."""
     step = train.optimizer_step
     calls = []
@@ -403,7 +408,7 @@ def test_gradients_that_are_not_finite(cohort, tmp_path, monkeypatch, command, a
     monkeypatch.setattr(train, "optimizer_step", spoiled)
     flags = f"--data {cohort} --out {tmp_path} --amp {amp} --batch-size 8"
     options = vars(data.parse_command(f"{command} {flags}".split(), "", "", train.COMMANDS))
-    with pytest.raises(MixmagError, match="at step (2|22) the loss is .*norm inf"):
+    with pytest.raises(MixmagError, match=message):
         options.pop("function")(**options)
     if amp == "off":
         assert not (tmp_path / "last.pt").exists()

@@ -161,10 +161,11 @@ def test_a_scaled_step_equals_the_plain_one_and_skips_infinities():
     for dtype in (None, torch.float16):
         model = small_model()
         optimizer = torch.optim.AdamW(train.parameter_groups(model, 0.05))
-        scaler = machine_of(dtype).scaler
+        machine = machine_of(dtype)
+        scaler = machine.scaler
         batch = some_regions()
         scaler.scale(model(batch["x"], batch["removed"]).loss).backward()
-        train.optimizer_step(model, optimizer, scaler, 1e-3, 0.1)
+        train.optimizer_step(model, optimizer, machine, 1e-3, 0.1)
         models.append(model)
     plain, scaled = models
     for a, b in zip(plain.parameters(), scaled.parameters(), strict=True):
@@ -172,7 +173,7 @@ def test_a_scaled_step_equals_the_plain_one_and_skips_infinities():
     before = [parameter.clone() for parameter in scaled.parameters()]
     scaler.scale(scaled(batch["x"], batch["removed"]).loss).backward()
     next(scaled.parameters()).grad.view(-1)[0] = math.inf
-    norm = train.optimizer_step(scaled, optimizer, scaler, 1e-3, 0.1)
+    norm = train.optimizer_step(scaled, optimizer, machine, 1e-3, 0.1)
     assert not norm.isfinite()
     assert scaler.get_scale() == 512.0
     for a, b in zip(before, scaled.parameters(), strict=True):
@@ -416,8 +417,9 @@ def test_verdict_names_what_is_better():
     run = types.SimpleNamespace(curve=lambda name: ([10, 20], [0.2, 0.3]))
     losses = {"mean": [0.5, 0.6], "mixture": [0.4, 0.3], "model": [0.3, 0.35]}
     assert train.verdict(run, losses, (5, 10)) == (
-        "At 10x the encoder is not better than: mixture. "
-        "It overfits: its loss was least at step 10, 0.200."
+        "At 5x as good as the model, or better: none. "
+        "At 10x as good as the model, or better: mixture. "
+        "It overfits: at step 10 its loss was 0.200."
     )
 
 
@@ -425,14 +427,16 @@ def test_pretrain_leaves_a_whole_run(runs, cohort):
     folder = runs / "runs/mem-0.50"
     result = json.loads((folder / "result.json").read_text())
     assert result["steps"] == 12
-    assert set(result["held_out"]) == set(train.PREDICTORS)
-    assert "Measured on" in (folder / "SUMMARY.md").read_text()
+    names = "mean shift parent children neighbours mixture kriging model least"
+    assert set(result["held_out"]) == set(names.split())
+    summary = (folder / "SUMMARY.md").read_text()
+    assert all(f"\n| {name} |" in summary for name in result["held_out"])
+    assert "Measured on" in summary
     encoder = mixmag.load_encoder(folder / "encoder")
     state = torch.load(folder / "last.pt", weights_only=True)["model"]
     for name, value in encoder.state_dict().items():
         assert torch.equal(value, state[f"encoder.{name}"])
     assert (folder / "curve.png").stat().st_size > 5000
-    assert "mixing encoder" in (folder / "SUMMARY.md").read_text()
     roles = dict(table_rows(folder / "encoder/slides.csv", ("slide_id", "role")))
     evaluation = data.evaluation_slides(data.read_tasks(cohort))
     assert not set(roles) & set().union(*evaluation.values())
@@ -587,7 +591,7 @@ def test_the_newest_encoder_that_fits_is_taken_and_named(cohort, tmp_path, monke
     config = train.FinetuneConfig(task="skin_braf", data=str(cohort))
     finished_pretraining(tmp_path / "runs/wide", 3, dim=1280)
     finished_pretraining(tmp_path / "runs/other", 2, magnifications=[10, 20])
-    with pytest.raises(MixmagError, match="no pretraining run .* fits .*width 64"):
+    with pytest.raises(MixmagError, match="no finished pretraining run .* fits .*width 64"):
         train.newest_pretraining(config)
     finished_pretraining(tmp_path / "runs/old", 0)
     finished_pretraining(tmp_path / "runs/fits", 1)
@@ -618,7 +622,7 @@ def test_what_the_tables_leave_out_is_said(cohort, copy_of):
     data.write_csv(folder / "pretrain.csv", ("slide_id",), [[ids[0]], [ids[2]]])
     text = train.used_slides(folder)
     assert f"2 of {len(ids)} slides; fold0" in text
-    assert "finetune will refuse fold0: it tunes or tests on 1 slide of these" in text
+    assert "finetune will refuse fold0: it tunes or tests on 1 of these" in text
 
 
 FOLDS = ("case_id", "slide_id", "label", "fold_0", "fold_1")
