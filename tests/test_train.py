@@ -225,7 +225,8 @@ def test_cached_outputs_give_the_encoders_logits(cohort, tokens):
     slide = dataset.slides[dataset.cases[0].slide_ids[0]]
     slide.valid = np.random.default_rng(0).random(slide.valid.shape) > 0.3
     batch = dataset.batch(range(6))
-    train.update_cache(model, dataset, True, machine_of())
+    frozen = types.SimpleNamespace(frozen_epochs=2)
+    train.freeze_encoder(frozen, model, {"train": dataset, "tune": dataset}, True, machine_of())
     cached = dataset.batch(range(6))
     assert cached["cached"]
     assert not batch["cached"]
@@ -253,7 +254,8 @@ def test_abmil_standardises_each_magnification_by_itself(cohort):
     for magnification in (10, "all"):
         config = train.FinetuneConfig(task="x", init="none", magnification=magnification)
         config = train.apply_preset(train.adopt_encoder_settings(config))
-        model = train.make_classifier(config, slides_by_id(cohort), cases, machine_of())
+        some = slides_by_id(cohort)
+        model = train.make_classifier(config, some, cases, machine_of(), data.BINARY)
         dataset = case_dataset(cohort, cases, model)
         x = model.encode(dataset.batch(range(len(dataset)))["x"])  # (W, n, D)
         level = model.config.geometry().level()[model.index]
@@ -455,7 +457,7 @@ def test_finetune_result_is_what_scikit_learn_says(runs):
         scores = [float(row["score"]) for row in of_split]
         assert roc_auc_score(labels, scores) == pytest.approx(result[name], abs=1e-12)
     tune = [line["tune_auroc"] for line in lines(folder / "metrics.jsonl")]
-    assert tune[result["best_epoch"]] == max(tune)
+    assert tune[result["best_epoch"] - 1] == max(tune)
     assert result["interval"][0] <= result["auroc"] <= result["interval"][1]
 
 
@@ -663,7 +665,7 @@ def test_a_fold_is_pretrained_and_tuned_without_its_cases(folded, monkeypatch, c
     with pytest.raises(MixmagError, match="no column split, found fold_0, fold_1; --fold K reads"):
         train.finetune(config)
     result = train.finetune(dataclasses.replace(config, fold=1))
-    assert "grade: classes high, low, medium; a score for each" in capsys.readouterr().err
+    assert "grade: classes high, low, medium; of two" in capsys.readouterr().err
     assert result["classes"] == ["high", "low", "medium"]
     columns = ("score_high", "score_low", "score_medium")
     rows = table_rows("f/predictions.csv", ("case_id", "label", "split", *columns))
@@ -716,7 +718,7 @@ def test_a_class_that_a_split_lacks_is_named(folded):
     lines[1:3] = [line.replace("low", "hihg") for line in lines[1:3]]  # a slip in one case
     path.write_text("\n".join(lines))
     config = train.FinetuneConfig(data=str(folded), task="grade", init="none", fold=0)
-    with pytest.raises(MixmagError, match="'medium'.; two classes or more .* all of .*'hihg'"):
+    with pytest.raises(MixmagError, match="'medium'.; two or more .* all of .*'hihg'"):
         train.finetune(config)
 
 
@@ -784,7 +786,8 @@ def test_flags_out_of_range_are_usage_errors(command, capsys):
 
 def test_flags_are_the_fields_of_the_configs(monkeypatch):
     made = []
-    monkeypatch.setattr(train, "finetune", lambda config: made.append(config) or {})
+    result = {"task": "x", "cases": {"test": 2}}
+    monkeypatch.setattr(train, "finetune", lambda config: made.append(config) or result)
     assert train.main(["finetune", "--task", "x", "--magnification", "8.75"]) == 0
     assert made == [train.FinetuneConfig(task="x", magnification=8.75)]
 
@@ -840,12 +843,13 @@ def test_the_encoder_brings_preset_and_region(runs):
         train.encoder_folder(next((runs / "runs").glob("skin_braf-*")))
 
 
-def test_a_dry_run_counts_and_writes_nothing(cohort, tmp_path):
-    command = "train.py finetune --task skin_braf --init random --region 2 --dry-run"
-    out, _ = run(command, "--data", cohort, cwd=tmp_path)
-    assert not list(tmp_path.iterdir())
+def test_a_run_says_what_it_reads(cohort, tmp_path):
+    command = "train.py finetune --task skin_braf --init none --region 2 --epochs 1"
+    _, err = run(command, "--data", cohort, cwd=tmp_path)
+    assert "1 epoch of 2 steps" in err
     slides = slides_by_id(cohort)
-    planned = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
+    counts = [line.split(";")[0].split() for line in err.splitlines() if line]
+    planned = {split: numbers for split, *numbers in counts}
     for split in data.SPLITS:
         cases = [case for case in data.read_task(cohort, "skin_braf") if case.split == split]
         ids = [slide_id for case in cases for slide_id in case.slide_ids]
@@ -854,14 +858,14 @@ def test_a_dry_run_counts_and_writes_nothing(cohort, tmp_path):
         assert planned[split] == expected
 
 
-def test_a_dry_run_names_slides_without_a_cell(tmp_path):
+def test_a_slide_without_a_cell_is_named(tmp_path):
     rows = [(f"c{i}", f"s{i}", i % 2, data.SPLITS[i // 2]) for i in range(6)]
     for i, row in enumerate(rows):
         make_slide(tmp_path, row[1], seed=i)
     make_slide(tmp_path, "empty", cells=[])
     rows.append(("c6", "empty", 0, "train"))
     data.write_csv(tmp_path / "tasks" / "t.csv", COLUMNS, rows)
-    command = "train.py finetune --task t --init none --region 1 --dry-run --data ."
+    command = "train.py finetune --task t --init none --region 1 --epochs 1 --data ."
     _, err = run(command, cwd=tmp_path)
     assert "train: 1 slide without a token to read: empty\n" in err
 
