@@ -548,9 +548,7 @@ def adopt_encoder_settings(config: FinetuneConfig) -> FinetuneConfig:
         known = data.read_json(encoder_folder(init) / "config.json")
     region = known.get("model", {}).get("region", config.region or 3)
     if config.region not in (None, region):
-        raise MixmagError(
-            f"--region {config.region}: the encoder of {init} reads {region} x {region} cells"
-        )
+        raise MixmagError(f"--region {config.region}: {init} reads {region} x {region} cells")
     preset = config.preset or known.get("preset", "small")
     return dataclasses.replace(config, init=init, preset=preset, region=region)
 
@@ -605,17 +603,13 @@ def split_cases(config, model, slides: dict, cases: list, classes) -> dict[str, 
         of_split = [case for case in cases if case.split == split]
         dataset = data.CaseDataset(slides, of_split, geometry, model.index, config.min_cover)
         if dataset.dropped:
-            named = ", ".join(dataset.dropped[:5])
-            log(
-                f"{split}: {plural(len(dataset.dropped), 'slide')} without a token to read: {named}"
-            )
+            count = plural(len(dataset.dropped), "slide")
+            log(f"{split}: {count} without a token to read: {', '.join(dataset.dropped[:5])}")
         labels = sorted(set(dataset.labels))
         if split != "test" and len(labels) < max(2, len(classes)):
             found = [classes[label] for label in labels]
-            raise MixmagError(
-                f"task {config.task}: the {split} split has {len(dataset)} usable cases of classes "
-                f"{found}; two or more are needed, and all of {classes}"
-            )
+            wanted = f"expected two classes or more, and all of {classes}"
+            raise MixmagError(f"task {config.task}: {split} has usable cases of {found}; {wanted}")
         sets[split] = dataset
     return sets
 
@@ -764,8 +758,8 @@ def case_scores(dataset, slide_scores: list, rule: str) -> list:
     for case, of_slides in zip(dataset.cases, slide_scores, strict=True):
         score = CASE_SCORES[rule](of_slides, axis=0)  # () or (G,)
         if not np.isfinite(score).all():
-            names = ", ".join(case.slide_ids)
-            raise MixmagError(f"case {case.case_id}, slides {names}: NaN; see data.py verify")
+            found = f"case {case.case_id}, slides {case.slide_ids}: score {score}"
+            raise MixmagError(f"{found}; see data.py verify")
         if score.ndim:
             score = score / score.sum()
         scores.append(score.tolist())
@@ -1730,8 +1724,9 @@ def embed_slide(model, dataset, slide, out: Path, made_by: dict, machine) -> Non
     """Write a file per magnification, or one for `cls`: features (N, d) float32, coords (N, 2)."""
     if slide.slide_id in dataset.dropped:
         raise MixmagError("no cells, or no valid token")
+    made_by = {**made_by, "mixmag_slide_sha256": slide.meta["sha256"]}
     files = list(output_files(out, model, slide.meta, made_by))
-    written = [is_written(path, attributes) for path, attributes in files]
+    written = [is_written(path, made_by) for path, _ in files]
     if all(written):
         return
     h, _ = slide_outputs(model, dataset, slide.slide_id, machine)
@@ -1758,7 +1753,6 @@ def output_files(out: Path, model, meta: dict, made_by: dict):
         folder = out / f"{magnification}x_{px}px_0px_overlap" / f"features_mixmag_{model.tokens}"
         attributes = {
             **made_by,
-            "mixmag_slide_sha256": meta["sha256"],
             "patch_size": px,
             "patch_size_level0": round(px * 10 / (magnification * meta["mpp"])),
             "level0_magnification": 10 / meta["mpp"],
@@ -1772,15 +1766,14 @@ def output_files(out: Path, model, meta: dict, made_by: dict):
         yield folder / f"{meta['slide_id']}.h5", attributes
 
 
-def is_written(path: Path, attributes: dict) -> bool:
+def is_written(path: Path, made_by: dict) -> bool:
     """Whether an earlier start wrote this file. OtherSettings where it was made otherwise."""
     try:
         with h5py.File(path, locking=False) as file:
             found = dict(file["features"].attrs)
     except (OSError, KeyError):
         return False  # missing, or damaged
-    found["savetodir"] = attributes["savetodir"]  # the folder may have moved
-    if differing := data.differences({name: found.get(name) for name in attributes}, attributes):
+    if differing := data.differences({name: found.get(name) for name in made_by}, made_by):
         raise OtherSettings(f"{path} was made otherwise: {differing}; give another --out")
     return True
 
@@ -2002,6 +1995,7 @@ PAPER = {  # AUROC x 100 as printed: the tasks in the order of TASK_TITLES, then
 }
 ROW_WORDS = {"abmil": "AB-MIL", "random": "Random", "mem": "MEM", "cmem": "CMEM", "cls": "CLS"}
 ROW_WORDS |= {"5": "5x", "10": "10x", "20": "20x", "3": "3x3", "7": "7x7", "11": "11x11"}
+RESULTS = ("row", "task", "seed", "low", "high", "auroc", "tune_auroc", "best_epoch", "case_score")
 
 
 def row_title(row: str) -> str:
@@ -2081,26 +2075,23 @@ def write_results(out: Path, cells: dict) -> None:
     lines = []
     scores: dict = defaultdict(dict)  # (task, case, label) -> column -> score
     for (seed, row, task), folders in cells.items():
+        line = {"row": row, "task": task, "seed": seed}
         results = [data.read_json(folder / "result.json") for folder in folders]
-        found: dict = {}
         if results:
             classes = results[0].get("classes", data.BINARY)
             cases = tested_cases(folders, classes)
             for case, score in cases.items():
-                text = " ".join(map(str, score.tolist()))
-                scores[task, *case][f"{row} {seed}"] = text
+                scores[task, *case][f"{row} {seed}"] = " ".join(map(str, score.tolist()))
             labels = [label for _, label in cases]
-            found = measure_tests(labels, np.squeeze(list(cases.values())), classes, seed)
-            found["tune_auroc"] = np.mean([result["tune_auroc"] for result in results])
-        for name in ("best_epoch", "case_score"):
-            found[name] = " ".join(str(result[name]) for result in results)
-        low, high = found.get("interval") or ("", "")
-        numbers = map(found.get, ("auroc", "tune_auroc", "best_epoch", "case_score"))
-        lines.append([row, task, seed, low, high, *numbers])
+            line |= measure_tests(labels, np.squeeze(list(cases.values())), classes, seed)
+            line["low"], line["high"] = line.get("interval") or ("", "")
+            line["tune_auroc"] = np.mean([result["tune_auroc"] for result in results])
+            for name in ("best_epoch", "case_score"):
+                line[name] = " ".join(str(result[name]) for result in results)
+        lines.append([line.get(name, "") for name in RESULTS])
     if not scores:
         raise MixmagError(f"{out}: no cell of the table has a score of a test case")
-    header = ("row", "task", "seed", "low", "high", "auroc", "tune_auroc", "best_epoch")
-    data.write_csv(out / "results.csv", (*header, "case_score"), lines)
+    data.write_csv(out / "results.csv", RESULTS, lines)
     columns = list(dict.fromkeys(f"{row} {seed}" for seed, row, _ in cells))
     lines = [[*case, *(found.get(c, "nan") for c in columns)] for case, found in scores.items()]
     data.write_csv(out / "scores.csv", ("task", "case_id", "label", *columns), lines)
