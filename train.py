@@ -2082,8 +2082,10 @@ def write_results(out: Path, cells: dict) -> None:
             cases = tested_cases(folders, classes)
             for case, score in cases.items():
                 scores[task, *case][f"{row} {seed}"] = " ".join(map(str, score.tolist()))
-            labels = [label for _, label in cases]
-            line |= measure_tests(labels, np.squeeze(list(cases.values())), classes, seed)
+            line |= results[0]
+            if len(results) > 1:
+                labels = [label for _, label in cases]
+                line |= measure_tests(labels, np.squeeze(list(cases.values())), classes, seed)
             line["low"], line["high"] = line.get("interval") or ("", "")
             line["tune_auroc"] = np.mean([result["tune_auroc"] for result in results])
             for name in ("best_epoch", "case_score"):
@@ -2280,10 +2282,9 @@ def add_data_flags(parser, folder=DEFAULT_DATA, **out) -> None:
 def add_predict_flags(parser) -> None:
     """score slides (of the run's DATA, or --data) with a fine-tuned run, into RUN/predict.csv"""
     parser.epilog = "example: python train.py predict --run runs/msi --data data/mine"
-    add = parser.add_argument
-    add("--run", required=True, help="fine-tuning run")
+    parser.add_argument("--run", required=True, help="fine-tuning run")
     add_data_flags(parser, folder=None)
-    add("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
+    parser.add_argument("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
 
 
 def add_embed_flags(parser) -> None:
