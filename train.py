@@ -481,38 +481,35 @@ ABMIL_EPOCHS = {"small": 60, "paper": 20}  # AB-MIL without an encoder learns la
 
 def finetune(config: FinetuneConfig) -> dict:
     """Train on the train split, keep the best epoch by the tune split, score the test split once.
-
-    Returns what result.json holds, or {} for a dry run. Raises MixmagError for an encoder that saw
-    tune or test cases, and for data that does not fit it. Source: paper section 4.3.
-    """
+    Returns what result.json holds; {} for a dry run. Raises MixmagError for data that does not fit
+    the encoder, and for one that saw tune or test cases. Source: paper section 4.3."""
     config = apply_preset(adopt_encoder_settings(config))
     machine = start_machine(config.device, config.amp, preset_width(config.preset))
     folder = ensure_data(config.data, machine)
     table = data.read_table(folder, config.task)
     cases = table.in_fold(config.fold, config.seed)
-    if table.classes != ["0", "1"]:
-        scores = "a score for each"
-        if len(table.classes) == 2:
-            scores = f"the score is the probability of {table.classes[1]}"
-        log(f"{config.task}: classes {', '.join(table.classes)}; {scores}")
+    text = f"{config.task}: classes {', '.join(table.classes)}"
+    if len(table.classes) == 2:
+        text += f"; the score is the probability of {table.classes[1]}"
+    log(text)
     slide_ids = [i for case in cases for i in case.slide_ids]
     slides = {slide.slide_id: slide for slide in data.read_slides(folder, slide_ids)}
     check_no_copies(slides, cases)
-    if is_pretrained(config.init):
-        check_no_leakage(config.init, folder, cases)
-    model = make_classifier(config, slides, cases, machine, table.classes)
-    sets = split_cases(config, model, slides, cases, table.classes)
-    if config.dry_run:
-        if machine.rank == 0:
-            print(finetuning_plan(model, sets))
-        return {}
     files = [folder / "tasks" / f"{config.task}.csv"]
     if is_pretrained(config.init):
+        check_no_leakage(config.init, folder, cases)
         files.append(encoder_folder(config.init) / "model.safetensors")
+    model = make_classifier(config, slides, cases, machine, table.classes)
+    sets = split_cases(config, model, slides, cases, table.classes)
+    plan = finetuning_plan(model, sets)
+    if config.dry_run:
+        data.show(plan)
+        return {}
     settings = run_settings("finetune", config, model.config, list(slides.values()), files)
     run = Run(config, settings, machine)
     if run.result():
         return run.result()
+    log(plan)
     best = finetune_loop(config, run, model, sets)
     finish_finetuning(config, run, model, sets, best, table.classes)
     machine.barrier()
@@ -527,9 +524,7 @@ def adopt_encoder_settings(config: FinetuneConfig) -> FinetuneConfig:
         known = data.read_json(encoder_folder(init) / "config.json")
     region = known.get("model", {}).get("region", config.region or 3)
     if config.region not in (None, region):
-        raise MixmagError(
-            f"--region {config.region}: the encoder of {init} reads {region} x {region} cells"
-        )
+        raise MixmagError(f"--region {config.region}: {init} reads {region} x {region} cells")
     preset = config.preset or known.get("preset", "small")
     return dataclasses.replace(config, init=init, preset=preset, region=region)
 
@@ -538,40 +533,29 @@ def is_pretrained(init: str) -> bool:
     return init not in ("none", "random")
 
 
-def make_classifier(
-    config, slides: dict, cases: list, machine, classes=data.BINARY
-) -> mixmag.SlideClassifier:
-    """The encoder of `config.init` under a new AB-MIL.
-
-    A pretrained encoder brings the constants that standardise its inputs. A random one gets those
-    of the training slides. Without an encoder, each magnification gets constants of its own.
-    """
+def make_classifier(config, slides: dict, cases: list, machine, classes) -> mixmag.SlideClassifier:
+    """The encoder of `config.init` under a new AB-MIL. A pretrained one brings the constants that
+    standardise its inputs; a random one gets those of the training slides; without an encoder each
+    magnification has its own."""
     torch.manual_seed(config.seed)
     any_slide = next(iter(slides.values()))
+    model_config = make_model_config(config, any_slide)
     encoder = None
     if is_pretrained(config.init):
         encoder = read_encoder(config.init, any_slide)
         model_config = encoder.config
-    else:
-        model_config = make_model_config(config, any_slide)
-        if config.init == "random":
-            encoder = mixmag.MixingEncoder(model_config)
+    elif config.init == "random":
+        encoder = mixmag.MixingEncoder(model_config)
+    settings = (config.tokens, config.magnification, config.hidden, config.dropout)
     outputs = len(OUTCOME.columns(classes))
-    sizes = {"hidden": config.hidden, "dropout": config.dropout, "outputs": outputs}
     try:
-        model = mixmag.SlideClassifier(
-            model_config, encoder, config.tokens, config.magnification, **sizes
-        )
+        model = mixmag.SlideClassifier(model_config, encoder, *settings, outputs=outputs)
     except ValueError as error:
         raise MixmagError(f"--tokens or --magnification: {error}") from None
     train = [slides[i] for case in cases if case.split == "train" for i in case.slide_ids]
     if train and not is_pretrained(config.init):  # split_cases refuses a task without any
         fit_standardization(model, train)
-    model.to(machine.device)
-    if machine.world > 1:  # sums over the data may differ in rounding
-        for tensor in model.state_dict().values():
-            distributed.broadcast(tensor, 0)
-    return model
+    return model.to(machine.device)
 
 
 def fit_standardization(model: mixmag.SlideClassifier, slides: list) -> None:
@@ -589,68 +573,73 @@ def fit_standardization(model: mixmag.SlideClassifier, slides: list) -> None:
 
 def split_cases(config, model, slides: dict, cases: list, classes) -> dict[str, data.CaseDataset]:
     """The cases of each split. Raises MixmagError where train or tune lacks a class."""
+    geometry = model.config.geometry()
     sets = {}
     for split in data.SPLITS:
         of_split = [case for case in cases if case.split == split]
-        sets[split] = data.CaseDataset(
-            slides, of_split, model.config.geometry(), model.index.cpu(), config.min_cover
-        )
-        if dropped := sets[split].dropped:
-            named = ", ".join(dropped[:5])
-            log(f"{split}: {plural(len(dropped), 'slide')} without a token to read: {named}")
-        labels = sorted(set(sets[split].labels))
+        dataset = data.CaseDataset(slides, of_split, geometry, model.index, config.min_cover)
+        if dataset.dropped:
+            count = plural(len(dataset.dropped), "slide")
+            log(f"{split}: {count} without a token to read: {', '.join(dataset.dropped[:5])}")
+        labels = sorted(set(dataset.labels))
         if split != "test" and len(labels) < max(2, len(classes)):
-            raise MixmagError(
-                f"task {config.task}: the {split} split has {len(sets[split])} usable cases with "
-                f"labels {[classes[label] for label in labels]}; two classes or more are needed, "
-                f"and all of {classes}"
-            )
+            found = [classes[label] for label in labels]
+            wanted = f"expected two classes or more, and all of {classes}"
+            raise MixmagError(f"task {config.task}: {split} has usable cases of {found}; {wanted}")
+        sets[split] = dataset
     return sets
 
 
 def finetune_loop(config, run: Run, model, sets: dict) -> dict:
-    """All epochs, from the last checkpoint on. Returns the best epoch by the tune split.
-
-    The encoder is frozen for `frozen_epochs` (paper 4.3: one). With more than one its outputs are
-    computed once and kept in memory.
-    """
+    """All epochs, from the last checkpoint on. Returns the best epoch by the tune split."""
     groups = parameter_groups(model, config.weight_decay, config.layer_decay, config.encoder_rate)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
     steps = math.ceil(len(sets["train"]) / config.batch_size)
-    log(f"{run.folder}: {parameter_count(model)}, {config.epochs} epochs of {steps} steps")
-    counts = []
-    for split, dataset in sets.items():
-        slides = plural(len(dataset.corners), "slide")
-        counts.append(f"{split} {len(dataset)} cases, {slides}{dataset.uncovered}")
-    log(f"{run.folder}: {'; '.join(counts)}")
+    length = f"{plural(config.epochs, 'epoch')} of {plural(steps, 'step')}"
+    log(f"{run.folder}: {parameter_count(model)}, {length}")
     best = {"tune_auroc": -math.inf, **run.load(model, optimizer)}
     start = best.pop("done")
     bar = progress(total=config.epochs * steps, initial=start * steps, desc="finetune")
     for epoch in range(start, config.epochs):
         if model.encoder is not None:
-            frozen = epoch < config.frozen_epochs
-            model.encoder.requires_grad_(not frozen)
-            for split in ("train", "tune"):
-                update_cache(model, sets[split], frozen and config.frozen_epochs > 1, run.machine)
+            freeze_encoder(config, model, sets, epoch < config.frozen_epochs, run.machine)
         loss, norm = finetune_epoch(config, model, optimizer, sets["train"], epoch, run, bar)
         scores = score_cases(model, sets["tune"], run.machine, config.batch_size)
         rule, tune = choose_case_score(sets["tune"], scores, config.case_score)
         if tune >= best["tune_auroc"]:  # of equally good epochs the last has learned longest
             state = {name: value.cpu().clone() for name, value in model.state_dict().items()}
-            best = {"model_state": state, "tune_auroc": tune}
-            best |= {"best_epoch": epoch, "case_score": rule}
-        run.note(epoch=epoch, loss=loss, norm=norm, tune_auroc=tune, case_score=rule)
+            best = {"model_state": state, "best_epoch": epoch + 1}
+            best |= {"tune_auroc": tune, "case_score": rule}
+        run.note(epoch=epoch + 1, loss=loss, norm=norm, tune_auroc=tune, case_score=rule)
         bar.set_postfix(loss=f"{loss:.3f}", tune=f"{tune:.3f}")
         run.save(epoch + 1, model, optimizer, **best)
     bar.close()
     return best
 
 
-def finetune_epoch(config, model, optimizer, dataset, epoch: int, run, bar) -> tuple[float, float]:
-    """One pass over the training cases. Returns the mean loss and the last gradient's norm.
+def freeze_encoder(config, model, sets: dict, frozen: bool, machine) -> None:
+    """Freeze the encoder (paper 4.3: for one epoch), or let it learn. While it is frozen for
+    several epochs its outputs are computed once and kept in memory."""
+    model.encoder.requires_grad_(not frozen)
+    for dataset in (sets["train"], sets["tune"]):
+        if not frozen:
+            dataset.cached.clear()
+        elif config.frozen_epochs > 1 and not dataset.cached:
+            slide_ids = progress(dataset.corners, desc="encoder outputs")
+            dataset.cached |= {i: slide_outputs(model, dataset, i, machine) for i in slide_ids}
 
-    The order of the cases follows from seed and epoch. Processes share the cases of a batch.
-    """
+
+def slide_outputs(model, dataset, slide_id: str, machine) -> tuple[np.ndarray, np.ndarray]:
+    """A slide's encoder outputs (W, n or 1, d), and which tokens are valid (W, n)."""
+    x, valid = dataset.read(slide_id)
+    with torch.no_grad(), machine.autocast():
+        h = model.encode_chunks(**data.as_batch(x, valid, machine.device))
+    return h.float().cpu().numpy(), valid
+
+
+def finetune_epoch(config, model, optimizer, dataset, epoch: int, run, bar) -> tuple[float, float]:
+    """One pass over the training cases, in an order that follows from seed and epoch. Processes
+    share the cases of a batch. Returns the mean loss and the last gradient's norm."""
     machine = run.machine
     # the 4 makes it differ from the streams 0 to 3, with which data.py makes the synthetic cohort
     order = np.random.default_rng([config.seed, 4, epoch]).permutation(len(dataset))
@@ -680,10 +669,8 @@ def finetune_epoch(config, model, optimizer, dataset, epoch: int, run, bar) -> t
 
 
 def finetune_step(model, batch: dict, smoothing: float, cases: int, machine) -> float:
-    """Forward and backward over this process's cases of a batch of `cases`.
-
-    Returns its part of the mean loss. A process without a case adds nothing to the gradient.
-    """
+    """Forward and backward over this process's cases of a batch of `cases`. Returns its part of the
+    mean loss. A process without a case adds nothing to the gradient."""
     if not batch:
         machine.scaler.scale(torch.zeros((), device=machine.device))  # else it could not unscale
         return 0.0
@@ -704,28 +691,13 @@ def slide_logits(model, batch: dict) -> torch.Tensor:
     return logit
 
 
-def update_cache(model, dataset, cached: bool, machine) -> None:
-    """Make the encoder's outputs of all slides once, or forget them."""
-    if not cached:
-        dataset.cached.clear()
-        return
-    for slide_id, window_cells in progress(dataset.window_cells.items(), desc="encoder outputs"):
-        if slide_id in dataset.cached:
-            continue
-        x, valid = data.gather(dataset.slides[slide_id], window_cells, dataset.entries)
-        with torch.no_grad(), machine.autocast():
-            h = model.encode_chunks(**data.as_batch(x, valid, machine.device))
-        dataset.cached[slide_id] = (h.float().cpu().numpy(), valid)
-
-
 def score_cases(model, dataset, machine, batch_size: int) -> list[np.ndarray]:
     """The score of each slide, case by case. No label is looked at. Processes share the cases."""
     model.eval()
     scores = {}
-    indices = range(len(dataset))[machine.rank :: machine.world]
-    for start in range(0, len(dataset), batch_size * machine.world):
-        first = start // machine.world
-        chosen = indices[first : first + batch_size]
+    at_once = batch_size * machine.world
+    for start in range(0, len(dataset), at_once):
+        chosen = range(len(dataset))[start : start + at_once][machine.rank :: machine.world]
         if chosen:
             batch = data.to_device(dataset.batch(chosen), machine.device)
             with torch.no_grad(), machine.autocast():
@@ -757,8 +729,8 @@ def case_scores(dataset, slide_scores: list, rule: str) -> list:
     for case, of_slides in zip(dataset.cases, slide_scores, strict=True):
         score = CASE_SCORES[rule](of_slides, axis=0)  # () or (G,)
         if not np.isfinite(score).all():
-            names = ", ".join(case.slide_ids)
-            raise MixmagError(f"case {case.case_id}, slides {names}: NaN; see data.py verify")
+            found = f"case {case.case_id}, slides {case.slide_ids}: score {score}"
+            raise MixmagError(f"{found}; see data.py verify")
         if score.ndim:
             score = score / score.sum()
         scores.append(score.tolist())
@@ -767,42 +739,36 @@ def case_scores(dataset, slide_scores: list, rule: str) -> list:
 
 def finish_finetuning(config, run: Run, model, sets: dict, best: dict, classes) -> None:
     """Score tune and test with the best epoch; write weights, predictions.csv and result.json."""
-    model.load_state_dict(best["model_state"])
+    state = best.pop("model_state")
+    model.load_state_dict(state)
     sets["tune"].cached.clear()
-    rows = []
+    lines = []
     for split in ("tune", "test"):
         slide_scores = score_cases(model, sets[split], run.machine, config.batch_size)
         scores = case_scores(sets[split], slide_scores, best["case_score"])
         for case, score in zip(sets[split].cases, scores, strict=True):
-            rows.append((case.case_id, case.label, score, split))
+            lines.append((case.case_id, classes[case.label], *np.ravel(score).tolist(), split))
     if not run.writes:
         return
     with whole_file(run.folder / "model.safetensors") as temporary:
-        save_file(best["model_state"], temporary)
+        save_file(state, temporary)
+    header = ("case_id", "label", *OUTCOME.columns(classes), "split")
+    data.write_csv(run.folder / "predictions.csv", header, lines)
     names = ("task", "init", "tokens", "magnification", "seed")
     result = {"kind": "finetune", **{name: getattr(config, name) for name in names}}
     result["cases"] = {split: len(dataset) for split, dataset in sets.items()}
     result["slides_left_out"] = sorted(i for dataset in sets.values() for i in dataset.dropped)
-    for name in ("best_epoch", "tune_auroc", "case_score"):
-        result[name] = best[name]
-    write_predictions_and_result(run.folder, rows, classes, result, config.seed)
+    result |= {**best, "classes": classes}
+    result |= measure_tests(sets["test"].labels, scores, classes, config.seed)
+    data.write_json(run.folder / "result.json", result)
 
 
-def write_predictions_and_result(folder: Path, rows: list, classes, result: dict, seed) -> None:
-    """predictions.csv, and result.json with the AUROC of the test cases, unless a class is absent.
-
-    rows: case_id, label, score, split.
-    """
-    lines = [(case, classes[g], *np.ravel(score).tolist(), split) for case, g, score, split in rows]
-    header = ("case_id", "label", *OUTCOME.columns(classes), "split")
-    data.write_csv(folder / "predictions.csv", header, lines)
-    tested = [(label, score) for _, label, score, split in rows if split == "test"]
-    result["classes"] = classes
-    if len({label for label, _ in tested}) == len(classes):
-        labels, scores = zip(*tested, strict=True)
-        result["auroc"] = OUTCOME.metric(labels, scores)
-        result["interval"] = interval(bootstrap_aurocs(labels, scores, seed))
-    data.write_json(folder / "result.json", result)
+def measure_tests(labels: list, scores, classes: list, seed: int) -> dict:
+    """AUROC of the test cases and its 95 % interval over cases. Empty if a class is absent."""
+    if len(set(labels)) < len(classes):
+        return {}
+    samples = bootstrap_aurocs(labels, scores, seed)
+    return {"auroc": OUTCOME.metric(labels, scores), "interval": interval(samples)}
 
 
 # ======================================================================================== stop here
@@ -1124,9 +1090,8 @@ def finetuning_plan(model, sets: dict) -> str:
     for split, dataset in sets.items():
         regions = sum(map(len, dataset.corners.values()))
         tokens = regions * len(model.index)
-        lines.append(
-            f"{split:8s}{len(dataset):8d}{len(dataset.corners):8d}{regions:9d}{tokens:13,d}"
-        )
+        line = f"{split:8s}{len(dataset):8d}{len(dataset.corners):8d}{regions:9d}{tokens:13,d}"
+        lines.append(line + dataset.uncovered)
     return "\n".join(lines)
 
 
@@ -1554,16 +1519,14 @@ def predict(run, folder=None, slides=None, out=None, device: str = "auto") -> in
     """Score slides, each by itself, and write a CSV of slide_id and score."""
     failed: list = []
     model, config, dataset, machine = open_run(run, folder, slides, device, failed)
-    for slide_id in dataset.dropped:
-        failed.append((slide_id, "predict", "no cells, or no valid token"))
+    failed += [(i, "predict", "no cells, or no valid token") for i in dataset.dropped]
     rows = []
     scores = score_cases(model, dataset, machine, 1)  # one by one: memory for the largest slide
     for case, score in zip(dataset.cases, scores, strict=True):  # score (1,) or (1, G)
         if np.isfinite(score).all():
             rows.append((case.case_id, *score.ravel().tolist()))
         else:
-            reason = f"its score is {score.ravel()[0]}; see data.py verify"
-            failed.append((case.case_id, "predict", reason))
+            failed.append((case.case_id, "predict", "its score is not finite; see data.py verify"))
     path = Path(out or Path(run) / "predict.csv")
     data.write_csv(path, ("slide_id", *OUTCOME.columns(config["classes"])), rows)
     scored = plural(len(rows), "slide")
@@ -1578,12 +1541,14 @@ class OutputPlaces:
     slide: data.Slide
     labels: list[str]  # names of the magnifications; "regions" for `cls`
     window: np.ndarray  # (L,)
-    region: np.ndarray  # (L, 2) the window's col, row on the lattice of regions
     token: np.ndarray  # (L,) which of the window's outputs
+    region: np.ndarray  # (L, 2) the window's col, row on the lattice of regions
+    frame: np.ndarray  # (L, 4) the window's box
     k: np.ndarray  # (L,) index of the magnification
     side: np.ndarray  # (L,) level-0 px, not rounded
     place: np.ndarray  # (L, 2) col, row on the lattice of this side
-    box: np.ndarray  # (L, 4) left, top, right, bottom in level-0 px, rounded
+    box: np.ndarray  # (L, 4) left, top, right, bottom in level-0 px
+    weights: dict = field(default_factory=dict)  # name -> (L,), of a heatmap
 
 
 def output_places(model, dataset, slide_id: str) -> OutputPlaces:
@@ -1601,14 +1566,20 @@ def output_places(model, dataset, slide_id: str) -> OutputPlaces:
         labels = ["regions"]
         cells = R
     window, token = valid.nonzero()
+    region = corners[window] // R
+    frame = lattice_boxes(slide, region, R * slide.meta["cell_px"])
     k, row, col = outputs[token].T
     side = cells * slide.meta["cell_px"] / 2.0**k
     place = corners[window] // cells * 2 ** k[:, None] + np.stack([col, row], axis=1)
-    # each edge is computed from the lattice's origin and rounded once, so neighbours share it
-    start = slide.meta["origin"] + place * side[:, None]
-    end = slide.meta["origin"] + (place + 1) * side[:, None]
-    box = np.concatenate([start, end], axis=1).round().astype(np.int64)
-    return OutputPlaces(slide, labels, window, corners[window] // R, token, k, side, place, box)
+    box = lattice_boxes(slide, place, side[:, None])
+    return OutputPlaces(slide, labels, window, token, region, frame, k, side, place, box)
+
+
+def lattice_boxes(slide, place: np.ndarray, side) -> np.ndarray:
+    """(L, 4) level-0 px of the places (L, 2) on a lattice of this side. Each edge is computed from
+    the lattice's origin and rounded once, so neighbours share it."""
+    edges = np.hstack([place, place + 1]) * side + slide.meta["origin"] * 2
+    return edges.round().astype(np.int64)
 
 
 def embed(init, out, folder=DEFAULT_DATA, tokens="cls", slides=None, min_cover=0.5, device="auto"):
@@ -1639,15 +1610,14 @@ def embed_slide(model, dataset, slide, out: Path, made_by: dict, machine) -> Non
     """Write a file per magnification, or one for `cls`: features (N, d) float32, coords (N, 2)."""
     if slide.slide_id in dataset.dropped:
         raise MixmagError("no cells, or no valid token")
+    made_by = {**made_by, "mixmag_slide_sha256": slide.meta["sha256"]}
     files = list(output_files(out, model, slide.meta, made_by))
-    written = [is_written(path, attributes) for path, attributes in files]
+    written = [is_written(path, made_by) for path, _ in files]
     if all(written):
         return
-    x, valid = dataset.read(slide.slide_id)
-    with torch.inference_mode(), machine.autocast():
-        h = model.encode_chunks(**data.as_batch(x, valid, machine.device))  # (W, n or 1, d)
+    h, _ = slide_outputs(model, dataset, slide.slide_id, machine)
     places = output_places(model, dataset, slide.slide_id)
-    outputs = h.float().cpu().numpy()[places.window, places.token]  # (L, d)
+    outputs = h[places.window, places.token]  # (L, d)
     if not np.isfinite(outputs).all():
         raise MixmagError("its outputs are not finite; see data.py verify")
     for k, (path, attributes) in enumerate(files):
@@ -1669,7 +1639,6 @@ def output_files(out: Path, model, meta: dict, made_by: dict):
         folder = out / f"{magnification}x_{px}px_0px_overlap" / f"features_mixmag_{model.tokens}"
         attributes = {
             **made_by,
-            "mixmag_slide_sha256": meta["sha256"],
             "patch_size": px,
             "patch_size_level0": round(px * 10 / (magnification * meta["mpp"])),
             "level0_magnification": 10 / meta["mpp"],
@@ -1683,15 +1652,14 @@ def output_files(out: Path, model, meta: dict, made_by: dict):
         yield folder / f"{meta['slide_id']}.h5", attributes
 
 
-def is_written(path: Path, attributes: dict) -> bool:
+def is_written(path: Path, made_by: dict) -> bool:
     """Whether an earlier start wrote this file. OtherSettings where it was made otherwise."""
     try:
         with h5py.File(path, locking=False) as file:
             found = dict(file["features"].attrs)
     except (OSError, KeyError):
         return False  # missing, or damaged
-    found["savetodir"] = attributes["savetodir"]  # the folder may have moved
-    if differing := data.differences({name: found.get(name) for name in attributes}, attributes):
+    if differing := data.differences({name: found.get(name) for name in made_by}, made_by):
         raise OtherSettings(f"{path} was made otherwise: {differing}; give another --out")
     return True
 
@@ -1701,26 +1669,33 @@ def is_written(path: Path, attributes: dict) -> bool:
 REMARK = "attention says what the model weighed in its sum, not why: it is no evidence of causality"
 UNREAD = "tissue outside the frames was not read; see tile --min-tissue and finetune --min-cover"
 COLOURS = ("tab:cyan", "yellow", "black", "white")  # of the magnifications' tiles
-WEIGHTS = ("attention", "ratio", "rank")  # fields of the next class
 
 
-@dataclass
-class AttentionTable(OutputPlaces):
-    """What a model pooled of a slide, in its order, and with what weight."""
+def attention_places(model, dataset, machine) -> tuple[OutputPlaces, np.ndarray]:
+    """What a model pools of the only slide of `dataset`, and the slide's score, () or (G,).
+    Its weights: attention, which sums to 1; the ratio to the mean of the magnification; the rank,
+    which is the share of the magnification's weights that are no larger."""
+    from scipy.stats import rankdata  # its import takes a second
 
-    attention: np.ndarray  # (L,) its weights, which sum to 1
-    ratio: np.ndarray  # (L,) to the mean weight of the magnification
-    rank: np.ndarray  # (L,) share of the magnification's weights that are no larger
-
-    def frames(self) -> np.ndarray:
-        """(W, 4): the box around the tokens of each region."""
-        first = np.unique(self.window, return_index=True)[1]
-        corner = np.minimum.reduceat(self.box[:, :2], first)
-        return np.hstack([corner, np.maximum.reduceat(self.box[:, 2:], first)])
+    batch = data.to_device(dataset.batch([0]), machine.device)
+    with torch.no_grad(), machine.autocast():
+        logit, attention = model(batch["x"], batch["regions"], batch["valid"])
+    places = output_places(model, dataset, dataset.cases[0].case_id)
+    weight = attention.double().cpu().numpy()
+    if not np.isfinite(weight).all():
+        raise MixmagError(f"{places.slide.path}: its attention is not finite; see data.py verify")
+    ratio = np.empty(len(weight))
+    rank = np.empty(len(weight))
+    for k in np.unique(places.k):
+        here = places.k == k
+        ratio[here] = weight[here] / max(weight[here].mean(), 1e-300)  # all may be 0
+        rank[here] = rankdata(weight[here]) / here.sum()  # equal weights share their mean
+    places.weights = {"attention": weight, "ratio": ratio, "rank": rank}
+    return places, OUTCOME.score(logit)[0].numpy()
 
 
 def outlines(box: np.ndarray) -> np.ndarray:
-    """(L, 5, 2): a closed polygon around each box, level-0 px."""
+    """(L, 5, 2): a closed polygon around each box (L, 4)."""
     return box[:, [0, 1, 2, 1, 2, 3, 0, 3, 0, 1]].reshape(-1, 5, 2)
 
 
@@ -1734,60 +1709,37 @@ def attention_colours():
     return colors.LogNorm(1, 10, clip=True), scale
 
 
-def attention_table(model, dataset, machine) -> tuple[AttentionTable, np.ndarray]:
-    """The attention over the only slide of `dataset`, and the slide's score, () or (G,)."""
-    from scipy.stats import rankdata  # its import takes a second
-
-    batch = data.to_device(dataset.batch([0]), machine.device)
-    with torch.no_grad(), machine.autocast():
-        logit, attention = model(batch["x"], batch["regions"], batch["valid"])
-    places = output_places(model, dataset, dataset.cases[0].case_id)
-    score = OUTCOME.score(logit)[0].numpy()
-    weight = attention.double().cpu().numpy()
-    if not np.isfinite(weight).all():
-        raise MixmagError(f"{places.slide.path}: its attention is not finite; see data.py verify")
-    ratio = np.empty(len(weight))
-    rank = np.empty(len(weight))
-    for k in np.unique(places.k):
-        here = places.k == k
-        ratio[here] = weight[here] / max(weight[here].mean(), 1e-300)  # all may be 0
-        rank[here] = rankdata(weight[here]) / here.sum()  # equal weights share their mean
-    return AttentionTable(**vars(places), attention=weight, ratio=ratio, rank=rank), score
-
-
-def write_attention(path, table: AttentionTable) -> None:
-    """A CSV with a row per token."""
-    columns: dict = {"magnification": [table.labels[k].removesuffix("x") for k in table.k]}
-    columns["col"], columns["row"] = table.place.T
-    columns["x"], columns["y"] = table.box[:, :2].T
-    columns["side"] = table.side
-    columns["region_col"], columns["region_row"] = table.region.T
-    columns |= {name: getattr(table, name) for name in WEIGHTS}
-    data.write_csv(path, columns, zip(*columns.values(), strict=True))
-
-
-def write_geojson(path, table: AttentionTable, k: int, offset) -> None:
-    """GeoJSON detections for QuPath: a rectangle per token, coloured as in the picture. QuPath
-    counts pixels from the corner of a slide's bounds, so `offset` (x, y) is subtracted."""
-    corners = outlines(table.box) - offset
+def write_tables(folder: Path, places: OutputPlaces, offset) -> None:
+    """attention.csv, with a row per token; for each magnification detections for QuPath: rectangles
+    in the colours of the picture. QuPath counts pixels from the corner of a slide's bounds, so
+    `offset` (x, y) is subtracted."""
+    columns: dict = {"magnification": [places.labels[k].removesuffix("x") for k in places.k]}
+    columns["col"], columns["row"] = places.place.T
+    columns["x"], columns["y"] = places.box[:, :2].T
+    columns["side"] = places.side
+    columns["region_col"], columns["region_row"] = places.region.T
+    columns |= places.weights
+    data.write_csv(folder / "attention.csv", columns, zip(*columns.values(), strict=True))
+    corners = outlines(places.box) - offset
     norm, scale = attention_colours()
-    colours = (255 * scale(norm(table.ratio))[:, :3]).round().astype(int)
-    features = []
-    for i in np.flatnonzero(table.k == k):
-        name = f"{table.labels[k]} {table.place[i, 0]}, {table.place[i, 1]}"
+    colours = (255 * scale(norm(places.weights["ratio"]))[:, :3]).round().astype(int)
+    features = defaultdict(list)
+    for i, k in enumerate(places.k):
+        name = f"{places.labels[k]} {places.place[i, 0]}, {places.place[i, 1]}"
         properties = {"objectType": "detection", "name": name, "color": colours[i].tolist()}
-        properties["measurements"] = {n: getattr(table, n)[i].item() for n in WEIGHTS}
+        properties["measurements"] = {n: values[i].item() for n, values in places.weights.items()}
         shape = {"type": "Polygon", "coordinates": [corners[i].tolist()]}
-        features.append({"type": "Feature", "geometry": shape, "properties": properties})
-    text = json.dumps({"type": "FeatureCollection", "features": features}, allow_nan=False)
-    data.write_text(path, text)
+        features[k].append({"type": "Feature", "geometry": shape, "properties": properties})
+    for k, of_k in features.items():
+        text = json.dumps({"type": "FeatureCollection", "features": of_k}, allow_nan=False)
+        data.write_text(folder / f"attention-{places.labels[k]}.geojson", text)
 
 
-def check_same_image(reader, table: AttentionTable) -> None:
+def check_same_image(reader, places: OutputPlaces) -> None:
     """Refuse an image that is not the slide's. Files of some tools do not say the slide's size."""
-    meta = table.slide.meta
+    meta = places.slide.meta
     differs = meta.get("size_known", True) and reader.size != (meta["width"], meta["height"])
-    if differs or (table.box[:, :2] >= reader.size).any():
+    if differs or (places.box[:, :2] >= reader.size).any():
         raise MixmagError(
             f"--image {reader.path} has {reader.size} pixels, {meta['slide_id']} has another size "
             "or tiles outside: not the same slide, or imported with another --mpp"
@@ -1795,31 +1747,31 @@ def check_same_image(reader, table: AttentionTable) -> None:
 
 
 @own_style
-def draw_attention(path, table: AttentionTable, k: int, picture, size, bounds, title: str) -> None:
+def draw_attention(path, places: OutputPlaces, k: int, picture, size, bounds, title: str) -> None:
     """A map of magnification k: the ratio of each token, in its place on a slide of `size`.
     picture: of the whole slide, or None. bounds: what is shown. Nothing is smoothed."""
     from matplotlib.collections import PolyCollection
 
-    um = table.slide.meta["mpp"]  # the axes are in um, for the scale bar
+    um = places.slide.meta["mpp"]  # the axes are in um, for the scale bar
     left, top, width, height = np.array(bounds) * um
     inches = 7 / max(width, height)
     figure, axis = plot(max(5, inches * width + 1.2), inches * height + 1.4)
     if picture is not None:  # pale, so that the colours keep their meaning
         extent = (0, size[0] * um, size[1] * um, 0)
         axis.imshow(picture, cmap="gray", vmin=-80, vmax=240, extent=extent)
-    here = table.k == k
-    ratio = table.ratio[here]
+    here = places.k == k
+    ratio = places.weights["ratio"][here]
     norm, scale = attention_colours()
-    squares = PolyCollection(outlines(table.box[here]) * um, array=ratio, cmap=scale, norm=norm)
+    squares = PolyCollection(outlines(places.box[here]) * um, array=ratio, cmap=scale, norm=norm)
     squares.set(lw=0, antialiased=False)
     axis.add_collection(squares)
-    axis.plot(*(outlines(table.frames()) * um).T, color="tab:blue", lw=0.6)
+    axis.plot(*(outlines(np.unique(places.frame, axis=0)) * um).T, color="tab:blue", lw=0.6)
     axis.set(xlim=(left, left + width), ylim=(top + height, top), aspect="equal")
     axis.set(xticks=[], yticks=[])
     bar = figure.colorbar(squares, label="times the magnification's mean weight", shrink=0.8)
     bar.set_ticks((1, 2, 5, 10), labels=("1", "2", "5", "10"), minor=False)
     data.scale_bar(axis, width)
-    share = f"{table.labels[k]}: {table.attention[here].sum():.1%} of all attention"
+    share = f"{places.labels[k]}: {places.weights['attention'][here].sum():.1%} of all attention"
     title += f"\n{share}, up to {ratio.max():.2f} times its mean"
     figure.suptitle(title, fontsize=8, parse_math=False)
     figure.supxlabel(f"{UNREAD}\n{REMARK}", fontsize=7)
@@ -1827,26 +1779,26 @@ def draw_attention(path, table: AttentionTable, k: int, picture, size, bounds, t
 
 
 @own_style
-def draw_regions(path, table: AttentionTable, reader, side: float) -> None:
-    """The six regions of most attention, `side` level-0 px wide, in each its tiles of most."""
-    total = np.bincount(table.window, table.attention)
+def draw_regions(path, places: OutputPlaces, reader) -> None:
+    """The six regions of most attention, and in each its tile of most at each magnification."""
+    attention = places.weights["attention"]
+    total = np.bincount(places.window, attention)
     best = np.argsort(-total, kind="stable")[:6]
     inches = min(4.5, 14 / len(best))
     figure, axes = plot(inches * len(best), inches + 1.1, ncols=len(best), squeeze=False)
     for axis, window in zip(axes[0], best, strict=True):
-        here = table.window == window
-        region = table.region[here][0]
-        start = table.slide.meta["origin"] + region * side
-        left, top, right, bottom = np.clip([*start, *(start + side)], 0, reader.size * 2)
-        picture, within = reader.read(reader.level_for(side / 600), (left, top, right, bottom))
+        here = places.window == window
+        left, top, right, bottom = places.frame[here][0].clip(0, reader.size * 2)
+        level = reader.level_for((right - left) / 600)
+        picture, within = reader.read(level, (left, top, right, bottom))
         axis.imshow(picture.crop(within), extent=(left, right, bottom, top))
-        for k in np.unique(table.k[here]):
-            tokens = np.flatnonzero(here & (table.k == k))
-            box = table.box[tokens[table.attention[tokens].argmax()]]
-            line = {"color": COLOURS[k % len(COLOURS)], "label": f"most at {table.labels[k]}"}
-            axis.plot(*outlines(box[None])[0].T, lw=1.5, **line)
+        for k in np.unique(places.k[here]):
+            tokens = np.flatnonzero(here & (places.k == k))
+            most = tokens[[attention[tokens].argmax()]]
+            line = {"color": COLOURS[k % len(COLOURS)], "label": f"most at {places.labels[k]}"}
+            axis.plot(*outlines(places.box[most])[0].T, lw=1.5, **line)
         axis.set(xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top))
-        title = f"region {region.tolist()}: {total[window]:.2%} of the attention"
+        title = f"region {places.region[here][0].tolist()}: {total[window]:.2%} of the attention"
         even = f"{total[window] / here.mean():.2f} times an equal share"
         axis.set_title(f"{title}\n{even}", fontsize=8)
     axes[0, 0].legend(loc="upper left", bbox_to_anchor=(0, 0), fontsize=8, facecolor="lightgrey")
@@ -1857,39 +1809,36 @@ def heatmap(run, slide, folder=None, image=None, out=None, device: str = "auto")
     """Where a fine-tuned model looks on a slide: a CSV, GeoJSON for QuPath, and pictures."""
     model, config, dataset, machine = open_run(run, folder, [slide], device)
     if dataset.dropped:
-        raise MixmagError(f"{slide} has no cells with a valid token: there is nothing to draw")
-    table, scores = attention_table(model, dataset, machine)
+        raise MixmagError(f"{slide}: no cells, or no valid token")
+    places, scores = attention_places(model, dataset, machine)
     score = scores.max()  # of more than two classes that of the predicted one
     if scores.ndim:
         print(f"{slide}: predicted class {config['classes'][scores.argmax()]}")
-    meta = table.slide.meta
+    meta = places.slide.meta
     size = (meta["width"], meta["height"])
     bounds = (0, 0, *size)
     offset = np.round(meta["origin"]).astype(int)  # the lattice begins where the bounds do
     if image:
         reader = data.Reader(image)
-        check_same_image(reader, table)
+        check_same_image(reader, places)
         size = reader.size
         bounds = reader.bounds
         offset = np.array(bounds[:2])
     path = Path(out or Path(run) / "heatmap" / slide)
-    write_attention(path / "attention.csv", table)  # first, whatever the pictures bring
-    shown = np.unique(table.k)
-    for k in shown:
-        write_geojson(path / f"attention-{table.labels[k]}.geojson", table, k, offset)
+    write_tables(path, places, offset)  # first, whatever the pictures bring
     rule = data.read_json(Path(run) / "result.json")["case_score"]
     print(f"{slide}: score {score:.4f}; a case's score is the {rule} over its slides")
-    weights = f"{len(table.k)} weights in {path}/attention.csv, with .geojson and .png"
+    weights = f"{len(places.k)} weights in {path}/attention.csv, with .geojson and .png"
     print(f"{weights}{dataset.uncovered}\n{REMARK}")
     picture = None
     if image:  # 1600 px long
         colours, _, _ = data.thumbnail(reader, 1600 * data.TISSUE_UM / max(bounds[2:]))
         picture = colours.mean(axis=2)
-        draw_regions(path / "regions.png", table, reader, model.config.region * meta["cell_px"])
+        draw_regions(path / "regions.png", places, reader)
     title = f"{textwrap.fill(slide, 60)}\nrun {Path(run).resolve().name}, score {score:.3f}"
-    for k in shown:
-        map_path = path / f"attention-{table.labels[k]}.png"
-        draw_attention(map_path, table, k, picture, size, bounds, title)
+    for k in np.unique(places.k):
+        map_path = path / f"attention-{places.labels[k]}.png"
+        draw_attention(map_path, places, k, picture, size, bounds, title)
     return 0
 
 
@@ -1932,7 +1881,7 @@ PAPER = {  # AUROC x 100 as printed: the tasks in the order of TASK_TITLES, then
 }
 ROW_WORDS = {"abmil": "AB-MIL", "random": "Random", "mem": "MEM", "cmem": "CMEM", "cls": "CLS"}
 ROW_WORDS |= {"5": "5x", "10": "10x", "20": "20x", "3": "3x3", "7": "7x7", "11": "11x11"}
-RESULTS = ("auroc", "tune_auroc", "best_epoch", "case_score")
+RESULTS = ("row", "task", "seed", "low", "high", "auroc", "tune_auroc", "best_epoch", "case_score")
 
 
 def row_title(row: str) -> str:
@@ -1941,22 +1890,20 @@ def row_title(row: str) -> str:
 
 def table(folder, out, rows, tasks, seeds, preset, steps, epochs, frozen_epochs, device, seed):
     """Run rows x tasks x seeds of the paper's tables and sum up. Exit code 3: some were refused."""
+    begun = time.time()
     ensure_data(folder, start_machine(device))
     names = data.task_names(folder)
     rows = rows or list(PAPER)
     tasks = tasks or sorted(names, key=[*TASK_TITLES, *names].index)
-    unknown = {*rows, *tasks} - {*PAPER, *names}
-    if unknown:
+    if unknown := {*rows, *tasks} - {*PAPER, *names}:
         raise MixmagError(f"{unknown}: no such row or task; there are {[*PAPER, *names]}")
     common = {"data": str(folder), "device": device, "preset": preset}
     pretraining = PretrainConfig(steps=steps, **common)
     finetuning = FinetuneConfig(task="", epochs=epochs, frozen_epochs=frozen_epochs, **common)
-    cells: dict = {}
     plan = list(itertools.product(range(seed, seed + seeds), rows, tasks))
     costs = cell_costs(plan, pretraining, finetuning)
-    begun = time.time()
+    cells: dict = {}
     for number, cell in enumerate(plan, 1):
-        cells[cell] = {}
         step = f"step {number} of {len(plan)}: {row_title(cell[1])}, {cell[2]}"
         if number > 1:
             ahead = sum(costs[number - 1 :]) / sum(costs[: number - 1])
@@ -1969,6 +1916,7 @@ def table(folder, out, rows, tasks, seeds, preset, steps, epochs, frozen_epochs,
             if isinstance(error, OtherSettings) or data.process_rank()[1] > 1:
                 raise  # of several processes some may have gone on
             log(f"{cell}: {error}")
+            cells[cell] = []
     if data.process_rank()[0] == 0:
         write_results(Path(out), cells)
         facts = {"preset": preset, "steps": steps, "epochs": epochs, "frozen_epochs": frozen_epochs}
@@ -1976,7 +1924,7 @@ def table(folder, out, rows, tasks, seeds, preset, steps, epochs, frozen_epochs,
         facts |= {"threads": torch.get_num_threads(), "seconds": round(time.time() - begun)}
         cohort = data.synthetic_facts(folder)
         facts["data"] = f"synthetic cohort, seed {cohort['seed']}" if cohort else str(folder)
-        if any(data.read_table(folder, task).folds for task in tasks):
+        if any(len(folders) > 1 for folders in cells.values()):
             facts["data"] += ", those of all folds together"
         data.write_json(Path(out) / "machine.json", facts)
         text = format_results(Results(out))
@@ -1986,10 +1934,8 @@ def table(folder, out, rows, tasks, seeds, preset, steps, epochs, frozen_epochs,
 
 
 def cell_costs(plan: list, pretraining, finetuning) -> list[int]:
-    """What each cell costs on two cores, in epochs of AB-MIL.
-
-    A step of pretraining costs about as much as one, an epoch with an encoder as twelve.
-    """
+    """What each cell costs on two cores, in epochs of AB-MIL. A step of pretraining costs about as
+    much as one, an epoch with an encoder as twelve."""
     of_init = {i: dataclasses.replace(finetuning, init=i) for i in ("none", "random")}
     epochs = {init: apply_preset(config).epochs for init, config in of_init.items()}
     costs = []
@@ -2004,100 +1950,76 @@ def cell_costs(plan: list, pretraining, finetuning) -> list[int]:
     return costs
 
 
-def train_cell(seed: int, row: str, task: str, out: Path, pretraining, finetuning) -> dict:
-    """result.json of the fine-tuning, or of the test cases of all folds if the task has folds."""
-    table = data.read_table(finetuning.data, task)
-    if not table.folds:
-        return train_fold(seed, row, task, None, out, pretraining, finetuning)
-    for fold in table.folds:
-        train_fold(seed, row, task, fold, out, pretraining, finetuning)
-    return pool_folds(out / f"seed-{seed}" / f"{task}-{row}", table.folds, table.classes, seed)
-
-
-def train_fold(seed: int, row: str, task: str, fold, out: Path, pretraining, finetuning) -> dict:
-    """Pretrain where the row needs it, then fine-tune. Returns result.json of the fine-tuning."""
+def train_cell(seed: int, row: str, task: str, out: Path, pretraining, finetuning) -> list[Path]:
+    """Pretrain where the row needs it, then fine-tune; for each fold where the task has folds.
+    Returns the folders of the fine-tuning runs."""
     method, setting, *tokens = row.split("-")
-    folder = out / f"seed-{seed}"
-    end = "" if fold is None else f"-fold-{fold}"
-    finetuning = dataclasses.replace(finetuning, seed=seed, task=task, fold=fold)
-    finetuning.out = str(folder / f"{task}-{row}{end}")
-    if tokens:
-        finetuning.tokens = tokens[0]
-    if method in ("abmil", "random"):
-        finetuning.init = {"abmil": "none", "random": "random"}[method]
-        finetuning.magnification = parse_magnification(setting)
-        return finetune(finetuning)
-    finetuning.init = str(folder / f"{method}-{setting}{end}")
-    pretraining = dataclasses.replace(pretraining, seed=seed, fold=fold, out=finetuning.init)
-    if method == "mem":
-        pretraining.mask = float(setting)
-    else:
-        pretraining.source = int(setting)
-    pretrain(pretraining)
-    return finetune(finetuning)
-
-
-def pool_folds(folder: Path, folds: list[int], classes, seed: int) -> dict:
-    """Write to FOLDER-folds, and return, one result of the test cases of all folds.
-
-    A case that several folds test on has the mean of its scores.
-    """
-    scores = defaultdict(list)  # (case, label) -> its scores
-    results = []
-    for fold in folds:
-        of_fold = Path(f"{folder}-fold-{fold}")
-        results.append(data.read_json(of_fold / "result.json"))
-        for case_id, label, text in tested_cases(of_fold, classes):
-            scores[case_id, label].append(read_scores(text))
-    rows = [(*case, np.mean(of_case, axis=0), "test") for case, of_case in scores.items()]
-    tune = float(np.mean([result["tune_auroc"] for result in results]))
-    pooled = {"kind": "folds", "tune_auroc": tune, "cases": {"test": len(rows)}}
-    pooled["fold_aurocs"] = [result.get("auroc") for result in results]
-    if data.process_rank()[0] == 0:
-        write_predictions_and_result(Path(f"{folder}-folds"), rows, classes, pooled, seed)
-    return pooled
-
-
-def tested_cases(folder: Path, classes) -> list[tuple]:
-    """Of predictions.csv: case_id, the number of the label, and the scores with spaces between."""
-    columns = OUTCOME.columns(classes)
-    lines = data.read_csv(folder / "predictions.csv", ("case_id", "label", *columns, "split"))
-    found = []
-    for line in lines:
-        if line["split"] == "test":
-            text = " ".join(line[name] for name in columns)
-            found.append((line["case_id"], classes.index(line["label"]), text))
-    return found
-
-
-def read_scores(text: str) -> float | list[float]:
-    scores = [float(part) for part in (text or "nan").split()]
-    return scores if len(scores) > 1 else scores[0]
+    runs = out / f"seed-{seed}"
+    folders = []
+    folds: list = data.read_table(finetuning.data, task).folds
+    for fold in folds or [None]:
+        end = "" if fold is None else f"-fold-{fold}"
+        folders.append(runs / f"{task}-{row}{end}")
+        tuning = dataclasses.replace(finetuning, seed=seed, task=task, fold=fold)
+        tuning.out = str(folders[-1])
+        if tokens:
+            tuning.tokens = tokens[0]
+        if method in ("abmil", "random"):
+            tuning.init = {"abmil": "none", "random": "random"}[method]
+            tuning.magnification = parse_magnification(setting)
+        else:
+            tuning.init = str(runs / f"{method}-{setting}{end}")
+            pretraining = dataclasses.replace(pretraining, seed=seed, fold=fold, out=tuning.init)
+            if method == "mem":
+                pretraining.mask = float(setting)
+            else:
+                pretraining.source = int(setting)
+            pretrain(pretraining)
+        finetune(tuning)
+    return folders
 
 
 def write_results(out: Path, cells: dict) -> None:
-    """results.csv, and scores.csv of the test cases. cells: (seed, row, task) -> result or {}."""
+    """results.csv, and scores.csv of the test cases. cells: (seed, row, task) -> run folders."""
     lines = []
     scores: dict = defaultdict(dict)  # (task, case, label) -> column -> score
-    missing = {}  # task -> what stands for a missing score
-    for (seed, row, task), result in cells.items():
-        low, high = result.get("interval") or ("", "")
-        lines.append([row, task, seed, low, high, *map(result.get, RESULTS)])
-        if result:
-            classes = result.get("classes", data.BINARY)
-            missing[task] = " ".join(["nan"] * len(OUTCOME.columns(classes)))
-            end = "-folds" if result["kind"] == "folds" else ""
-            path = out / f"seed-{seed}" / f"{task}-{row}{end}"
-            for case_id, label, text in tested_cases(path, classes):
-                scores[task, case_id, label][f"{row} {seed}"] = text
+    for (seed, row, task), folders in cells.items():
+        line = {"row": row, "task": task, "seed": seed}
+        results = [data.read_json(folder / "result.json") for folder in folders]
+        if results:
+            classes = results[0].get("classes", data.BINARY)
+            cases = tested_cases(folders, classes)
+            for case, score in cases.items():
+                scores[task, *case][f"{row} {seed}"] = " ".join(map(str, score.tolist()))
+            line |= results[0]
+            if len(results) > 1:
+                labels = [label for _, label in cases]
+                line |= measure_tests(labels, np.squeeze(list(cases.values())), classes, seed)
+            line["low"], line["high"] = line.get("interval") or ("", "")
+            line["tune_auroc"] = np.mean([result["tune_auroc"] for result in results])
+            for name in ("best_epoch", "case_score"):
+                line[name] = " ".join(str(result[name]) for result in results)
+        lines.append([line.get(name, "") for name in RESULTS])
     if not scores:
         raise MixmagError(f"{out}: no cell of the table has a score of a test case")
-    data.write_csv(out / "results.csv", ("row", "task", "seed", "low", "high", *RESULTS), lines)
+    data.write_csv(out / "results.csv", RESULTS, lines)
     columns = list(dict.fromkeys(f"{row} {seed}" for seed, row, _ in cells))
-    cases = []
-    for case, found in scores.items():
-        cases.append([*case, *(found.get(column, missing[case[0]]) for column in columns)])
-    data.write_csv(out / "scores.csv", ("task", "case_id", "label", *columns), cases)
+    lines = [[*case, *(found.get(c, "nan") for c in columns)] for case, found in scores.items()]
+    data.write_csv(out / "scores.csv", ("task", "case_id", "label", *columns), lines)
+
+
+def tested_cases(folders: list[Path], classes: list[str]) -> dict[tuple, np.ndarray]:
+    """(case_id, label) -> scores (1,) or (G,) of the test cases of all folds. A case that several
+    folds test on has their mean."""
+    columns = OUTCOME.columns(classes)
+    scores = defaultdict(list)
+    for folder in folders:
+        lines = data.read_csv(folder / "predictions.csv", ("case_id", "label", *columns, "split"))
+        for line in lines:
+            if line["split"] == "test":
+                case = (line["case_id"], classes.index(line["label"]))
+                scores[case].append([float(line[name]) for name in columns])
+    return {case: np.mean(of_folds, axis=0) for case, of_folds in scores.items()}
 
 
 class Results:
@@ -2118,7 +2040,8 @@ class Results:
         for case in data.read_csv(Path(folder) / "scores.csv", ("task", "label", *columns)):
             self.labels[case["task"]].append(int(case["label"]))
             for row in self.rows:
-                of_seeds = [read_scores(case[f"{row} {seed}"]) for seed in self.seeds]
+                texts = [case[f"{row} {seed}"].split() for seed in self.seeds]
+                of_seeds = [np.squeeze(np.array(numbers, float)) for numbers in texts]
                 self.scores[row, case["task"]].append(of_seeds)
 
 
@@ -2126,11 +2049,11 @@ def resampled_average(results: Results, row: str) -> np.ndarray | None:
     """(resamples,) averages over tasks and seeds, or None. All rows share the drawn test cases."""
     samples = []
     for number, task in enumerate(results.tasks):
-        labels = np.array(results.labels[task])
         for of_seed in zip(*results.scores[row, task], strict=True):
-            scores = np.array(of_seed)  # (cases,) or (cases, G)
-            known = np.isfinite(scores).reshape(len(scores), -1).all(axis=1)
-            drawn = bootstrap_aurocs(labels[known], scores[known], number)
+            known = [np.isfinite(score).all() for score in of_seed]  # (cases,)
+            scores = np.array(list(itertools.compress(of_seed, known)))  # (known,) or (known, G)
+            labels = np.array(results.labels[task])[known]
+            drawn = bootstrap_aurocs(labels, scores, number)
             if drawn is None:
                 return None
             samples.append(drawn)
@@ -2145,8 +2068,7 @@ def format_table(results: Results, rows: list[str]) -> str:
     for row in rows:
         aurocs = np.array([results.aurocs[row, task] for task in results.tasks])  # (tasks, seeds)
         average = f"**{100 * aurocs.mean():.1f}**"
-        bounds = interval(resampled_average(results, row))
-        if bounds:
+        if bounds := interval(resampled_average(results, row)):
             average += f" ({100 * bounds[0]:.1f} to {100 * bounds[1]:.1f})"
         spread = "-"
         if len(results.seeds) > 1:
@@ -2168,16 +2090,14 @@ def format_results(results: Results) -> str:
     return text
 
 
-DEMO_TASK = "gastric_her2"  # where, on tune splits, 1400 steps of pretraining gain most
-
-
 def demo(folder, out, seed: int, device: str) -> int:
     """The quick cohort, one pretraining of 1400 steps, and five rows of one task."""
+    task = "gastric_her2"  # where, on tune splits, 1400 steps of pretraining gain most
     rows = ["abmil-20", "abmil-all", "random-all-patch", "mem-0.50-patch", "mem-0.50-cls"]
-    code = table(folder, out, rows, [DEMO_TASK], 1, "small", 1400, 14, 1, device, seed)
+    code = table(folder, out, rows, [task], 1, "small", 1400, 14, 1, device, seed)
     auroc = {row: of_seeds[0] for (row, _), of_seeds in Results(out).aurocs.items()}
     print(
-        f"\nOn unseen cases of {DEMO_TASK} the pretrained encoder has an AUROC of "
+        f"\nOn unseen cases of {task} the pretrained encoder has an AUROC of "
         f"{auroc['mem-0.50-patch']:.2f}, the untrained one {auroc['random-all-patch']:.2f}, "
         f"no encoder {auroc['abmil-all']:.2f}.\n"
         "It is one synthetic task and one seed: nothing here says how tissue behaves.\n"
@@ -2189,11 +2109,9 @@ def demo(folder, out, seed: int, device: str) -> int:
 # ------------------------------------------------------------------------------------------- doctor
 
 
-def doctor() -> int:
+def doctor() -> None:
     """Versions, device, threads, precision, free disk. A WARNING says what to mend."""
-    facts: dict = {}
-    facts["python"] = sys.version.split()[0]
-    facts["OpenSlide library"] = data.OPENSLIDE_VERSION
+    facts: dict = {"python": sys.version.split()[0], "OpenSlide library": data.OPENSLIDE_VERSION}
     requirements = Path(__file__).with_name("requirements.txt").read_text("utf-8")
     for package in re.findall(r"^[\w-]+", requirements, re.MULTILINE):
         try:
@@ -2215,30 +2133,26 @@ def doctor() -> int:
     facts["free disk"] = f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB"
     for name, value in facts.items():
         print(f"{name:18s} {value}")
-    return 0
 
 
 # --------------------------------------------------------------------------------- the command line
 
 
-def pretrain_command(**options) -> int:
+def pretrain_command(**options) -> None:
     pretrain(PretrainConfig(**options))
-    return 0
 
 
-def finetune_command(**options) -> int:
+def finetune_command(**options) -> None:
     result = finetune(FinetuneConfig(**options))
-    if not result or data.process_rank()[0]:
-        return 0
+    if not result:
+        return
     text = "no AUROC, because the test split lacks a class"
     if "auroc" in result:
         text = f"test AUROC {result['auroc']:.3f}"
     if result.get("interval"):
         text += " (95 % over cases: {:.3f} to {:.3f})".format(*result["interval"])
-    if len(result.get("classes", data.BINARY)) > 2:
-        text = f"mean over classes, each against the rest: {text}"
-    print(f"{result['task']}: {text}, {result['cases']['test']} cases")
-    return 0
+    if data.process_rank()[0] == 0:
+        print(f"{result['task']}: {text}, {result['cases']['test']} cases")
 
 
 def add_config_flags(parser, config_class) -> None:
@@ -2279,10 +2193,9 @@ def add_data_flags(parser, folder=DEFAULT_DATA, **out) -> None:
 def add_predict_flags(parser) -> None:
     """score slides (of the run's DATA, or --data) with a fine-tuned run, into RUN/predict.csv"""
     parser.epilog = "example: python train.py predict --run runs/msi --data data/mine"
-    add = parser.add_argument
-    add("--run", required=True, help="fine-tuning run")
+    parser.add_argument("--run", required=True, help="fine-tuning run")
     add_data_flags(parser, folder=None)
-    add("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
+    parser.add_argument("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
 
 
 def add_embed_flags(parser) -> None:
@@ -2299,8 +2212,7 @@ def add_embed_flags(parser) -> None:
 def add_heatmap_flags(parser) -> None:
     """where a fine-tuned run looks on a slide: RUN/heatmap/ID has pictures, CSV, GeoJSON"""
     parser.epilog = (
-        "attention.csv has each token's attention (their sum is 1), the ratio to the mean of its "
-        "magnification, and its rank in it; --image adds regions.png. "
+        "ratio: to the mean attention at a magnification; rank: the share that is no larger. "
         "example: python train.py heatmap --run runs/msi --slide S1 --image S1.svs"
     )
     add = parser.add_argument

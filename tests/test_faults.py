@@ -4,6 +4,7 @@ python -m pytest tests/test_faults.py            MIXMAG_LONG=1 kills and mutates
 """
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import json
@@ -162,6 +163,7 @@ def test_no_loop_is_deaf(cohort, tmp_path, monkeypatch):
     bags = data.CaseDataset(by_id, cases, config.geometry(), model.index)
     machine = train.start_machine("cpu", "off")
     tuning = train.FinetuneConfig(task="skin_braf", batch_size=4, epochs=1, lr=1e-3)
+    frozen = dataclasses.replace(tuning, frozen_epochs=2)
     optimizer = torch.optim.AdamW(train.parameter_groups(model, 0.0))
     a_run = types.SimpleNamespace(machine=machine, folder=tmp_path)
     calls = [
@@ -172,7 +174,7 @@ def test_no_loop_is_deaf(cohort, tmp_path, monkeypatch):
         (data.feature_statistics, slides),
         (data.thumbnail, reader, 0.5),
         (data.tile_slide, reader, plan, data.texture, 39, tiling),
-        (train.update_cache, model, bags, True, machine),
+        (train.freeze_encoder, frozen, model, {"train": bags, "tune": bags}, True, machine),
         (train.score_cases, model, bags, machine, 4),
         (train.finetune_epoch, tuning, model, optimizer, bags, 0, a_run, train.progress(total=4)),
     ]

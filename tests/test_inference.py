@@ -238,7 +238,7 @@ def test_predict_scores_what_it_can_and_lists_the_rest(odd, tuned, tmp_path, cap
     assert all(0 < float(row["score"]) < 1 for row in rows)
     reasons = failures(tmp_path / "p-failed.csv")
     assert "no cells" in reasons["empty"]
-    assert "score is nan" in reasons["poisoned"]
+    assert "not finite" in reasons["poisoned"]
     assert "2 slides scored" in capsys.readouterr().out
     assert train.predict(tuned, odd, ["many"], out) == 0
     assert [row["slide_id"] for row in data.read_csv(out, ("slide_id",))] == ["many"]
@@ -322,7 +322,7 @@ def test_attention_lies_where_loops_put_it(odd, init, tokens, magnification, mon
     model = mixmag.SlideClassifier(CONFIG, encoder, tokens, magnification, hidden=8).eval()
     slide = read_slide(odd, "holes")
     dataset = train.one_case_per_slide(model, [slide], 0.5)
-    table, score = train.attention_table(model, dataset, MACHINE)
+    table, score = train.attention_places(model, dataset, MACHINE)
     magnifications = (0, 1, 2)
     if magnification != "all":
         magnifications = ((5, 10, 20).index(magnification),)
@@ -335,17 +335,17 @@ def test_attention_lies_where_loops_put_it(odd, init, tokens, magnification, mon
     found = [(w, k, place, tuple(box)) for w, k, place, box in zip(*columns, strict=True)]
     assert found == [token[:4] for token in expected]
     assert table.region.tolist() == [[i // 2 for i in windows[w][2]] for w, *_ in expected]
-    assert np.allclose(table.attention, attention, atol=1e-6)
-    assert table.attention.sum() == pytest.approx(1, abs=1e-6)
+    assert np.allclose(table.weights["attention"], attention, atol=1e-6)
+    assert table.weights["attention"].sum() == pytest.approx(1, abs=1e-6)
     for k in set(table.k.tolist()):
         here = table.k == k
-        weights = table.attention[here]
+        weights = table.weights["attention"][here]
         smaller = (weights < weights[:, None]).sum(axis=1)
         equal = (weights == weights[:, None]).sum(axis=1)
-        assert np.allclose(table.rank[here], (smaller + (equal + 1) / 2) / len(weights))
+        assert np.allclose(table.weights["rank"][here], (smaller + (equal + 1) / 2) / len(weights))
         boxes = map(tuple, table.box[here].tolist())
-        assert np.allclose(table.ratio[here], weights / weights.mean())
-        values = dict(zip(boxes, table.ratio[here], strict=True))
+        assert np.allclose(table.weights["ratio"][here], weights / weights.mean())
+        values = dict(zip(boxes, table.weights["ratio"][here], strict=True))
         assert painted(table, k, monkeypatch) == pytest.approx(values)
 
 
@@ -354,12 +354,12 @@ def test_a_map_is_as_dramatic_as_its_weights(odd, tmp_path, monkeypatch):
     cut off where a name is long and a slide narrow."""
     model = mixmag.SlideClassifier(CONFIG, mixmag.MixingEncoder(CONFIG))
     dataset = train.one_case_per_slide(model, [read_slide(odd, "many")], 0.5)
-    table, _ = train.attention_table(model, dataset, MACHINE)
+    table, _ = train.attention_places(model, dataset, MACHINE)
     glass = np.full((30, 40), 245)
     view = (0, 0, 40000, 30000)
     pictures = []
     for ratio in (1.0, 1.1, 20.0):
-        table.ratio[:] = ratio
+        table.weights["ratio"][:] = ratio
         train.draw_attention(tmp_path / "m.png", table, 2, glass, view[2:], view, "title")
         with Image.open(tmp_path / "m.png") as picture:
             pictures.append(np.asarray(picture.convert("RGB"), float)[100:])  # below the title
@@ -533,7 +533,7 @@ def test_top_regions_are_those_of_the_highest_sum(odd, tmp_path, monkeypatch):
     model = mixmag.SlideClassifier(CONFIG, mixmag.MixingEncoder(CONFIG))
     places = train.output_places(model, train.one_case_per_slide(model, [slide], 0.5), "many")
     weight = np.random.default_rng(2).random(len(tokens)) ** 4
-    table = train.AttentionTable(**vars(places), attention=weight, ratio=weight, rank=weight)
+    places.weights = {"attention": weight}
     cut = []
     outlined = []
 
@@ -552,7 +552,7 @@ def test_top_regions_are_those_of_the_highest_sum(odd, tmp_path, monkeypatch):
         return axis.add_line(Line2D(x, y, **style))
 
     monkeypatch.setattr("matplotlib.axes.Axes.plot", plot)
-    train.draw_regions(tmp_path / "r.png", table, Reader(), 2 * ODD["cell_px"])
+    train.draw_regions(tmp_path / "r.png", places, Reader())
     sums = np.zeros(len(windows))
     best = {}
     for token, value in zip(tokens, weight, strict=True):
