@@ -282,13 +282,12 @@ def pinned(batch: dict, device) -> dict:
 @dataclass(eq=False, repr=False)
 class RegionDataset(torch.utils.data.Dataset):
     """Random windows for pretraining: turned at random, with the tokens that are to be removed.
-    Sample i is a function of (seed, i) alone. Its epoch is i // W: in an epoch each of the W
-    windows comes once, in random order. `len` is W, but indices may go on beyond it. With stride 1
-    windows overlap, so an epoch sees most cells several times.
+    Sample i is a function of (seed, i) alone. In an epoch each of the W windows comes once, in
+    random order. `len` is W; i >= W belongs to a later epoch, i // W. With stride 1 windows
+    overlap, so an epoch sees most cells several times.
     source: for the contrastive loss; a sample then has a second view, a window drawn from a source
-    x source window that holds the first (paper 3.1.2). swap: share of samples that look as if
-    stained and scanned like another slide, whose mean of each magnification takes the place of
-    their own slide's."""
+    x source window that holds the first (paper 3.1.2). swap: share of samples whose slide's mean of
+    each magnification is replaced by another slide's, as if stained and scanned like that one."""
 
     slides: list[Slide]
     geometry: Geometry
@@ -321,12 +320,12 @@ class RegionDataset(torch.utils.data.Dataset):
 
     def draw(self, indices) -> tuple:
         """Of B samples: windows (views, B), turns of them (views, B), removed (views, B, M), and
-        the slides that they are to look like (B,)."""
+        the slides whose means they get (B,)."""
         N = self.geometry.num_tokens
         window = np.empty((self.views, len(indices)), np.int64)
         turn = np.empty_like(window)
         removed = np.empty((*window.shape, self.removed_tokens), np.int64)
-        look = np.empty(len(indices), np.int64)
+        style = np.empty(len(indices), np.int64)
         for b, i in enumerate(indices):
             rng = np.random.default_rng([self.seed, i])
             epoch, position = divmod(int(i), len(self))
@@ -336,10 +335,10 @@ class RegionDataset(torch.utils.data.Dataset):
             for view in range(self.views):
                 turn[view, b] = rng.integers(8) * self.turn  # always drawn: the rest stays equal
                 removed[view, b] = rng.permutation(N)[: self.removed_tokens]
-            look[b] = self.slide_of[window[0, b]]
+            style[b] = self.slide_of[window[0, b]]
             if rng.random() < self.swap:
-                look[b] = rng.integers(len(self.slides))
-        return window, turn, removed, look
+                style[b] = rng.integers(len(self.slides))
+        return window, turn, removed, style
 
     def draw_partner(self, window: int, rng) -> int:
         """A random window inside a random source window that holds the given one."""
@@ -356,21 +355,22 @@ class RegionDataset(torch.utils.data.Dataset):
         sample = self.batch([i])
         if sample["valid"] is None:
             sample["valid"] = torch.ones(sample["x"].shape[:-1], dtype=torch.bool)
-        axis = self.views - 1  # that of samples: views come first, where there are two
-        return {key: value.select(axis, 0) for key, value in sample.items()}
+        sample_axis = 1 if self.views == 2 else 0
+        return {key: value.select(sample_axis, 0) for key, value in sample.items()}
 
     def batch(self, indices) -> dict:
         """x (B, N, D) float16, valid (B, N) or None if all are valid, and removed (B, M).
         With two views each has a leading axis of 2."""
-        window, turn, removed, look = self.draw(indices)
+        window, turn, removed, style = self.draw(indices)
         x = np.empty((*window.shape, self.geometry.num_tokens, self.slides[0].dim), np.float16)
         valid = np.empty(x.shape[:-1], bool)
         for b, own in enumerate(self.slide_of[window[0]]):
             cells = self.window_cells[window[:, b]]
             entries = self.turned_entries[turn[:, b]]
             x[:, b], valid[:, b] = gather(self.slides[own], cells, entries)
-            if look[b] != own:
-                change = self.slide_means[look[b]] - self.slide_means[own]  # (K, D)
+            if style[b] != own:
+                change = self.slide_means[style[b]] - self.slide_means[own]  # (K, D)
+                change[np.isnan(change)] = 0  # one of the two has no token of a magnification
                 x[:, b] += change[self.k] * valid[:, b, :, None]
         views = slice(None) if self.views == 2 else 0
         return as_batch(x[views], valid[views]) | {"removed": torch.from_numpy(removed[views])}
@@ -488,15 +488,17 @@ def feature_statistics(slides, magnifications=None, limit: int = 20000) -> tuple
 
 
 def slide_means(slides) -> np.ndarray:
-    """(S, K, D) float16: mean embedding of each magnification in at most 32 evenly spread cells."""
+    """(S, K, D) float16: mean embedding of each magnification in at most 32 evenly spread cells;
+    NaN where there is none."""
     K = len(slides[0].meta["magnifications"])
-    means = np.zeros((len(slides), K, slides[0].dim), np.float16)
+    means = np.full((len(slides), K, slides[0].dim), np.nan, np.float16)
     for i, slide in enumerate(progress(slides, desc="slide means")):
         count = len(slide.cells)
         chosen = np.linspace(0, count - 1, min(count, 32)).astype(int)
         for k in range(K):
             tokens = tokens_in(slide, chosen, k).astype(np.float32)  # (n, D)
-            means[i, k] = tokens.sum(axis=0) / max(len(tokens), 1)
+            if len(tokens):
+                means[i, k] = tokens.mean(axis=0)
     return means
 
 
@@ -581,9 +583,9 @@ def shuffled(cases: list[Case], seed) -> list[Case]:
 
 @dataclass
 class TaskTable:
-    """The table of a task, before a fold is chosen: train is what every fold trains on.
-    columns: those that say a case's split, `split` or fold_0, fold_1, ... classes: their names; a
-    label is an index of this list. findings: everything that is wrong."""
+    """The table of a task. Until a fold is chosen, a case's split is train only where it is in the
+    train split of every fold. columns: those that say a split, `split` or fold_0, fold_1, ...
+    classes: their names; a label is an index of this list. findings: everything that is wrong."""
 
     path: Path
     columns: list[str]
@@ -783,6 +785,7 @@ MPP_TOLERANCE = 0.02  # the share by which two values of one slide may differ (a
 
 class Reader:
     """A slide, read by OpenSlide, for any number of threads. Level 0 of its pyramid is the finest.
+    Others use path, size, properties, downsamples, level_sizes, bounds, level_for, region and read.
     Raises SlideReadError for a file that is no slide, and later for pixels that cannot be read."""
 
     def __init__(self, path):

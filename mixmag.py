@@ -468,13 +468,13 @@ def level_losses(geometry, pred, target, removed, valid=None) -> tuple[Tensor, T
 class Outputs:
     """What MEM returns. CMEM returns it for the 2B regions of its views, with three fields more."""
 
-    loss: Tensor  # scalar
+    loss: Tensor  # scalar: Eq. 2, in training plus kept_weight times the same at kept tokens
     pred: Tensor  # (B, M, D)
     removed: Tensor  # (B, M)
     cls: Tensor  # (B, 4, d)
     per_level: Tensor  # (K,) mean of 1 - cosine, NaN where no token was removed
     per_level_count: Tensor  # (K,)
-    mem: Tensor | None = None  # loss = mem + contrastive_weight * contrastive
+    mem: Tensor | None = None  # MEM's loss; then loss = mem + contrastive_weight * contrastive
     contrastive: Tensor | None = None
     projection: Tensor | None = None  # (2, B, P)
 
@@ -556,7 +556,7 @@ class ContrastiveEmbeddingModel(MaskedEmbeddingModel):
 
     def forward(self, x, mask=0.5, valid=None, generator=None) -> Outputs:
         """As MEM, with a leading axis of two views: x (2, B, N, D), mask and valid likewise."""
-        check_shape(x, 2, *x.shape[1:])
+        check_shape(x, 2, x.shape[1], self.encoder.geometry.num_tokens, self.config.dim)
         if isinstance(mask, Tensor):
             mask = mask.flatten(0, 1)  # (2B, M)
         flat_valid = None if valid is None else valid.flatten(0, 1)  # (2B, N)

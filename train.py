@@ -213,7 +213,7 @@ def pretrain(config: PretrainConfig) -> dict:
     used = used_slides(folder, config.fold, config.seed)
     train_ids, held_out_ids = pretraining_split(folder, config.holdout, config.fold, config.seed)
     if not train_ids:
-        raise MixmagError(f"no slide is left to train on with this --holdout: {used}")
+        raise MixmagError(f"no slide is left to train on: {used}")
     slides = data.read_slides(folder, train_ids)
     model_config = make_model_config(config, slides[0])
     dataset = pretraining_windows(config, slides, model_config.geometry(), machine)
@@ -400,7 +400,7 @@ def cmem_step(model, parts: Iterable[dict], batch_size: int, machine) -> dict:
         weight = part["removed"].shape[-2] / batch_size
         with machine.autocast():
             out = model(part["x"], part["removed"], part["valid"])
-        # its gradient is this part's share of the gradient of NT-Xent
+        # Eq. 5: the derivative of this sum by the projection is NT-Xent's gradient at it
         surrogate = (out.projection.float() * gradient).sum()
         # a term added to the loss in ContrastiveEmbeddingModel.forward belongs here too
         machine.scaler.scale(out.mem * weight + factor * surrogate).backward()
@@ -697,7 +697,8 @@ def score_cases(model, dataset, machine, batch_size: int) -> list[np.ndarray]:
     scores = {}
     at_once = batch_size * machine.world
     for start in range(0, len(dataset), at_once):
-        chosen = range(len(dataset))[start : start + at_once][machine.rank :: machine.world]
+        of_all = range(start, min(start + at_once, len(dataset)))
+        chosen = of_all[machine.rank :: machine.world]
         if chosen:
             batch = data.to_device(dataset.batch(chosen), machine.device)
             with torch.no_grad(), machine.autocast():
@@ -743,10 +744,11 @@ def finish_finetuning(config, run: Run, model, sets: dict, best: dict, classes) 
     model.load_state_dict(state)
     sets["tune"].cached.clear()
     lines = []
+    scores = {}
     for split in ("tune", "test"):
         slide_scores = score_cases(model, sets[split], run.machine, config.batch_size)
-        scores = case_scores(sets[split], slide_scores, best["case_score"])
-        for case, score in zip(sets[split].cases, scores, strict=True):
+        scores[split] = case_scores(sets[split], slide_scores, best["case_score"])
+        for case, score in zip(sets[split].cases, scores[split], strict=True):
             lines.append((case.case_id, classes[case.label], *np.ravel(score).tolist(), split))
     if not run.writes:
         return
@@ -759,7 +761,7 @@ def finish_finetuning(config, run: Run, model, sets: dict, best: dict, classes) 
     result["cases"] = {split: len(dataset) for split, dataset in sets.items()}
     result["slides_left_out"] = sorted(i for dataset in sets.values() for i in dataset.dropped)
     result |= {**best, "classes": classes}
-    result |= measure_tests(sets["test"].labels, scores, classes, config.seed)
+    result |= measure_tests(sets["test"].labels, scores["test"], classes, config.seed)
     data.write_json(run.folder / "result.json", result)
 
 

@@ -839,6 +839,11 @@ def test_swapped_regions_take_the_mean_of_another_slide(cohort):
         change = np.array(means)[look[b]] - np.array(means)[own[b]]  # (K, D)
         found = (batch["x"][b].float() - as_it_is["x"][b].float()).numpy()
         assert np.allclose(found, change[level], atol=0.02)
+    slides[1].valid[:, 0] = False  # no 5x token: there is no mean to take or to give
+    swapped = data.RegionDataset(slides, Geometry(3), 0, 0.5, swap=0.5)
+    found = (swapped.batch(range(64))["x"] - as_it_is["x"])[:, level == 0].numpy()
+    takes = (look == 1) & (own != 1)
+    assert takes.any() and (found[takes] == 0).all()
 
 
 def test_two_views_lie_in_one_source_window(cohort):
