@@ -1545,14 +1545,18 @@ def find_slide_files(places) -> list[Path]:
 def plan_report(reader: Reader, plan: TilePlan, dim: int, min_tissue: float) -> str:
     source = plan.mpp_source
     power = number(reader.properties.get("openslide.objective-power"))
-    if abs(power - 10 / plan.mpp) > 4 / plan.mpp:  # assumed; a 40x scan has 0.2 to 0.3 um/px
+    if (
+        power > 0 and abs(power - 10 / plan.mpp) > 4 / plan.mpp
+    ):  # assumed; a 40x scan has 0.2 to 0.3 um/px
         source += f", not its objective power of {power:g}"
     windows = f"{len(plan.windows)} of {plural(len(plan.shares), 'window')}"
-    windows += f" (--min-tissue {min_tissue:.1%}, the fullest {max(plan.shares):.1%})"
+    windows += f" (--min-tissue {min_tissue:.0%}"
+    if not plan.windows:
+        windows += f", the fullest holds {max(plan.shares):.1%}"
     tokens = len(plan.cells) * Geometry(1, plan.magnifications).tokens_per_cell
     return (
         f"{composed(reader.path.stem)}: {plan.mpp:.4g} um/px ({source}), "
-        f"level {plan.level}, {windows} with {plan.tissue_held:.0%} of the tissue: "
+        f"level {plan.level}, {windows}) with {plan.tissue_held:.0%} of the tissue: "
         f"{plural(len(plan.cells), 'cell')}, {tokens} tokens, {tokens * dim / 5e5:.2f} MB"
     )
 
@@ -1596,8 +1600,11 @@ def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> tuple[str
         "n_unscanned": len(plan.unscanned),
     }
     write_slide(out, features, cells, np.ones(features.shape[:2], bool), meta)
-    unscanned = f"{plural(len(plan.unscanned), 'cell')} partly not scanned"
-    return f"{report}; {plural(bad, 'window')} unreadable, {unscanned}", len(cells)
+    if bad:
+        report += f"; {plural(bad, 'window')} unreadable"
+    if plan.unscanned:
+        report += f"; {plural(len(plan.unscanned), 'cell')} partly not scanned"
+    return report, len(cells)
 
 
 def tile_all(paths: list, encoder, dim: int, settings: TileSettings) -> tuple:
