@@ -883,8 +883,10 @@ def slide_mpp(properties, given: float | None = None) -> tuple[float, str]:
     stated = f"the slide says {x:.4g} x {y:.4g} um/px"
     if name not in properties:
         stated = "the slide says no mpp"
+    elif not plausible:
+        stated += ", expected 0.1 to 4, equal in x and y"
     if given is None and not plausible:
-        raise MixmagError(f"{stated}, expected 0.1 to 4, equal in x and y; give {GIVEN}")
+        raise MixmagError(f"{stated}; give {GIVEN}")
     if given is None:
         return mpp, name
     if plausible and abs(given - mpp) > MPP_TOLERANCE * mpp:
@@ -2159,7 +2161,7 @@ def split_command(args) -> int:
     rows = read_csv(args.table, ("case_id", "slide_id", args.label))
     found = split_columns(args.table, rows)
     if found and (args.clam or args.folds):
-        raise MixmagError(f"{args.table} has {', '.join(found)}: no --clam or --folds then")
+        raise MixmagError(f"{args.table} has {', '.join(found)}; leave --clam and --folds out")
     for row in rows:
         row["label"] = row[args.label]
         row.update({name: {"val": "tune"}.get(row[name], row[name]) for name in found})

@@ -1425,8 +1425,8 @@ def verdict(run: Run, losses: dict, magnifications) -> str:
     for i, magnification in enumerate(magnifications):
         as_good = [name for name, values in losses.items() if values[i] <= losses["model"][i]]
         as_good.remove("model")
-        names = ", ".join(as_good) or "none"
-        sentences.append(f"At {magnification}x as good as the model, or better: {names}.")
+        beaten = f"does not beat {', '.join(as_good)}" if as_good else "beats all others"
+        sentences.append(f"At {magnification}x the model {beaten}.")
     steps, curve = run.curve("held_out")
     best = int(np.argmin(curve))
     if curve[-1] > 1.01 * curve[best]:

@@ -504,7 +504,7 @@ def test_patho_bench_tables_are_read(tmp_path):
         cases = data.read_task(tmp_path, "t", fold)
         assert [case.split for case in cases] == splits
         assert [(case.label, case.slide_ids) for case in cases][0] == (0, ["s0", "s3"])
-    with pytest.raises(MixmagError, match="t.csv has fold_0, fold_1: no --clam or --folds"):
+    with pytest.raises(MixmagError, match="t.csv has fold_0, fold_1; leave --clam and --folds"):
         split(out, "--folds", 5, "--out", out)
     table.write_text("\n".join(rows).replace(" ", "\t").replace("train\tval", "train\tlater", 1))
     with pytest.raises(MixmagError, match="line 2, case 'p0': fold_1 is 'later', expected train"):

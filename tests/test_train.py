@@ -419,8 +419,8 @@ def test_verdict_names_what_is_better():
     run = types.SimpleNamespace(curve=lambda name: ([10, 20], [0.2, 0.3]))
     losses = {"mean": [0.5, 0.6], "mixture": [0.4, 0.3], "model": [0.3, 0.35]}
     assert train.verdict(run, losses, (5, 10)) == (
-        "At 5x as good as the model, or better: none. "
-        "At 10x as good as the model, or better: mixture. "
+        "At 5x the model beats all others. "
+        "At 10x the model does not beat mixture. "
         "It overfits: at step 10 its loss was 0.200."
     )
 
