@@ -909,7 +909,8 @@ def read_manifest(path, slide_ids) -> dict:
             raise MixmagError(f"{line}: expected one number of 0.1 to 4 um/px for {slide_id!r}")
         found[slide_id] = mpp
     if unmatched := sorted(found.keys() - slide_ids):
-        log(f"--manifest: no slide here for {reprlib.repr(unmatched)}")
+        rows = f"{len(unmatched)} of {plural(len(found), 'row')}"
+        log(f"--manifest: no slide here for {rows}, such as {unmatched[0]}")
     return found
 
 
