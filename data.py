@@ -180,7 +180,7 @@ def read_slides(data, ids=None, failed: list | None = None) -> list[Slide]:
 
 def slide_files(data, ids=None) -> dict[str, Path]:
     """Slide id -> file, sorted. Raises MixmagError for one of `ids` that has no file."""
-    files = files_by_id(Path(data) / "slides", "[!.]*.safetensors")
+    files = files_by_id(Path(data) / "slides", "[!.]*.safetensors")  # macOS leaves hidden ones
     if ids is None:
         return files
     if fault := absent_slides(ids, files):
@@ -687,7 +687,7 @@ def pretraining_ids(data, fold: int | None = None, seed: int = 0) -> list[str]:
 
 def files_by_id(folder: Path, pattern: str) -> dict[str, Path]:
     """Slide id -> the file that is named so. Raises MixmagError for two files of one id."""
-    paths = sorted(folder.glob(pattern))  # macOS hides others there
+    paths = sorted(folder.glob(pattern))
     files = {composed(path.stem): path for path in paths}
     if len(files) < len(paths):
         twice = set(paths) - set(files.values())
@@ -2509,10 +2509,11 @@ def read_csv(path, columns) -> list[dict]:
     mark = "\t" if Path(path).suffix == ".tsv" else ","
     rows = []
     try:
-        if b"\0" in Path(path).read_bytes():
+        raw = Path(path).read_bytes()
+        if b"\0" in raw:
             raise ValueError("it is UTF-16")
-        text = composed(Path(path).read_text("utf-8-sig"))
-        reader = csv.reader(io.StringIO(text), delimiter=mark)
+        text = composed(raw.decode("utf-8-sig"))
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
         header = [name.strip() for name in next(reader, [])]
         for cells in reader:
             texts = [cell.strip() for cell in cells]

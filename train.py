@@ -317,8 +317,8 @@ def pretrain_loop(config, run: Run, model, dataset, held_out, total: int, peak: 
     if config.compile:
         compile_blocks(model)
     log(f"{run.folder}: {parameter_count(model)}, {machine}")
-    slides = f"{len(np.unique(dataset.slide_of))} of {plural(len(dataset.slides), 'slide')}"
-    log(f"{len(dataset)} windows in {slides}, with --min-cover {config.min_cover:g}")
+    slide_count = f"{len(np.unique(dataset.slide_of))} of {plural(len(dataset.slides), 'slide')}"
+    log(f"{len(dataset)} windows in {slide_count}, with --min-cover {config.min_cover:g}")
     log(f"{total} steps of {config.batch_size}, peak rate {peak:.2e}")
     start = run.load(model, optimizer)["done"]
     own_regions = config.batch_size // machine.world  # of each batch
@@ -341,7 +341,7 @@ def pretrain_loop(config, run: Run, model, dataset, held_out, total: int, peak: 
         saves = stop or last or done % config.save_every == 0
         logs = last or done % LOG_EVERY == 0
         if saves or logs:  # only here does anything wait for the device
-            check_finite(run, done, sums["loss"].item(), norm.item(), slides)
+            check_finite(run, done, sums["loss"].item(), norm.item(), slide_count)
         if logs:
             note_pretraining(run, done, sums, rate, norm, model.config.magnifications, bar)
         if held_out and (last or done % measure_every == 0):
