@@ -519,9 +519,10 @@ class Outcome:
     def classes(self, labels) -> list[str]:
         """The classes of a table's labels: 0, 1, ..., or their names in sorted order."""
         numbers = {self.class_name(label) for label in labels if NUMBER.fullmatch(label)}
-        if numbers:
+        names = {label for label in labels if not NO_NAME.fullmatch(label)}
+        if len(numbers) > 1 or (numbers and len(names) < 2):
             return [str(i) for i in range(max(2, len(numbers)))]
-        return sorted({label for label in labels if not NO_NAME.fullmatch(label)}) or BINARY
+        return sorted(names | numbers) or BINARY  # grades such as 0, 1+, 2+ are names
 
     def class_name(self, label: str) -> str:
         """As `classes` writes it: spreadsheets write 1.0 for 1."""
@@ -575,10 +576,58 @@ class Case:
     splits: dict = field(default_factory=dict)  # column of the table -> split
 
 
-def shuffled(cases: list[Case], seed) -> list[Case]:
-    """Class by class, in each in an order that follows from the seed and the ids alone."""
-    hashed = {c.case_id: hashlib.sha256(f"{seed} {c.case_id}".encode()).digest() for c in cases}
-    return sorted(cases, key=lambda case: (case.label, hashed[case.case_id]))
+def read_task(data, task, fold: int | None = None, seed: int = 0) -> list[Case]:
+    """The cases of a task, with their splits in a fold. Raises as read_table and in_fold do."""
+    return read_table(data, task).in_fold(fold, seed)
+
+
+def evaluation_slides(tasks: dict[str, list[Case]]) -> dict[str, set]:
+    """For each task the slides of its tune and test cases, as any of the tables lists them."""
+    slides_of: dict[str, set] = defaultdict(set)
+    for case in itertools.chain(*tasks.values()):
+        slides_of[case.case_id].update(case.slide_ids)
+    evaluation = {}
+    for task, cases in tasks.items():
+        held_out = [slides_of[case.case_id] for case in cases if case.split != "train"]
+        evaluation[task] = set().union(*held_out)
+    return evaluation
+
+
+def pretraining_ids(data, tasks: dict[str, list[Case]]) -> list[str]:
+    """The slides of pretrain.csv; without it, every slide that no task tunes or tests on."""
+    listed = Path(data) / "pretrain.csv"
+    if listed.exists():
+        return list(dict.fromkeys(row["slide_id"] for row in read_csv(listed, ("slide_id",))))
+    evaluation = set().union(*evaluation_slides(tasks).values())
+    return [slide_id for slide_id in slide_files(data) if slide_id not in evaluation]
+
+
+# ======================================================================================== stop here
+# Above stands what the paper needs. Below stands what a lab needs around it: checks of its tables,
+# reading slides and other tools' files, the synthetic cohort, and the command line.
+
+
+# -------------------------------------------------------------- finding files, rows of a task table
+
+
+def files_by_id(folder: Path, pattern: str) -> dict[str, Path]:
+    """Slide id -> the file that is named so. Raises MixmagError for two files of one id."""
+    paths = sorted(folder.glob(pattern))
+    files = {composed(path.stem): path for path in paths}
+    if len(files) < len(paths):
+        twice = set(paths) - set(files.values())
+        raise MixmagError(f"two files of one slide, such as {twice.pop()}; rename one")
+    return files
+
+
+def absent_slides(ids, files: dict) -> str:
+    """Says how many slides have no file, and the likely mistake. Empty where all have one."""
+    absent = sorted(set(map(composed, ids)) - files.keys())
+    if not absent:
+        return ""
+    suffixes = {Path(slide_id).suffix for slide_id in absent if Path(slide_id).stem in files}
+    advice = "".join(f"; leave {suffix} out" for suffix in sorted(suffixes))
+    return f"{plural(len(absent), 'slide')} without a file, such as {absent[0]!r}{advice}"
 
 
 @dataclass
@@ -616,6 +665,12 @@ class TaskTable:
         return cases
 
 
+def shuffled(cases: list[Case], seed) -> list[Case]:
+    """Class by class, in each in an order that follows from the seed and the ids alone."""
+    hashed = {c.case_id: hashlib.sha256(f"{seed} {c.case_id}".encode()).digest() for c in cases}
+    return sorted(cases, key=lambda case: (case.label, hashed[case.case_id]))
+
+
 def read_table(data, task) -> TaskTable:
     """Raises MixmagError for an unknown task, and with the first finding of a faulty table."""
     found = task_names(data)
@@ -626,11 +681,6 @@ def read_table(data, task) -> TaskTable:
         count = plural(len(table.findings), "finding")
         raise MixmagError(f"{table.findings[0]} ({count} of data.py verify)")
     return table
-
-
-def read_task(data, task, fold: int | None = None, seed: int = 0) -> list[Case]:
-    """The cases of a task, with their splits in a fold. Raises as read_table and in_fold do."""
-    return read_table(data, task).in_fold(fold, seed)
 
 
 def read_tasks(data, fold: int | None = None, seed: int = 0) -> dict[str, list[Case]]:
@@ -654,55 +704,6 @@ def read_tasks(data, fold: int | None = None, seed: int = 0) -> dict[str, list[C
         if fold is not None and table.folds:
             tasks[task] = table.in_fold(fold, seed)
     return tasks
-
-
-def evaluation_slides(tasks: dict[str, list[Case]]) -> dict[str, set]:
-    """For each task the slides of its tune and test cases, as any of the tables lists them."""
-    slides_of: dict[str, set] = defaultdict(set)
-    for case in itertools.chain(*tasks.values()):
-        slides_of[case.case_id].update(case.slide_ids)
-    evaluation = {}
-    for task, cases in tasks.items():
-        held_out = [slides_of[case.case_id] for case in cases if case.split != "train"]
-        evaluation[task] = set().union(*held_out)
-    return evaluation
-
-
-def pretraining_ids(data, fold: int | None = None, seed: int = 0) -> list[str]:
-    """The slides of pretrain.csv; without it, every slide that is in no tune or test split."""
-    listed = Path(data) / "pretrain.csv"
-    if listed.exists():
-        return list(dict.fromkeys(row["slide_id"] for row in read_csv(listed, ("slide_id",))))
-    evaluation = set().union(*evaluation_slides(read_tasks(data, fold, seed)).values())
-    return [slide_id for slide_id in slide_files(data) if slide_id not in evaluation]
-
-
-# ======================================================================================== stop here
-# Above stands what the paper needs. Below stands what a lab needs around it: checks of its tables,
-# reading slides and other tools' files, the synthetic cohort, and the command line.
-
-
-# -------------------------------------------------------------- finding files, rows of a task table
-
-
-def files_by_id(folder: Path, pattern: str) -> dict[str, Path]:
-    """Slide id -> the file that is named so. Raises MixmagError for two files of one id."""
-    paths = sorted(folder.glob(pattern))
-    files = {composed(path.stem): path for path in paths}
-    if len(files) < len(paths):
-        twice = set(paths) - set(files.values())
-        raise MixmagError(f"two files of one slide, such as {twice.pop()}; rename one")
-    return files
-
-
-def absent_slides(ids, files: dict) -> str:
-    """Says how many slides have no file, and the likely mistake. Empty where all have one."""
-    absent = sorted(set(map(composed, ids)) - files.keys())
-    if not absent:
-        return ""
-    suffixes = {Path(slide_id).suffix for slide_id in absent if Path(slide_id).stem in files}
-    advice = "".join(f"; leave {suffix} out" for suffix in sorted(suffixes))
-    return f"{plural(len(absent), 'slide')} without a file, such as {absent[0]!r}{advice}"
 
 
 def task_names(data) -> list[str]:
@@ -1548,9 +1549,7 @@ def find_slide_files(places) -> list[Path]:
 def plan_report(reader: Reader, plan: TilePlan, dim: int, min_tissue: float) -> str:
     source = plan.mpp_source
     power = number(reader.properties.get("openslide.objective-power"))
-    if (
-        power > 0 and abs(power - 10 / plan.mpp) > 4 / plan.mpp
-    ):  # assumed; a 40x scan has 0.2 to 0.3 um/px
+    if power > 0 and abs(power * plan.mpp - 10) > 4:  # assumed; a 40x scan has 0.2 to 0.3 um/px
         source += f", not its objective power of {power:g}"
     windows = f"{len(plan.windows)} of {plural(len(plan.shares), 'window')}"
     windows += f" (--min-tissue {min_tissue:.0%}"
@@ -2226,15 +2225,15 @@ def table_findings(path: Path, files: dict) -> tuple[list[Case], list[str]]:
     return table.cases, findings
 
 
-def pretrain_findings(data: Path, files: dict, evaluation: dict[str, set]) -> list[str]:
+def pretrain_findings(data: Path, files: dict, tasks: dict[str, list[Case]]) -> list[str]:
     try:
-        ids = pretraining_ids(data)
+        ids = pretraining_ids(data, tasks)
     except MixmagError as error:
         return [str(error)]
     findings = []
     if fault := absent_slides(ids, files):
         findings.append(f"pretrain.csv: {fault}")
-    for slide_id in sorted(set(ids) & set().union(*evaluation.values())):
+    for slide_id in sorted(set(ids) & set().union(*evaluation_slides(tasks).values())):
         findings.append(f"pretrain.csv: slide {slide_id!r} belongs to a tune or test case")
     return findings
 
@@ -2270,7 +2269,7 @@ def verify(data) -> list[str]:
         tasks[task], found = table_findings(data / "tasks" / f"{task}.csv", files)
         findings += found
     if (data / "pretrain.csv").exists():
-        findings += pretrain_findings(data, files, evaluation_slides(tasks))
+        findings += pretrain_findings(data, files, tasks)
     return findings
 
 

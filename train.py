@@ -210,8 +210,10 @@ def pretrain(config: PretrainConfig) -> dict:
     config = apply_preset(config)
     machine = start_machine(config.device, config.amp, preset_width(config.preset))
     folder = ensure_data(config.data, machine)
-    used = used_slides(folder, config.fold, config.seed)
-    train_ids, held_out_ids = pretraining_split(folder, config.holdout, config.fold, config.seed)
+    tasks = data.read_tasks(folder, config.fold, config.seed)
+    ids = data.pretraining_ids(folder, tasks)
+    used = used_slides(folder, tasks, ids)
+    train_ids, held_out_ids = pretraining_split(ids, tasks, config.holdout)
     if not train_ids:
         raise MixmagError(f"no slide is left to train on: {used}")
     slides = data.read_slides(folder, train_ids)
@@ -243,14 +245,13 @@ def pretrain(config: PretrainConfig) -> dict:
     return run.result()
 
 
-def pretraining_split(folder: Path, holdout: float, fold=None, seed=0) -> tuple[list, list]:
+def pretraining_split(ids: list[str], tasks: dict, holdout: float) -> tuple[list, list]:
     """Slide ids to train on, and those that are held out to measure the loss on.
     Whole cases are held out, a share of `holdout`: at least four, but no more than a fifth. They
     are those whose hashed names come first, so that new cases hardly change the choice."""
     case_of = {}
-    for case in itertools.chain(*data.read_tasks(folder, fold, seed).values()):
+    for case in itertools.chain(*tasks.values()):
         case_of.update(dict.fromkeys(case.slide_ids, case.case_id))
-    ids = data.pretraining_ids(folder, fold, seed)
     cases = {case_of.get(i, i) for i in ids}
     ordered = sorted(cases, key=lambda case: hashlib.sha256(case.encode("utf-8")).digest())
     count = min(max(HELD_OUT_CASES, round(holdout * len(cases))), len(cases) // 5)
@@ -258,22 +259,6 @@ def pretraining_split(folder: Path, holdout: float, fold=None, seed=0) -> tuple[
     train_ids = [i for i in ids if case_of.get(i, i) not in held_out]
     held_out_ids = [i for i in ids if case_of.get(i, i) in held_out]
     return train_ids, held_out_ids
-
-
-def used_slides(folder: Path, fold=None, seed=0) -> str:
-    """How many slides pretraining sees, and what each table leaves out or will be refused for."""
-    used = set(data.pretraining_ids(folder, fold, seed))
-    tasks = data.read_tasks(folder, fold, seed)
-    slides = plural(len(data.slide_files(folder)), "slide")
-    text = f"{folder}: pretraining uses {len(used)} of {slides}"
-    if not tasks:
-        text += "; no table in tasks/: finetune will refuse tasks that tune or test on them"
-    for task, evaluated in data.evaluation_slides(tasks).items():
-        if left_out := sorted(evaluated - used):
-            text += f"; {task}.csv leaves out {len(left_out)}, such as {left_out[0]}"
-        if seen := evaluated & used:
-            text += f"; finetune will refuse {task}: it tunes or tests on {len(seen)} of these"
-    return text
 
 
 def pretraining_windows(config, slides, geometry, machine) -> data.RegionDataset:
@@ -357,20 +342,6 @@ def pretrain_loop(config, run: Run, model, dataset, held_out, total: int, peak: 
     return seconds
 
 
-def micro_batches(config, start: int, total: int, own_regions: int, rank: int, most: int):
-    """The samples of this process, step by step, in parts of at most `most`."""
-    for step in range(start, total):
-        first = step * config.batch_size + rank * own_regions
-        for i in range(0, own_regions, most):
-            yield range(first + i, first + min(i + most, own_regions))
-
-
-def compile_blocks(model) -> None:
-    """Equal blocks share one compiled graph: much sooner ready than the whole model."""
-    for block in [*model.encoder.blocks, *model.decoder.blocks]:
-        block.compile(dynamic=False)
-
-
 def mem_step(model, parts: Iterable[dict], batch_size: int, machine) -> dict:
     """Forward and backward over this process's parts of a global batch of `batch_size` regions.
     Gradients add up to those of the mean over the batch. Returns sums to log, on the device."""
@@ -383,52 +354,6 @@ def mem_step(model, parts: Iterable[dict], batch_size: int, machine) -> dict:
         machine.scaler.scale(out.loss * weight).backward()
         add_to_sums(sums, out, weight)
     return sums
-
-
-def cmem_step(model, parts: Iterable[dict], batch_size: int, machine) -> dict:
-    """As mem_step, with NT-Xent over the whole global batch, also when it comes in parts.
-    NT-Xent needs all projections, but their graphs together may not fit in memory. So 1. compute
-    all projections without a graph, 2. compute the gradient of NT-Xent at each of them, 3. send
-    each part forward again and backward with its slice of it. Source: GradCache (Gao, 2021)."""
-    parts = [data.to_device(part, machine.device) for part in parts]
-    if len(parts) == 1 and machine.world == 1:
-        return mem_step(model, parts, batch_size, machine)
-    contrastive, gradients = projection_gradients(model, parts, machine)
-    factor = model.config.contrastive_weight
-    sums: dict = {}
-    for part, gradient in zip(parts, gradients, strict=True):
-        weight = part["removed"].shape[-2] / batch_size
-        with machine.autocast():
-            out = model(part["x"], part["removed"], part["valid"])
-        # Eq. 5: the derivative of this sum by the projection is NT-Xent's gradient at it
-        surrogate = (out.projection.float() * gradient).sum()
-        # a term added to the loss in ContrastiveEmbeddingModel.forward belongs here too
-        machine.scaler.scale(out.mem * weight + factor * surrogate).backward()
-        out.contrastive = contrastive
-        out.loss = out.mem + factor * contrastive
-        add_to_sums(sums, out, weight)
-    return sums
-
-
-def projection_gradients(model, parts: list[dict], machine) -> tuple[torch.Tensor, list]:
-    """NT-Xent of the global batch; for each part, its gradient at the projections (2, b, P)."""
-    projections = []
-    for part in parts:
-        valid = None if part["valid"] is None else part["valid"].flatten(0, 1)
-        with torch.no_grad(), machine.autocast():
-            _, cls, _ = model.encode_kept(
-                part["x"].flatten(0, 1), part["removed"].flatten(0, 1), valid
-            )
-            projections.append(model.project(cls).float())
-    projection = torch.cat(projections, dim=1)  # (2, B / world, P)
-    of_all = projection.new_zeros(machine.world, *projection.shape)
-    of_all[machine.rank] = projection  # the sum over processes gathers them
-    z = machine.sum(of_all).transpose(0, 1).flatten(1, 2)  # (2, B, P)
-    z.requires_grad_()
-    loss = mixmag.nt_xent(z[0], z[1], model.config.temperature)
-    (gradient,) = torch.autograd.grad(loss, z)
-    gradient = gradient.chunk(machine.world, dim=1)[machine.rank]  # (2, B / world, P)
-    return loss.detach(), list(gradient.split([part["x"].shape[1] for part in parts], dim=1))
 
 
 def add_to_sums(sums: dict, out: mixmag.Outputs, weight: float) -> None:
@@ -514,23 +439,6 @@ def finetune(config: FinetuneConfig) -> dict:
     finish_finetuning(config, run, model, sets, best, table.classes)
     machine.barrier()
     return run.result()
-
-
-def adopt_encoder_settings(config: FinetuneConfig) -> FinetuneConfig:
-    """The config with an encoder, and with the preset and region of that encoder."""
-    init = config.init or str(newest_pretraining(config))
-    known: dict = {}
-    if is_pretrained(init):
-        known = data.read_json(encoder_folder(init) / "config.json")
-    region = known.get("model", {}).get("region", config.region or 3)
-    if config.region not in (None, region):
-        raise MixmagError(f"--region {config.region}: {init} reads {region} x {region} cells")
-    preset = config.preset or known.get("preset", "small")
-    return dataclasses.replace(config, init=init, preset=preset, region=region)
-
-
-def is_pretrained(init: str) -> bool:
-    return init not in ("none", "random")
 
 
 def make_classifier(config, slides: dict, cases: list, machine, classes) -> mixmag.SlideClassifier:
@@ -736,41 +644,6 @@ def case_scores(dataset, slide_scores: list, rule: str) -> list:
             score = score / score.sum()
         scores.append(score.tolist())
     return scores
-
-
-def finish_finetuning(config, run: Run, model, sets: dict, best: dict, classes) -> None:
-    """Score tune and test with the best epoch; write weights, predictions.csv and result.json."""
-    state = best.pop("model_state")
-    model.load_state_dict(state)
-    sets["tune"].cached.clear()
-    lines = []
-    scores = {}
-    for split in ("tune", "test"):
-        slide_scores = score_cases(model, sets[split], run.machine, config.batch_size)
-        scores[split] = case_scores(sets[split], slide_scores, best["case_score"])
-        for case, score in zip(sets[split].cases, scores[split], strict=True):
-            lines.append((case.case_id, classes[case.label], *np.ravel(score).tolist(), split))
-    if not run.writes:
-        return
-    with whole_file(run.folder / "model.safetensors") as temporary:
-        save_file(state, temporary)
-    header = ("case_id", "label", *OUTCOME.columns(classes), "split")
-    data.write_csv(run.folder / "predictions.csv", header, lines)
-    names = ("task", "init", "tokens", "magnification", "seed")
-    result = {"kind": "finetune", **{name: getattr(config, name) for name in names}}
-    result["cases"] = {split: len(dataset) for split, dataset in sets.items()}
-    result["slides_left_out"] = sorted(i for dataset in sets.values() for i in dataset.dropped)
-    result |= {**best, "classes": classes}
-    result |= measure_tests(sets["test"].labels, scores["test"], classes, config.seed)
-    data.write_json(run.folder / "result.json", result)
-
-
-def measure_tests(labels: list, scores, classes: list, seed: int) -> dict:
-    """AUROC of the test cases and its 95 % interval over cases. Empty if a class is absent."""
-    if len(set(labels)) < len(classes):
-        return {}
-    samples = bootstrap_aurocs(labels, scores, seed)
-    return {"auroc": OUTCOME.metric(labels, scores), "interval": interval(samples)}
 
 
 # ======================================================================================== stop here
@@ -1004,6 +877,23 @@ def apply_preset(config):
     return dataclasses.replace(config, **numbers)
 
 
+def is_pretrained(init: str) -> bool:
+    return init not in ("none", "random")
+
+
+def adopt_encoder_settings(config: FinetuneConfig) -> FinetuneConfig:
+    """The config with an encoder, and with the preset and region of that encoder."""
+    init = config.init or str(newest_pretraining(config))
+    known: dict = {}
+    if is_pretrained(init):
+        known = data.read_json(encoder_folder(init) / "config.json")
+    region = known.get("model", {}).get("region", config.region or 3)
+    if config.region not in (None, region):
+        raise MixmagError(f"--region {config.region}: {init} reads {region} x {region} cells")
+    preset = config.preset or known.get("preset", "small")
+    return dataclasses.replace(config, init=init, preset=preset, region=region)
+
+
 def make_model_config(config: PretrainConfig | FinetuneConfig, slide) -> mixmag.Config:
     of_preset = getattr(mixmag.Config, config.preset)
     return of_preset(slide.dim, region=config.region, magnifications=slide.meta["magnifications"])
@@ -1048,6 +938,95 @@ def newest_pretraining(config: FinetuneConfig) -> Path:
     )
 
 
+# --------------------------------------------------------------------------------- a batch in parts
+
+
+def region_bytes(config: mixmag.Config, M: int, size: int) -> float:
+    """Memory that MEM keeps of a region for backward. size: bytes of a number in autocast.
+    Of a token a block keeps its two sums in fp32, six vectors of its width (two norms, q, k, v,
+    attention) and the gated layer's four, which are 8/3 as wide."""
+    N = config.geometry().num_tokens
+    n = N - M + config.cls_tokens
+    of_blocks = n * config.depth * config.width
+    of_blocks += (n + M) * config.decoder_depth * config.decoder_width
+    of_blocks *= 8 + size * (6 + 4 * 8 / 3)
+    return of_blocks + 4 * config.dim * (N + n + 6 * M)  # inputs, and the cosine's vectors
+
+
+def micro_batch_size(config, model, dataset, machine) -> int:
+    """auto: as many regions as a GPU holds."""
+    if config.micro_batch != "auto":
+        return config.micro_batch
+    if machine.device.type != "cuda":
+        return 64
+    free, _ = torch.cuda.mem_get_info(machine.device)
+    free -= 12 * sum(p.numel() for p in model.parameters())  # gradients, AdamW's two moments
+    size = 2 if machine.dtype else 4
+    of_region = dataset.views * region_bytes(model.config, dataset.removed_tokens, size)
+    fits = int(0.8 * free / of_region)  # a fifth stays free
+    return max(1, fits // 64 * 64 or fits)
+
+
+def micro_batches(config, start: int, total: int, own_regions: int, rank: int, most: int):
+    """The samples of this process, step by step, in parts of at most `most`."""
+    for step in range(start, total):
+        first = step * config.batch_size + rank * own_regions
+        for i in range(0, own_regions, most):
+            yield range(first + i, first + min(i + most, own_regions))
+
+
+def compile_blocks(model) -> None:
+    """Equal blocks share one compiled graph: much sooner ready than the whole model."""
+    for block in [*model.encoder.blocks, *model.decoder.blocks]:
+        block.compile(dynamic=False)
+
+
+def cmem_step(model, parts: Iterable[dict], batch_size: int, machine) -> dict:
+    """As mem_step, with NT-Xent over the whole global batch, also when it comes in parts.
+    NT-Xent needs all projections, but their graphs together may not fit in memory. So 1. compute
+    all projections without a graph, 2. compute the gradient of NT-Xent at each of them, 3. send
+    each part forward again and backward with its slice of it. Source: GradCache (Gao, 2021)."""
+    parts = [data.to_device(part, machine.device) for part in parts]
+    if len(parts) == 1 and machine.world == 1:
+        return mem_step(model, parts, batch_size, machine)
+    contrastive, gradients = projection_gradients(model, parts, machine)
+    factor = model.config.contrastive_weight
+    sums: dict = {}
+    for part, gradient in zip(parts, gradients, strict=True):
+        weight = part["removed"].shape[-2] / batch_size
+        with machine.autocast():
+            out = model(part["x"], part["removed"], part["valid"])
+        # Eq. 5: the derivative of this sum by the projection is NT-Xent's gradient at it
+        surrogate = (out.projection.float() * gradient).sum()
+        # a term added to the loss in ContrastiveEmbeddingModel.forward belongs here too
+        machine.scaler.scale(out.mem * weight + factor * surrogate).backward()
+        out.contrastive = contrastive
+        out.loss = out.mem + factor * contrastive
+        add_to_sums(sums, out, weight)
+    return sums
+
+
+def projection_gradients(model, parts: list[dict], machine) -> tuple[torch.Tensor, list]:
+    """NT-Xent of the global batch; for each part, its gradient at the projections (2, b, P)."""
+    projections = []
+    for part in parts:
+        valid = None if part["valid"] is None else part["valid"].flatten(0, 1)
+        with torch.no_grad(), machine.autocast():
+            _, cls, _ = model.encode_kept(
+                part["x"].flatten(0, 1), part["removed"].flatten(0, 1), valid
+            )
+            projections.append(model.project(cls).float())
+    projection = torch.cat(projections, dim=1)  # (2, B / world, P)
+    of_all = projection.new_zeros(machine.world, *projection.shape)
+    of_all[machine.rank] = projection  # the sum over processes gathers them
+    z = machine.sum(of_all).transpose(0, 1).flatten(1, 2)  # (2, B, P)
+    z.requires_grad_()
+    loss = mixmag.nt_xent(z[0], z[1], model.config.temperature)
+    (gradient,) = torch.autograd.grad(loss, z)
+    gradient = gradient.chunk(machine.world, dim=1)[machine.rank]  # (2, B / world, P)
+    return loss.detach(), list(gradient.split([part["x"].shape[1] for part in parts], dim=1))
+
+
 # ------------------------------------------------------------------------- measuring, export, curve
 
 
@@ -1086,6 +1065,21 @@ def check_no_copies(slides: dict, cases: list) -> None:
                 )
 
 
+def used_slides(folder: Path, tasks: dict, ids: list[str]) -> str:
+    """How many slides pretraining sees, and what each table leaves out or will be refused for."""
+    used = set(ids)
+    slides = plural(len(data.slide_files(folder)), "slide")
+    text = f"{folder}: pretraining uses {len(used)} of {slides}"
+    if not tasks:
+        text += "; no table in tasks/: finetune will refuse tasks that tune or test on them"
+    for task, evaluated in data.evaluation_slides(tasks).items():
+        if left_out := sorted(evaluated - used):
+            text += f"\n{task}.csv leaves out {len(left_out)}, such as {left_out[0]}"
+        if seen := evaluated & used:
+            text += f"\nfinetune will refuse {task}: it tunes or tests on {len(seen)} of these"
+    return text
+
+
 def finetuning_plan(model, sets: dict) -> str:
     """What the task asks for: cases, slides, regions and tokens of each split."""
     lines = [f"{'':8s}{'cases':>8s}{'slides':>8s}{'regions':>9s}{'tokens':>13s}"]
@@ -1106,32 +1100,6 @@ def region_flops(config: mixmag.Config, M: int) -> int:
     with FlopCounterMode(display=False) as counter:
         model(x, removed).loss.backward()
     return counter.get_total_flops()
-
-
-def region_bytes(config: mixmag.Config, M: int, size: int) -> float:
-    """Memory that MEM keeps of a region for backward. size: bytes of a number in autocast.
-    Of a token a block keeps its two sums in fp32, six vectors of its width (two norms, q, k, v,
-    attention) and the gated layer's four, which are 8/3 as wide."""
-    N = config.geometry().num_tokens
-    n = N - M + config.cls_tokens
-    of_blocks = n * config.depth * config.width
-    of_blocks += (n + M) * config.decoder_depth * config.decoder_width
-    of_blocks *= 8 + size * (6 + 4 * 8 / 3)
-    return of_blocks + 4 * config.dim * (N + n + 6 * M)  # inputs, and the cosine's vectors
-
-
-def micro_batch_size(config, model, dataset, machine) -> int:
-    """auto: as many regions as a GPU holds."""
-    if config.micro_batch != "auto":
-        return config.micro_batch
-    if machine.device.type != "cuda":
-        return 64
-    free, _ = torch.cuda.mem_get_info(machine.device)
-    free -= 12 * sum(p.numel() for p in model.parameters())  # gradients, AdamW's two moments
-    size = 2 if machine.dtype else 4
-    of_region = dataset.views * region_bytes(model.config, dataset.removed_tokens, size)
-    fits = int(0.8 * free / of_region)  # a fifth stays free
-    return max(1, fits // 64 * 64 or fits)
 
 
 def matrix_rate(machine) -> float:
@@ -1179,6 +1147,41 @@ def interval(samples: np.ndarray | None) -> list[float] | None:
     return None if samples is None else np.percentile(samples, [2.5, 97.5]).tolist()
 
 
+def finish_finetuning(config, run: Run, model, sets: dict, best: dict, classes) -> None:
+    """Score tune and test with the best epoch; write weights, predictions.csv and result.json."""
+    state = best.pop("model_state")
+    model.load_state_dict(state)
+    sets["tune"].cached.clear()
+    lines = []
+    scores = {}
+    for split in ("tune", "test"):
+        slide_scores = score_cases(model, sets[split], run.machine, config.batch_size)
+        scores[split] = case_scores(sets[split], slide_scores, best["case_score"])
+        for case, score in zip(sets[split].cases, scores[split], strict=True):
+            lines.append((case.case_id, classes[case.label], *np.ravel(score).tolist(), split))
+    if not run.writes:
+        return
+    with whole_file(run.folder / "model.safetensors") as temporary:
+        save_file(state, temporary)
+    header = ("case_id", "label", *OUTCOME.columns(classes), "split")
+    data.write_csv(run.folder / "predictions.csv", header, lines)
+    names = ("task", "init", "tokens", "magnification", "seed")
+    result = {"kind": "finetune", **{name: getattr(config, name) for name in names}}
+    result["cases"] = {split: len(dataset) for split, dataset in sets.items()}
+    result["slides_left_out"] = sorted(i for dataset in sets.values() for i in dataset.dropped)
+    result |= {**best, "classes": classes}
+    result |= measure_tests(sets["test"].labels, scores["test"], classes, config.seed)
+    data.write_json(run.folder / "result.json", result)
+
+
+def measure_tests(labels: list, scores, classes: list, seed: int) -> dict:
+    """AUROC of the test cases and its 95 % interval over cases. Empty if a class is absent."""
+    if len(set(labels)) < len(classes):
+        return {}
+    samples = bootstrap_aurocs(labels, scores, seed)
+    return {"auroc": OUTCOME.metric(labels, scores), "interval": interval(samples)}
+
+
 def check_finite(run: Run, step: int, loss: float, norm: float, slides: str) -> None:
     """Refuse a loss or a gradient's norm that is not finite.
     In fp16 steps of infinite norm are skipped and the scale falls; below 1 it is not to blame."""
@@ -1200,6 +1203,13 @@ def note_pretraining(run: Run, step, sums: dict, rate, norm, magnifications, bar
         values[f"{magnification}x"] = loss
     run.note(step=step, **values, rate=rate, norm=norm.item())
     bar.set_postfix(loss=f"{values['loss']:.3f}")
+
+
+LEGEND = (
+    "Every predictor but the model adds deviations to the mean of a magnification: shift those of "
+    "all visible tokens, parent, children and neighbours theirs; mixture and kriging are fitted "
+    "on the training slides. least: who knows all but the noise of a synthetic cohort."
+)
 
 
 class Yardsticks:
@@ -1408,7 +1418,7 @@ def finish_pretraining(config, run: Run, model, slides, directions, held_out, fa
             losses["least"] = list(cohort["least_mem_loss"].values())
         windows = plural(min(len(held_out), HELD_OUT_WINDOWS), "region")
         measured = f"Measured on {windows} of {plural(len(held_out.slides), 'slide')}."
-        text = f"{format_losses(losses, magnifications)}\n\n{measured} {words}"
+        text = f"{format_losses(losses, magnifications)}\n\n{measured} {words}\n\n{LEGEND}"
         if not data.task_names(config.data):
             text += "\n\nNo task table says which slides are of one patient: some may be in both."
     heading = f"# {run.folder.name}: loss (1 - cosine) on held-out slides of {title}"
@@ -2135,6 +2145,8 @@ def doctor() -> None:
     facts["free disk"] = f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB"
     for name, value in facts.items():
         print(f"{name:18s} {value}")
+    warnings = sum("WARNING" in str(value) for value in facts.values())
+    print(plural(warnings, "warning") if warnings else "ready")
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -2185,10 +2197,10 @@ def add_finetune_flags(parser) -> None:
     add_config_flags(parser, FinetuneConfig)
 
 
-def add_data_flags(parser, folder=DEFAULT_DATA, **out) -> None:
+def add_data_flags(parser, out: str, folder=DEFAULT_DATA, **more) -> None:
     add = parser.add_argument
     add("--data", dest="folder", metavar="DATA", default=folder, help="DATA folder")
-    add("--out", help="file or folder to write", **out)
+    add("--out", help=out, **more)
     add("--device", default="auto", help="auto, cpu or cuda[:i]")
 
 
@@ -2196,7 +2208,7 @@ def add_predict_flags(parser) -> None:
     """score slides (of the run's DATA, or --data) with a fine-tuned run, into RUN/predict.csv"""
     parser.epilog = "example: python train.py predict --run runs/msi --data data/mine"
     parser.add_argument("--run", required=True, help="fine-tuning run")
-    add_data_flags(parser, folder=None)
+    add_data_flags(parser, "CSV to write (default: RUN/predict.csv)", folder=None)
     parser.add_argument("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
 
 
@@ -2205,7 +2217,7 @@ def add_embed_flags(parser) -> None:
     parser.epilog = "example: python train.py embed --init runs/mem-0.50 --out embeddings"
     add = parser.add_argument
     add("--init", required=True, metavar="RUN", help="pretraining run or encoder folder")
-    add_data_flags(parser, required=True)
+    add_data_flags(parser, "folder to write", required=True)
     add("--tokens", choices=("patch", "cls"), default="cls", help="a row per tile, or per region")
     add("--slides", nargs="+", metavar="ID", help="slide ids (default: all)")
     add("--min-cover", type=SHARE, default=0.5, help="share of its cells that a region must hold")
@@ -2220,7 +2232,7 @@ def add_heatmap_flags(parser) -> None:
     add = parser.add_argument
     add("--run", required=True, help="fine-tuning run")
     add("--slide", required=True, metavar="ID", help="slide id")
-    add_data_flags(parser, folder=None)
+    add_data_flags(parser, "folder to write (default: RUN/heatmap/ID)", folder=None)
     add("--image", metavar="SLIDE", help="the slide itself, to draw on (default: a white ground)")
 
 
@@ -2228,7 +2240,7 @@ def add_table_flags(parser) -> None:
     """run rows x tasks x seeds of the paper's tables 1 and 2, skipping what is done"""
     parser.epilog = "example: python train.py table --rows abmil-20 mem-0.50-patch"
     add = parser.add_argument
-    add_data_flags(parser, default="runs/table")
+    add_data_flags(parser, "folder of all runs", default="runs/table")
     add("--rows", nargs="+", help="such as abmil-20, cmem-7-patch (default: all 24)")
     add("--tasks", nargs="+", help="tables in DATA/tasks (default: all)")
     add("--seeds", type=POSITIVE, default=1, help="number of seeds, from --seed on")
@@ -2241,7 +2253,7 @@ def add_table_flags(parser) -> None:
 
 def add_demo_flags(parser) -> None:
     """a synthetic cohort, MEM pretraining, fine-tuning, a small table, in minutes"""
-    add_data_flags(parser, default="runs/demo")
+    add_data_flags(parser, "folder of all runs", default="runs/demo")
     parser.add_argument("--seed", type=NATURAL, default=0, help="everything random follows from it")
 
 

@@ -326,7 +326,7 @@ def test_task_tables_keep_ids_as_text_and_survive_bom_and_crlf(tmp_path, monkeyp
         ("1 1", "0 1", [1, 1]),
         ("2.0 0 1 2", "0 1 2", [2, 0, 1, 2]),
         ("wild mutated wild", "mutated wild", [1, 0, 1]),  # sorted: the second is the positive one
-        ("3+ 2+ 1+ 3+", "1+ 2+ 3+", [2, 1, 0, 2]),
+        ("3+ 2+ 0 1+ 3+", "0 1+ 2+ 3+", [3, 2, 0, 1, 3]),
         ("0 1 5", "0 1 2", "'5', expected 0 or 1 or 2"),
         ("1 2", "0 1", "'2', expected 0 or 1"),
         ("0 1 high", "0 1", "'high', expected 0 or 1"),
@@ -426,7 +426,7 @@ def test_no_case_is_on_both_sides_of_a_fold(cases, folds, seed):
             parts = [slides_in(of_fold, split) for split in data.SPLITS]
             assert sum(map(len, parts)) == len(set().union(*parts)) == len(rows)
             tested += [case.case_id for case in of_fold if case.split == "test"]
-            used = set(data.pretraining_ids(folder, fold, seed))
+            used = set(data.pretraining_ids(folder, data.read_tasks(folder, fold, seed)))
             assert used == parts[0]
             for label in {case.label for case in of_fold}:
                 mine = [case.split for case in of_fold if case.label == label]
@@ -459,9 +459,9 @@ def test_a_fold_that_is_not_there_is_named(tmp_path):
     for slide_id in "sr":
         make_slide(tmp_path, slide_id)
     with pytest.raises(MixmagError, match="over its 2 folds every case may be tested; .*--fold K"):
-        data.pretraining_ids(tmp_path)
+        data.pretraining_ids(tmp_path, data.read_tasks(tmp_path))
     data.write_csv(tmp_path / "pretrain.csv", ("slide_id",), [("s",)])
-    assert data.pretraining_ids(tmp_path) == ["s"]
+    assert data.pretraining_ids(tmp_path, data.read_tasks(tmp_path)) == ["s"]
     assert data.evaluation_slides(data.read_tasks(tmp_path)) == {"t": {"s", "r"}}
     task(tmp_path, [("p", "s", 1, "train")])
     with pytest.raises(MixmagError, match="no column fold_0, found split"):
@@ -552,9 +552,9 @@ def test_pretraining_leaves_out_every_tune_and_test_case(tmp_path, one, other):
         make_slide(tmp_path, slide_id)
     task(tmp_path, [("1", "a", 0, "train"), *one])
     task(tmp_path, other, "u")
-    assert data.pretraining_ids(tmp_path) == ["a", "d"]
+    assert data.pretraining_ids(tmp_path, data.read_tasks(tmp_path)) == ["a", "d"]
     data.write_csv(tmp_path / "pretrain.csv", ("slide_id",), [("d",), ("b",), ("d",)])
-    assert data.pretraining_ids(tmp_path) == ["d", "b"]
+    assert data.pretraining_ids(tmp_path, data.read_tasks(tmp_path)) == ["d", "b"]
 
 
 def test_hidden_files_are_nobodys(tmp_path):
@@ -564,7 +564,8 @@ def test_hidden_files_are_nobodys(tmp_path):
     task(tmp_path, [("p", "a", 1, "train")])
     (tmp_path / "tasks" / "._t.csv").write_bytes(b"\0\5\x16\7")
     assert [slide.slide_id for slide in data.read_slides(tmp_path)] == ["a"]
-    assert data.pretraining_ids(tmp_path) == ["a"] and data.task_names(tmp_path) == ["t"]
+    assert data.pretraining_ids(tmp_path, data.read_tasks(tmp_path)) == ["a"]
+    assert data.task_names(tmp_path) == ["t"]
     assert not any("._" in finding for finding in data.verify(tmp_path))
 
 
@@ -1164,7 +1165,7 @@ def test_ids_are_compared_in_one_form_of_unicode(tmp_path):
         make_slide(folder, file_name)
         make_slide(folder, "other")
         task(folder, [("c", in_table, 1, "test")])
-        assert data.pretraining_ids(folder) == ["other"]
+        assert data.pretraining_ids(folder, data.read_tasks(folder)) == ["other"]
         assert [slide.slide_id for slide in data.read_slides(folder, [in_table])] == [forms[1]]
         assert "without a file" not in str(data.verify(folder))
     make_slide(folder, in_table)
@@ -1176,10 +1177,10 @@ def test_a_table_of_other_slides_holds_nothing_out_and_is_refused(tmp_path):
     make_slide(tmp_path, "S1")
     task(tmp_path, [("c", "S1.svs", 1, "test")])
     with pytest.raises(MixmagError, match="t.csv: 1 slide .*'S1.svs'; leave .svs out"):
-        data.pretraining_ids(tmp_path)
+        data.pretraining_ids(tmp_path, data.read_tasks(tmp_path))
     (tmp_path / "tasks" / "t.csv").rename(tmp_path / "tasks" / "t.CSV")
     with pytest.raises(MixmagError, match="t.CSV: expected a table whose name ends with .csv"):
-        data.pretraining_ids(tmp_path)
+        data.pretraining_ids(tmp_path, data.read_tasks(tmp_path))
 
 
 @pytest.mark.parametrize("threads", [0, 2])

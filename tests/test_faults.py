@@ -366,7 +366,7 @@ def test_two_processes_may_write_the_same_slide(tmp_path):
 def test_values_that_are_no_numbers_are_named(cohort, tmp_path, split, value):
     """In a training slide before the first step, in others when they are first scored."""
     command = f"{FINETUNE} --epochs 1"
-    slide_id = data.pretraining_ids(cohort)[0]
+    slide_id = data.pretraining_ids(cohort, data.read_tasks(cohort))[0]
     if split == "none":
         command = f"{PRETRAIN} --holdout 0"
     else:

@@ -615,15 +615,20 @@ def test_what_the_tables_leave_out_is_said(cohort, copy_of):
         splits = [("test", "tune", "train")[(i + fold) % 3] for i in range(len(ids))]
         rows = [(i, ids[i], i % 2, splits[i]) for i in range(len(ids))]
         tables[f"fold{fold}"] = rows
-    text = train.used_slides(copy_of("all", **tables))
-    assert f"pretraining uses 0 of {len(ids)} slides; fold0.csv leaves out" in text
+
+    def used_slides(folder):
+        tasks = data.read_tasks(folder)
+        return train.used_slides(folder, tasks, data.pretraining_ids(folder, tasks))
+
+    text = used_slides(copy_of("all", **tables))
+    assert f"pretraining uses 0 of {len(ids)} slides\nfold0.csv leaves out" in text
     assert f"fold2.csv leaves out {2 * len(ids) // 3}, such as {ids[1]}" in text
-    text = train.used_slides(copy_of("none"))
+    text = used_slides(copy_of("none"))
     assert f"{len(ids)} of {len(ids)} slides; no table in tasks/: finetune will" in text
     folder = copy_of("listed", fold0=tables["fold0"])
     data.write_csv(folder / "pretrain.csv", ("slide_id",), [[ids[0]], [ids[2]]])
-    text = train.used_slides(folder)
-    assert f"2 of {len(ids)} slides; fold0" in text
+    text = used_slides(folder)
+    assert f"2 of {len(ids)} slides\nfold0" in text
     assert "finetune will refuse fold0: it tunes or tests on 1 of these" in text
 
 
