@@ -67,12 +67,16 @@ def in_turn(repeats: int, clock=time.perf_counter, **functions) -> dict:
     return dict(zip(functions, seconds.T, strict=True))
 
 
-def model_clock() -> float:
+def gpu_clock() -> float:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-    elif torch.get_num_threads() == 1:
-        return time.process_time()
     return time.perf_counter()
+
+
+def model_clock() -> float:
+    if DEVICE.type == "cpu" and torch.get_num_threads() == 1:
+        return time.process_time()
+    return gpu_clock()
 
 
 def row(line: str, work: float, unit: str, seconds: dict, peer: str, target: float) -> tuple:
@@ -500,7 +504,7 @@ def bags(repeats: int = 9):
 def seconds_of(function, repeats: int = 3) -> float:
     """The median, after one call that is slower."""
     function()
-    return float(np.median(in_turn(repeats, model_clock, ours=function)["ours"]))
+    return float(np.median(in_turn(repeats, gpu_clock, ours=function)["ours"]))
 
 
 def fits(function):
@@ -583,7 +587,7 @@ def print_profile(step) -> None:
     activity = getattr(torch.profiler.ProfilerActivity, DEVICE.type.upper())
     with torch.profiler.profile(activities=[activity]) as profile:
         step()
-        model_clock()
+        gpu_clock()
     order = f"self_{DEVICE.type}_time_total"
     table = profile.key_averages().table(order, row_limit=16, max_name_column_width=60)
     print(table, flush=True)
@@ -605,10 +609,10 @@ def gpu_loader(config, batch: int, micro: int, machine):
             )
             own = batch // micro
             step(itertools.islice(loads, own))
-            began = model_clock()
+            began = gpu_clock()
             for _ in range(steps):
                 step(itertools.islice(loads, own))
-            seconds = (model_clock() - began) / steps
+            seconds = (gpu_clock() - began) / steps
             line = f"MEM step with its loader, {workers} workers, {micro} at a time"
             yield line, batch / seconds, "regions", resident / seconds, "resident", 0.95
 
