@@ -67,12 +67,16 @@ def in_turn(repeats: int, clock=time.perf_counter, **functions) -> dict:
     return dict(zip(functions, seconds.T, strict=True))
 
 
-def model_clock() -> float:
+def gpu_clock() -> float:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-    elif torch.get_num_threads() == 1:
-        return time.process_time()
     return time.perf_counter()
+
+
+def model_clock() -> float:
+    if DEVICE.type == "cpu" and torch.get_num_threads() == 1:
+        return time.process_time()
+    return gpu_clock()
 
 
 def row(line: str, work: float, unit: str, seconds: dict, peer: str, target: float) -> tuple:
@@ -85,6 +89,13 @@ def row(line: str, work: float, unit: str, seconds: dict, peer: str, target: flo
 def peak_memory() -> int:
     """The most bytes that this process held. Linux only; ru_maxrss would count the parent's."""
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
+def most_held() -> int:
+    """The most bytes that models took: on the GPU, or in this process."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return peak_memory()
 
 
 def in_child(function, *arguments):
@@ -305,16 +316,32 @@ def products(flops: float, dtype):
     return multiply
 
 
-def mem_step(model, B: int, machine):
-    """A MEM step on B random regions of which half the tokens are removed."""
-    N = model.config.geometry().num_tokens
-    x = torch.randn(B, N, model.config.dim, device=DEVICE).half()
-    removed = mixmag.random_removal(B, N, 0.5, device=DEVICE)
-    part = {"x": x, "removed": removed, "valid": None}
+def random_regions(config, B: int, views: int = 1) -> dict:
+    """As RegionDataset gives B regions, or two views of each, with half the tokens removed."""
+    N = config.geometry().num_tokens
+    shape = (B,) if views == 1 else (views, B)
+    x = torch.randn(*shape, N, config.dim, device=DEVICE, dtype=torch.float16)
+    removed = mixmag.random_removal(views * B, N, 0.5, device=DEVICE).unflatten(0, shape)
+    return {"x": x, "removed": removed, "valid": None}
 
-    def step():
+
+def training_step(config, B: int, micro: int, machine, views=1, compiled=False, updates=True):
+    """A step on B random regions that the device holds, `micro` at a time: forward, backward and,
+    with `updates`, AdamW."""
+    model_class = mixmag.MaskedEmbeddingModel if views == 1 else mixmag.ContrastiveEmbeddingModel
+    model = model_class(config).to(DEVICE)
+    if compiled:
+        train.compile_blocks(model)
+    groups = train.parameter_groups(model, 0.05)
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
+    parts = [random_regions(config, micro, views) for _ in range(B // micro)]
+    train_step = train.mem_step if views == 1 else train.cmem_step
+
+    def step(parts=parts):
         model.zero_grad(set_to_none=True)
-        train.mem_step(model, [part], B, machine)
+        train_step(model, parts, B, machine)
+        if updates:
+            train.optimizer_step(model, optimizer, machine, 1e-4, 1.0)
 
     return step
 
@@ -356,16 +383,13 @@ def pretraining(repeats: int = 5):
     config = mixmag.Config.paper()
     B = 16 if DEVICE.type == "cpu" else 256
     flops = B * train.region_flops(config, mixmag.removal_count(189, 0.5))
-    model = mixmag.MaskedEmbeddingModel(config).to(DEVICE)
-    compiled = mixmag.MaskedEmbeddingModel(config).to(DEVICE)
-    train.compile_blocks(compiled)
-    for name, ours, amp, target in (
-        ("bf16", model, "bf16", 0.7),
-        ("fp32", model, "off", 0.9),
-        ("bf16, --compile", compiled, "bf16", 0.7),
+    for name, amp, compiled, target in (
+        ("bf16", "bf16", False, 0.7),
+        ("fp32", "off", False, 0.9),
+        ("bf16, --compile", "bf16", True, 0.7),
     ):
         machine = train.start_machine(amp=amp)
-        steps = {"ours": mem_step(ours, B, machine)}
+        steps = {"ours": training_step(config, B, B, machine, compiled=compiled, updates=False)}
         steps["products"] = products(flops, machine.dtype or torch.float32)
         with contextlib.suppress(ImportError):
             steps["ViTMAE"] = vit_mae(config, B, machine)
@@ -403,9 +427,8 @@ def loading(batches: int = 600, size: int = 64, repeats: int = 3):
         (windows,), (turns,), _, _ = dataset.draw(range(size * batches))
         for window, turn in zip(windows, turns, strict=True):
             slide = dataset.slides[dataset.slide_of[window]]
-            rows, _ = data.token_index(
-                slide, dataset.window_cells[window, None], dataset.turned_entries[turn]
-            )
+            cells = dataset.window_cells[window, None]
+            rows, _ = data.token_index(slide, cells, dataset.turned_entries[turn])
             places.append((slide.features.reshape(-1, slide.dim), rows[0]))
         out = np.empty((size, 189, 1280), np.float16)
 
@@ -441,9 +464,7 @@ def slide_cost(config, regions: int, learns: bool) -> tuple[float, int]:
             logit.sum().backward()
 
     (seconds,) = in_turn(1, model_clock, ours=through)["ours"]
-    if DEVICE.type == "cuda":
-        return seconds, torch.cuda.max_memory_allocated()
-    return seconds, peak_memory()
+    return seconds, most_held()
 
 
 def finetuning(most: int = 1000):
@@ -486,12 +507,6 @@ def seconds_of(function, repeats: int = 3) -> float:
     return float(np.median(in_turn(repeats, gpu_clock, ours=function)["ours"]))
 
 
-def gpu_clock() -> float:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def fits(function):
     """function(), or None where the GPU has too little memory for it."""
     try:
@@ -503,13 +518,6 @@ def fits(function):
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-
-
-def most_held() -> float:
-    """GB on the GPU, or in this process."""
-    if DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return peak_memory() / 1e9
 
 
 def gpu():
@@ -528,31 +536,10 @@ def gpu():
     yield from gpu_virchow2(256 if big else 1)
 
 
-def training_step(config, batch: int, micro: int, machine, views: int = 1, compiled=False):
-    """A whole step on random regions that the device holds: forward, backward, AdamW."""
-    model_class = mixmag.MaskedEmbeddingModel if views == 1 else mixmag.ContrastiveEmbeddingModel
-    model = model_class(config).to(DEVICE)
-    if compiled:
-        train.compile_blocks(model)
-    groups = train.parameter_groups(model, 0.05)
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
-    N = config.geometry().num_tokens
-    parts = []
-    for _ in range(batch // micro):
-        x = torch.randn(views, micro, N, config.dim, device=DEVICE, dtype=torch.float16)
-        removed = mixmag.random_removal(views * micro, N, 0.5, device=DEVICE)
-        removed = removed.unflatten(0, (views, micro))
-        part = {"x": x, "removed": removed}
-        if views == 1:
-            part = {key: value[0] for key, value in part.items()}
-        parts.append({**part, "valid": None})
-    train_step = train.mem_step if views == 1 else train.cmem_step
-
-    def step(parts=parts):
-        train_step(model, parts, batch, machine)
-        train.optimizer_step(model, optimizer, machine, 1e-4, 1.0)
-
-    return step
+def step_cost(*settings) -> tuple[float, int]:
+    """Seconds and bytes at most of a training_step."""
+    torch.compiler.reset()  # each size compiles anew, and torch has a limit for that
+    return seconds_of(training_step(*settings), 2), most_held()
 
 
 def gpu_steps(config, batch: int, sizes: tuple, rate: float, machine):
@@ -564,23 +551,17 @@ def gpu_steps(config, batch: int, sizes: tuple, rate: float, machine):
     runs += [(micro, 1, True) for micro in sizes[1:4]]
     runs += [(sizes[1], 2, False), (sizes[1], 2, True)]
     for micro, views, compiled in runs:
-
-        def measure(micro=micro, views=views, compiled=compiled):
-            torch.compiler.reset()  # each size compiles anew, and torch has a limit for that
-            step = training_step(config, batch, micro, machine, views, compiled)
-            return seconds_of(step, 2), most_held()
-
         name = "MEM step" if views == 1 else "CMEM 7x7 step"
         name += f", {'--compile' if compiled else 'eager'}, {micro} at a time"
-        found = fits(measure)
+        found = fits(functools.partial(step_cost, config, batch, micro, machine, views, compiled))
         if found is None:
             yield f"{name}: out of memory", 0, "regions", 0, "products", 0.45
             continue
         seconds, held = found
         regions = batch * views / seconds
         yield name, regions, "regions", regions * flops / rate, "products", 0.45
-        formula = micro * views * train.region_bytes(config, M, size) / 1e9
-        yield "  memory", held, "GB", held / formula, "formula", 1
+        formula = micro * views * train.region_bytes(config, M, size)
+        yield "  memory", held / 1e9, "GB", held / formula, "formula", 1
     for compiled in (False, True):
         step = training_step(config, sizes[1], sizes[1], machine, compiled=compiled)
         step()
@@ -603,13 +584,11 @@ def count_waits(step) -> int:
 
 def print_profile(step) -> None:
     """The kernels that take most of a step."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if DEVICE.type == "cuda":
-        activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    activity = getattr(torch.profiler.ProfilerActivity, DEVICE.type.upper())
+    with torch.profiler.profile(activities=[activity]) as profile:
         step()
         gpu_clock()
-    order = "self_cuda_time_total" if DEVICE.type == "cuda" else "self_cpu_time_total"
+    order = f"self_{DEVICE.type}_time_total"
     table = profile.key_averages().table(order, row_limit=16, max_name_column_width=60)
     print(table, flush=True)
 
@@ -640,15 +619,12 @@ def gpu_loader(config, batch: int, micro: int, machine):
 
 def gpu_finetuning(config, regions: int):
     for name, learns in (("learns", True), ("is frozen", False)):
-
-        def measure(learns=learns):
-            return *slide_cost(config, regions, learns), most_held()
-
+        measure = functools.partial(slide_cost, config, regions, learns)
         fits(measure)  # the first is slower
-        seconds, _, held = fits(measure)
+        seconds, held = fits(measure)
         line = f"a slide of {regions} regions, whose encoder {name}"
         yield line, regions / seconds, "regions", 1 / seconds, "1 s", 1
-        yield "  memory", held, "GB", 8 / held, "8 GB", 1
+        yield "  memory", held / 1e9, "GB", 8e9 / held, "8 GB", 1
 
 
 def gpu_attention(config, B: int, machine):
@@ -693,7 +669,8 @@ def gpu_virchow2(tiles: int):
         with torch.inference_mode():
             encoder(pictures)
 
-    yield "Virchow2's architecture", tiles / seconds_of(encode), "tiles/s", most_held(), "GB", 1
+    rate = tiles / seconds_of(encode)
+    yield "Virchow2's architecture", rate, "tiles/s", most_held() / 1e9, "GB", 1
 
 
 # ---------------------------------------------------------------------------------- how cost grows
@@ -713,8 +690,8 @@ def region_cost(region: int) -> tuple[float, int]:
     config = mixmag.Config.paper(region=region)
     N = config.geometry().num_tokens
     B = round(3024 / N)
-    model = mixmag.MaskedEmbeddingModel(config).to(DEVICE)
-    step = mem_step(model, B, train.start_machine(width=config.width))
+    machine = train.start_machine(width=config.width)
+    step = training_step(config, B, B, machine, updates=False)
     step()
     seconds = in_turn(3, model_clock, ours=step)["ours"]
     return np.median(seconds) / (B * N), peak_memory()

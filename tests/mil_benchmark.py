@@ -47,9 +47,7 @@ def fit_and_score(bags, labels, train, test, seed, width, dropout, lr, decay, ep
         return model((torch.cat([bags[i] for i in chosen]) - mean) / std, lengths)
 
     for _ in range(epochs):
-        shuffled = order.permutation(train)
-        for i in range(0, len(shuffled), batch):
-            chosen = shuffled[i : i + batch]
+        for chosen in np.split(order.permutation(train), range(batch, len(train), batch)):
             target = torch.tensor(labels[chosen], dtype=torch.float32)
             loss = F.binary_cross_entropy_with_logits(forward(chosen), target)
             optimizer.zero_grad()

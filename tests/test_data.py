@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import io
 import json
 import math
 import os
@@ -16,6 +15,7 @@ import time
 import types
 import unicodedata
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import openslide
@@ -61,9 +61,20 @@ def make_slide(folder, slide_id="a", cells=((0, 0), (1, 0)), seed=0, dim=8, vali
     return path
 
 
-def task(folder, rows, name="t"):
-    header = ("case_id", "slide_id", "label", "split")
-    data.write_csv(folder / "tasks" / f"{name}.csv", header, rows)
+FOLDS = ("fold_0", "fold_1")
+
+
+def task(folder, rows, name="t", splits=("split",)):
+    path = folder / "tasks" / f"{name}.csv"
+    data.write_csv(path, ("case_id", "slide_id", "label", *splits), rows)
+    return path
+
+
+def poison(path, at, value) -> None:
+    """One feature of a slide file has another value."""
+    slide = data.read_slide(path)
+    slide.features[at] = value
+    data.write_slide(path, slide.features, slide.cells, slide.valid, slide.meta)
 
 
 def content(path):
@@ -121,9 +132,7 @@ def test_slide_file_is_what_the_contract_says(tmp_path):
     assert meta["sha256"] == digest.hexdigest()
 
 
-def test_arrays_that_are_empty_or_not_contiguous_are_written_right(tmp_path):
-    slide = data.read_slide(make_slide(tmp_path, cells=[]))
-    assert slide.features.shape == (0, 21, 8) and not data.verify(tmp_path)
+def test_arrays_that_are_not_contiguous_are_written_right(tmp_path):
     features = np.random.default_rng(0).standard_normal((21, 4, 16)).astype(np.float16)
     features = features.swapaxes(0, 1)[:, :, ::2]
     path = tmp_path / "slides" / "a.safetensors"
@@ -249,12 +258,8 @@ def test_verify_prints_every_finding(tmp_path):
     assert data.verify(tmp_path) == []
     make_slide(tmp_path, "other", encoder="another")
     make_slide(tmp_path, "twin", seed=0)
-    features = np.ones((1, 21, 8), np.float16)
-    features[0, 3, 2] = np.nan
+    poison(make_slide(tmp_path, "nan", seed=6), (0, 3, 2), np.nan)
     slides = tmp_path / "slides"
-    cells = np.zeros((1, 2), np.int32)
-    meta = {**META, "slide_id": "nan"}
-    data.write_slide(slides / "nan.safetensors", features, cells, features[..., 0] == 1, meta)
     whole = (slides / "s0.safetensors").read_bytes()
     (slides / "misnamed.safetensors").write_bytes(whole)
     (slides / "cut.safetensors").write_bytes(whole[:-10])
@@ -297,24 +302,12 @@ def test_verify_says_what_it_checked(tmp_path, capsys):
 
 
 # --------------------------------------------------------------------------------- tasks and splits
-def test_task_tables_keep_ids_as_text_and_survive_bom_and_crlf(tmp_path, monkeypatch):
-    (tmp_path / "tasks").mkdir()
-    text = "\ufeffcase_id,slide_id,label,split,extra\r\n001,0010,1,train,x\r\n1,10,0,train,y\r\n"
-    (tmp_path / "tasks" / "t.csv").write_bytes(text.encode())
-    found = [(case.case_id, case.slide_ids, case.label) for case in data.read_task(tmp_path, "t")]
-    assert found == [("001", ["0010"], 1), ("1", ["10"], 0)]
-    with pytest.raises(MixmagError, match="no such task; found t"):
-        data.read_task(tmp_path, "u")
-    for label in ("1.5", "-1", "", "nan", "NA", "2"):
-        task(tmp_path, [("c", "s", label, "train")])
-        with pytest.raises(MixmagError, match="expected 0 or 1"):
-            data.read_task(tmp_path, "t")
-
+def test_an_outcome_of_another_kind_is_one_class(tmp_path, monkeypatch):
     class Grade(data.Outcome):
         def classes(self, labels):
             return ["low", "medium", "high"]
 
-    monkeypatch.setattr(data, "OUTCOME", Grade())  # an outcome of another kind is one class
+    monkeypatch.setattr(data, "OUTCOME", Grade())
     task(tmp_path, [("c", "s", "high", "train"), ("d", "t", "low", "train")])
     assert [case.label for case in data.read_task(tmp_path, "t")] == [2, 0]
 
@@ -329,12 +322,14 @@ def test_task_tables_keep_ids_as_text_and_survive_bom_and_crlf(tmp_path, monkeyp
         ("3+ 2+ 0 1+ 3+", "0 1+ 2+ 3+", [3, 2, 0, 1, 3]),
         ("0 1 5", "0 1 2", "'5', expected 0 or 1 or 2"),
         ("1 2", "0 1", "'2', expected 0 or 1"),
+        *((x, "0 1", f"'{x}', expected 0 or 1") for x in ("1.5", "-1", "", "nan", "NA", "2")),
         ("0 1 high", "0 1", "'high', expected 0 or 1"),
         ("low high NA", "high low", "'NA', expected high or low"),
     ],
 )
 def test_labels_are_numbers_from_0_on_or_names(tmp_path, labels, classes, parsed):
-    task(tmp_path, [(f"c{i}", f"s{i}", label, "train") for i, label in enumerate(labels.split())])
+    rows = [(f"c{i}", f"s{i}", label, "train") for i, label in enumerate(labels.split(" "))]
+    task(tmp_path, rows)
     table = data.any_table(tmp_path / "tasks" / "t.csv")
     assert table.classes == classes.split()
     if isinstance(parsed, list):
@@ -351,13 +346,10 @@ def test_the_binary_outcome_equals_its_definition():
     score = outcome.score(logit)
     assert score.dtype == torch.float64 and len(set(outcome.score(torch.tensor([30.0, 31.0])))) == 2
     assert torch.equal(score, torch.sigmoid(logit.double()))
+    by_torch = torch.nn.BCEWithLogitsLoss(reduction="none")
     for smoothing in (0.0, 0.1):
         target = label * (1 - smoothing) + smoothing / 2
-        found = outcome.loss(logit, label, smoothing)
-        expected = -(target * score.log() + (1 - target) * (1 - score).log())
-        assert torch.allclose(found.double(), expected, atol=1e-6)
-        by_torch = torch.nn.BCEWithLogitsLoss(reduction="none")
-        assert torch.equal(found, by_torch(logit, target))
+        assert torch.equal(outcome.loss(logit, label, smoothing), by_torch(logit, target))
     assert outcome.metric(label.tolist(), score.tolist()) == roc_auc_score(label, score)
     assert outcome.columns(["mutated", "wild"]) == ["score"]
     with pytest.raises(MixmagError, match="AUROC needs 2 classes; found 2 cases of 1"):
@@ -384,17 +376,6 @@ def test_the_outcome_of_more_classes_equals_its_definition():
 
 
 # -------------------------------------------------------------------------------------------- folds
-
-
-def fold_table(folder, rows, name="t"):
-    """rows: case_id, slide_id, label, then the splits of fold_0, fold_1, ..."""
-    folds = [f"fold_{i}" for i in range(len(rows[0]) - 3)]
-    (folder / "tasks").mkdir(parents=True, exist_ok=True)
-    path = folder / "tasks" / f"{name}.csv"
-    data.write_csv(path, ("case_id", "slide_id", "label", *folds), rows)
-    return path
-
-
 def slides_in(cases, *splits):
     return {i for case in cases if case.split in splits for i in case.slide_ids}
 
@@ -434,16 +415,14 @@ def test_no_case_is_on_both_sides_of_a_fold(cases, folds, seed):
                 assert mine.count("tune") == math.ceil(learning / 5)
                 assert abs(mine.count("test") - len(mine) / folds) < 1
             again = data.parse_table(out, data.read_csv(out, ())[::-1]).in_fold(fold, seed)
-            assert {case.case_id: case.split for case in again} == {
-                case.case_id: case.split for case in of_fold
-            }
+            assert [slides_in(again, split) for split in data.SPLITS] == parts
         assert sorted(tested) == sorted({row[0] for row in rows})
 
 
 def test_tune_cases_of_a_table_are_kept_and_carved_ones_vary_with_the_seed(tmp_path):
     rows = [(f"p{i}", f"s{i}", i % 2, "test" if i < 4 else "train", "train") for i in range(40)]
     rows[5] = ("p5", "s5", 1, "tune", "test")
-    fold_table(tmp_path, rows)
+    task(tmp_path, rows, splits=FOLDS)
     assert slides_in(data.read_task(tmp_path, "t", 0), "tune") == {"s5"}
     carved = [frozenset(slides_in(data.read_task(tmp_path, "t", 1, s), "tune")) for s in range(6)]
     assert len(set(carved)) == 6
@@ -451,7 +430,8 @@ def test_tune_cases_of_a_table_are_kept_and_carved_ones_vary_with_the_seed(tmp_p
 
 
 def test_a_fold_that_is_not_there_is_named(tmp_path):
-    fold_table(tmp_path, [("p", "s", 0, "test", "train"), ("q", "r", 1, "train", "test")])
+    rows = [("p", "s", 0, "test", "train"), ("q", "r", 1, "train", "test")]
+    task(tmp_path, rows, splits=FOLDS)
     for fold, column in ((None, "split"), (2, "fold_2")):
         said = f"no column {column}, found fold_0, fold_1; --fold K reads fold_K"
         with pytest.raises(MixmagError, match=said):
@@ -468,8 +448,7 @@ def test_a_fold_that_is_not_there_is_named(tmp_path):
         data.read_task(tmp_path, "t", 0)
     with pytest.raises(MixmagError, match="--fold 0: no table in .* has a column fold_0"):
         data.read_tasks(tmp_path, 0)
-    path = fold_table(tmp_path, [("p", "s", 0, "test")])
-    path.write_text(path.read_text().replace("label", "label,split").replace(",0", ",0,test"))
+    task(tmp_path, [("p", "s", 0, "test", "test")], splits=("split", "fold_0"))
     with pytest.raises(MixmagError, match="found split, fold_0; expected a split or folds"):
         data.read_task(tmp_path, "t")
 
@@ -479,7 +458,7 @@ def test_verify_looks_into_every_fold(tmp_path):
         make_slide(tmp_path, f"s{i}", seed=i % 3)  # s3 is a copy of s0
     splits = [("train", "test"), ("test", "train"), ("tune", "tune"), ("test", "test")]
     rows = [(f"p{i}", f"s{i}", i % 2, *splits[i]) for i in range(4)]
-    path = fold_table(tmp_path, [*rows, ("p1", "s9", 1, "train", "train")])
+    path = task(tmp_path, [*rows, ("p1", "s9", 1, "train", "train")], splits=FOLDS)
     findings = data.verify(tmp_path)
     assert f"{tmp_path}: one slide under several ids: s0, s3" in findings
     assert f"{path}: fold_1: test has no case of class 0" not in findings
@@ -580,16 +559,15 @@ def test_full_scale_is_the_papers_appendix_and_quick_scale_can_be_ranked(scale):
             if scale == "full":
                 assert (len(labels), len(mine)) == (cases, slides)
                 assert positives / cases == pytest.approx(positive, abs=0.5 / cases + 1e-9)
-            least, least_positives = data.QUICK_FLOORS[split]
-            if scale == "quick":
+            else:
+                least, least_positives = data.QUICK_FLOORS[split]
                 assert len(labels) >= least
                 assert least_positives <= positives <= len(labels) - least_positives
             shown = [row[0] for row in mine if row[4]]  # by one slide of a case at most
             assert len(set(shown)) == len(shown)
-            missed = sum(labels.values()) - sum(labels[case] for case in shown)
-            false = sum(1 - labels[case] for case in shown)
-            assert missed == round(0.015 * positives)
-            assert false == round(0.015 * (len(labels) - positives))
+            found = sum(labels[case] for case in shown)
+            assert positives - found == round(0.015 * positives)
+            assert len(shown) - found == round(0.015 * (len(labels) - positives))
 
 
 def test_cohort_follows_from_its_seed_and_looks_like_real_embeddings(cohort):
@@ -669,9 +647,8 @@ def test_the_least_loss_is_that_of_the_best_prediction():
     _, known = data.known_latents(world, np.random.default_rng(0), "skin_braf", True, 9)
     noise = data.NOISE**0.5 * np.random.default_rng(1).standard_normal((100, *known.shape))
     x = torch.nn.functional.normalize(torch.from_numpy(known + noise).clamp(min=0) ** 2, dim=-1)
-    best = (
-        1 - x.mean(0).norm(dim=-1).numpy()
-    )  # (C, 21): by the direction of the largest mean cosine
+    # (C, 21): by the direction of the largest mean cosine
+    best = 1 - x.mean(0).norm(dim=-1).numpy()
     for k in range(3):
         assert least[k] == pytest.approx(best[:, data.magnification_entries(k)].mean(), abs=0.01)
 
@@ -968,7 +945,10 @@ def test_statistics_of_many_cells_are_those_of_evenly_spread_ones(tmp_path):
 
 
 # -------------------------------------------------------------------------- files, errors, progress
-def test_a_failing_write_keeps_the_old_file(tmp_path):
+def test_a_failing_write_keeps_the_old_file(tmp_path, monkeypatch):
+    """A share need not know fsync; there, too, a full disk is a failure."""
+    fsync = Mock(side_effect=OSError(errno.EINVAL, "Invalid"))
+    monkeypatch.setattr(os, "fsync", fsync)
     path = tmp_path / "x.txt"
     data.write_text(path, "good")
     with pytest.raises(KeyError), data.whole_file(path) as temporary:
@@ -977,6 +957,9 @@ def test_a_failing_write_keeps_the_old_file(tmp_path):
     refused = pytest.raises(MixmagError, match=r"x.txt: cannot be written \(.*: no space left\)")
     with refused, data.whole_file(path):
         raise RuntimeError("no space\n left")
+    fsync.side_effect = OSError(errno.ENOSPC, "No space")
+    with pytest.raises(MixmagError, match="x.txt: cannot be written .*No space"):
+        data.write_text(path, "other")
     assert path.read_text() == "good" and os.listdir(tmp_path) == ["x.txt"]
 
 
@@ -988,11 +971,6 @@ def test_tables_come_back_as_they_were(tmp_path):
     found = data.read_csv(path, ("other", "one"))
     assert [row["one"] for row in found] == ["a,b", "two\nlines", "caf\\udce9"]
     assert [row["line"] for row in found] == [2, 4, 5] and found[1]["other"] == "x"
-    with pytest.raises(MixmagError, match="t.csv: column three is missing"):
-        data.read_csv(path, ("one", "three"))
-    path.write_bytes(b"one\n\xe9\n")
-    with pytest.raises(MixmagError, match="cannot be read as 'CSV UTF-8'"):
-        data.read_csv(path, ("one",))
     path.write_text("[1")
     with pytest.raises(MixmagError, match="t.csv: cannot be read as JSON"):
         data.read_json(path)
@@ -1005,12 +983,7 @@ def test_tables_come_back_as_they_were(tmp_path):
     [
         (None, [], 0, ""),
         (MixmagError("bad input"), [], 1, "error: bad input\n"),
-        (
-            FileNotFoundError(2, "Gone", "x"),
-            [],
-            1,
-            "error: FileNotFoundError: [Errno 2] Gone: 'x'\n",
-        ),
+        (OSError(2, "Gone"), [], 1, "error: FileNotFoundError: [Errno 2] Gone\n"),
         (MemoryError(), [], 1, "error: MemoryError"),
         (data.Stopped(), [signal.SIGTERM], 75, "stopped by a signal"),
         (data.Stopped(), [signal.SIGINT], 130, "stopped by a signal"),
@@ -1078,35 +1051,12 @@ def test_half_of_what_torchrun_sets_is_refused(monkeypatch, left, found):
         assert data.process_rank() == found
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_a_line_stands_by_itself_above_the_bar(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Terminal())
+def test_a_line_stands_by_itself_above_the_bar(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     bar = data.progress(total=3, desc="bar")
     data.log("a line")
     bar.close()
-    assert "\ra line\n" in sys.stderr.getvalue()
-
-
-@pytest.mark.parametrize("refused", [errno.EINVAL, errno.ENOSPC])
-def test_a_share_need_not_know_fsync(tmp_path, monkeypatch, refused):
-    """A full disk fails all the same."""
-
-    def fsync(descriptor):
-        raise OSError(refused, os.strerror(refused))
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    path = tmp_path / "t.txt"
-    if refused == errno.EINVAL:
-        data.write_text(path, "whole")
-        assert path.read_text() == "whole"
-    else:
-        with pytest.raises(MixmagError, match="t.txt: cannot be written .*No space"):
-            data.write_text(path, "whole")
-        assert not list(tmp_path.iterdir())
+    assert "\ra line\n" in capsys.readouterr().err
 
 
 def test_a_disk_without_memory_maps_is_said(tmp_path, capsys):
@@ -1146,15 +1096,10 @@ def test_what_spreadsheets_write_is_read_or_named(tmp_path, raw, said):
     path.write_bytes(raw)
     with pytest.raises(MixmagError, match=f"t.csv: .*{said}"):
         data.read_task(tmp_path, "t")
-    text = (
-        " case_id , slide_id,label ,split,note\n,,,\nc,S1,1.0,train,,\n,,,,,,\nd,S2,0.0,tune\n,,\n"
-    )
+    text = " case_id , slide_id,label ,split,x\n,,,\nc,S1,1.0,train,,\n,,,,,,\nd,S2,0.0,tune\n,,\n"
     path.write_bytes(text.encode("utf-8-sig"))
-    cases = data.read_task(tmp_path, "t")
-    assert [(case.case_id, case.label, case.slide_ids) for case in cases] == [
-        ("c", 1, ["S1"]),
-        ("d", 0, ["S2"]),
-    ]
+    found = [(case.case_id, case.label, case.slide_ids) for case in data.read_task(tmp_path, "t")]
+    assert found == [("c", 1, ["S1"]), ("d", 0, ["S2"])]
 
 
 def test_ids_are_compared_in_one_form_of_unicode(tmp_path):
