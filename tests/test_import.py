@@ -90,8 +90,7 @@ def grid(cols, rows, side):
 
 
 def slide_of_three(folder, slide_id, cols=6, rows=3, changes=(), **common):
-    """5x, 10x and 20x files of a slide, where TRIDENT puts them; changes {magnification: settings}.
-    Returns their folders."""
+    """The folders of its 5x, 10x and 20x files, as TRIDENT's; changes {magnification: settings}."""
     folders = [folder / f"{m}x_224px_0px_overlap" / "features_virchow2" for m in THREE]
     for k, place in enumerate(folders):
         settings = {
@@ -165,8 +164,7 @@ def test_import_equals_placing_by_hand(tmp_path, magnifications, cell, dtype, pa
         trident_file(paths[k], corners[k], magnifications[k], side, some, layout, patch_size=patch)
     slide, report = import_files(tmp_path, paths)
     assert report.endswith(f", {len(features[-1])} tiles at {magnifications[-1]}x")
-    placed = by_hand(corners, features, sides, magnifications)
-    assert_holds(slide, placed)
+    assert_holds(slide, by_hand(corners, features, sides, magnifications))
     meta = slide.meta
     assert meta["mpp"] == pytest.approx(10 / magnifications[0] * patch / cell)
     assert repr(meta["magnifications"]) == repr(list(magnifications))  # 5, not 5.0

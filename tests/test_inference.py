@@ -3,6 +3,7 @@
 import json
 import shutil
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import h5py
 import numpy as np
@@ -12,6 +13,7 @@ from conftest import failures, run
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from PIL import Image
+from test_tiler import read_slide
 
 import data
 import mixmag
@@ -24,10 +26,6 @@ ODD |= {"magnifications": [5, 10, 20], "origin": [100.0, 37.0], "width": 40000, 
 CONFIG = mixmag.Config(6, region=2, width=16, depth=1, heads=2)
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
 MACHINE = train.Machine(torch.device("cpu"), None, 0, 1, SCALER)
-
-
-def read_slide(folder, slide_id):
-    return data.read_slides(folder, [slide_id])[0]
 
 
 def write_like(slide, folder, features=None, **changes):
@@ -191,8 +189,11 @@ def test_a_slide_that_cannot_be_embedded_costs_itself(odd, tmp_path, capsys):
     reasons = failures(tmp_path / "failed.csv")
     assert "not finite" in reasons["poisoned"]
     assert "no cells" in reasons["empty"]
-    assert "2 failed" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 failed" in said and "1 of 26 cells are not read (see --min-cover)" in said
     assert [path.name for path in tmp_path.rglob("*.h5")] == ["holes.h5"]
+    embed(odd, tmp_path / "all", "holes", min_cover=0.0)
+    assert "--min-cover" not in capsys.readouterr().out
     assert embed(odd, tmp_path, "holes") == 0
     assert not (tmp_path / "failed.csv").exists()
 
@@ -229,7 +230,8 @@ def test_predict_scores_what_it_can_and_lists_the_rest(odd, tuned, tmp_path, cap
     reasons = failures(tmp_path / "p-failed.csv")
     assert "no cells" in reasons["empty"]
     assert "not finite" in reasons["poisoned"]
-    assert "2 slides scored" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 slides scored" in said and "1 of 306 cells are not read (see --min-cover)" in said
     assert train.predict(tuned, odd, ["many"], out) == 0
     assert [row["slide_id"] for row in data.read_csv(out, ("slide_id",))] == ["many"]
     assert not (tmp_path / "p-failed.csv").exists()
@@ -248,15 +250,6 @@ def test_a_run_that_cannot_be_used_is_refused(odd, tuned, tmp_path, damage):
         (tmp_path / "r" / damage).unlink()
     with pytest.raises(MixmagError, match=str(tmp_path / "r")):
         train.predict(tmp_path / "r", odd, ["many"])
-
-
-def test_cells_that_are_left_out_are_said(odd, tuned, tmp_path, capsys):
-    train.predict(tuned, odd, ["holes"], tmp_path / "p.csv")
-    embed(odd, tmp_path / "a", "holes")
-    said = capsys.readouterr().out
-    assert said.count("1 of 22 cells are not read (see --min-cover)") == 2
-    embed(odd, tmp_path / "b", "holes", min_cover=0.0)
-    assert "--min-cover" not in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------ heatmap
@@ -457,14 +450,20 @@ def test_heatmap_of_a_slide_image(pictured, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name, label", [("cls", "regions"), ("none", "20x")])
 def test_heatmap_without_an_image_and_of_other_runs(pictured, tmp_path, name, label):
-    heatmap(pictured, name, out=tmp_path)
-    found = {path.name for path in tmp_path.iterdir()}
-    assert found == {"attention.csv", f"attention-{label}.png", f"attention-{label}.geojson"}
+    """Cells begin at the corner of the bounds, so QuPath's pixels are known without the image."""
     slide = read_slide(pictured / "d", "synthetic-000")
+    write_like(slide, tmp_path, origin=[64.0, 32.0])
+    out = tmp_path / "out"
+    heatmap(pictured, name, folder=tmp_path, out=out)
+    found = {path.name for path in out.iterdir()}
+    assert found == {"attention.csv", f"attention-{label}.png", f"attention-{label}.geojson"}
     tokens, windows = brute_force(slide, magnifications=(2,))
-    count = len(windows) if name == "cls" else len(tokens)
-    assert len(read_geojson(tmp_path / f"attention-{label}.geojson")["features"]) == count
-    assert len(data.read_csv(tmp_path / "attention.csv", ())) == count
+    rows = data.read_csv(out / "attention.csv", ())
+    assert len(rows) == len(windows if name == "cls" else tokens)
+    features = read_geojson(out / f"attention-{label}.geojson")["features"]
+    for row, feature in zip(rows, features, strict=True):
+        corner = feature["geometry"]["coordinates"][0][0]
+        assert corner == [int(row["x"]) - 64, int(row["y"]) - 32]
 
 
 def test_heatmap_subtracts_bounds_and_survives_a_broken_image(pictured, tmp_path, monkeypatch):
@@ -491,11 +490,8 @@ def test_heatmap_subtracts_bounds_and_survives_a_broken_image(pictured, tmp_path
         moved = np.subtract(a["geometry"]["coordinates"], b["geometry"]["coordinates"])
         assert (moved == [64, 32]).all()
 
-    def fail(*_):
-        raise data.SlideReadError("torn")
-
     monkeypatch.undo()
-    monkeypatch.setattr(data.Reader, "read", fail)
+    monkeypatch.setattr(data.Reader, "read", Mock(side_effect=data.SlideReadError("torn")))
     with pytest.raises(data.SlideReadError, match="torn"):
         heatmap(pictured, "none", image=image, out=tmp_path / "torn")
     names = {path.name for path in (tmp_path / "torn").iterdir()}
@@ -510,25 +506,18 @@ def test_top_regions_are_those_of_the_highest_sum(odd, tmp_path, monkeypatch):
     places = train.output_places(model, train.one_case_per_slide(model, [slide], 0.5), "many")
     weight = np.random.default_rng(2).random(len(tokens)) ** 4
     places.weights = {"attention": weight}
-    cut = []
+    reader = Mock(["level_for", "read"], size=(40000, 30000))
+    reader.level_for.return_value = 0
+    reader.read.return_value = (Image.new("RGB", (8, 8)), (0, 0, 8, 8))
     outlined = []
-
-    class Reader:
-        size = (40000, 30000)
-
-        def level_for(self, downsample):
-            return 0
-
-        def read(self, level, box):
-            cut.append(tuple(box))
-            return Image.new("RGB", (8, 8)), (0, 0, 8, 8)
 
     def plot(axis, x, y, **style):
         outlined.append((x[0], y[0], x[2], y[2]))
         return axis.add_line(Line2D(x, y, **style))
 
     monkeypatch.setattr("matplotlib.axes.Axes.plot", plot)
-    train.draw_regions(tmp_path / "r.png", places, Reader())
+    train.draw_regions(tmp_path / "r.png", places, reader)
+    cut = [call.args[1] for call in reader.read.call_args_list]
     sums = np.zeros(len(windows))
     best = {}
     for token, value in zip(tokens, weight, strict=True):
@@ -559,9 +548,8 @@ def test_the_image_gives_the_size_that_import_could_not_know(
     beyond it, or where the size is known and another. The loaded slide stays as it is."""
     slide = read_slide(pictured / "d", "synthetic-000")
     write_like(slide, tmp_path, width=width, height=1792, **changes)
-    loaded = []
-    read_slides = data.read_slides
-    monkeypatch.setattr(data, "read_slides", lambda *a: loaded.extend(read_slides(*a)) or loaded)
+    loaded = data.read_slides(tmp_path)
+    monkeypatch.setattr(data, "read_slides", lambda *_: loaded)
     image = pictured / "images/synthetic-000.tiff"
     flags = {"folder": tmp_path, "image": image, "out": tmp_path / "out"}
     if message:
@@ -572,14 +560,3 @@ def test_the_image_gives_the_size_that_import_could_not_know(
         assert heatmap(pictured, "none", **flags) == 0
         assert (tmp_path / "out" / "regions.png").exists()
     assert (loaded[0].meta["width"], loaded[0].meta["height"]) == (width, 1792)
-
-
-def test_geojson_without_the_slide_takes_its_bounds_from_the_lattice(pictured, tmp_path):
-    """Cells begin at the corner of the bounds, so QuPath's pixels are known without the slide."""
-    slide = read_slide(pictured / "d", "synthetic-000")
-    write_like(slide, tmp_path, origin=[64.0, 32.0])
-    heatmap(pictured, "patch", folder=tmp_path, out=tmp_path)
-    found = read_geojson(tmp_path / "attention-5x.geojson")
-    first = data.read_csv(tmp_path / "attention.csv", ())[0]
-    corner = found["features"][0]["geometry"]["coordinates"][0][0]
-    assert corner == [int(first["x"]) - 64, int(first["y"]) - 32]
