@@ -1,5 +1,6 @@
 """Shared by the tests: python -m pytest tests"""
 
+import csv
 import multiprocessing
 import os
 import resource
@@ -92,6 +93,12 @@ def run(command, *args, cwd, code=0, timeout=600, **limits):
     assert found == code, f"exit code {found}, expected {code}\n{out}\n{err}"
     assert "Traceback" not in err, err
     return out, err
+
+
+def failures(path):
+    """slide_id -> reason."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return {row["slide_id"]: row["reason"] for row in csv.DictReader(file)}
 
 
 @pytest.fixture(scope="session")

@@ -1,18 +1,19 @@
 """predict, embed and heatmap.     python -m pytest tests/test_inference.py"""
 
-import csv
 import json
 import shutil
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import failures, run
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from PIL import Image
+from test_tiler import read_slide
 
 import data
 import mixmag
@@ -27,10 +28,6 @@ SCALER = torch.amp.GradScaler("cpu", enabled=False)
 MACHINE = train.Machine(torch.device("cpu"), None, 0, 1, SCALER)
 
 
-def read_slide(folder, slide_id):
-    return data.read_slides(folder, [slide_id])[0]
-
-
 def write_like(slide, folder, features=None, **changes):
     """A copy of a slide with other features or metadata, in another DATA folder."""
     kept = [name for name in data.FIELDS if name not in ("format", "created", "sha256")]
@@ -38,11 +35,6 @@ def write_like(slide, folder, features=None, **changes):
     features = np.array(slide.features if features is None else features)
     path = folder / "slides" / f"{meta['slide_id']}.safetensors"
     data.write_slide(path, features, slide.cells, slide.valid, meta)
-
-
-def failures(path):
-    rows = data.read_csv(path, ("slide_id", "stage", "reason"))
-    return {row["slide_id"]: row["reason"] for row in rows}
 
 
 @pytest.fixture(scope="module")
@@ -122,17 +114,13 @@ def brute_force_regions(slide, region=2):
 
 
 # ---------------------------------------------------------------------------------- embed, predict
-
-
 def embed(odd, out, *slides, init="run0", **flags):
     return train.embed(odd / init, out, odd, slides=slides or ("holes", "many"), **flags)
 
 
 def read_trident(folder, slide_id, name, magnification, px, side):
     """A reader of TRIDENT's files as its documentation describes them: features and coords.
-
-    Patho-Bench takes the level-0 side from the attributes.
-    """
+    Patho-Bench takes the level-0 side from the attributes."""
     base = folder / f"{magnification}x_{px}px_0px_overlap"
     with h5py.File(base / f"features_{name}" / f"{slide_id}.h5") as file:
         features = file["features"]
@@ -201,8 +189,11 @@ def test_a_slide_that_cannot_be_embedded_costs_itself(odd, tmp_path, capsys):
     reasons = failures(tmp_path / "failed.csv")
     assert "not finite" in reasons["poisoned"]
     assert "no cells" in reasons["empty"]
-    assert "2 failed" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 failed" in said and "1 of 26 cells are not read (see --min-cover)" in said
     assert [path.name for path in tmp_path.rglob("*.h5")] == ["holes.h5"]
+    embed(odd, tmp_path / "all", "holes", min_cover=0.0)
+    assert "--min-cover" not in capsys.readouterr().out
     assert embed(odd, tmp_path, "holes") == 0
     assert not (tmp_path / "failed.csv").exists()
 
@@ -239,7 +230,8 @@ def test_predict_scores_what_it_can_and_lists_the_rest(odd, tuned, tmp_path, cap
     reasons = failures(tmp_path / "p-failed.csv")
     assert "no cells" in reasons["empty"]
     assert "not finite" in reasons["poisoned"]
-    assert "2 slides scored" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 slides scored" in said and "1 of 306 cells are not read (see --min-cover)" in said
     assert train.predict(tuned, odd, ["many"], out) == 0
     assert [row["slide_id"] for row in data.read_csv(out, ("slide_id",))] == ["many"]
     assert not (tmp_path / "p-failed.csv").exists()
@@ -260,18 +252,7 @@ def test_a_run_that_cannot_be_used_is_refused(odd, tuned, tmp_path, damage):
         train.predict(tmp_path / "r", odd, ["many"])
 
 
-def test_cells_that_are_left_out_are_said(odd, tuned, tmp_path, capsys):
-    train.predict(tuned, odd, ["holes"], tmp_path / "p.csv")
-    embed(odd, tmp_path / "a", "holes")
-    said = capsys.readouterr().out
-    assert said.count("1 of 22 cells are not read (see --min-cover)") == 2
-    embed(odd, tmp_path / "b", "holes", min_cover=0.0)
-    assert "--min-cover" not in capsys.readouterr().out
-
-
 # ------------------------------------------------------------------------------------------ heatmap
-
-
 def expected_pooling(model, windows):
     """The pooled tokens' attention and the slide's score, by the formulas of the paper."""
     x = torch.tensor(np.stack([x for x, _, _ in windows]))
@@ -304,17 +285,10 @@ def painted(table, k, monkeypatch):
     return values
 
 
-KINDS = [
-    ("none", "patch", "all"),
-    ("none", "patch", 10),
-    ("random", "patch", "all"),
-    ("random", "patch", 20),
-    ("random", "cls", "all"),
-    ("random", "cls", 5),
-]
-
-
-@pytest.mark.parametrize("init, tokens, magnification", KINDS)
+@pytest.mark.parametrize(
+    "init, tokens", [("none", "patch"), ("random", "patch"), ("random", "cls")]
+)
+@pytest.mark.parametrize("magnification", ["all", 5, 10, 20])
 def test_attention_lies_where_loops_put_it(odd, init, tokens, magnification, monkeypatch):
     """Order, places, weights, ratios, ranks and pictures of every kind of run, against loops."""
     torch.manual_seed(3)
@@ -434,11 +408,6 @@ def read_geojson(path):
     return found
 
 
-def read_attention(folder):
-    with open(folder / "attention.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_heatmap_of_a_slide_image(pictured, tmp_path, capsys, monkeypatch):
     """Pictures, CSV and GeoJSON of each magnification, which follow from run and slide alone."""
     image = pictured / "images/synthetic-000.tiff"
@@ -452,7 +421,7 @@ def test_heatmap_of_a_slide_image(pictured, tmp_path, capsys, monkeypatch):
     maps = [f"attention-{m}x.{suffix}" for m in (5, 10, 20) for suffix in ("png", "geojson")]
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert names == {"attention.csv", "regions.png", *maps}
-    rows = read_attention(tmp_path / "a")
+    rows = data.read_csv(tmp_path / "a" / "attention.csv", ())
     places = [tuple(int(r[n]) for n in ("magnification", "col", "row", "x", "y")) for r in rows]
     expected, _ = brute_force(read_slide(pictured / "d", "synthetic-000"))
     assert places == [((5, 10, 20)[k], *place, *box[:2]) for _, k, place, box, _ in expected]
@@ -481,14 +450,20 @@ def test_heatmap_of_a_slide_image(pictured, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name, label", [("cls", "regions"), ("none", "20x")])
 def test_heatmap_without_an_image_and_of_other_runs(pictured, tmp_path, name, label):
-    heatmap(pictured, name, out=tmp_path)
-    found = {path.name for path in tmp_path.iterdir()}
-    assert found == {"attention.csv", f"attention-{label}.png", f"attention-{label}.geojson"}
+    """Cells begin at the corner of the bounds, so QuPath's pixels are known without the image."""
     slide = read_slide(pictured / "d", "synthetic-000")
+    write_like(slide, tmp_path, origin=[64.0, 32.0])
+    out = tmp_path / "out"
+    heatmap(pictured, name, folder=tmp_path, out=out)
+    found = {path.name for path in out.iterdir()}
+    assert found == {"attention.csv", f"attention-{label}.png", f"attention-{label}.geojson"}
     tokens, windows = brute_force(slide, magnifications=(2,))
-    count = len(windows) if name == "cls" else len(tokens)
-    assert len(read_geojson(tmp_path / f"attention-{label}.geojson")["features"]) == count
-    assert len(read_attention(tmp_path)) == count
+    rows = data.read_csv(out / "attention.csv", ())
+    assert len(rows) == len(windows if name == "cls" else tokens)
+    features = read_geojson(out / f"attention-{label}.geojson")["features"]
+    for row, feature in zip(rows, features, strict=True):
+        corner = feature["geometry"]["coordinates"][0][0]
+        assert corner == [int(row["x"]) - 64, int(row["y"]) - 32]
 
 
 def test_heatmap_subtracts_bounds_and_survives_a_broken_image(pictured, tmp_path, monkeypatch):
@@ -515,11 +490,8 @@ def test_heatmap_subtracts_bounds_and_survives_a_broken_image(pictured, tmp_path
         moved = np.subtract(a["geometry"]["coordinates"], b["geometry"]["coordinates"])
         assert (moved == [64, 32]).all()
 
-    def fail(*_):
-        raise data.SlideReadError("torn")
-
     monkeypatch.undo()
-    monkeypatch.setattr(data.Reader, "read", fail)
+    monkeypatch.setattr(data.Reader, "read", Mock(side_effect=data.SlideReadError("torn")))
     with pytest.raises(data.SlideReadError, match="torn"):
         heatmap(pictured, "none", image=image, out=tmp_path / "torn")
     names = {path.name for path in (tmp_path / "torn").iterdir()}
@@ -534,25 +506,18 @@ def test_top_regions_are_those_of_the_highest_sum(odd, tmp_path, monkeypatch):
     places = train.output_places(model, train.one_case_per_slide(model, [slide], 0.5), "many")
     weight = np.random.default_rng(2).random(len(tokens)) ** 4
     places.weights = {"attention": weight}
-    cut = []
+    reader = Mock(["level_for", "read"], size=(40000, 30000))
+    reader.level_for.return_value = 0
+    reader.read.return_value = (Image.new("RGB", (8, 8)), (0, 0, 8, 8))
     outlined = []
-
-    class Reader:
-        size = (40000, 30000)
-
-        def level_for(self, downsample):
-            return 0
-
-        def read(self, level, box):
-            cut.append(tuple(box))
-            return Image.new("RGB", (8, 8)), (0, 0, 8, 8)
 
     def plot(axis, x, y, **style):
         outlined.append((x[0], y[0], x[2], y[2]))
         return axis.add_line(Line2D(x, y, **style))
 
     monkeypatch.setattr("matplotlib.axes.Axes.plot", plot)
-    train.draw_regions(tmp_path / "r.png", places, Reader())
+    train.draw_regions(tmp_path / "r.png", places, reader)
+    cut = [call.args[1] for call in reader.read.call_args_list]
     sums = np.zeros(len(windows))
     best = {}
     for token, value in zip(tokens, weight, strict=True):
@@ -583,9 +548,8 @@ def test_the_image_gives_the_size_that_import_could_not_know(
     beyond it, or where the size is known and another. The loaded slide stays as it is."""
     slide = read_slide(pictured / "d", "synthetic-000")
     write_like(slide, tmp_path, width=width, height=1792, **changes)
-    loaded = []
-    read_slides = data.read_slides
-    monkeypatch.setattr(data, "read_slides", lambda *a: loaded.extend(read_slides(*a)) or loaded)
+    loaded = data.read_slides(tmp_path)
+    monkeypatch.setattr(data, "read_slides", lambda *_: loaded)
     image = pictured / "images/synthetic-000.tiff"
     flags = {"folder": tmp_path, "image": image, "out": tmp_path / "out"}
     if message:
@@ -596,14 +560,3 @@ def test_the_image_gives_the_size_that_import_could_not_know(
         assert heatmap(pictured, "none", **flags) == 0
         assert (tmp_path / "out" / "regions.png").exists()
     assert (loaded[0].meta["width"], loaded[0].meta["height"]) == (width, 1792)
-
-
-def test_geojson_without_the_slide_takes_its_bounds_from_the_lattice(pictured, tmp_path):
-    """Cells begin at the corner of the bounds, so QuPath's pixels are known without the slide."""
-    slide = read_slide(pictured / "d", "synthetic-000")
-    write_like(slide, tmp_path, origin=[64.0, 32.0])
-    heatmap(pictured, "patch", folder=tmp_path, out=tmp_path)
-    found = read_geojson(tmp_path / "attention-5x.geojson")
-    first = read_attention(tmp_path)[0]
-    corner = found["features"][0]["geometry"]["coordinates"][0][0]
-    assert corner == [int(first["x"]) - 64, int(first["y"]) - 32]
