@@ -11,6 +11,7 @@ config.json, metrics.jsonl, last.pt and prev.pt (checkpoints), and when it is do
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -1444,49 +1445,36 @@ def verdict(run: Run, losses: dict, magnifications) -> str:
     return " ".join(sentences)
 
 
-def own_style(draw: Callable) -> Callable:
-    """`draw` with matplotlib's own settings: a user's matplotlibrc may ask for LaTeX."""
-
-    def drawn(*args):
-        from matplotlib import style
-
-        with style.context(["default", {"axes.spines.top": False, "axes.spines.right": False}]):
-            draw(*args)
-
-    return drawn
-
-
-def plot(width: float = 6.4, height: float = 3.6, **grid):
-    """A figure and its axis, or its grid of axes."""
+@contextlib.contextmanager
+def saved_figure(path, width: float = 6.4, height: float = 3.6, **grid):
+    """Yields a figure and its axis, or its grid of axes, and then writes the figure as PNG.
+    In matplotlib's own settings: a user's matplotlibrc may ask for LaTeX."""
+    from matplotlib import style
     from matplotlib.figure import Figure  # without pyplot: no display and nothing global
 
-    figure = Figure((width, height), layout="constrained")
-    return figure, figure.subplots(**grid)
+    with style.context(["default", {"axes.spines.top": False, "axes.spines.right": False}]):
+        figure = Figure((width, height), layout="constrained")
+        yield figure, figure.subplots(**grid)
+        with whole_file(path) as temporary:
+            figure.savefig(temporary, dpi=130, format="png")
 
 
-def save_figure(figure, path) -> None:
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
-
-
-@own_style
 def draw_curve(run: Run, losses: dict, magnifications, title: str) -> None:
     """RUN/curve.png: the loss of each magnification, and the predictors that need no network."""
-    figure, axis = plot()
-    for m in magnifications:
-        axis.plot(*run.curve(f"{m}x"), lw=1, label=f"{m}x, training batches")
-    styles: dict = {"shift": ":", "neighbours": "-.", "mixture": "--", "kriging": "-"}
-    styles["least"] = (0, (1, 4))
-    for name, style in styles.items():
-        if name in losses:
-            label = f"{name}, held out"
-            axis.axhline(np.mean(losses[name]), color="black", ls=style, lw=1, label=label)
-    if losses:
-        axis.plot(*run.curve("held_out"), "o-", color="crimson", label="encoder, held out")
-    axis.set(xlabel="optimizer step", ylabel="1 - cosine at removed tokens")
-    axis.set_title(f"{run.folder.name}, {title}", parse_math=False)
-    axis.legend(fontsize=7, frameon=False, ncols=2)
-    save_figure(figure, run.folder / "curve.png")
+    with saved_figure(run.folder / "curve.png") as (_, axis):
+        for m in magnifications:
+            axis.plot(*run.curve(f"{m}x"), lw=1, label=f"{m}x, training batches")
+        styles: dict = {"shift": ":", "neighbours": "-.", "mixture": "--", "kriging": "-"}
+        styles["least"] = (0, (1, 4))
+        for name, style in styles.items():
+            if name in losses:
+                label = f"{name}, held out"
+                axis.axhline(np.mean(losses[name]), color="black", ls=style, lw=1, label=label)
+        if losses:
+            axis.plot(*run.curve("held_out"), "o-", color="crimson", label="encoder, held out")
+        axis.set(xlabel="optimizer step", ylabel="1 - cosine at removed tokens")
+        axis.set_title(f"{run.folder.name}, {title}", parse_math=False)
+        axis.legend(fontsize=7, frameon=False, ncols=2)
 
 
 # ----------------------------------------------------------------------------------- predict, embed
@@ -1758,7 +1746,6 @@ def check_same_image(reader, places: OutputPlaces) -> None:
         )
 
 
-@own_style
 def draw_attention(path, places: OutputPlaces, k: int, picture, size, bounds, title: str) -> None:
     """A map of magnification k: the ratio of each token, in its place on a slide of `size`.
     picture: of the whole slide, or None. bounds: what is shown. Nothing is smoothed."""
@@ -1767,54 +1754,54 @@ def draw_attention(path, places: OutputPlaces, k: int, picture, size, bounds, ti
     um = places.slide.meta["mpp"]  # the axes are in um, for the scale bar
     left, top, width, height = np.array(bounds) * um
     inches = 7 / max(width, height)
-    figure, axis = plot(max(5, inches * width + 1.2), inches * height + 1.4)
-    if picture is not None:  # pale, so that the colours keep their meaning
-        extent = (0, size[0] * um, size[1] * um, 0)
-        axis.imshow(picture, cmap="gray", vmin=-80, vmax=240, extent=extent)
     here = places.k == k
     ratio = places.weights["ratio"][here]
     norm, scale = attention_colours()
-    squares = PolyCollection(outlines(places.box[here]) * um, array=ratio, cmap=scale, norm=norm)
-    squares.set(lw=0, antialiased=False)
-    axis.add_collection(squares)
-    axis.plot(*(outlines(np.unique(places.frame, axis=0)) * um).T, color="tab:blue", lw=0.6)
-    axis.set(xlim=(left, left + width), ylim=(top + height, top), aspect="equal")
-    axis.set(xticks=[], yticks=[])
-    bar = figure.colorbar(squares, label="times the magnification's mean weight", shrink=0.8)
-    bar.set_ticks((1, 2, 5, 10), labels=("1", "2", "5", "10"), minor=False)
-    data.scale_bar(axis, width)
-    share = f"{places.labels[k]}: {places.weights['attention'][here].sum():.1%} of all attention"
-    title += f"\n{share}, up to {ratio.max():.2f} times its mean"
-    figure.suptitle(title, fontsize=8, parse_math=False)
-    figure.supxlabel(f"{UNREAD}\n{REMARK}", fontsize=7)
-    save_figure(figure, path)
+    squares = outlines(places.box[here]) * um
+    tiles = PolyCollection(squares, array=ratio, cmap=scale, norm=norm, lw=0, antialiased=False)
+    share = f"{places.weights['attention'][here].sum():.1%} of all attention"
+    title += f"\n{places.labels[k]}: {share}, up to {ratio.max():.2f} times its mean"
+    with saved_figure(path, max(5, inches * width + 1.2), inches * height + 1.4) as (figure, axis):
+        if picture is not None:  # pale, so that the colours keep their meaning
+            extent = (0, size[0] * um, size[1] * um, 0)
+            axis.imshow(picture, cmap="gray", vmin=-80, vmax=240, extent=extent)
+        axis.add_collection(tiles)
+        axis.plot(*(outlines(np.unique(places.frame, axis=0)) * um).T, color="tab:blue", lw=0.6)
+        axis.set(xlim=(left, left + width), ylim=(top + height, top), aspect="equal")
+        axis.set(xticks=[], yticks=[])
+        bar = figure.colorbar(tiles, label="times the magnification's mean weight", shrink=0.8)
+        bar.set_ticks((1, 2, 5, 10), labels=("1", "2", "5", "10"), minor=False)
+        data.scale_bar(axis, width)
+        figure.suptitle(title, fontsize=8, parse_math=False)
+        figure.supxlabel(f"{UNREAD}\n{REMARK}", fontsize=7)
 
 
-@own_style
 def draw_regions(path, places: OutputPlaces, reader) -> None:
     """The six regions of most attention, and in each its tile of most at each magnification."""
     attention = places.weights["attention"]
     total = np.bincount(places.window, attention)
     best = np.argsort(-total, kind="stable")[:6]
     inches = min(4.5, 14 / len(best))
-    figure, axes = plot(inches * len(best), inches + 1.1, ncols=len(best), squeeze=False)
-    for axis, window in zip(axes[0], best, strict=True):
-        here = places.window == window
-        left, top, right, bottom = places.frame[here][0].clip(0, reader.size * 2)
-        level = reader.level_for((right - left) / 600)
-        picture, within = reader.read(level, (left, top, right, bottom))
-        axis.imshow(picture.crop(within), extent=(left, right, bottom, top))
-        for k in np.unique(places.k[here]):
-            tokens = np.flatnonzero(here & (places.k == k))
-            most = tokens[[attention[tokens].argmax()]]
-            line = {"color": COLOURS[k % len(COLOURS)], "label": f"most at {places.labels[k]}"}
-            axis.plot(*outlines(places.box[most])[0].T, lw=1.5, **line)
-        axis.set(xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top))
-        title = f"region {places.region[here][0].tolist()}: {total[window]:.2%} of the attention"
-        even = f"{total[window] / here.mean():.2f} times an equal share"
-        axis.set_title(f"{title}\n{even}", fontsize=8)
-    axes[0, 0].legend(loc="upper left", bbox_to_anchor=(0, 0), fontsize=8, facecolor="lightgrey")
-    save_figure(figure, path)
+    grid = {"ncols": len(best), "squeeze": False}
+    with saved_figure(path, inches * len(best), inches + 1.1, **grid) as (_, axes):
+        for axis, window in zip(axes[0], best, strict=True):
+            here = places.window == window
+            left, top, right, bottom = places.frame[here][0].clip(0, reader.size * 2)
+            level = reader.level_for((right - left) / 600)
+            picture, within = reader.read(level, (left, top, right, bottom))
+            axis.imshow(picture.crop(within), extent=(left, right, bottom, top))
+            for k in np.unique(places.k[here]):
+                tokens = np.flatnonzero(here & (places.k == k))
+                most = tokens[[attention[tokens].argmax()]]
+                line = {"color": COLOURS[k % len(COLOURS)], "label": f"most at {places.labels[k]}"}
+                axis.plot(*outlines(places.box[most])[0].T, lw=1.5, **line)
+            axis.set(xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top))
+            share = f"{total[window]:.2%} of the attention"
+            even = f"{total[window] / here.mean():.2f} times an equal share"
+            title = f"region {places.region[here][0].tolist()}: {share}\n{even}"
+            axis.set_title(title, fontsize=8)
+        below = {"loc": "upper left", "bbox_to_anchor": (0, 0)}
+        axes[0, 0].legend(**below, fontsize=8, facecolor="lightgrey")
 
 
 def heatmap(run, slide, folder=None, image=None, out=None, device: str = "auto") -> int:

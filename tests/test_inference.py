@@ -1,5 +1,6 @@
 """predict, embed and heatmap.     python -m pytest tests/test_inference.py"""
 
+import contextlib
 import json
 import shutil
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import failures, run
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from PIL import Image
@@ -268,13 +270,20 @@ def expected_pooling(model, windows):
         return attention.numpy(), torch.sigmoid(model.head(attention @ h)).item()
 
 
-def painted(table, k, monkeypatch):
-    """What `draw_attention` paints: {box in level-0 px: value}, and the view."""
+def figure_of(monkeypatch, *args):
+    """The figure that `draw_attention` would write."""
     figures = []
-    monkeypatch.setattr(train, "save_figure", lambda figure, _: figures.append(figure))
+    monkeypatch.setattr(train, "whole_file", contextlib.nullcontext)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **settings: figures.append(figure))
+    train.draw_attention(None, *args)
+    return figures[0]
+
+
+def painted(table, k, monkeypatch):
+    """What `draw_attention` paints: {box in level-0 px: value}."""
     view = (0, 0, 40000, 30000)
-    train.draw_attention(None, table, k, np.zeros((2, 2)), view[2:], view, "title")
-    axis = figures[0].axes[0]
+    figure = figure_of(monkeypatch, table, k, np.zeros((2, 2)), view[2:], view, "title")
+    axis = figure.axes[0]
     squares = axis.collections[0]
     values = {}
     for path, value in zip(squares.get_paths(), squares.get_array(), strict=True):
@@ -339,11 +348,8 @@ def test_a_map_is_as_dramatic_as_its_weights(odd, tmp_path, monkeypatch):
             pictures.append(np.asarray(picture.convert("RGB"), float)[100:])  # below the title
     plain, even, strong = pictures
     assert np.abs(even - plain).max() < 60 and np.abs(strong - plain).max() > 150
-    figures = []
-    monkeypatch.setattr(train, "save_figure", lambda figure, _: figures.append(figure))
     title = train.textwrap.fill("x" * 200, 60)
-    train.draw_attention(None, table, 2, None, view[2:], (0, 0, 900, 30000), title)
-    (figure,) = figures
+    figure = figure_of(monkeypatch, table, 2, None, view[2:], (0, 0, 900, 30000), title)
     figure.draw_without_rendering()
     texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
     assert any("not read; see tile --min-tissue" in text.get_text() for text in texts)
