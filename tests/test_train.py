@@ -694,7 +694,7 @@ def test_a_picture_costs_no_result(cohort, tmp_path, monkeypatch):
         train.pretrain(config)
         assert matplotlib.rcParams["text.usetex"]
     assert (tmp_path / "a" / "curve.png").exists()
-    monkeypatch.setattr(train, "plot", lambda: 1 / 0)
+    monkeypatch.setattr(train, "saved_figure", lambda path: 1 / 0)
     again = dataclasses.replace(config, out=str(tmp_path / "b"))
     with pytest.raises(ZeroDivisionError):
         train.pretrain(again)
