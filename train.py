@@ -1889,8 +1889,8 @@ def row_title(row: str) -> str:
 
 def table(folder, out, rows, tasks, seeds, preset, steps, epochs, frozen_epochs, device, seed):
     """Run rows x tasks x seeds of the paper's tables and sum up. Exit code 3: some were refused."""
-    begun = time.time()
     ensure_data(folder, start_machine(device))
+    begun = time.time()
     names = data.task_names(folder)
     rows = rows or list(PAPER)
     tasks = tasks or sorted(names, key=[*TASK_TITLES, *names].index)
