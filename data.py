@@ -603,11 +603,11 @@ def pretraining_ids(data, tasks: dict[str, list[Case]]) -> list[str]:
 
 
 # ======================================================================================== stop here
-# Above stands what the paper needs. Below stands what a lab needs around it: checks of its tables,
+# Above stands what the paper needs. Below stands what a lab needs around it: task tables and folds,
 # reading slides and other tools' files, the synthetic cohort, and the command line.
 
 
-# -------------------------------------------------------------- finding files, rows of a task table
+# ----------------------------------------------------------------------- finding files, task tables
 
 
 def files_by_id(folder: Path, pattern: str) -> dict[str, Path]:

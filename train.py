@@ -649,7 +649,7 @@ def case_scores(dataset, slide_scores: list, rule: str) -> list:
 
 # ======================================================================================== stop here
 # Above stands what the paper needs. Below stands what a lab needs around it: run folders, several
-# processes, exports, predictions, heatmaps, the tables and the command line.
+# processes, batches in parts, exports, predictions, heatmaps, tables and the command line.
 
 
 # ---------------------------------------------------------------------------- run folder, processes
@@ -1207,9 +1207,9 @@ def note_pretraining(run: Run, step, sums: dict, rate, norm, magnifications, bar
 
 
 LEGEND = (
-    "Every predictor but the model adds deviations to the mean of a magnification: shift those of "
-    "all visible tokens, parent, children and neighbours theirs; mixture and kriging are fitted "
-    "on the training slides. least: who knows all but the noise of a synthetic cohort."
+    "mean: the mean embedding of a magnification. shift, parent, children, neighbours: the mean "
+    "and how these visible tokens (shift: all) deviate from theirs. mixture, kriging: weighted "
+    "deviations, fitted on the training slides. least: known is all but a synthetic tile's noise."
 )
 
 
