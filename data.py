@@ -178,16 +178,6 @@ def read_slides(data, ids=None, failed: list | None = None) -> list[Slide]:
     return slides
 
 
-def slide_files(data, ids=None) -> dict[str, Path]:
-    """Slide id -> file, sorted. Raises MixmagError for one of `ids` that has no file."""
-    files = files_by_id(Path(data) / "slides", "[!.]*.safetensors")  # macOS leaves hidden ones
-    if ids is None:
-        return files
-    if fault := absent_slides(ids, files):
-        raise MixmagError(f"{data}/slides: {fault}")
-    return {i: files[i] for i in sorted(map(composed, ids))}
-
-
 def embedding_signature(slide: Slide) -> str:
     """What slides must share to be used together."""
     return signature(slide.meta["encoder"], slide.dim, slide.meta["magnifications"])
@@ -263,20 +253,16 @@ def as_batch(x: np.ndarray, valid: np.ndarray, device="cpu") -> dict:
     return {"x": torch.from_numpy(x).to(device), "valid": mask}
 
 
-def tensors_of(batch: dict) -> dict[str, torch.Tensor]:
-    return {key: value for key, value in batch.items() if torch.is_tensor(value)}
-
-
 def to_device(batch: dict, device) -> dict:
-    tensors = tensors_of(batch).items()
-    return batch | {key: tensor.to(device, non_blocking=True) for key, tensor in tensors}
+    moved = {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
+    return batch | moved
 
 
 def pinned(batch: dict, device) -> dict:
     """For a GPU, the batch in memory that the GPU can copy from by itself."""
     if torch.device(device).type != "cuda":
         return batch
-    return batch | {key: tensor.pin_memory() for key, tensor in tensors_of(batch).items()}
+    return batch | {k: v.pin_memory() for k, v in batch.items() if torch.is_tensor(v)}
 
 
 @dataclass(eq=False, repr=False)
@@ -453,55 +439,6 @@ class CaseDataset(torch.utils.data.Dataset):
         return gather(self.slides[slide_id], self.window_cells[slide_id], self.entries)
 
 
-def tokens_in(slide: Slide, cells, k: int) -> np.ndarray:
-    """(n, D): the valid embeddings of magnification k in these cells, a slice or indices."""
-    entries = magnification_entries(k)
-    return slide.features[cells, entries][slide.valid[cells, entries]]
-
-
-def feature_statistics(slides, magnifications=None, limit: int = 20000) -> tuple:
-    """mean (D,), std (D,) and directions (K, D) of the embeddings, as float tensors.
-    A direction is the mean of a magnification's embeddings after each is scaled to length 1. It is
-    the constant prediction that minimises Eq. 2. About `limit` evenly spread cells are read.
-    magnifications: the indices of those that count. Raises MixmagError for values that are not
-    finite."""
-    K = len(slides[0].meta["magnifications"])
-    stride = max(1, math.ceil(sum(len(slide.cells) for slide in slides) / limit))
-    count = np.zeros((K, 1))
-    total, squares, directions = np.zeros((3, K, slides[0].dim))
-    for slide in progress(slides, desc="statistics"):
-        for k in range(K) if magnifications is None else magnifications:
-            tokens = tokens_in(slide, slice(None, None, stride), k).astype(np.float64)  # (n, D)
-            if not np.isfinite(tokens).all():
-                raise MixmagError(f"{slide.path}: NaN or infinite features; see data.py verify")
-            length = np.linalg.norm(tokens, axis=1, keepdims=True).clip(min=1e-12)
-            count[k] += len(tokens)
-            total[k] += tokens.sum(axis=0)
-            squares[k] += (tokens**2).sum(axis=0)
-            directions[k] += (tokens / length).sum(axis=0)
-    tokens_total = max(count.sum(), 1)
-    mean = total.sum(axis=0) / tokens_total
-    variance = squares.sum(axis=0) / tokens_total - mean**2
-    std = np.sqrt(variance.clip(min=0))
-    directions /= count.clip(min=1)
-    return tuple(torch.from_numpy(array).float() for array in (mean, std, directions))
-
-
-def slide_means(slides) -> np.ndarray:
-    """(S, K, D) float16: mean embedding of each magnification in at most 32 evenly spread cells;
-    NaN where there is none."""
-    K = len(slides[0].meta["magnifications"])
-    means = np.full((len(slides), K, slides[0].dim), np.nan, np.float16)
-    for i, slide in enumerate(progress(slides, desc="slide means")):
-        count = len(slide.cells)
-        chosen = np.linspace(0, count - 1, min(count, 32)).astype(int)
-        for k in range(K):
-            tokens = tokens_in(slide, chosen, k).astype(np.float32)  # (n, D)
-            if len(tokens):
-                means[i, k] = tokens.mean(axis=0)
-    return means
-
-
 # --------------------------------------------------------------------------------- tasks and splits
 
 SPLITS = ("train", "tune", "test")
@@ -576,11 +513,6 @@ class Case:
     splits: dict = field(default_factory=dict)  # column of the table -> split
 
 
-def read_task(data, task, fold: int | None = None, seed: int = 0) -> list[Case]:
-    """The cases of a task, with their splits in a fold. Raises as read_table and in_fold do."""
-    return read_table(data, task).in_fold(fold, seed)
-
-
 def evaluation_slides(tasks: dict[str, list[Case]]) -> dict[str, set]:
     """For each task the slides of its tune and test cases, as any of the tables lists them."""
     slides_of: dict[str, set] = defaultdict(set)
@@ -603,11 +535,73 @@ def pretraining_ids(data, tasks: dict[str, list[Case]]) -> list[str]:
 
 
 # ======================================================================================== stop here
-# Above stands what the paper needs. Below stands what a lab needs around it: task tables and folds,
-# reading slides and other tools' files, the synthetic cohort, and the command line.
+# Above stands what the paper needs. Below stands what a lab needs around it: statistics, tables and
+# folds, reading slides and other tools' files, the synthetic cohort, and the command line.
+
+
+# ------------------------------------------------------------------------- statistics of embeddings
+
+
+def tokens_in(slide: Slide, cells, k: int) -> np.ndarray:
+    """(n, D): the valid embeddings of magnification k in these cells, a slice or indices."""
+    entries = magnification_entries(k)
+    return slide.features[cells, entries][slide.valid[cells, entries]]
+
+
+def feature_statistics(slides, magnifications=None, limit: int = 20000) -> tuple:
+    """mean (D,), std (D,) and directions (K, D) of the embeddings, as float tensors.
+    A direction is the mean of a magnification's embeddings after each is scaled to length 1. It is
+    the constant prediction that minimises Eq. 2. About `limit` evenly spread cells are read.
+    magnifications: the indices of those that count. Raises MixmagError for values that are not
+    finite."""
+    K = len(slides[0].meta["magnifications"])
+    stride = max(1, math.ceil(sum(len(slide.cells) for slide in slides) / limit))
+    count = np.zeros((K, 1))
+    total, squares, directions = np.zeros((3, K, slides[0].dim))
+    for slide in progress(slides, desc="statistics"):
+        for k in range(K) if magnifications is None else magnifications:
+            tokens = tokens_in(slide, slice(None, None, stride), k).astype(np.float64)  # (n, D)
+            if not np.isfinite(tokens).all():
+                raise MixmagError(f"{slide.path}: NaN or infinite features; see data.py verify")
+            length = np.linalg.norm(tokens, axis=1, keepdims=True).clip(min=1e-12)
+            count[k] += len(tokens)
+            total[k] += tokens.sum(axis=0)
+            squares[k] += (tokens**2).sum(axis=0)
+            directions[k] += (tokens / length).sum(axis=0)
+    tokens_total = max(count.sum(), 1)
+    mean = total.sum(axis=0) / tokens_total
+    variance = squares.sum(axis=0) / tokens_total - mean**2
+    std = np.sqrt(variance.clip(min=0))
+    directions /= count.clip(min=1)
+    return tuple(torch.from_numpy(array).float() for array in (mean, std, directions))
+
+
+def slide_means(slides) -> np.ndarray:
+    """(S, K, D) float16: mean embedding of each magnification in at most 32 evenly spread cells;
+    NaN where there is none."""
+    K = len(slides[0].meta["magnifications"])
+    means = np.full((len(slides), K, slides[0].dim), np.nan, np.float16)
+    for i, slide in enumerate(progress(slides, desc="slide means")):
+        count = len(slide.cells)
+        chosen = np.linspace(0, count - 1, min(count, 32)).astype(int)
+        for k in range(K):
+            tokens = tokens_in(slide, chosen, k).astype(np.float32)  # (n, D)
+            if len(tokens):
+                means[i, k] = tokens.mean(axis=0)
+    return means
 
 
 # ----------------------------------------------------------------------- finding files, task tables
+
+
+def slide_files(data, ids=None) -> dict[str, Path]:
+    """Slide id -> file, sorted. Raises MixmagError for one of `ids` that has no file."""
+    files = files_by_id(Path(data) / "slides", "[!.]*.safetensors")  # macOS leaves hidden ones
+    if ids is None:
+        return files
+    if fault := absent_slides(ids, files):
+        raise MixmagError(f"{data}/slides: {fault}")
+    return {i: files[i] for i in sorted(map(composed, ids))}
 
 
 def files_by_id(folder: Path, pattern: str) -> dict[str, Path]:
@@ -681,6 +675,11 @@ def read_table(data, task) -> TaskTable:
         count = plural(len(table.findings), "finding")
         raise MixmagError(f"{table.findings[0]} ({count} of data.py verify)")
     return table
+
+
+def read_task(data, task, fold: int | None = None, seed: int = 0) -> list[Case]:
+    """The cases of a task, with their splits in a fold. Raises as read_table and in_fold do."""
+    return read_table(data, task).in_fold(fold, seed)
 
 
 def read_tasks(data, fold: int | None = None, seed: int = 0) -> dict[str, list[Case]]:

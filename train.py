@@ -246,22 +246,6 @@ def pretrain(config: PretrainConfig) -> dict:
     return run.result()
 
 
-def pretraining_split(ids: list[str], tasks: dict, holdout: float) -> tuple[list, list]:
-    """Slide ids to train on, and those that are held out to measure the loss on.
-    Whole cases are held out, a share of `holdout`: at least four, but no more than a fifth. They
-    are those whose hashed names come first, so that new cases hardly change the choice."""
-    case_of = {}
-    for case in itertools.chain(*tasks.values()):
-        case_of.update(dict.fromkeys(case.slide_ids, case.case_id))
-    cases = {case_of.get(i, i) for i in ids}
-    ordered = sorted(cases, key=lambda case: hashlib.sha256(case.encode("utf-8")).digest())
-    count = min(max(HELD_OUT_CASES, round(holdout * len(cases))), len(cases) // 5)
-    held_out = set(ordered[: count if holdout else 0])
-    train_ids = [i for i in ids if case_of.get(i, i) not in held_out]
-    held_out_ids = [i for i in ids if case_of.get(i, i) in held_out]
-    return train_ids, held_out_ids
-
-
 def pretraining_windows(config, slides, geometry, machine) -> data.RegionDataset:
     """The windows to train on. Raises MixmagError for settings that do not fit them."""
     if config.source and config.source < config.region:
@@ -1029,6 +1013,22 @@ def projection_gradients(model, parts: list[dict], machine) -> tuple[torch.Tenso
 
 
 # ------------------------------------------------------------------------- measuring, export, curve
+
+
+def pretraining_split(ids: list[str], tasks: dict, holdout: float) -> tuple[list, list]:
+    """Slide ids to train on, and those that are held out to measure the loss on.
+    Whole cases are held out, a share of `holdout`: at least four, but no more than a fifth. They
+    are those whose hashed names come first, so that new cases hardly change the choice."""
+    case_of = {}
+    for case in itertools.chain(*tasks.values()):
+        case_of.update(dict.fromkeys(case.slide_ids, case.case_id))
+    cases = {case_of.get(i, i) for i in ids}
+    ordered = sorted(cases, key=lambda case: hashlib.sha256(case.encode("utf-8")).digest())
+    count = min(max(HELD_OUT_CASES, round(holdout * len(cases))), len(cases) // 5)
+    held_out = set(ordered[: count if holdout else 0])
+    train_ids = [i for i in ids if case_of.get(i, i) not in held_out]
+    held_out_ids = [i for i in ids if case_of.get(i, i) in held_out]
+    return train_ids, held_out_ids
 
 
 def check_no_leakage(init: str, folder: Path, cases: list) -> None:
