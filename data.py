@@ -249,8 +249,10 @@ def gather(slide: Slide, window_cells, entries) -> tuple:
 
 def as_batch(x: np.ndarray, valid: np.ndarray, device="cpu") -> dict:
     """Tensors. Where every token is valid, valid is None: then attention needs no mask."""
-    mask = None if valid.all() else torch.from_numpy(valid).to(device)
-    return {"x": torch.from_numpy(x).to(device), "valid": mask}
+    batch = {"x": torch.from_numpy(x).to(device), "valid": None}
+    if not valid.all():
+        batch["valid"] = torch.from_numpy(valid).to(device)
+    return batch
 
 
 def to_device(batch: dict, device) -> dict:
@@ -424,11 +426,11 @@ class CaseDataset(torch.utils.data.Dataset):
         slides_of = [self.cases[i].slide_ids for i in indices]
         slide_ids = list(itertools.chain(*slides_of))
         counts = [len(ids) for ids in slides_of]
-        inputs, masks = zip(*map(self.read, slide_ids), strict=True)
-        return as_batch(np.concatenate(inputs), np.concatenate(masks)) | {
+        inputs, valids = zip(*map(self.read, slide_ids), strict=True)
+        return as_batch(np.concatenate(inputs), np.concatenate(valids)) | {
             "cached": bool(self.cached),
             "slide_ids": slide_ids,
-            "regions": torch.tensor([len(mask) for mask in masks]),
+            "regions": torch.tensor([len(valid) for valid in valids]),
             "case": torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
             "label": torch.tensor([float(self.labels[i]) for i in indices]),
         }

@@ -237,11 +237,10 @@ def pretrain(config: PretrainConfig) -> dict:
         unseen = data.read_slides(folder, held_out_ids)
         fixed: dict = {"stride": config.region, "min_cover": config.min_cover, "turn": False}
         held_out = data.RegionDataset(unseen, dataset.geometry, config.seed, config.mask, **fixed)
-    seconds = pretrain_loop(config, run, model, dataset, held_out, total, peak)
+    pretrain_loop(config, run, model, dataset, held_out, total, peak)
     if run.writes:
         export_encoder(run, model.encoder, slides[0], config.preset, train_ids, held_out_ids)
-        facts = {"steps": total, "seconds": round(seconds, 1)}
-        finish_pretraining(config, run, model, slides, directions, held_out, facts)
+        finish_pretraining(config, run, model, slides, directions, held_out, total)
     machine.barrier()
     return run.result()
 
@@ -278,8 +277,8 @@ def pretraining_length(config: PretrainConfig, windows: int) -> tuple[int, float
     return total, peak
 
 
-def pretrain_loop(config, run: Run, model, dataset, held_out, total: int, peak: float) -> float:
-    """All optimizer steps, from the last checkpoint on. Returns the seconds they took."""
+def pretrain_loop(config, run: Run, model, dataset, held_out, total: int, peak: float) -> None:
+    """All optimizer steps, from the last checkpoint on."""
     machine = run.machine
     groups = parameter_groups(model, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)  # assumed: MAE
@@ -322,9 +321,8 @@ def pretrain_loop(config, run: Run, model, dataset, held_out, total: int, peak: 
         if stop:
             raise Stopped
     bar.close()
-    seconds = time.time() - began
-    log_speed(model.config, dataset, (total - start) * own_regions, seconds, machine)
-    return seconds
+    regions = (total - start) * own_regions
+    log_speed(model.config, dataset, regions, time.time() - began, machine)
 
 
 def mem_step(model, parts: Iterable[dict], batch_size: int, machine) -> dict:
@@ -1402,7 +1400,7 @@ def check_same_encoder(run, tile_encoder: str, config: mixmag.Config, slide) -> 
         raise MixmagError(f"{run} was trained on {trained_on}; the slides hold {found}")
 
 
-def finish_pretraining(config, run: Run, model, slides, directions, held_out, facts) -> None:
+def finish_pretraining(config, run: Run, model, slides, directions, held_out, steps) -> None:
     """Measure the loss on held-out slides, draw the curve, write SUMMARY.md and result.json.
     The yardsticks are fitted on `slides`, those of training, with their `directions` (K, D)."""
     cohort = data.synthetic_facts(config.data)
@@ -1424,7 +1422,7 @@ def finish_pretraining(config, run: Run, model, slides, directions, held_out, fa
             text += "\n\nNo task table says which slides are of one patient: some may be in both."
     heading = f"# {run.folder.name}: loss (1 - cosine) on held-out slides of {title}"
     data.write_text(run.folder / "SUMMARY.md", f"{heading}\n\n{text}\n")
-    result = {"kind": "pretrain", **facts, "held_out": losses or None}
+    result = {"kind": "pretrain", "steps": steps, "held_out": losses or None}
     data.write_json(run.folder / "result.json", result)
     print(text)
     draw_curve(run, losses, magnifications, title)  # last: a picture never costs a result
