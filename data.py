@@ -32,7 +32,6 @@ import re
 import reprlib
 import signal
 import sys
-import textwrap
 import time
 import unicodedata
 from collections import Counter, defaultdict, deque
@@ -1161,7 +1160,7 @@ def tissue_mask(reader: Reader, mpp: float, own: str | Path | None = None) -> tu
 
 MAX_STRETCH = 1.02  # assumed: a mpp is not known better than this, so 0.51 um/px are still 20x
 MAX_LOST = 0.01  # share of a cell that may be missing where the mask sees tissue (assumed)
-QC_SIDE = 600  # px of each picture on the quality control sheet
+QC_SIDE = 1000  # px of the picture for quality control
 
 
 class TilePlan:
@@ -1291,56 +1290,35 @@ def read_cells(reader: Reader, plan: TilePlan):
     return prefetch(read, plan.cells, torch.get_num_threads())
 
 
-def round_length(across: float) -> tuple[float, str]:
-    """The um of a bar on a picture that shows `across` um, and how they are written."""
-    lengths = [n * 10.0**k for n in (1, 2, 5) for k in range(6)]
-    length = max(n for n in lengths if n <= max(across / 3, 1))
-    return length, f"{length:g} um" if length < 1000 else f"{length / 1000:g} mm"
-
-
 def scale_bar(axis, across: float) -> None:
     """A bar of a round length at the lower left of a picture in um that shows `across`."""
-    length, label = round_length(across)
+    lengths = [n * 10.0**k for n in (1, 2, 5) for k in range(6)]
+    length = max(n for n in lengths if n <= max(across / 3, 1))
+    label = f"{length:g} um" if length < 1000 else f"{length / 1000:g} mm"
     ends = (0.04, 0.04 + length / across)  # in parts of the picture
     axis.plot(ends, (0.04, 0.04), "black", lw=3, solid_capstyle="butt", transform=axis.transAxes)
     axis.text(0.04, 0.045, label, va="bottom", fontsize=8, transform=axis.transAxes)
 
 
 def draw_qc(path, reader: Reader, plan: TilePlan) -> None:
-    """A PNG to look at: the thumbnail with its tissue's contours and the kept windows, and the cell
-    with most tissue, put together from its finest tiles. Text is the legend."""
-    overview = ImageOps.contain(Image.fromarray(plan.thumbnail), (QC_SIDE, QC_SIDE))
-    mask = np.asarray(Image.fromarray(plan.mask).resize(overview.size))
+    """A PNG to look at: the thumbnail with its tissue's contours and the kept windows, below a
+    legend."""
+    picture = ImageOps.contain(Image.fromarray(plan.thumbnail), (QC_SIDE, QC_SIDE))
+    mask = np.asarray(Image.fromarray(plan.mask).resize(picture.size))
     inner = ndimage.binary_erosion(mask, iterations=2)
-    overview.paste("green", mask=Image.fromarray(mask & ~inner))
-    draw = ImageDraw.Draw(overview)
-    zoom = overview.width / plan.mask.shape[1]
+    picture.paste("green", mask=Image.fromarray(mask & ~inner))
+    draw = ImageDraw.Draw(picture)
+    zoom = picture.width / plan.mask.shape[1]
     for window in plan.windows:
         draw.rectangle([zoom * edge for edge in plan.box(*window)], outline="blue")
-    pictures = [overview]
-    text = [(line, "black") for line in textwrap.wrap(composed(reader.path.stem), 60)]
-    text.append(("tissue", "green"))
-    text.append((f"windows that are read: {plan.tissue_held:.0%} of the tissue", "blue"))
-    if plan.cells:
-        _, best = max(plan.cells, key=lambda cell: plan.patch(plan.mask, *cell[1]).sum())
-        draw.rectangle([zoom * edge for edge in plan.box(*best)], outline="red", width=2)
-        text.append((f"the cell with most tissue, beside at {plan.magnifications[-1]}x", "red"))
-        with contextlib.suppress(SlideReadError):  # tiling says it
-            n = 2 ** (len(plan.magnifications) - 1)
-            tiles = read_cell(reader, plan, *best)[-n * n :].reshape(n, n, TILE_PX, TILE_PX, 3)
-            cell = tiles.swapaxes(1, 2).reshape(n * TILE_PX, n * TILE_PX, 3)
-            pictures.append(Image.fromarray(cell))
-    length, label = round_length(plan.mpp * reader.size[0])
-    text.append((label, "black"))
-    top = 20 * len(text)
-    sheet = Image.new("RGB", (QC_SIDE * len(pictures), top + QC_SIDE), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(ImageOps.contain(picture, (QC_SIDE, QC_SIDE)), (i * QC_SIDE, top))
+    sheet = Image.new("RGB", (QC_SIDE, picture.height + 60), "white")
+    sheet.paste(picture, (0, 60))
     draw = ImageDraw.Draw(sheet)
-    for i, (line, colour) in enumerate(text):
-        draw.text((4, 20 * i), line, colour, font_size=16)
-    end = 90 + length / plan.mpp * overview.width / reader.size[0]
-    draw.line((90, top - 10, end, top - 10), "black", width=4)
+    draw.text((4, 0), composed(reader.path.stem), "black", font_size=16)
+    draw.text((4, 20), "tissue", "green", font_size=16)
+    side = f"{plan.cell_px * plan.mpp:.4g} um"
+    held = f"windows that are read, of cells of {side}: {plan.tissue_held:.0%} of the tissue"
+    draw.text((4, 40), held, "blue", font_size=16)
     with whole_file(path) as temporary:
         sheet.save(temporary, "PNG")
 
