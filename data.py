@@ -599,8 +599,7 @@ def slide_files(data, ids=None) -> dict[str, Path]:
     files = files_by_id(Path(data) / "slides", "[!.]*.safetensors")  # macOS leaves hidden ones
     if ids is None:
         return files
-    if fault := absent_slides(ids, files):
-        raise MixmagError(f"{data}/slides: {fault}")
+    check_present(ids, files, f"{data}/slides")
     return {i: files[i] for i in sorted(map(composed, ids))}
 
 
@@ -614,14 +613,13 @@ def files_by_id(folder: Path, pattern: str) -> dict[str, Path]:
     return files
 
 
-def absent_slides(ids, files: dict) -> str:
-    """Says how many slides have no file, and the likely mistake. Empty where all have one."""
-    absent = sorted(set(map(composed, ids)) - files.keys())
-    if not absent:
-        return ""
-    suffixes = {Path(slide_id).suffix for slide_id in absent if Path(slide_id).stem in files}
-    advice = "".join(f"; leave {suffix} out" for suffix in sorted(suffixes))
-    return f"{plural(len(absent), 'slide')} without a file, such as {absent[0]!r}{advice}"
+def check_present(ids, files: dict, where) -> None:
+    """Raises MixmagError where slides have no file, with the likely mistake."""
+    if absent := sorted(set(map(composed, ids)) - files.keys()):
+        fault = f"{plural(len(absent), 'slide')} without a file, such as {absent[0]!r}"
+        if Path(absent[0]).stem in files:
+            fault += f"; leave {Path(absent[0]).suffix} out"
+        raise MixmagError(f"{where}: {fault}")
 
 
 @dataclass
@@ -635,6 +633,10 @@ class TaskTable:
     classes: list[str]
     cases: list[Case]
     findings: list[str]
+
+    @property
+    def slide_ids(self) -> list[str]:
+        return list(itertools.chain(*[case.slide_ids for case in self.cases]))
 
     @property
     def folds(self) -> list[int]:
@@ -696,9 +698,7 @@ def read_tasks(data, fold: int | None = None, seed: int = 0) -> dict[str, list[C
         raise MixmagError(f"{found}; choose one with --fold K, or list slides in pretrain.csv")
     tasks = {}
     for task, table in tables.items():
-        slide_ids = itertools.chain(*[case.slide_ids for case in table.cases])
-        if fault := absent_slides(slide_ids, files):
-            raise MixmagError(f"{table.path}: {fault}")
+        check_present(table.slide_ids, files, table.path)
         tasks[task] = table.cases
         if fold is not None and table.folds:
             tasks[task] = table.in_fold(fold, seed)
@@ -2167,52 +2167,38 @@ def split_command(args) -> int:
 # ------------------------------------------------------------------------------------------- verify
 
 
-def slide_findings(path) -> tuple:
-    """A slide file, if it can be opened, and everything that is wrong with it."""
+@contextlib.contextmanager
+def listed_in(findings: list[str]):
+    """Where something is refused, the reason is a finding."""
     try:
-        slide = read_slide(path)
+        yield
     except MixmagError as error:
-        return None, [str(error)]
+        findings.append(str(error))
+
+
+def slide_findings(slide: Slide) -> list[str]:
+    """What is wrong inside a slide file that can be opened."""
     findings = []
-    with safetensors.safe_open(path, "numpy") as file:
+    with safetensors.safe_open(slide.path, "numpy") as file:
         text = file.metadata()
     if checksum(slide.features, slide.cells, slide.valid, text) != text["sha256"]:
-        findings.append(f"{path}: checksum differs: the file changed after it was written")
+        findings.append(f"{slide.path}: checksum differs: the file changed after it was written")
     bad = ~np.isfinite(slide.features) & slide.valid[..., None]  # (C, T, D)
     if cells := slide.cells[bad.any(axis=(1, 2))].tolist():
-        findings.append(f"{path}: NaN or infinite features in the cells {reprlib.repr(cells)}")
-    return slide, findings
+        findings.append(f"{slide.path}: NaN or infinite in the cells {reprlib.repr(cells)}")
+    return findings
 
 
-def table_findings(path: Path, files: dict) -> tuple[list[Case], list[str]]:
-    """The cases of a task table, and what is wrong with it. files: slide id -> file."""
-    try:
-        table = any_table(path)
-    except MixmagError as error:
-        return [], [str(error)]
+def table_findings(table: TaskTable) -> list[str]:
+    """What is wrong with a task table."""
     findings = table.findings
-    if fault := absent_slides([i for case in table.cases for i in case.slide_ids], files):
-        findings.append(f"{path}: {fault}")
     for column, fold in itertools.zip_longest(table.columns, table.folds):
         found = {(case.split, case.label) for case in table.in_fold(fold)}
         for split in SPLITS:
             absent = [name for k, name in enumerate(table.classes) if (split, k) not in found]
             if absent:
                 words = f"{split} has no case of class {', '.join(absent)}"
-                findings.append(f"{path}: {column}: {words}")
-    return table.cases, findings
-
-
-def pretrain_findings(data: Path, files: dict, tasks: dict[str, list[Case]]) -> list[str]:
-    try:
-        ids = pretraining_ids(data, tasks)
-    except MixmagError as error:
-        return [str(error)]
-    findings = []
-    if fault := absent_slides(ids, files):
-        findings.append(f"pretrain.csv: {fault}")
-    for slide_id in sorted(set(ids) & set().union(*evaluation_slides(tasks).values())):
-        findings.append(f"pretrain.csv: slide {slide_id!r} belongs to a tune or test case")
+                findings.append(f"{table.path}: {column}: {words}")
     return findings
 
 
@@ -2224,18 +2210,16 @@ def verify(data) -> list[str]:
     names = task_names(data)
     if not files and not names:
         raise MixmagError(f"{data} is no DATA folder: neither slides/ nor tasks/ holds anything")
-    findings = []
+    findings: list[str] = []
     made: dict[str, list] = defaultdict(list)  # how -> the slides made so
     copies: dict[str, list] = defaultdict(list)  # sha256 of all features -> the slides with these
     for slide_id, path in progress(files.items(), desc="slides"):
-        slide, found = slide_findings(path)
-        findings += found
-        if slide:
+        with listed_in(findings):
+            slide = read_slide(path)
+            findings += slide_findings(slide)
             made[embedding_signature(slide)].append(slide_id)
             if len(slide.cells):
-                copies[hashlib.sha256(slide.features).hexdigest()].append(slide_id)
-            else:
-                show(f"{path}: holds no cell, which is no finding")
+                copies[hashlib.sha256(slide.features.data).hexdigest()].append(slide_id)
     for how, ids in made.items():
         if len(made) > 1:
             findings.append(f"{data}: {plural(len(ids), 'slide')}, such as {ids[0]}, with {how}")
@@ -2244,10 +2228,17 @@ def verify(data) -> list[str]:
             findings.append(f"{data}: one slide under several ids: {', '.join(ids)}")
     tasks = {}
     for task in names:
-        tasks[task], found = table_findings(data / "tasks" / f"{task}.csv", files)
-        findings += found
-    if (data / "pretrain.csv").exists():
-        findings += pretrain_findings(data, files, tasks)
+        with listed_in(findings):
+            table = any_table(data / "tasks" / f"{task}.csv")
+            findings += table_findings(table)
+            tasks[task] = table.cases
+            check_present(table.slide_ids, files, table.path)
+    with listed_in(findings):
+        listed = pretraining_ids(data, tasks)
+        evaluated = set().union(*evaluation_slides(tasks).values())
+        for slide_id in sorted(evaluated.intersection(listed)):
+            findings.append(f"pretrain.csv: slide {slide_id!r} belongs to a tune or test case")
+        check_present(listed, files, "pretrain.csv")
     return findings
 
 
