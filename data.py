@@ -1117,16 +1117,6 @@ def find_tissue(rgb: np.ndarray, inside: np.ndarray | float = 0.0) -> np.ndarray
     return (mask | holes & ~large_components(holes, HOLE)) & ~ink
 
 
-def find_mask(path: Path, place: str | Path) -> Path:
-    """The user's mask of a slide: the file `place`, or <slide_id>.png in a folder."""
-    mask = Path(place)
-    if mask.is_dir():
-        mask /= f"{path.stem}.png"
-    if not mask.is_file():
-        raise MixmagError(f"--mask: expected {mask}")
-    return mask
-
-
 def read_mask(path, reader: Reader, shape: tuple) -> np.ndarray:
     """A picture of the whole slide, whose non-zero pixels are tissue -> (h, w) bool. Raises
     MixmagError for one that does not fit."""
@@ -1456,17 +1446,17 @@ class TileSettings:
     magnifications: tuple = (5, 10, 20)
     region: int = 3
     min_tissue: float = 0.25
-    mask: str | Path | None = None  # a file or a folder
+    mask: str | Path | None = None  # a file, or a folder of <slide_id>.png
     batch_size: int = 256
     device: torch.device = torch.device("cpu")
     dry_run: bool = False
 
 
-def already_done(path, wanted: dict, mpp: float | None) -> Slide | None:
-    """The slide of this file, if it exists. Raises OtherSettings if it was made with others.
+def already_done(path, wanted: dict, mpp: float | None) -> bool:
+    """Whether a slide's file exists. Raises OtherSettings if it was made with others.
     wanted: metadata that it must have; None stands for any value. mpp: the user's, if given."""
     if not Path(path).exists():
-        return None
+        return False
     slide = read_slide(path)
     wanted = {name: value for name, value in wanted.items() if value is not None}
     if mpp is not None and not math.isclose(mpp, slide.meta["mpp"], rel_tol=MPP_TOLERANCE):
@@ -1541,12 +1531,14 @@ def plan_report(reader: Reader, plan: TilePlan, dim: int, min_tissue: float) -> 
     )
 
 
-def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> tuple[str, int]:
-    """Tile one slide into its file; a report, and the number of cells. Raises MixmagError."""
+def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> str:
+    """Tile one slide into its file. Returns a report. Raises MixmagError."""
     slide_id = composed(path.stem)
     slide_id.encode("utf-8")  # a name in another encoding is refused now, not at the end
     out = settings.out / "slides" / f"{slide_id}.safetensors"
-    mask = find_mask(path, settings.mask) if settings.mask else None
+    mask = Path(settings.mask) if settings.mask else None
+    if mask and mask.is_dir():
+        mask /= f"{path.stem}.png"
     settings = replace(settings, mask=mask, mpp=settings.manifest.get(slide_id, settings.mpp))
     meta: dict[str, Any] = {
         "encoder": settings.encoder,
@@ -1559,13 +1551,13 @@ def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> tuple[str
             "weights": settings.weights_sha256,
         },
     }
-    if slide := already_done(out, meta, settings.mpp):
-        return f"{slide_id}: done before", len(slide.cells)
+    if already_done(out, meta, settings.mpp):
+        return f"{slide_id}: done before"
     reader = Reader(path)
     plan = TilePlan(reader, settings)
     report = plan_report(reader, plan, dim, settings.min_tissue)
     if settings.dry_run:
-        return report, len(plan.cells)
+        return report
     draw_qc(settings.out / "qc" / f"{slide_id}.png", reader, plan)
     features, cells, bad = tile_slide(reader, plan, encoder, dim, settings)
     meta |= {
@@ -1584,28 +1576,31 @@ def tile_one(path: Path, encoder, dim: int, settings: TileSettings) -> tuple[str
         report += f"; {plural(bad, 'window')} unreadable"
     if plan.unscanned:
         report += f"; {plural(len(plan.unscanned), 'cell')} partly not scanned"
-    return report, len(cells)
+    return report
 
 
-def tile_all(paths: list, encoder, dim: int, settings: TileSettings) -> tuple:
-    """The (slide_id, stage, reason) of each slide that fails; the number of empty ones. Raises
-    OtherSettings, before any other work, for a slide that was tiled with others."""
-    failed = []
-    empty = 0
+def tile_all(paths: list, encoder, dim: int, settings: TileSettings) -> list[tuple]:
+    """As `each_slide`. Slides that were tiled before come first: with other settings no new one is
+    begun."""
     done = slide_files(settings.out)
     done_first = sorted(paths, key=lambda path: composed(path.stem) not in done)
-    for path in progress(done_first, desc="slides"):
+    items = {path.stem: path for path in done_first}
+    return each_slide(lambda path: tile_one(path, encoder, dim, settings), items, "tile")
+
+
+def each_slide(function, items: dict, stage: str) -> list[tuple]:
+    """Show what the function reports of each item. items: slide id -> item.
+    Returns (slide_id, stage, reason) of each that fails. Raises OtherSettings."""
+    failed = []
+    for slide_id, item in progress(items.items(), desc="slides"):
         try:
-            report, cells = tile_one(path, encoder, dim, settings)
-            empty += cells == 0
-            show(report)
+            show(function(item))
         except (Stopped, BrokenPipeError, OtherSettings):
             raise
-        except Exception as error:  # whatever a slide, or the user's encoder, raises
-            reason = one_line(error)
-            failed.append((path.stem, "tile", reason))
-            tqdm.write(f"{path.stem}: FAILED: {reason}", file=sys.stderr)
-    return failed, empty
+        except Exception as error:  # whatever a slide, its files or the user's encoder raise
+            failed.append((slide_id, stage, one_line(error)))
+            log(f"{slide_id}: FAILED: {one_line(error)}")
+    return failed
 
 
 def tile_command(args) -> int:
@@ -1623,9 +1618,8 @@ def tile_command(args) -> int:
     flags["weights_sha256"] = file_sha256(args.weights) if args.weights else None
     settings = TileSettings(**{name: flags[name] for name in TileSettings.__dataclass_fields__})
     paths = paths[share::shares]
-    failed, empty = tile_all(paths, encoder, dim, settings)
-    done = plural(len(paths) - len(failed) - empty, "slide")
-    print(f"{done} done, {empty} with nothing to embed, {len(failed)} failed")
+    failed = tile_all(paths, encoder, dim, settings)
+    print(f"{plural(len(paths) - len(failed), 'slide')} done, {len(failed)} failed")
     if args.dry_run:
         return 3 if failed else 0
     name = "failed.csv" if shares == 1 else f"failed-{share}-of-{shares}.csv"
@@ -1831,28 +1825,28 @@ def import_command(args) -> int:
         raise MixmagError(f"no feature files (*.h5) in one of {', '.join(found)}")
     slide_ids = sorted(set().union(*found.values()))
     manifest = read_manifest(args.manifest, set(slide_ids))
-    failed = []
-    spawn = multiprocessing.get_context("spawn")  # a fork inherits torch's threads
-    pool = ProcessPoolExecutor(1, spawn)
-    for i in progress(slide_ids, desc="slides"):
+    jobs = {}
+    for i in slide_ids:
         paths = [files.get(i, Path(folder, f"{i}.h5")) for folder, files in found.items()]
         out = Path(args.out, "slides", f"{i}.safetensors")
-        job = (paths, out, tool, args.encoder, manifest.get(i, args.mpp))
+        jobs[i] = (paths, out, tool, args.encoder, manifest.get(i, args.mpp))
+    spawn = multiprocessing.get_context("spawn")  # a fork inherits torch's threads
+    pool = ProcessPoolExecutor(1, spawn)
+
+    def in_its_process(job) -> str:
+        nonlocal pool
         try:
-            show(pool.submit(import_worker, *job).result())
-        except (BrokenPipeError, OtherSettings):
-            pool.shutdown()
-            raise
-        except Exception as error:  # a refusal, no such file, a full disk, no memory
-            reason = one_line(error)
-            if isinstance(error, BrokenExecutor):
-                stop_if_asked()  # then a signal ended it
-                pool = ProcessPoolExecutor(1, spawn)
-                reason = "its files bring the HDF5 library down, or hang it"
-            failed.append((i, "import", reason))
-            tqdm.write(f"{i}: FAILED: {reason}", file=sys.stderr)
-    pool.shutdown()
-    print(f"{plural(len(slide_ids) - len(failed), 'slide')} imported, {len(failed)} failed")
+            return pool.submit(import_worker, *job).result()
+        except BrokenExecutor:
+            stop_if_asked()  # then a signal ended it
+            pool = ProcessPoolExecutor(1, spawn)
+            raise MixmagError("its files bring the HDF5 library down, or hang it") from None
+
+    try:
+        failed = each_slide(in_its_process, jobs, "import")
+    finally:
+        pool.shutdown()
+    print(f"{plural(len(jobs) - len(failed), 'slide')} imported, {len(failed)} failed")
     return report_failed(Path(args.out, "failed.csv"), failed)
 
 

@@ -429,7 +429,8 @@ def test_a_killed_import_goes_on(tmp_path):
     assert killed.end()[0] == -9
     before = len(list(tmp_path.glob("d/slides/s*")))
     out, _ = run(*args, cwd=tmp_path)
-    assert before == out.count("done before") < 30
+    finished = out.count("done before") - before  # the killed command's own process may end a slide
+    assert finished in (0, 1) and before < 29
     assert "30 slides imported, 0 failed" in out and data.verify(tmp_path / "d") == []
 
 
