@@ -596,20 +596,20 @@ def slide_means(slides) -> np.ndarray:
 
 def slide_files(data, ids=None) -> dict[str, Path]:
     """Slide id -> file, sorted. Raises MixmagError for one of `ids` that has no file."""
-    files = files_by_id(Path(data) / "slides", "[!.]*.safetensors")  # macOS leaves hidden ones
+    files = files_by_id(Path(data, "slides").glob("[!.]*.safetensors"))  # macOS leaves hidden ones
     if ids is None:
         return files
     check_present(ids, files, f"{data}/slides")
     return {i: files[i] for i in sorted(map(composed, ids))}
 
 
-def files_by_id(folder: Path, pattern: str) -> dict[str, Path]:
-    """Slide id -> the file that is named so. Raises MixmagError for two files of one id."""
-    paths = sorted(folder.glob(pattern))
-    files = {composed(path.stem): path for path in paths}
-    if len(files) < len(paths):
-        twice = set(paths) - set(files.values())
-        raise MixmagError(f"two files of one slide, such as {twice.pop()}; rename one")
+def files_by_id(paths) -> dict[str, Path]:
+    """Slide id -> the file that is named so, sorted. Raises MixmagError for two files of one id."""
+    files: dict[str, Path] = {}
+    for path in sorted(paths):
+        other = files.setdefault(composed(path.stem), path)
+        if other != path:
+            raise MixmagError(f"two files of one slide, {other} and {path}; rename one")
     return files
 
 
@@ -1501,17 +1501,12 @@ def find_slide_files(places) -> list[Path]:
         if not place.is_dir():
             paths.append(place)
             continue
-        below = sorted(glob.glob("**", root_dir=place, recursive=True))
+        below = glob.glob("**", root_dir=place, recursive=True)
         paths += [place / name for name in below if Path(name).suffix.lower() in SLIDE_SUFFIXES]
-    found: dict[str, Path] = {}
-    for path in paths:
-        file = path.parent.resolve() / path.name  # one file may be found by several links
-        other = found.setdefault(composed(path.stem).lower(), file)
-        if other != file:
-            raise MixmagError(f"slides with one id: {other} and {file}: rename one")
     if not paths:
         raise MixmagError(f"no slides in {places}, expected files of {SLIDE_SUFFIXES}")
-    return list(found.values())
+    # One file may be found by several links.
+    return list(files_by_id({path.parent.resolve() / path.name for path in paths}).values())
 
 
 def plan_report(reader: Reader, plan: TilePlan, dim: int, min_tissue: float) -> str:
@@ -1820,7 +1815,8 @@ def import_worker(*job) -> str:
 
 def import_command(args) -> int:
     tool = "trident" if args.trident else "stamp"
-    found = {folder: files_by_id(Path(folder), "**/[!.]*.h5") for folder in getattr(args, tool)}
+    folders = getattr(args, tool)
+    found = {folder: files_by_id(Path(folder).glob("**/[!.]*.h5")) for folder in folders}
     if not all(found.values()):
         raise MixmagError(f"no feature files (*.h5) in one of {', '.join(found)}")
     slide_ids = sorted(set().union(*found.values()))
@@ -2511,13 +2507,6 @@ def number_in(kind, low, high):
     return number
 
 
-def existing_place(text: str) -> str:
-    """The type of a flag: a folder that is there, or a slide, whose absence costs itself alone."""
-    if not Path(text).exists() and Path(text).suffix.lower() not in SLIDE_SUFFIXES:
-        raise argparse.ArgumentTypeError(f"{text} does not exist")
-    return text
-
-
 def share_of_slides(text: str) -> tuple[int, int]:
     """The type of a flag: i/n."""
     share, shares = map(int, text.split("/"))
@@ -2563,8 +2552,8 @@ def add_tile_flags(parser) -> None:
     """turn whole-slide images into slide files: tissue, cells on one lattice, embeddings"""
     parser.epilog = "example: python data.py tile --slides slides/ --out data/mine --mpp 0.5"
     add = parser.add_argument
-    places = {"nargs": "+", "metavar": "DIR|FILE", "type": existing_place, "required": True}
-    add("--slides", help="slides, or their folders; of a DICOM series name one file", **places)
+    slides = {"nargs": "+", "metavar": "DIR|FILE", "required": True}
+    add("--slides", help="slides, or their folders; of a DICOM series name one file", **slides)
     add_output_flags(parser)
     add("--region", type=POSITIVE, default=3, help="cells per side of a window")
     add("--encoder", default="texture", help="texture, virchow2, or module:factory (see README)")
@@ -2591,9 +2580,9 @@ def add_import_flags(parser) -> None:
     parser.epilog = "example: python data.py import --stamp 5x 10x 20x --mpp 0.25 --out data/mine"
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
-    folders = {"nargs": "+", "metavar": "DIR", "type": existing_place}
     for tool in ("--trident", "--stamp"):
-        source.add_argument(tool, help="folders of its files, low magnification first", **folders)
+        words = "folders of its files, low magnification first"
+        source.add_argument(tool, nargs="+", metavar="DIR", help=words)
     add_output_flags(parser)
     add("--encoder", help="its name, where the files say none; of virchow2 the class token is kept")
     add("--mpp", type=number_in(float, 0.1, 4), help="um per level-0 pixel; STAMP does not say it")

@@ -358,12 +358,12 @@ def test_folders_that_cannot_be_meant(tmp_path):
         (tmp_path / place).parent.mkdir(parents=True)
         (tmp_path / place).touch()
     (tmp_path / "empty").mkdir()
-    flags = ("--trident", tmp_path / "p", "empty", "--out", "d")
+    flags = ("--trident", tmp_path / "p", "empty", "gone", "--out", "d")
     _, err = run("data.py import", *flags, cwd=tmp_path, code=1)
     assert "no feature files (*.h5) in one of" in err
     with pytest.raises(MixmagError, match="two files of one slide"):
-        data.files_by_id(tmp_path, "**/*.h5")
-    for flags in ((), ("--trident", "p", "--stamp", "q"), ("--stamp", "gone")):
+        data.files_by_id(tmp_path.glob("**/*.h5"))
+    for flags in ((), ("--trident", "p", "--stamp", "q")):
         run("data.py", "import", *flags, "--out", "d", cwd=tmp_path, code=2)
 
 
