@@ -649,8 +649,7 @@ class TaskTable:
         column = "split" if fold is None else f"fold_{fold}"
         if column not in self.columns:
             found = ", ".join(self.columns)
-            advice = "--fold K reads fold_K, no --fold reads split"
-            raise MixmagError(f"{self.path}: no column {column}, found {found}; {advice}")
+            raise MixmagError(f"{self.path}: no column {column}, found {found}; see --fold")
         cases = [replace(case, split=case.splits[column]) for case in self.cases]
         if fold is not None and "tune" not in {case.split for case in cases}:
             train = [case for case in cases if case.split == "train"]
@@ -674,8 +673,7 @@ def read_table(data, task) -> TaskTable:
         raise MixmagError(f"{data}/tasks/{task}.csv: no such task; found {', '.join(found)}")
     table = any_table(Path(data) / "tasks" / f"{task}.csv")
     if table.findings:
-        count = plural(len(table.findings), "finding")
-        raise MixmagError(f"{table.findings[0]} ({count} of data.py verify)")
+        raise MixmagError(f"{table.findings[0]} (1 of {len(table.findings)}; see data.py verify)")
     return table
 
 
@@ -694,8 +692,7 @@ def read_tasks(data, fold: int | None = None, seed: int = 0) -> dict[str, list[C
     if fold is not None and not folded:
         raise MixmagError(f"--fold {fold}: no table in {data}/tasks has a column fold_{fold}")
     if fold is None and folded and not (Path(data) / "pretrain.csv").exists():
-        found = f"{folded[0].path}: over its {len(folded[0].folds)} folds every case may be tested"
-        raise MixmagError(f"{found}; choose one with --fold K, or list slides in pretrain.csv")
+        raise MixmagError(f"{folded[0].path} has folds; give --fold K, or write pretrain.csv")
     tasks = {}
     for task, table in tables.items():
         check_present(table.slide_ids, files, table.path)
@@ -751,8 +748,7 @@ def parse_table(path, rows: list[dict]) -> TaskTable:
             if split != row[column]:
                 findings.append(f"{where} is in two splits, {split} and {row[column]}")
         if case.label != label:
-            names = f"{classes[case.label]} and {classes[label]}"
-            findings.append(f"{where} has two labels, {names}")
+            findings.append(f"{where} has two labels, {classes[case.label]} and {classes[label]}")
         case.slide_ids.append(row["slide_id"])
         seen.add(row["slide_id"])
     return TaskTable(Path(path), columns, classes, list(cases.values()), findings)
@@ -760,11 +756,8 @@ def parse_table(path, rows: list[dict]) -> TaskTable:
 
 def row_fault(row: dict, columns: list[str], classes: list[str]) -> str:
     """What is wrong with a row of a task table by itself. Empty if nothing is."""
-    slide_id = row["slide_id"]
-    if not row["case_id"] or not slide_id:
+    if not row["case_id"] or not row["slide_id"]:
         return "case_id or slide_id is empty"
-    if "/" in slide_id or slide_id in (".", ".."):
-        return f"slide_id {slide_id!r} is a path, expected the name of a file in slides/"
     for column in columns:
         if row[column] not in SPLITS:
             return f"{column} is {row[column]!r}, expected train, tune or test"
@@ -880,13 +873,11 @@ def slide_mpp(properties, given: float | None = None) -> tuple[float, str]:
     y = number(properties.get("openslide.mpp-y"))
     mpp = (x + y) / 2
     plausible = 0.1 <= mpp <= 4 and abs(x - y) <= MPP_TOLERANCE * mpp
-    stated = f"the slide says {x:.4g} x {y:.4g} um/px"
-    if name not in properties:
-        stated = "the slide says no mpp"
-    elif not plausible:
-        stated += ", expected 0.1 to 4, equal in x and y"
+    stated = "the slide says no mpp"
+    if name in properties:
+        stated = f"the slide says {x:.4g} x {y:.4g} um/px"
     if given is None and not plausible:
-        raise MixmagError(f"{stated}; give {GIVEN}")
+        raise MixmagError(f"{stated}, expected 0.1 to 4, equal in x and y; give {GIVEN}")
     if given is None:
         return mpp, name
     if plausible and abs(given - mpp) > MPP_TOLERANCE * mpp:
@@ -905,12 +896,11 @@ def read_manifest(path, slide_ids) -> dict:
             continue
         mpp = number(row["mpp"])
         if slide_id in found or not 0.1 <= mpp <= 4:
-            line = f"{path}, line {row['line']}"
-            raise MixmagError(f"{line}: expected one number of 0.1 to 4 um/px for {slide_id!r}")
+            expected = f"expected one number of 0.1 to 4 um/px for {slide_id!r}"
+            raise MixmagError(f"{path}, line {row['line']}: {expected}")
         found[slide_id] = mpp
     if unmatched := sorted(found.keys() - slide_ids):
-        rows = f"{len(unmatched)} of {plural(len(found), 'row')}"
-        log(f"--manifest: no slide here for {rows}, such as {unmatched[0]}")
+        log(f"--manifest: no slide here for {len(unmatched)} of its rows, such as {unmatched[0]}")
     return found
 
 
@@ -968,14 +958,14 @@ def tiled_pages(reader: Reader, pages: list) -> dict:
     sizes = [(page.imagewidth, page.imagelength) for page in pages]
     largest = max(sizes, key=math.prod)
     if math.prod(largest) > math.prod(reader.size):
-        smaller = f"{reader.path}: its first picture has {reader.size} px, a later one {largest}"
-        raise SlideReadError(f"{smaller}; save the scan as the first")
+        sides = f"its first picture has {reader.size} px, a later one {largest}"
+        raise SlideReadError(f"{sides}; save the scan as the first")
     for page, size in zip(pages, sizes, strict=True):
         if not page.is_tiled or size not in reader.level_sizes:
             continue
         most_bytes = max(4 * page.tilewidth * page.tilelength, *page.databytecounts)
         if most_bytes > MAX_TILE_BYTES or len(page.dataoffsets) != math.prod(page.chunked):
-            raise SlideReadError(f"{reader.path}: is damaged: its tiles do not make {size} px")
+            raise SlideReadError(f"the file is damaged: its tiles do not make {size} px")
         if 0 in page.databytecounts:  # OpenSlide draws an absent tile in ways of its own
             return {}
         if sizes.count(size) == 1:  # of two, either may be OpenSlide's
@@ -1164,8 +1154,8 @@ class TilePlan:
         highest = self.magnifications[-1]
         finest = 10.0 / highest  # 20x is 0.5 um/px, 5x is 2.0
         if self.mpp > MAX_STRETCH * finest:
-            found = f"its {self.mpp:.4g} um/px are coarser than {highest}x ({finest:g} um/px)"
-            raise MixmagError(f"{found}, and nothing is upsampled; give lower --magnifications")
+            coarser = f"its {self.mpp:.4g} um/px are coarser than {highest}x ({finest:g} um/px)"
+            raise MixmagError(f"{coarser}; give lower --magnifications")
         self.cell_px = TILE_PX * 10.0 / self.magnifications[0] / self.mpp
         bounds = reader.bounds
         self.origin = (float(bounds[0]), float(bounds[1]))
@@ -1182,8 +1172,7 @@ class TilePlan:
             exact = (start + self.cell_px * np.arange(cells + 1)) / self.downsample
             rounded = np.round(exact).clip(max=size).astype(int)
             if np.abs(rounded - exact).max() * self.downsample * self.mpp > finest:
-                fault = f"level {self.level} of {size} px does not fit level 0 of {reader.size}"
-                raise MixmagError(fault)
+                raise MixmagError(f"level {self.level} does not fit level 0 of {reader.size} px")
             self.lines.append(rounded)
         self.thumbnail, self.mask = tissue_mask(reader, self.mpp, settings.mask)
         self.mask_scale = np.divide(self.mask.shape[::-1], reader.size)  # its px per level-0 px
@@ -1241,8 +1230,7 @@ def read_cell(reader: Reader, plan: TilePlan, col: int, row: int) -> np.ndarray:
         inside = plan.patch(plan.inside, col, row)
         alpha = Image.fromarray(pixels[..., 3]).resize(inside.shape[::-1], Image.Resampling.BOX)
         if (inside & (np.asarray(alpha) == 0)).mean() > MAX_LOST:
-            place = f"cell ({col}, {row})"
-            raise SlideReadError(f"{place} has no pixels where the thumbnail shows tissue")
+            raise SlideReadError(f"cell ({col}, {row}) lacks pixels where there is tissue")
     if least_alpha < 255:
         pixels = np.asarray(over_white(pixels).convert("RGBX"))
     K = len(plan.magnifications)
@@ -1336,7 +1324,8 @@ def tile_encoder(name: str, device, weights=None):
     if name == "texture":
         return texture
     if name == "virchow2":
-        model = virchow2_of_file(weights) if weights else virchow2_of_hub()
+        hub = "hf-hub:paige-ai/Virchow2"
+        model = virchow2_of_file(weights) if weights else create_virchow2(hub, pretrained=True)
         return Virchow2(model).to(device).eval()
     sys.path.insert(0, os.getcwd())
     try:
@@ -1391,15 +1380,12 @@ def create_virchow2(name: str, **settings) -> torch.nn.Module:
     try:
         import timm
         from timm.layers import SwiGLUPacked
+
+        layers = {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU}
+        return timm.create_model(name, **layers, **settings)
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision for another torch
         advice = "pip install timm torchvision==0.28.0 (the one for torch 2.13)"
         raise MixmagError(f"--encoder virchow2 needs timm ({error}): {advice}") from None
-    return timm.create_model(name, mlp_layer=SwiGLUPacked, act_layer=torch.nn.SiLU, **settings)
-
-
-def virchow2_of_hub() -> torch.nn.Module:
-    try:
-        return create_virchow2("hf-hub:paige-ai/Virchow2", pretrained=True)
     except OSError as error:  # all that the hub and the network raise
         reason = error.strerror or type(error).__name__  # the full text may hold a token
         advice = "accept its terms on huggingface.co and set HF_TOKEN, or give --weights FILE"
@@ -1462,9 +1448,8 @@ def already_done(path, wanted: dict, mpp: float | None) -> bool:
     if mpp is not None and not math.isclose(mpp, slide.meta["mpp"], rel_tol=MPP_TOLERANCE):
         wanted["mpp"] = mpp
     if differing := differences({name: slide.meta.get(name) for name in wanted}, wanted):
-        made = f"{path} was made otherwise: {differing}"
-        raise OtherSettings(f"{made}; give another --out, or remove it")
-    return slide
+        raise OtherSettings(f"{path} has {differing}; give another --out, or remove it")
+    return True
 
 
 def tile_slide(reader: Reader, plan: TilePlan, encoder, dim: int, settings: TileSettings) -> tuple:
@@ -1688,8 +1673,7 @@ def read_feature_file(path: Path, tool: str) -> FeatureFile:
     good = np.isfinite(found.features).all(axis=1)
     good &= found.features.any(axis=1)  # HDF5 reads zeros where a row was never written
     if not good.all():
-        bad = f"{sum(~good)} of {plural(len(good), 'tile')}"
-        raise MixmagError(f"{path}: NaN, infinite or zero: {bad}")
+        raise MixmagError(f"{path}: NaN, infinite or zero: {sum(~good)} of {len(good)} tiles")
     return found
 
 
@@ -1735,8 +1719,8 @@ def lattice_positions(file: FeatureFile, tool: str) -> np.ndarray:
         tolerance = STAMP_SNAP + position / file.tile_px
     fits = (np.abs(exact - position) <= tolerance) & (position >= 0) & (position < 2**31)
     if not fits.all():
-        off = f"{np.count_nonzero(~fits.all(axis=1))} of {plural(len(fits), 'tile')}"
-        raise MixmagError(f"off the lattice of {file.side:g}: {off} at {file.magnification:g}x")
+        off = f"{(~fits).any(axis=1).sum()} of {len(fits)} tiles at {file.magnification:g}x"
+        raise MixmagError(f"off the lattice of {file.side:g}: {off}")
     return position.astype(np.int64)
 
 
@@ -2562,12 +2546,8 @@ def add_tile_flags(parser) -> None:
     add("--mpp", type=mpp, help="um per level-0 pixel, for slides that do not say it")
     run = {"nargs": "+", "type": number_in(float, 0.01, 1000), "action": Doublings}
     add("--magnifications", default=[5, 10, 20], help="each twice the one before", **run)
-    add(
-        "--min-tissue",
-        type=number_in(float, 0, 1),
-        default=0.25,
-        help="share of a window (assumed)",
-    )
+    share = number_in(float, 0, 1)
+    add("--min-tissue", type=share, default=0.25, help="share of a window (assumed)")
     add("--mask", metavar="FILE|DIR", help="a tissue mask, a PNG; DIR: one per slide id")
     add("--shard", type=share_of_slides, default="0/1", metavar="i/n", help="share i < n of slides")
     add("--batch-size", type=POSITIVE, default=256, help="tiles per call of the encoder")

@@ -245,7 +245,6 @@ FAULTS = [  # rows of a task table, and what is said of them
     (("x", "y", 1, "later"), "case 'x': split is 'later', expected train, tune or test"),
     (("z", "twin", 0, "test"), "one slide under several ids: other, s0, twin"),
     (("c9", "s5", 1, "test"), "'s5' stands in more than one row"),
-    (("c9", "a/b", 1, "test"), "slide_id 'a/b' is a path"),
     (("", "y", 1, "test"), "case_id or slide_id is empty"),
 ]
 
@@ -433,12 +432,12 @@ def test_a_fold_that_is_not_there_is_named(tmp_path):
     rows = [("p", "s", 0, "test", "train"), ("q", "r", 1, "train", "test")]
     task(tmp_path, rows, splits=FOLDS)
     for fold, column in ((None, "split"), (2, "fold_2")):
-        said = f"no column {column}, found fold_0, fold_1; --fold K reads fold_K"
+        said = f"no column {column}, found fold_0, fold_1; see --fold"
         with pytest.raises(MixmagError, match=said):
             data.read_task(tmp_path, "t", fold)
     for slide_id in "sr":
         make_slide(tmp_path, slide_id)
-    with pytest.raises(MixmagError, match="over its 2 folds every case may be tested; .*--fold K"):
+    with pytest.raises(MixmagError, match="t.csv has folds; give --fold K"):
         data.pretraining_ids(tmp_path, data.read_tasks(tmp_path))
     data.write_csv(tmp_path / "pretrain.csv", ("slide_id",), [("s",)])
     assert data.pretraining_ids(tmp_path, data.read_tasks(tmp_path)) == ["s"]
