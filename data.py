@@ -1267,16 +1267,6 @@ def read_cells(reader: Reader, plan: TilePlan):
     return prefetch(read, plan.cells, torch.get_num_threads())
 
 
-def scale_bar(axis, across: float) -> None:
-    """A bar of a round length at the lower left of a picture in um that shows `across`."""
-    lengths = [n * 10.0**k for n in (1, 2, 5) for k in range(6)]
-    length = max(n for n in lengths if n <= max(across / 3, 1))
-    label = f"{length:g} um" if length < 1000 else f"{length / 1000:g} mm"
-    ends = (0.04, 0.04 + length / across)  # in parts of the picture
-    axis.plot(ends, (0.04, 0.04), "black", lw=3, solid_capstyle="butt", transform=axis.transAxes)
-    axis.text(0.04, 0.045, label, va="bottom", fontsize=8, transform=axis.transAxes)
-
-
 def draw_qc(path, reader: Reader, plan: TilePlan) -> None:
     """A PNG to look at: the thumbnail with its tissue's contours and the kept windows, below a
     legend."""

@@ -1744,6 +1744,16 @@ def check_same_image(reader, places: OutputPlaces) -> None:
         )
 
 
+def scale_bar(axis, across: float) -> None:
+    """A bar of a round length at the lower left of a picture in um that shows `across`."""
+    lengths = [n * 10.0**k for n in (1, 2, 5) for k in range(6)]
+    length = max(n for n in lengths if n <= max(across / 3, 1))
+    label = f"{length:g} um" if length < 1000 else f"{length / 1000:g} mm"
+    ends = (0.04, 0.04 + length / across)  # in parts of the picture
+    axis.plot(ends, (0.04, 0.04), "black", lw=3, solid_capstyle="butt", transform=axis.transAxes)
+    axis.text(0.04, 0.045, label, va="bottom", fontsize=8, transform=axis.transAxes)
+
+
 def draw_attention(path, places: OutputPlaces, k: int, picture, size, bounds, title: str) -> None:
     """A map of magnification k: the ratio of each token, in its place on a slide of `size`.
     picture: of the whole slide, or None. bounds: what is shown. Nothing is smoothed."""
@@ -1769,7 +1779,7 @@ def draw_attention(path, places: OutputPlaces, k: int, picture, size, bounds, ti
         axis.set(xticks=[], yticks=[])
         bar = figure.colorbar(tiles, label="times the magnification's mean weight", shrink=0.8)
         bar.set_ticks((1, 2, 5, 10), labels=("1", "2", "5", "10"), minor=False)
-        data.scale_bar(axis, width)
+        scale_bar(axis, width)
         figure.suptitle(title, fontsize=8, parse_math=False)
         figure.supxlabel(f"{UNREAD}\n{REMARK}", fontsize=7)
 
