@@ -2154,7 +2154,7 @@ def slide_findings(slide: Slide) -> list[str]:
 
 
 def table_findings(table: TaskTable) -> list[str]:
-    """What is wrong with a task table."""
+    """Its faulty rows, and the classes that a split lacks."""
     findings = table.findings
     for column, fold in itertools.zip_longest(table.columns, table.folds):
         found = {(case.split, case.label) for case in table.in_fold(fold)}
@@ -2464,9 +2464,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of each flag that has one."""
 
     def _get_help_string(self, action):
-        if action.default is None:
-            return action.help
-        return super()._get_help_string(action)
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def number_in(kind, low, high):
