@@ -1446,27 +1446,23 @@ def tile_slide(reader: Reader, plan: TilePlan, encoder, dim: int, settings: Tile
     """features (C, T, D) float16, cells (C, 2) int32, and the number of unreadable windows."""
     T = Geometry(1, plan.magnifications).tokens_per_cell
     cells_per_batch = max(1, settings.batch_size // T)
-    batch: list = []  # tiles of cells, each (T, 224, 224, 3)
     features = [np.zeros((0, T, dim), np.float16)]
     done = []  # (window, col, row) of each cell, in the order of the features
-    unreadable = set()  # windows
-    reads = progress(read_cells(reader, plan), total=len(plan.cells))
-    for count, (window, cell, tiles) in enumerate(reads, start=1):
-        if not isinstance(tiles, SlideReadError):
-            done.append((window, *cell))
-            batch.append(tiles)
-        else:
-            unreadable.add(window)
-            if len(unreadable) > MAX_BAD_WINDOWS * len(plan.windows):
-                share = f"{len(unreadable)} of {plural(len(plan.windows), 'window')} cannot be read"
-                raise MixmagError(f"{share}, more than 1%: {tiles}")
-        if len(batch) == cells_per_batch or (batch and count == len(plan.cells)):
-            stack = np.stack(batch)
+    bad: dict = {}  # window -> why a cell of it cannot be read
+    reads = iter(progress(read_cells(reader, plan), total=len(plan.cells)))
+    while batch := list(itertools.islice(reads, cells_per_batch)):
+        bad |= {window: tiles for window, _, tiles in batch if isinstance(tiles, SlideReadError)}
+        if len(bad) > MAX_BAD_WINDOWS * len(plan.windows):
+            share = f"{len(bad)} of {plural(len(plan.windows), 'window')} cannot be read"
+            raise MixmagError(f"{share}, more than 1%: {list(bad.values())[-1]}")
+        good = [read for read in batch if read[0] not in bad]
+        if good:
+            done += [(window, *cell) for window, cell, _ in good]
+            stack = np.stack([tiles for _, _, tiles in good])  # (n, T, 224, 224, 3)
             features.append(encode_tiles(encoder, stack, settings.batch_size, settings.device))
-            batch.clear()
     cells = np.array(done, np.int32).reshape(-1, 3)
-    good = ~np.isin(cells[:, 0], list(unreadable))
-    return np.concatenate(features)[good], cells[good, 1:], len(unreadable)
+    kept = ~np.isin(cells[:, 0], list(bad))
+    return np.concatenate(features)[kept], cells[kept, 1:], len(bad)
 
 
 def find_slide_files(places) -> list[Path]:
