@@ -884,7 +884,7 @@ def is_pretrained(init: str) -> bool:
 
 def adopt_encoder_settings(config: FinetuneConfig) -> FinetuneConfig:
     """The config with an encoder, and with the preset and region of that encoder."""
-    init = config.init or str(newest_pretraining(config))
+    init = config.init or newest_pretraining()
     known: dict = {}
     if is_pretrained(init):
         known = data.read_json(encoder_folder(init) / "config.json")
@@ -907,10 +907,8 @@ def parameter_count(model) -> str:
 def ensure_data(path, machine: Machine | None = None) -> Path:
     """The DATA folder. The first process makes the default one where it is missing."""
     folder = Path(path)
-    facts = data.synthetic_facts(folder)
-    if facts.get("synthetic", data.SYNTHETIC) != data.SYNTHETIC:
-        raise MixmagError(f"{folder}: a synthetic cohort of an earlier version; remove the folder")
-    if str(folder) == DEFAULT_DATA and not facts.get("complete") and data.process_rank()[0] == 0:
+    made = str(folder) != DEFAULT_DATA or data.synthetic_facts(folder).get("complete")
+    if not made and data.process_rank()[0] == 0:
         log(f"making the quick synthetic cohort first (data.py synth --out {folder})")
         data.synth_cohort(folder)
     if machine is not None:
@@ -920,23 +918,16 @@ def ensure_data(path, machine: Machine | None = None) -> Path:
     return folder
 
 
-def newest_pretraining(config: FinetuneConfig) -> Path:
-    """The newest finished pretraining run under runs/ whose encoder fits DATA."""
-    folder = ensure_data(config.data, start_machine(config.device))
-    first = list(data.slide_files(folder))[:1]
-    wanted = data.embedding_signature(data.read_slides(folder, first)[0])
-    results = Path("runs").glob("*/result.json")
-    for path in sorted(results, key=lambda path: -path.stat().st_mtime):
-        if data.read_json(path).get("kind") == "pretrain":
-            known = data.read_json(encoder_folder(path.parent) / "config.json")
-            size = known["model"]["dim"], known["model"]["magnifications"]
-            if data.signature(known["tile_encoder"], *size) == wanted:
-                log(f"--init {path.parent}: the newest pretraining run that fits {folder}")
-                return path.parent
-    raise MixmagError(
-        f"no finished pretraining run under runs/ fits {folder} ({wanted}); "
-        "run `python train.py pretrain`, or give --init RUN, --init random or --init none"
-    )
+def newest_pretraining() -> str:
+    """The run under runs/ whose encoder was exported last."""
+    exported = Path("runs").glob("*/encoder/config.json")
+    newest = max(exported, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
+        advice = "run `python train.py pretrain`, or give --init RUN, --init random or --init none"
+        raise MixmagError(f"no finished pretraining run under runs/; {advice}")
+    run = newest.parents[1]
+    log(f"--init {run}: the newest pretraining run")
+    return str(run)
 
 
 # --------------------------------------------------------------------------------- a batch in parts
@@ -1375,11 +1366,9 @@ def export_encoder(run: Run, encoder, slide, preset: str, train_ids, held_out_id
 def encoder_folder(run) -> Path:
     """The exported encoder of a run, or the folder itself where it is one."""
     for folder in (Path(run) / "encoder", Path(run)):
-        if (folder / "model.safetensors").exists() and (folder / "config.json").exists():
-            if "kind" in data.read_json(folder / "config.json"):
-                raise MixmagError(f"{folder} is a fine-tuning run; give a pretraining run")
+        if (folder / "config.json").exists() and not (folder / "metrics.jsonl").exists():
             return folder
-    raise MixmagError(f"{run}: no exported encoder; the run may not be finished")
+    raise MixmagError(f"{run}: no exported encoder; give a finished pretraining run")
 
 
 def read_encoder(run, slide) -> mixmag.MixingEncoder:

@@ -551,34 +551,15 @@ def test_the_same_data_elsewhere_is_the_same_run(runs, cohort, tmp_path):
     assert "inputs_sha256" in err
 
 
-def finished_pretraining(folder, time, **changes):
-    """What newest_pretraining looks at."""
-    (folder / "encoder").mkdir(parents=True)
-    model = {"dim": 64, "magnifications": [5, 10, 20]}
-    known = {"tile_encoder": f"synthetic-{data.SYNTHETIC}-3", "model": {**model, **changes}}
-    data.write_json(folder / "encoder/config.json", known)
-    (folder / "encoder/model.safetensors").touch()
-    data.write_json(folder / "result.json", {"kind": "pretrain"})
-    os.utime(folder / "result.json", (time, time))
-
-
-def test_the_newest_encoder_that_fits_is_taken_and_named(cohort, tmp_path, monkeypatch, capsys):
+def test_the_newest_exported_encoder_is_taken_and_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    config = train.FinetuneConfig(task="skin_braf", data=str(cohort))
-    finished_pretraining(tmp_path / "runs/wide", 3, dim=1280)
-    finished_pretraining(tmp_path / "runs/other", 2, magnifications=[10, 20])
-    with pytest.raises(MixmagError, match="no finished pretraining run .* fits .*width 64"):
-        train.newest_pretraining(config)
-    finished_pretraining(tmp_path / "runs/old", 0)
-    finished_pretraining(tmp_path / "runs/fits", 1)
-    assert train.newest_pretraining(config) == Path("runs/fits")
-    assert "--init runs/fits: the newest" in capsys.readouterr().err
-
-
-def test_a_synthetic_cohort_of_an_earlier_version_is_refused(tmp_path):
-    data.write_json(tmp_path / "synthetic.json", {"synthetic": True, "complete": True})
-    with pytest.raises(MixmagError, match="earlier version; remove"):
-        train.ensure_data(tmp_path)
+    for time, name in enumerate(("old", "new", "going-on")):
+        path = tmp_path / "runs" / name / "encoder/config.json"
+        data.write_json(path, {})
+        os.utime(path, (time, time))
+    path.unlink()
+    assert train.newest_pretraining() == "runs/new"
+    assert "--init runs/new: the newest" in capsys.readouterr().err
 
 
 def test_what_the_tables_leave_out_is_said(cohort, copy_of):
@@ -808,7 +789,7 @@ def test_the_encoder_brings_preset_and_region(runs):
     assert adopted(init=str(other), preset="small") == ("small", 2)
     with pytest.raises(MixmagError, match="--region 4: .* reads 2 x 2 cells"):
         adopted(init=str(other), region=4)
-    with pytest.raises(MixmagError, match="is a fine-tuning run"):
+    with pytest.raises(MixmagError, match="no exported encoder"):
         train.encoder_folder(next((runs / "runs").glob("skin_braf-*")))
 
 
