@@ -711,13 +711,6 @@ def start_machine(device: str = "auto", amp: str = "auto", width: int = 96) -> M
     return Machine(found, dtype, rank, world, scaler)
 
 
-RUN_FILES = [
-    *("result.json", "predict.csv", "predict-failed.csv", "predictions.csv", "model.safetensors"),
-    *("encoder/config.json", "encoder/slides.csv", "encoder/model.safetensors"),
-    *("curve.png", "SUMMARY.md", "prev.pt", "last.pt", "metrics.jsonl", "config.json"),
-]
-
-
 class Run:
     """A run folder. Two starts with the same settings are one run; other settings are refused.
     The first of several processes writes, the others only read."""
@@ -737,16 +730,14 @@ class Run:
         if resume == "auto" and (stored.exists() or (self.folder / "last.pt").exists()):
             found = data.read_json(stored)
             if differing := data.differences(without_places(found), without_places(settings)):
-                raise OtherSettings(
-                    f"{self.folder} holds a run with other settings: {differing}; "
-                    "give another --out, or --resume off to begin anew"
-                )
-        if resume == "auto" and self.result():
-            log(f"{self.folder}: this run is finished")
-            return
+                fault = f"{self.folder} holds a run with other settings: {differing}"
+                raise OtherSettings(f"{fault}; give another --out, or --resume off to begin anew")
+            if self.result():
+                log(f"{self.folder}: this run is finished")
+                return
         self.lock = lock(self.folder / "lock")  # held until this run is forgotten
-        if resume == "off":
-            for name in RUN_FILES:  # config.json last: until then this is the run that it was
+        if resume == "off":  # all other files are written over when the run is done
+            for name in ("result.json", "encoder/config.json", "predict.csv", "prev.pt", "last.pt"):
                 (self.folder / name).unlink(missing_ok=True)
             shutil.rmtree(self.folder / "heatmap", ignore_errors=True)
         data.write_json(stored, settings)
@@ -1473,19 +1464,19 @@ def read_classifier(folder) -> tuple[mixmag.SlideClassifier, dict]:
     """The model of a finished fine-tuning run, and the run's config."""
     config = data.read_json(Path(folder) / "config.json")
     try:
-        model_config = mixmag.Config.from_dict(config["model"])
+        facts = data.read_json(Path(folder) / "config.json")
+        facts |= data.read_json(Path(folder) / "result.json")
+        model_config = mixmag.Config.from_dict(facts["model"])
         encoder = None
-        if config["init"] != "none":
+        if facts["init"] != "none":
             encoder = mixmag.MixingEncoder(model_config)
-        settings = {name: config[name] for name in ("tokens", "magnification", "hidden")}
-        weights = load_file(Path(folder) / "model.safetensors")
-        settings["outputs"] = len(weights["head.bias"])
-        model = mixmag.SlideClassifier(model_config, encoder, **settings)
-        model.load_state_dict(weights)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        settings = {name: facts[name] for name in ("tokens", "magnification", "hidden")}
+        outputs = len(OUTCOME.columns(facts["classes"]))
+        model = mixmag.SlideClassifier(model_config, encoder, **settings, outputs=outputs)
+        model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    except (MixmagError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise MixmagError(f"{folder}: not a finished fine-tuning run ({one_line(error)})") from None
-    result = data.read_json(Path(folder) / "result.json")
-    return model.eval(), {**config, "classes": result.get("classes", data.BINARY)}
+    return model.eval(), facts
 
 
 def one_case_per_slide(model, slides: list, min_cover: float) -> data.CaseDataset:
@@ -1495,19 +1486,19 @@ def one_case_per_slide(model, slides: list, min_cover: float) -> data.CaseDatase
 
 
 def open_run(run, folder, slide_ids, device: str, failed: list | None = None) -> tuple:
-    """A run's model and config, its or other slides without labels, and the machine."""
-    model, config = read_classifier(run)
-    machine = start_machine(device, config["amp"], model.config.width)
-    slides = data.read_slides(folder or config["data"], slide_ids, failed)
-    check_same_encoder(run, config["tile_encoder"], model.config, slides[0])
-    dataset = one_case_per_slide(model, slides, config["min_cover"])
-    return model.to(machine.device), config, dataset, machine
+    """A run's model and facts, its or other slides without labels, and the machine."""
+    model, facts = read_classifier(run)
+    machine = start_machine(device, facts["amp"], model.config.width)
+    slides = data.read_slides(folder or facts["data"], slide_ids, failed)
+    check_same_encoder(run, facts["tile_encoder"], model.config, slides[0])
+    dataset = one_case_per_slide(model, slides, facts["min_cover"])
+    return model.to(machine.device), facts, dataset, machine
 
 
 def predict(run, folder=None, slides=None, out=None, device: str = "auto") -> int:
     """Score slides, each by itself, and write a CSV of slide_id and score."""
     failed: list = []
-    model, config, dataset, machine = open_run(run, folder, slides, device, failed)
+    model, facts, dataset, machine = open_run(run, folder, slides, device, failed)
     failed += [(i, "predict", "no cells, or no valid token") for i in dataset.dropped]
     rows = []
     scores = score_cases(model, dataset, machine, 1)  # one by one: memory for the largest slide
@@ -1517,9 +1508,8 @@ def predict(run, folder=None, slides=None, out=None, device: str = "auto") -> in
         else:
             failed.append((case.case_id, "predict", "its score is not finite; see data.py verify"))
     path = Path(out or Path(run) / "predict.csv")
-    data.write_csv(path, ("slide_id", *OUTCOME.columns(config["classes"])), rows)
-    scored = plural(len(rows), "slide")
-    print(f"{scored} scored in {path}, {len(failed)} failed{dataset.uncovered}")
+    data.write_csv(path, ("slide_id", *OUTCOME.columns(facts["classes"])), rows)
+    print(f"{plural(len(rows), 'slide')} scored in {path}, {len(failed)} failed{dataset.uncovered}")
     return data.report_failed(path.with_name(f"{path.stem}-failed.csv"), failed)
 
 
@@ -1673,8 +1663,7 @@ def attention_places(model, dataset, machine) -> tuple[OutputPlaces, np.ndarray]
     weight = attention.double().cpu().numpy()
     if not np.isfinite(weight).all():
         raise MixmagError(f"{places.slide.path}: its attention is not finite; see data.py verify")
-    ratio = np.empty(len(weight))
-    rank = np.empty(len(weight))
+    ratio, rank = np.empty((2, len(weight)))
     for k in np.unique(places.k):
         here = places.k == k
         ratio[here] = weight[here] / max(weight[here].mean(), 1e-300)  # all may be 0
@@ -1770,9 +1759,9 @@ def draw_regions(path, places: OutputPlaces, reader) -> None:
     attention = places.weights["attention"]
     total = np.bincount(places.window, attention)
     best = np.argsort(-total, kind="stable")[:6]
-    inches = min(4.5, 14 / len(best))
-    grid = {"ncols": len(best), "squeeze": False}
-    with saved_figure(path, inches * len(best), inches + 1.1, **grid) as (_, axes):
+    width = min(4.5 * len(best), 14)
+    size = (width, width / len(best) + 1.1)
+    with saved_figure(path, *size, ncols=len(best), squeeze=False) as (_, axes):
         for axis, window in zip(axes[0], best, strict=True):
             here = places.window == window
             left, top, right, bottom = places.frame[here][0].clip(0, reader.size * 2)
@@ -1785,23 +1774,22 @@ def draw_regions(path, places: OutputPlaces, reader) -> None:
                 line = {"color": COLOURS[k % len(COLOURS)], "label": f"most at {places.labels[k]}"}
                 axis.plot(*outlines(places.box[most])[0].T, lw=1.5, **line)
             axis.set(xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top))
-            share = f"{total[window]:.2%} of the attention"
-            even = f"{total[window] / here.mean():.2f} times an equal share"
-            title = f"region {places.region[here][0].tolist()}: {share}\n{even}"
-            axis.set_title(title, fontsize=8)
+            share = total[window]
+            title = f"region {places.region[here][0].tolist()}: {share:.2%} of the attention"
+            axis.set_title(f"{title}\n{share / here.mean():.2f} times an equal share", fontsize=8)
         below = {"loc": "upper left", "bbox_to_anchor": (0, 0)}
         axes[0, 0].legend(**below, fontsize=8, facecolor="lightgrey")
 
 
 def heatmap(run, slide, folder=None, image=None, out=None, device: str = "auto") -> int:
     """Where a fine-tuned model looks on a slide: a CSV, GeoJSON for QuPath, and pictures."""
-    model, config, dataset, machine = open_run(run, folder, [slide], device)
+    model, facts, dataset, machine = open_run(run, folder, [slide], device)
     if dataset.dropped:
         raise MixmagError(f"{slide}: no cells, or no valid token")
     places, scores = attention_places(model, dataset, machine)
     score = scores.max()  # of more than two classes that of the predicted one
     if scores.ndim:
-        print(f"{slide}: predicted class {config['classes'][scores.argmax()]}")
+        print(f"{slide}: predicted class {facts['classes'][scores.argmax()]}")
     meta = places.slide.meta
     size = (meta["width"], meta["height"])
     bounds = (0, 0, *size)
@@ -1814,7 +1802,7 @@ def heatmap(run, slide, folder=None, image=None, out=None, device: str = "auto")
         offset = np.array(bounds[:2])
     path = Path(out or Path(run) / "heatmap" / slide)
     write_tables(path, places, offset)  # first, whatever the pictures bring
-    rule = data.read_json(Path(run) / "result.json")["case_score"]
+    rule = facts["case_score"]
     print(f"{slide}: score {score:.4f}; a case's score is the {rule} over its slides")
     weights = f"{len(places.k)} weights in {path}/attention.csv, with .geojson and .png"
     print(f"{weights}{dataset.uncovered}\n{REMARK}")
@@ -1908,8 +1896,8 @@ def table(folder, out, rows, tasks, seeds, preset, steps, epochs, frozen_epochs,
     if data.process_rank()[0] == 0:
         write_results(Path(out), cells)
         facts = {"preset": preset, "steps": steps, "epochs": epochs, "frozen_epochs": frozen_epochs}
-        facts |= {"processor": platform.processor(), "torch": torch.__version__}
-        facts |= {"threads": torch.get_num_threads(), "seconds": round(time.time() - begun)}
+        facts |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        facts["seconds"] = round(time.time() - begun)
         cohort = data.synthetic_facts(folder)
         facts["data"] = f"synthetic cohort, seed {cohort['seed']}" if cohort else str(folder)
         if any(len(folders) > 1 for folders in cells.values()):

@@ -251,27 +251,6 @@ def test_abmil_standardises_each_magnification_by_itself(cohort):
             assert (x[:, level == k].std((0, 1)) - 1).abs().max() < 1e-2
 
 
-def test_a_run_begun_anew_is_never_a_mixture(tmp_path, monkeypatch):
-    """Until nothing of the old run is left, its config.json says whose it is."""
-    names = [*train.RUN_FILES, "heatmap/S1/attention.csv"]
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("{}")
-    gone = []
-    unlink = Path.unlink
-
-    def noted(path, missing_ok=False):
-        gone.append(path.name)
-        unlink(path, missing_ok=missing_ok)
-
-    monkeypatch.setattr(Path, "unlink", noted)
-    config = train.PretrainConfig(out=str(tmp_path), resume="off")
-    train.Run(config, {"lr": 1}, machine_of())
-    assert gone[len(train.RUN_FILES) - 1] == "config.json"
-    assert {path.name for path in tmp_path.iterdir()} == {"encoder", "config.json", "lock"}
-    assert json.loads((tmp_path / "config.json").read_text()) == {"lr": 1}
-
-
 # ----------------------------------------------------------------------------------- the commands
 @pytest.fixture(scope="module")
 def runs(cohort, tmp_path_factory):
@@ -407,6 +386,22 @@ def test_verdict_names_what_is_better():
         "At 10x the model does not beat mixture. "
         "It overfits: at step 10 its loss was 0.200."
     )
+
+
+def test_a_run_begun_anew_is_never_a_mixture(tmp_path, runs):
+    """Nothing says any more that the old run is done, and no checkpoint of it is left."""
+    folder = shutil.copytree(next((runs / "runs").glob("skin_braf-*")), tmp_path / "f")
+    shutil.copytree(runs / "runs/mem-0.50/encoder", folder / "encoder")
+    for name in ("heatmap/S1/attention.csv", "predict.csv"):
+        data.write_text(folder / name, "")
+    train.Run(train.PretrainConfig(out=str(folder), resume="off"), {"lr": 1}, machine_of())
+    assert json.loads((folder / "config.json").read_text()) == {"lr": 1}
+    assert not list(folder.glob("*.pt"))
+    assert not (folder / "heatmap").exists() and not (folder / "predict.csv").exists()
+    with pytest.raises(MixmagError, match="not a finished fine-tuning run .*result.json"):
+        train.read_classifier(folder)
+    with pytest.raises(MixmagError, match="no exported encoder"):
+        train.encoder_folder(folder)
 
 
 def test_pretrain_leaves_a_whole_run(runs, cohort):
