@@ -21,7 +21,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import sys
@@ -1857,7 +1856,7 @@ PAPER = {  # AUROC x 100 as printed: the tasks in the order of TASK_TITLES, then
 }
 ROW_WORDS = {"abmil": "AB-MIL", "random": "Random", "mem": "MEM", "cmem": "CMEM", "cls": "CLS"}
 ROW_WORDS |= {"5": "5x", "10": "10x", "20": "20x", "3": "3x3", "7": "7x7", "11": "11x11"}
-RESULTS = ("row", "task", "seed", "low", "high", "auroc", "tune_auroc", "best_epoch", "case_score")
+RESULTS = ("row", "task", "seed", "low", "high", "auroc", "tune_auroc")
 
 
 def row_title(row: str) -> str:
@@ -1936,16 +1935,16 @@ def train_cell(seed: int, row: str, task: str, out: Path, pretraining, finetunin
     for fold in folds or [None]:
         end = "" if fold is None else f"-fold-{fold}"
         folders.append(runs / f"{task}-{row}{end}")
-        tuning = dataclasses.replace(finetuning, seed=seed, task=task, fold=fold)
-        tuning.out = str(folders[-1])
+        of_cell: dict = {"seed": seed, "fold": fold}
+        tuning = dataclasses.replace(finetuning, task=task, out=str(folders[-1]), **of_cell)
         if tokens:
             tuning.tokens = tokens[0]
         if method in ("abmil", "random"):
-            tuning.init = {"abmil": "none", "random": "random"}[method]
+            tuning.init = "none" if method == "abmil" else "random"
             tuning.magnification = parse_magnification(setting)
         else:
             tuning.init = str(runs / f"{method}-{setting}{end}")
-            pretraining = dataclasses.replace(pretraining, seed=seed, fold=fold, out=tuning.init)
+            pretraining = dataclasses.replace(pretraining, out=tuning.init, **of_cell)
             if method == "mem":
                 pretraining.mask = float(setting)
             else:
@@ -1963,18 +1962,14 @@ def write_results(out: Path, cells: dict) -> None:
         line = {"row": row, "task": task, "seed": seed}
         results = [data.read_json(folder / "result.json") for folder in folders]
         if results:
-            classes = results[0].get("classes", data.BINARY)
+            classes = results[0]["classes"]
             cases = tested_cases(folders, classes)
             for case, score in cases.items():
                 scores[task, *case][f"{row} {seed}"] = " ".join(map(str, score.tolist()))
-            line |= results[0]
-            if len(results) > 1:
-                labels = [label for _, label in cases]
-                line |= measure_tests(labels, np.squeeze(list(cases.values())), classes, seed)
+            labels = [label for _, label in cases]
+            line |= measure_tests(labels, np.squeeze(list(cases.values())), classes, seed)
             line["low"], line["high"] = line.get("interval") or ("", "")
             line["tune_auroc"] = np.mean([result["tune_auroc"] for result in results])
-            for name in ("best_epoch", "case_score"):
-                line[name] = " ".join(str(result[name]) for result in results)
         lines.append([line.get(name, "") for name in RESULTS])
     if not scores:
         raise MixmagError(f"{out}: no cell of the table has a score of a test case")
@@ -2071,14 +2066,8 @@ def demo(folder, out, seed: int, device: str) -> int:
     task = "gastric_her2"  # where, on tune splits, 1400 steps of pretraining gain most
     rows = ["abmil-20", "abmil-all", "random-all-patch", "mem-0.50-patch", "mem-0.50-cls"]
     code = table(folder, out, rows, [task], 1, "small", 1400, 14, 1, device, seed)
-    auroc = {row: of_seeds[0] for (row, _), of_seeds in Results(out).aurocs.items()}
-    print(
-        f"\nOn unseen cases of {task} the pretrained encoder has an AUROC of "
-        f"{auroc['mem-0.50-patch']:.2f}, the untrained one {auroc['random-all-patch']:.2f}, "
-        f"no encoder {auroc['abmil-all']:.2f}.\n"
-        "It is one synthetic task and one seed: nothing here says how tissue behaves.\n"
-        "Next: python train.py pretrain --mask 0.5, or your own slides: python data.py tile --help"
-    )
+    print("It is one synthetic task and one seed: nothing here says how tissue behaves.")
+    print("Next: python train.py pretrain --mask 0.5; for your own slides data.py tile --help")
     return code
 
 
