@@ -1024,27 +1024,24 @@ def check_no_leakage(init: str, folder: Path, cases: list) -> None:
     tasks = {name: data.read_table(folder, name).cases for name in data.task_names(folder)}
     tasks["this"] = cases
     if leaked := seen & data.evaluation_slides(tasks)["this"]:
-        raise MixmagError(
-            f"{init} was pretrained on {plural(len(leaked), 'slide')} of its tune or test cases, "
-            f"such as {min(leaked)!r}; pretrain without them, with the same --fold and --seed"
-        )
+        found = f"{plural(len(leaked), 'slide')} of its tune or test cases, such as {min(leaked)!r}"
+        advice = "pretrain without them, with the same --fold and --seed"
+        raise MixmagError(f"{init} was pretrained on {found}; {advice}")
 
 
 def check_no_copies(slides: dict, cases: list) -> None:
     """Refuse one slide under two ids in two splits, by 16 of its cells; verify compares all."""
-    split_of = {slide_id: case.split for case in cases for slide_id in case.slide_ids}
     seen: dict = {}
-    for slide_id, split in split_of.items():
-        slide = slides[slide_id]
-        if len(slide.cells):
+    for case in cases:
+        for slide in (slides[i] for i in case.slide_ids):
+            if len(slide.cells) == 0:
+                continue
             some = slide.features[:: math.ceil(len(slide.cells) / 16)]  # glass alone may be equal
             digest = hashlib.sha256(slide.cells.tobytes() + some.tobytes()).digest()
-            other = seen.setdefault(digest, slide_id)
-            if split_of[other] != split:
-                raise MixmagError(
-                    f"{slide.path}: it is in split {split}, and a copy of it, {other!r}, in split "
-                    f"{split_of[other]}; data.py verify lists all copies"
-                )
+            other, split = seen.setdefault(digest, (slide.slide_id, case.split))
+            if split != case.split:
+                found = f"in split {case.split}, and a copy of it, {other!r}, in split {split}"
+                raise MixmagError(f"{slide.path}: it is {found}; data.py verify lists all copies")
 
 
 def used_slides(folder: Path, tasks: dict, ids: list[str]) -> str:
@@ -1170,10 +1167,9 @@ def check_finite(run: Run, step: int, loss: float, norm: float, slides: str) -> 
     scaler = run.machine.scaler
     skipped = scaler.is_enabled() and scaler.get_scale() >= 1
     if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
-        raise MixmagError(
-            f"{run.folder}: at step {step} the loss is {loss:.4g} and the gradient's norm "
-            f"{norm:.4g}, with {slides}; try data.py verify, a smaller --lr or --amp off"
-        )
+        found = f"the loss is {loss:.4g}, the gradient's norm {norm:.4g}, with {slides}"
+        advice = "try data.py verify, a smaller --lr or --amp off"
+        raise MixmagError(f"{run.folder}: at step {step} {found}; {advice}")
 
 
 def note_pretraining(run: Run, step, sums: dict, rate, norm, magnifications, bar) -> None:
@@ -1196,11 +1192,10 @@ LEGEND = (
 
 class Yardsticks:
     """Predictions of removed tokens that need no network: what an encoder has to beat.
-    All start from the mean embedding of a magnification (each scaled to length 1) and add how
-    visible tokens deviate from theirs: "shift" the mean deviation of all, "parent", "children" and
-    "neighbours" theirs. Two are fitted on training windows: "mixture" weighs five such means, and
-    "kriging" is the conditional mean of a Gaussian with a covariance of places for each of the
-    first principal directions (the rest as the mixture)."""
+    All start from the mean embedding of a magnification (each scaled to length 1) and add what
+    LEGEND says. "mixture" weighs five mean deviations. "kriging" is the conditional mean of a
+    Gaussian with a covariance of places for each of the first principal directions (the rest as the
+    mixture)."""
 
     def __init__(self, dataset, mean: torch.Tensor, windows: int = 1024, directions: int = 96):
         """mean (K, D). dataset: RegionDataset of the training slides."""
@@ -1325,16 +1320,6 @@ def markdown(titles: list, rows: list) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def format_losses(losses: dict, magnifications) -> str:
-    """A Markdown table of `held_out_losses`."""
-    rows = []
-    for name, values in losses.items():
-        numbers = [f"{value:.3f}" for value in (*values, np.mean(values))]
-        rows.append([name, *numbers])
-    titles = ["predictor of the removed tokens", *(f"{m}x" for m in magnifications), "all"]
-    return markdown(titles, rows)
-
-
 def export_encoder(run: Run, encoder, slide, preset: str, train_ids, held_out_ids) -> None:
     """RUN/encoder: weights, config, the slides it saw. config.json comes last: then it is whole."""
     folder = run.folder / "encoder"
@@ -1347,8 +1332,7 @@ def export_encoder(run: Run, encoder, slide, preset: str, train_ids, held_out_id
         "model": encoder.config.to_dict(),
         "tile_encoder": slide.meta["encoder"],
         "preset": preset,
-        "licence": "the terms of the tile encoder's outputs hold for these weights too "
-        "(Virchow2: CC-BY-NC-ND 4.0)",
+        "licence": "as of the tile encoder's outputs (Virchow2: CC-BY-NC-ND 4.0)",
     }
     data.write_json(folder / "config.json", facts)
 
@@ -1398,7 +1382,12 @@ def finish_pretraining(config, run: Run, model, slides, directions, held_out, fa
             losses["least"] = list(cohort["least_mem_loss"].values())
         windows = plural(min(len(held_out), HELD_OUT_WINDOWS), "region")
         measured = f"Measured on {windows} of {plural(len(held_out.slides), 'slide')}."
-        text = f"{format_losses(losses, magnifications)}\n\n{measured} {words}\n\n{LEGEND}"
+        rows = []
+        for name, values in losses.items():
+            numbers = [f"{value:.3f}" for value in (*values, np.mean(values))]
+            rows.append([name, *numbers])
+        titles = ["predictor of the removed tokens", *(f"{m}x" for m in magnifications), "all"]
+        text = f"{markdown(titles, rows)}\n\n{measured} {words}\n\n{LEGEND}"
         if not data.task_names(config.data):
             text += "\n\nNo task table says which slides are of one patient: some may be in both."
     heading = f"# {run.folder.name}: loss (1 - cosine) on held-out slides of {title}"
@@ -1460,8 +1449,7 @@ def draw_curve(run: Run, losses: dict, magnifications, title: str) -> None:
 
 
 def read_classifier(folder) -> tuple[mixmag.SlideClassifier, dict]:
-    """The model of a finished fine-tuning run, and the run's config."""
-    config = data.read_json(Path(folder) / "config.json")
+    """The model of a finished fine-tuning run, and what the run's config and result say."""
     try:
         facts = data.read_json(Path(folder) / "config.json")
         facts |= data.read_json(Path(folder) / "result.json")
@@ -1717,10 +1705,9 @@ def check_same_image(reader, places: OutputPlaces) -> None:
     meta = places.slide.meta
     differs = meta.get("size_known", True) and reader.size != (meta["width"], meta["height"])
     if differs or (places.box[:, :2] >= reader.size).any():
-        raise MixmagError(
-            f"--image {reader.path} has {reader.size} pixels, {meta['slide_id']} has another size "
-            "or tiles outside: not the same slide, or imported with another --mpp"
-        )
+        found = f"{reader.size} pixels, {meta['slide_id']} another size or tiles outside"
+        advice = "it is not the same slide, or that was imported with another --mpp"
+        raise MixmagError(f"--image {reader.path} has {found}: {advice}")
 
 
 def draw_attention(path, places: OutputPlaces, k: int, picture, size, bounds, title: str) -> None:
@@ -2111,15 +2098,14 @@ def pretrain_command(**options) -> None:
 
 def finetune_command(**options) -> None:
     result = finetune(FinetuneConfig(**options))
-    if not result:
+    if not result or data.process_rank()[0] > 0:
         return
     text = "no AUROC, because the test split lacks a class"
     if "auroc" in result:
         text = f"test AUROC {result['auroc']:.3f}"
     if result.get("interval"):
         text += " (95 % over cases: {:.3f} to {:.3f})".format(*result["interval"])
-    if data.process_rank()[0] == 0:
-        print(f"{result['task']}: {text}, {result['cases']['test']} cases")
+    print(f"{result['task']}: {text}, {result['cases']['test']} cases")
 
 
 def add_config_flags(parser, config_class) -> None:
