@@ -894,15 +894,14 @@ def parameter_count(model) -> str:
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
 
 
-def ensure_data(path, machine: Machine | None = None) -> Path:
+def ensure_data(path, machine: Machine) -> Path:
     """The DATA folder. The first process makes the default one where it is missing."""
     folder = Path(path)
-    made = str(folder) != DEFAULT_DATA or data.synthetic_facts(folder).get("complete")
-    if not made and data.process_rank()[0] == 0:
+    missing = str(folder) == DEFAULT_DATA and not data.synthetic_facts(folder).get("complete")
+    if missing and machine.rank == 0:
         log(f"making the quick synthetic cohort first (data.py synth --out {folder})")
         data.synth_cohort(folder)
-    if machine is not None:
-        machine.barrier()
+    machine.barrier()
     if not (folder / "slides").is_dir():
         raise MixmagError(f"{folder} has no slides folder; make one with data.py tile or import")
     return folder
@@ -1332,7 +1331,7 @@ def export_encoder(run: Run, encoder, slide, preset: str, train_ids, held_out_id
         "model": encoder.config.to_dict(),
         "tile_encoder": slide.meta["encoder"],
         "preset": preset,
-        "licence": "as of the tile encoder's outputs (Virchow2: CC-BY-NC-ND 4.0)",
+        "licence": "that of the tile encoder's outputs (Virchow2: CC-BY-NC-ND 4.0)",
     }
     data.write_json(folder / "config.json", facts)
 
@@ -1551,7 +1550,7 @@ def lattice_boxes(slide, place: np.ndarray, side) -> np.ndarray:
 def embed(init, out, folder=DEFAULT_DATA, tokens="cls", slides=None, min_cover=0.5, device="auto"):
     """Write an encoder's outputs as HDF5 files in TRIDENT's shape. What is there already stays."""
     failed: list = []
-    found = data.read_slides(ensure_data(folder), slides, failed)
+    found = data.read_slides(ensure_data(folder, start_machine(device)), slides, failed)
     encoder = read_encoder(init, found[0])
     machine = start_machine(device, width=encoder.config.width)
     model = mixmag.SlideClassifier(encoder.config, encoder, tokens).eval().to(machine.device)
