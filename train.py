@@ -21,7 +21,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import sys
@@ -693,13 +692,6 @@ def start_machine(device: str = "auto", amp: str = "auto", width: int = 96) -> M
     return Machine(found, dtype, rank, world, scaler)
 
 
-RUN_FILES = [
-    *("result.json", "predict.csv", "predict-failed.csv", "predictions.csv", "model.safetensors"),
-    *("encoder/config.json", "encoder/slides.csv", "encoder/model.safetensors"),
-    *("curve.png", "SUMMARY.md", "prev.pt", "last.pt", "metrics.jsonl", "config.json"),
-]
-
-
 class Run:
     """A run folder. Two starts with the same settings are one run; other settings are refused.
     The first of several processes writes, the others only read."""
@@ -719,16 +711,14 @@ class Run:
         if resume == "auto" and (stored.exists() or (self.folder / "last.pt").exists()):
             found = data.read_json(stored)
             if differing := data.differences(without_places(found), without_places(settings)):
-                raise OtherSettings(
-                    f"{self.folder} holds a run with other settings: {differing}; "
-                    "give another --out, or --resume off to begin anew"
-                )
-        if resume == "auto" and self.result():
-            log(f"{self.folder}: this run is finished")
-            return
+                fault = f"{self.folder} holds a run with other settings: {differing}"
+                raise OtherSettings(f"{fault}; give another --out, or --resume off to begin anew")
+            if self.result():
+                log(f"{self.folder}: this run is finished")
+                return
         self.lock = lock(self.folder / "lock")  # held until this run is forgotten
-        if resume == "off":
-            for name in RUN_FILES:  # config.json last: until then this is the run that it was
+        if resume == "off":  # all other files are written over when the run is done
+            for name in ("result.json", "encoder/config.json", "predict.csv", "prev.pt", "last.pt"):
                 (self.folder / name).unlink(missing_ok=True)
             shutil.rmtree(self.folder / "heatmap", ignore_errors=True)
         data.write_json(stored, settings)
@@ -866,7 +856,7 @@ def is_pretrained(init: str) -> bool:
 
 def adopt_encoder_settings(config: FinetuneConfig) -> FinetuneConfig:
     """The config with an encoder, and with the preset and region of that encoder."""
-    init = config.init or str(newest_pretraining(config))
+    init = config.init or newest_pretraining()
     known: dict = {}
     if is_pretrained(init):
         known = data.read_json(encoder_folder(init) / "config.json")
@@ -886,39 +876,29 @@ def parameter_count(model) -> str:
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
 
 
-def ensure_data(path, machine: Machine | None = None) -> Path:
+def ensure_data(path, machine: Machine) -> Path:
     """The DATA folder. The first process makes the default one where it is missing."""
     folder = Path(path)
-    facts = data.synthetic_facts(folder)
-    if facts.get("synthetic", data.SYNTHETIC) != data.SYNTHETIC:
-        raise MixmagError(f"{folder}: a synthetic cohort of an earlier version; remove the folder")
-    if str(folder) == DEFAULT_DATA and not facts.get("complete") and data.process_rank()[0] == 0:
+    missing = str(folder) == DEFAULT_DATA and not data.synthetic_facts(folder).get("complete")
+    if missing and machine.rank == 0:
         log(f"making the quick synthetic cohort first (data.py synth --out {folder})")
         data.synth_cohort(folder)
-    if machine is not None:
-        machine.barrier()
+    machine.barrier()
     if not (folder / "slides").is_dir():
         raise MixmagError(f"{folder} has no slides folder; make one with data.py tile or import")
     return folder
 
 
-def newest_pretraining(config: FinetuneConfig) -> Path:
-    """The newest finished pretraining run under runs/ whose encoder fits DATA."""
-    folder = ensure_data(config.data, start_machine(config.device))
-    first = list(data.slide_files(folder))[:1]
-    wanted = data.embedding_signature(data.read_slides(folder, first)[0])
-    results = Path("runs").glob("*/result.json")
-    for path in sorted(results, key=lambda path: -path.stat().st_mtime):
-        if data.read_json(path).get("kind") == "pretrain":
-            known = data.read_json(encoder_folder(path.parent) / "config.json")
-            size = known["model"]["dim"], known["model"]["magnifications"]
-            if data.signature(known["tile_encoder"], *size) == wanted:
-                log(f"--init {path.parent}: the newest pretraining run that fits {folder}")
-                return path.parent
-    raise MixmagError(
-        f"no finished pretraining run under runs/ fits {folder} ({wanted}); "
-        "run `python train.py pretrain`, or give --init RUN, --init random or --init none"
-    )
+def newest_pretraining() -> str:
+    """The run under runs/ whose encoder was exported last."""
+    exported = Path("runs").glob("*/encoder/config.json")
+    newest = max(exported, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
+        advice = "run `python train.py pretrain`, or give --init RUN, --init random or --init none"
+        raise MixmagError(f"no finished pretraining run under runs/; {advice}")
+    run = newest.parents[1]
+    log(f"--init {run}: the newest pretraining run")
+    return str(run)
 
 
 # --------------------------------------------------------------------------------- a batch in parts
@@ -1041,27 +1021,24 @@ def check_no_leakage(init: str, folder: Path, cases: list) -> None:
     tasks = {name: data.read_table(folder, name).cases for name in data.task_names(folder)}
     tasks["this"] = cases
     if leaked := seen & data.evaluation_slides(tasks)["this"]:
-        raise MixmagError(
-            f"{init} was pretrained on {plural(len(leaked), 'slide')} of its tune or test cases, "
-            f"such as {min(leaked)!r}; pretrain without them, with the same --fold and --seed"
-        )
+        found = f"{plural(len(leaked), 'slide')} of its tune or test cases, such as {min(leaked)!r}"
+        advice = "pretrain without them, with the same --fold and --seed"
+        raise MixmagError(f"{init} was pretrained on {found}; {advice}")
 
 
 def check_no_copies(slides: dict, cases: list) -> None:
     """Refuse one slide under two ids in two splits, by 16 of its cells; verify compares all."""
-    split_of = {slide_id: case.split for case in cases for slide_id in case.slide_ids}
     seen: dict = {}
-    for slide_id, split in split_of.items():
-        slide = slides[slide_id]
-        if len(slide.cells):
+    for case in cases:
+        for slide in (slides[i] for i in case.slide_ids):
+            if len(slide.cells) == 0:
+                continue
             some = slide.features[:: math.ceil(len(slide.cells) / 16)]  # glass alone may be equal
             digest = hashlib.sha256(slide.cells.tobytes() + some.tobytes()).digest()
-            other = seen.setdefault(digest, slide_id)
-            if split_of[other] != split:
-                raise MixmagError(
-                    f"{slide.path}: it is in split {split}, and a copy of it, {other!r}, in split "
-                    f"{split_of[other]}; data.py verify lists all copies"
-                )
+            other, split = seen.setdefault(digest, (slide.slide_id, case.split))
+            if split != case.split:
+                found = f"in split {case.split}, and a copy of it, {other!r}, in split {split}"
+                raise MixmagError(f"{slide.path}: it is {found}; data.py verify lists all copies")
 
 
 def used_slides(folder: Path, tasks: dict, ids: list[str]) -> str:
@@ -1187,10 +1164,9 @@ def check_finite(run: Run, step: int, loss: float, norm: float, slides: str) -> 
     scaler = run.machine.scaler
     skipped = scaler.is_enabled() and scaler.get_scale() >= 1
     if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
-        raise MixmagError(
-            f"{run.folder}: at step {step} the loss is {loss:.4g} and the gradient's norm "
-            f"{norm:.4g}, with {slides}; try data.py verify, a smaller --lr or --amp off"
-        )
+        found = f"the loss is {loss:.4g}, the gradient's norm {norm:.4g}, with {slides}"
+        advice = "try data.py verify, a smaller --lr or --amp off"
+        raise MixmagError(f"{run.folder}: at step {step} {found}; {advice}")
 
 
 def note_pretraining(run: Run, step, sums: dict, rate, norm, magnifications, bar) -> None:
@@ -1213,11 +1189,10 @@ LEGEND = (
 
 class Yardsticks:
     """Predictions of removed tokens that need no network: what an encoder has to beat.
-    All start from the mean embedding of a magnification (each scaled to length 1) and add how
-    visible tokens deviate from theirs: "shift" the mean deviation of all, "parent", "children" and
-    "neighbours" theirs. Two are fitted on training windows: "mixture" weighs five such means, and
-    "kriging" is the conditional mean of a Gaussian with a covariance of places for each of the
-    first principal directions (the rest as the mixture)."""
+    All start from the mean embedding of a magnification (each scaled to length 1) and add what
+    LEGEND says. "mixture" weighs five mean deviations. "kriging" is the conditional mean of a
+    Gaussian with a covariance of places for each of the first principal directions (the rest as the
+    mixture)."""
 
     def __init__(self, dataset, mean: torch.Tensor, windows: int = 1024, directions: int = 96):
         """mean (K, D). dataset: RegionDataset of the training slides."""
@@ -1342,16 +1317,6 @@ def markdown(titles: list, rows: list) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def format_losses(losses: dict, magnifications) -> str:
-    """A Markdown table of `held_out_losses`."""
-    rows = []
-    for name, values in losses.items():
-        numbers = [f"{value:.3f}" for value in (*values, np.mean(values))]
-        rows.append([name, *numbers])
-    titles = ["predictor of the removed tokens", *(f"{m}x" for m in magnifications), "all"]
-    return markdown(titles, rows)
-
-
 def export_encoder(run: Run, encoder, slide, preset: str, train_ids, held_out_ids) -> None:
     """RUN/encoder: weights, config, the slides it saw. config.json comes last: then it is whole."""
     folder = run.folder / "encoder"
@@ -1364,8 +1329,7 @@ def export_encoder(run: Run, encoder, slide, preset: str, train_ids, held_out_id
         "model": encoder.config.to_dict(),
         "tile_encoder": slide.meta["encoder"],
         "preset": preset,
-        "licence": "the terms of the tile encoder's outputs hold for these weights too "
-        "(Virchow2: CC-BY-NC-ND 4.0)",
+        "licence": "that of the tile encoder's outputs (Virchow2: CC-BY-NC-ND 4.0)",
     }
     data.write_json(folder / "config.json", facts)
 
@@ -1373,11 +1337,9 @@ def export_encoder(run: Run, encoder, slide, preset: str, train_ids, held_out_id
 def encoder_folder(run) -> Path:
     """The exported encoder of a run, or the folder itself where it is one."""
     for folder in (Path(run) / "encoder", Path(run)):
-        if (folder / "model.safetensors").exists() and (folder / "config.json").exists():
-            if "kind" in data.read_json(folder / "config.json"):
-                raise MixmagError(f"{folder} is a fine-tuning run; give a pretraining run")
+        if (folder / "config.json").exists() and not (folder / "metrics.jsonl").exists():
             return folder
-    raise MixmagError(f"{run}: no exported encoder; the run may not be finished")
+    raise MixmagError(f"{run}: no exported encoder; give a finished pretraining run")
 
 
 def read_encoder(run, slide) -> mixmag.MixingEncoder:
@@ -1417,7 +1379,12 @@ def finish_pretraining(config, run: Run, model, slides, directions, held_out, st
             losses["least"] = list(cohort["least_mem_loss"].values())
         windows = plural(min(len(held_out), HELD_OUT_WINDOWS), "region")
         measured = f"Measured on {windows} of {plural(len(held_out.slides), 'slide')}."
-        text = f"{format_losses(losses, magnifications)}\n\n{measured} {words}\n\n{LEGEND}"
+        rows = []
+        for name, values in losses.items():
+            numbers = [f"{value:.3f}" for value in (*values, np.mean(values))]
+            rows.append([name, *numbers])
+        titles = ["predictor of the removed tokens", *(f"{m}x" for m in magnifications), "all"]
+        text = f"{markdown(titles, rows)}\n\n{measured} {words}\n\n{LEGEND}"
         if not data.task_names(config.data):
             text += "\n\nNo task table says which slides are of one patient: some may be in both."
     heading = f"# {run.folder.name}: loss (1 - cosine) on held-out slides of {title}"
@@ -1479,22 +1446,21 @@ def draw_curve(run: Run, losses: dict, magnifications, title: str) -> None:
 
 
 def read_classifier(folder) -> tuple[mixmag.SlideClassifier, dict]:
-    """The model of a finished fine-tuning run, and the run's config."""
-    config = data.read_json(Path(folder) / "config.json")
+    """The model of a finished fine-tuning run, and what the run's config and result say."""
     try:
-        model_config = mixmag.Config.from_dict(config["model"])
+        facts = data.read_json(Path(folder) / "config.json")
+        facts |= data.read_json(Path(folder) / "result.json")
+        model_config = mixmag.Config.from_dict(facts["model"])
         encoder = None
-        if config["init"] != "none":
+        if facts["init"] != "none":
             encoder = mixmag.MixingEncoder(model_config)
-        settings = {name: config[name] for name in ("tokens", "magnification", "hidden")}
-        weights = load_file(Path(folder) / "model.safetensors")
-        settings["outputs"] = len(weights["head.bias"])
-        model = mixmag.SlideClassifier(model_config, encoder, **settings)
-        model.load_state_dict(weights)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        settings = {name: facts[name] for name in ("tokens", "magnification", "hidden")}
+        outputs = len(OUTCOME.columns(facts["classes"]))
+        model = mixmag.SlideClassifier(model_config, encoder, **settings, outputs=outputs)
+        model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    except (MixmagError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise MixmagError(f"{folder}: not a finished fine-tuning run ({one_line(error)})") from None
-    result = data.read_json(Path(folder) / "result.json")
-    return model.eval(), {**config, "classes": result.get("classes", data.BINARY)}
+    return model.eval(), facts
 
 
 def one_case_per_slide(model, slides: list, min_cover: float) -> data.CaseDataset:
@@ -1504,19 +1470,19 @@ def one_case_per_slide(model, slides: list, min_cover: float) -> data.CaseDatase
 
 
 def open_run(run, folder, slide_ids, device: str, failed: list | None = None) -> tuple:
-    """A run's model and config, its or other slides without labels, and the machine."""
-    model, config = read_classifier(run)
-    machine = start_machine(device, config["amp"], model.config.width)
-    slides = data.read_slides(folder or config["data"], slide_ids, failed)
-    check_same_encoder(run, config["tile_encoder"], model.config, slides[0])
-    dataset = one_case_per_slide(model, slides, config["min_cover"])
-    return model.to(machine.device), config, dataset, machine
+    """A run's model and facts, its or other slides without labels, and the machine."""
+    model, facts = read_classifier(run)
+    machine = start_machine(device, facts["amp"], model.config.width)
+    slides = data.read_slides(folder or facts["data"], slide_ids, failed)
+    check_same_encoder(run, facts["tile_encoder"], model.config, slides[0])
+    dataset = one_case_per_slide(model, slides, facts["min_cover"])
+    return model.to(machine.device), facts, dataset, machine
 
 
 def predict(run, folder=None, slides=None, out=None, device: str = "auto") -> int:
     """Score slides, each by itself, and write a CSV of slide_id and score."""
     failed: list = []
-    model, config, dataset, machine = open_run(run, folder, slides, device, failed)
+    model, facts, dataset, machine = open_run(run, folder, slides, device, failed)
     failed += [(i, "predict", "no cells, or no valid token") for i in dataset.dropped]
     rows = []
     scores = score_cases(model, dataset, machine, 1)  # one by one: memory for the largest slide
@@ -1526,9 +1492,8 @@ def predict(run, folder=None, slides=None, out=None, device: str = "auto") -> in
         else:
             failed.append((case.case_id, "predict", "its score is not finite; see data.py verify"))
     path = Path(out or Path(run) / "predict.csv")
-    data.write_csv(path, ("slide_id", *OUTCOME.columns(config["classes"])), rows)
-    scored = plural(len(rows), "slide")
-    print(f"{scored} scored in {path}, {len(failed)} failed{dataset.uncovered}")
+    data.write_csv(path, ("slide_id", *OUTCOME.columns(facts["classes"])), rows)
+    print(f"{plural(len(rows), 'slide')} scored in {path}, {len(failed)} failed{dataset.uncovered}")
     return data.report_failed(path.with_name(f"{path.stem}-failed.csv"), failed)
 
 
@@ -1583,7 +1548,7 @@ def lattice_boxes(slide, place: np.ndarray, side) -> np.ndarray:
 def embed(init, out, folder=DEFAULT_DATA, tokens="cls", slides=None, min_cover=0.5, device="auto"):
     """Write an encoder's outputs as HDF5 files in TRIDENT's shape. What is there already stays."""
     failed: list = []
-    found = data.read_slides(ensure_data(folder), slides, failed)
+    found = data.read_slides(ensure_data(folder, start_machine(device)), slides, failed)
     encoder = read_encoder(init, found[0])
     machine = start_machine(device, width=encoder.config.width)
     model = mixmag.SlideClassifier(encoder.config, encoder, tokens).eval().to(machine.device)
@@ -1682,8 +1647,7 @@ def attention_places(model, dataset, machine) -> tuple[OutputPlaces, np.ndarray]
     weight = attention.double().cpu().numpy()
     if not np.isfinite(weight).all():
         raise MixmagError(f"{places.slide.path}: its attention is not finite; see data.py verify")
-    ratio = np.empty(len(weight))
-    rank = np.empty(len(weight))
+    ratio, rank = np.empty((2, len(weight)))
     for k in np.unique(places.k):
         here = places.k == k
         ratio[here] = weight[here] / max(weight[here].mean(), 1e-300)  # all may be 0
@@ -1738,10 +1702,9 @@ def check_same_image(reader, places: OutputPlaces) -> None:
     meta = places.slide.meta
     differs = meta.get("size_known", True) and reader.size != (meta["width"], meta["height"])
     if differs or (places.box[:, :2] >= reader.size).any():
-        raise MixmagError(
-            f"--image {reader.path} has {reader.size} pixels, {meta['slide_id']} has another size "
-            "or tiles outside: not the same slide, or imported with another --mpp"
-        )
+        found = f"{reader.size} pixels, {meta['slide_id']} another size or tiles outside"
+        advice = "it is not the same slide, or that was imported with another --mpp"
+        raise MixmagError(f"--image {reader.path} has {found}: {advice}")
 
 
 def scale_bar(axis, across: float) -> None:
@@ -1789,9 +1752,9 @@ def draw_regions(path, places: OutputPlaces, reader) -> None:
     attention = places.weights["attention"]
     total = np.bincount(places.window, attention)
     best = np.argsort(-total, kind="stable")[:6]
-    inches = min(4.5, 14 / len(best))
-    grid = {"ncols": len(best), "squeeze": False}
-    with saved_figure(path, inches * len(best), inches + 1.1, **grid) as (_, axes):
+    width = min(4.5 * len(best), 14)
+    size = (width, width / len(best) + 1.1)
+    with saved_figure(path, *size, ncols=len(best), squeeze=False) as (_, axes):
         for axis, window in zip(axes[0], best, strict=True):
             here = places.window == window
             left, top, right, bottom = places.frame[here][0].clip(0, reader.size * 2)
@@ -1804,23 +1767,22 @@ def draw_regions(path, places: OutputPlaces, reader) -> None:
                 line = {"color": COLOURS[k % len(COLOURS)], "label": f"most at {places.labels[k]}"}
                 axis.plot(*outlines(places.box[most])[0].T, lw=1.5, **line)
             axis.set(xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top))
-            share = f"{total[window]:.2%} of the attention"
-            even = f"{total[window] / here.mean():.2f} times an equal share"
-            title = f"region {places.region[here][0].tolist()}: {share}\n{even}"
-            axis.set_title(title, fontsize=8)
+            share = total[window]
+            title = f"region {places.region[here][0].tolist()}: {share:.2%} of the attention"
+            axis.set_title(f"{title}\n{share / here.mean():.2f} times an equal share", fontsize=8)
         below = {"loc": "upper left", "bbox_to_anchor": (0, 0)}
         axes[0, 0].legend(**below, fontsize=8, facecolor="lightgrey")
 
 
 def heatmap(run, slide, folder=None, image=None, out=None, device: str = "auto") -> int:
     """Where a fine-tuned model looks on a slide: a CSV, GeoJSON for QuPath, and pictures."""
-    model, config, dataset, machine = open_run(run, folder, [slide], device)
+    model, facts, dataset, machine = open_run(run, folder, [slide], device)
     if dataset.dropped:
         raise MixmagError(f"{slide}: no cells, or no valid token")
     places, scores = attention_places(model, dataset, machine)
     score = scores.max()  # of more than two classes that of the predicted one
     if scores.ndim:
-        print(f"{slide}: predicted class {config['classes'][scores.argmax()]}")
+        print(f"{slide}: predicted class {facts['classes'][scores.argmax()]}")
     meta = places.slide.meta
     size = (meta["width"], meta["height"])
     bounds = (0, 0, *size)
@@ -1833,7 +1795,7 @@ def heatmap(run, slide, folder=None, image=None, out=None, device: str = "auto")
         offset = np.array(bounds[:2])
     path = Path(out or Path(run) / "heatmap" / slide)
     write_tables(path, places, offset)  # first, whatever the pictures bring
-    rule = data.read_json(Path(run) / "result.json")["case_score"]
+    rule = facts["case_score"]
     print(f"{slide}: score {score:.4f}; a case's score is the {rule} over its slides")
     weights = f"{len(places.k)} weights in {path}/attention.csv, with .geojson and .png"
     print(f"{weights}{dataset.uncovered}\n{REMARK}")
@@ -1888,7 +1850,7 @@ PAPER = {  # AUROC x 100 as printed: the tasks in the order of TASK_TITLES, then
 }
 ROW_WORDS = {"abmil": "AB-MIL", "random": "Random", "mem": "MEM", "cmem": "CMEM", "cls": "CLS"}
 ROW_WORDS |= {"5": "5x", "10": "10x", "20": "20x", "3": "3x3", "7": "7x7", "11": "11x11"}
-RESULTS = ("row", "task", "seed", "low", "high", "auroc", "tune_auroc", "best_epoch", "case_score")
+RESULTS = ("row", "task", "seed", "low", "high", "auroc", "tune_auroc")
 
 
 def row_title(row: str) -> str:
@@ -1927,8 +1889,8 @@ def table(folder, out, rows, tasks, seeds, preset, steps, epochs, frozen_epochs,
     if data.process_rank()[0] == 0:
         write_results(Path(out), cells)
         facts = {"preset": preset, "steps": steps, "epochs": epochs, "frozen_epochs": frozen_epochs}
-        facts |= {"processor": platform.processor(), "torch": torch.__version__}
-        facts |= {"threads": torch.get_num_threads(), "seconds": round(time.time() - begun)}
+        facts |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        facts["seconds"] = round(time.time() - begun)
         cohort = data.synthetic_facts(folder)
         facts["data"] = f"synthetic cohort, seed {cohort['seed']}" if cohort else str(folder)
         if any(len(folders) > 1 for folders in cells.values()):
@@ -1967,16 +1929,16 @@ def train_cell(seed: int, row: str, task: str, out: Path, pretraining, finetunin
     for fold in folds or [None]:
         end = "" if fold is None else f"-fold-{fold}"
         folders.append(runs / f"{task}-{row}{end}")
-        tuning = dataclasses.replace(finetuning, seed=seed, task=task, fold=fold)
-        tuning.out = str(folders[-1])
+        of_cell: dict = {"seed": seed, "fold": fold}
+        tuning = dataclasses.replace(finetuning, task=task, out=str(folders[-1]), **of_cell)
         if tokens:
             tuning.tokens = tokens[0]
         if method in ("abmil", "random"):
-            tuning.init = {"abmil": "none", "random": "random"}[method]
+            tuning.init = "none" if method == "abmil" else "random"
             tuning.magnification = parse_magnification(setting)
         else:
             tuning.init = str(runs / f"{method}-{setting}{end}")
-            pretraining = dataclasses.replace(pretraining, seed=seed, fold=fold, out=tuning.init)
+            pretraining = dataclasses.replace(pretraining, out=tuning.init, **of_cell)
             if method == "mem":
                 pretraining.mask = float(setting)
             else:
@@ -1994,18 +1956,14 @@ def write_results(out: Path, cells: dict) -> None:
         line = {"row": row, "task": task, "seed": seed}
         results = [data.read_json(folder / "result.json") for folder in folders]
         if results:
-            classes = results[0].get("classes", data.BINARY)
+            classes = results[0]["classes"]
             cases = tested_cases(folders, classes)
             for case, score in cases.items():
                 scores[task, *case][f"{row} {seed}"] = " ".join(map(str, score.tolist()))
-            line |= results[0]
-            if len(results) > 1:
-                labels = [label for _, label in cases]
-                line |= measure_tests(labels, np.squeeze(list(cases.values())), classes, seed)
+            labels = [label for _, label in cases]
+            line |= measure_tests(labels, np.squeeze(list(cases.values())), classes, seed)
             line["low"], line["high"] = line.get("interval") or ("", "")
             line["tune_auroc"] = np.mean([result["tune_auroc"] for result in results])
-            for name in ("best_epoch", "case_score"):
-                line[name] = " ".join(str(result[name]) for result in results)
         lines.append([line.get(name, "") for name in RESULTS])
     if not scores:
         raise MixmagError(f"{out}: no cell of the table has a score of a test case")
@@ -2102,14 +2060,8 @@ def demo(folder, out, seed: int, device: str) -> int:
     task = "gastric_her2"  # where, on tune splits, 1400 steps of pretraining gain most
     rows = ["abmil-20", "abmil-all", "random-all-patch", "mem-0.50-patch", "mem-0.50-cls"]
     code = table(folder, out, rows, [task], 1, "small", 1400, 14, 1, device, seed)
-    auroc = {row: of_seeds[0] for (row, _), of_seeds in Results(out).aurocs.items()}
-    print(
-        f"\nOn unseen cases of {task} the pretrained encoder has an AUROC of "
-        f"{auroc['mem-0.50-patch']:.2f}, the untrained one {auroc['random-all-patch']:.2f}, "
-        f"no encoder {auroc['abmil-all']:.2f}.\n"
-        "It is one synthetic task and one seed: nothing here says how tissue behaves.\n"
-        "Next: python train.py pretrain --mask 0.5, or your own slides: python data.py tile --help"
-    )
+    print("It is one synthetic task and one seed: nothing here says how tissue behaves.")
+    print("Next: python train.py pretrain --mask 0.5; for your own slides data.py tile --help")
     return code
 
 
@@ -2153,15 +2105,14 @@ def pretrain_command(**options) -> None:
 
 def finetune_command(**options) -> None:
     result = finetune(FinetuneConfig(**options))
-    if not result:
+    if not result or data.process_rank()[0] > 0:
         return
     text = "no AUROC, because the test split lacks a class"
     if "auroc" in result:
         text = f"test AUROC {result['auroc']:.3f}"
     if result.get("interval"):
         text += " (95 % over cases: {:.3f} to {:.3f})".format(*result["interval"])
-    if data.process_rank()[0] == 0:
-        print(f"{result['task']}: {text}, {result['cases']['test']} cases")
+    print(f"{result['task']}: {text}, {result['cases']['test']} cases")
 
 
 def add_config_flags(parser, config_class) -> None:

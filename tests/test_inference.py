@@ -218,7 +218,7 @@ def tuned(odd):
     settings = {"init": "random", "tokens": "patch", "magnification": "all", "hidden": 8}
     settings |= {"data": str(odd), "amp": "off", "min_cover": 0.5, "tile_encoder": "odd"}
     data.write_json(folder / "config.json", {**settings, "model": CONFIG.to_dict()})
-    data.write_json(folder / "result.json", {"kind": "finetune", "case_score": "max"})
+    data.write_json(folder / "result.json", {"case_score": "max", "classes": data.BINARY})
     train.save_file(model.state_dict(), folder / "model.safetensors")
     return folder
 

@@ -251,27 +251,6 @@ def test_abmil_standardises_each_magnification_by_itself(cohort):
             assert (x[:, level == k].std((0, 1)) - 1).abs().max() < 1e-2
 
 
-def test_a_run_begun_anew_is_never_a_mixture(tmp_path, monkeypatch):
-    """Until nothing of the old run is left, its config.json says whose it is."""
-    names = [*train.RUN_FILES, "heatmap/S1/attention.csv"]
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("{}")
-    gone = []
-    unlink = Path.unlink
-
-    def noted(path, missing_ok=False):
-        gone.append(path.name)
-        unlink(path, missing_ok=missing_ok)
-
-    monkeypatch.setattr(Path, "unlink", noted)
-    config = train.PretrainConfig(out=str(tmp_path), resume="off")
-    train.Run(config, {"lr": 1}, machine_of())
-    assert gone[len(train.RUN_FILES) - 1] == "config.json"
-    assert {path.name for path in tmp_path.iterdir()} == {"encoder", "config.json", "lock"}
-    assert json.loads((tmp_path / "config.json").read_text()) == {"lr": 1}
-
-
 # ----------------------------------------------------------------------------------- the commands
 @pytest.fixture(scope="module")
 def runs(cohort, tmp_path_factory):
@@ -407,6 +386,22 @@ def test_verdict_names_what_is_better():
         "At 10x the model does not beat mixture. "
         "It overfits: at step 10 its loss was 0.200."
     )
+
+
+def test_a_run_begun_anew_is_never_a_mixture(tmp_path, runs):
+    """Nothing says any more that the old run is done, and no checkpoint of it is left."""
+    folder = shutil.copytree(next((runs / "runs").glob("skin_braf-*")), tmp_path / "f")
+    shutil.copytree(runs / "runs/mem-0.50/encoder", folder / "encoder")
+    for name in ("heatmap/S1/attention.csv", "predict.csv"):
+        data.write_text(folder / name, "")
+    train.Run(train.PretrainConfig(out=str(folder), resume="off"), {"lr": 1}, machine_of())
+    assert json.loads((folder / "config.json").read_text()) == {"lr": 1}
+    assert not list(folder.glob("*.pt"))
+    assert not (folder / "heatmap").exists() and not (folder / "predict.csv").exists()
+    with pytest.raises(MixmagError, match="not a finished fine-tuning run .*result.json"):
+        train.read_classifier(folder)
+    with pytest.raises(MixmagError, match="no exported encoder"):
+        train.encoder_folder(folder)
 
 
 def test_pretrain_leaves_a_whole_run(runs, cohort):
@@ -551,34 +546,15 @@ def test_the_same_data_elsewhere_is_the_same_run(runs, cohort, tmp_path):
     assert "inputs_sha256" in err
 
 
-def finished_pretraining(folder, time, **changes):
-    """What newest_pretraining looks at."""
-    (folder / "encoder").mkdir(parents=True)
-    model = {"dim": 64, "magnifications": [5, 10, 20]}
-    known = {"tile_encoder": f"synthetic-{data.SYNTHETIC}-3", "model": {**model, **changes}}
-    data.write_json(folder / "encoder/config.json", known)
-    (folder / "encoder/model.safetensors").touch()
-    data.write_json(folder / "result.json", {"kind": "pretrain"})
-    os.utime(folder / "result.json", (time, time))
-
-
-def test_the_newest_encoder_that_fits_is_taken_and_named(cohort, tmp_path, monkeypatch, capsys):
+def test_the_newest_exported_encoder_is_taken_and_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    config = train.FinetuneConfig(task="skin_braf", data=str(cohort))
-    finished_pretraining(tmp_path / "runs/wide", 3, dim=1280)
-    finished_pretraining(tmp_path / "runs/other", 2, magnifications=[10, 20])
-    with pytest.raises(MixmagError, match="no finished pretraining run .* fits .*width 64"):
-        train.newest_pretraining(config)
-    finished_pretraining(tmp_path / "runs/old", 0)
-    finished_pretraining(tmp_path / "runs/fits", 1)
-    assert train.newest_pretraining(config) == Path("runs/fits")
-    assert "--init runs/fits: the newest" in capsys.readouterr().err
-
-
-def test_a_synthetic_cohort_of_an_earlier_version_is_refused(tmp_path):
-    data.write_json(tmp_path / "synthetic.json", {"synthetic": True, "complete": True})
-    with pytest.raises(MixmagError, match="earlier version; remove"):
-        train.ensure_data(tmp_path)
+    for time, name in enumerate(("old", "new", "going-on")):
+        path = tmp_path / "runs" / name / "encoder/config.json"
+        data.write_json(path, {})
+        os.utime(path, (time, time))
+    path.unlink()
+    assert train.newest_pretraining() == "runs/new"
+    assert "--init runs/new: the newest" in capsys.readouterr().err
 
 
 def test_what_the_tables_leave_out_is_said(cohort, copy_of):
@@ -808,7 +784,7 @@ def test_the_encoder_brings_preset_and_region(runs):
     assert adopted(init=str(other), preset="small") == ("small", 2)
     with pytest.raises(MixmagError, match="--region 4: .* reads 2 x 2 cells"):
         adopted(init=str(other), region=4)
-    with pytest.raises(MixmagError, match="is a fine-tuning run"):
+    with pytest.raises(MixmagError, match="no exported encoder"):
         train.encoder_folder(next((runs / "runs").glob("skin_braf-*")))
 
 
