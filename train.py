@@ -1359,7 +1359,7 @@ def check_same_encoder(run, tile_encoder: str, config: mixmag.Config, slide) -> 
     trained_on = data.signature(tile_encoder, config.dim, config.magnifications)
     found = data.embedding_signature(slide)
     if trained_on != found:
-        raise MixmagError(f"{run} was trained on {trained_on}; the slides hold {found}")
+        raise MixmagError(f"{run}: trained on {trained_on}; the slides hold {found}; see --init")
 
 
 def finish_pretraining(config, run: Run, model, slides, directions, held_out, steps) -> None:
@@ -2060,6 +2060,9 @@ def demo(folder, out, seed: int, device: str) -> int:
     task = "gastric_her2"  # where, on tune splits, 1400 steps of pretraining gain most
     rows = ["abmil-20", "abmil-all", "random-all-patch", "mem-0.50-patch", "mem-0.50-cls"]
     code = table(folder, out, rows, [task], 1, "small", 1400, 14, 1, device, seed)
+    auroc = {row: of_seeds[0] for (row, _), of_seeds in Results(out).aurocs.items()}
+    encoders = f"{auroc['mem-0.50-patch']:.2f}, an untrained one {auroc['random-all-patch']:.2f}"
+    print(f"\nOn unseen cases of {task} a pretrained encoder has an AUROC of {encoders}.")
     print("It is one synthetic task and one seed: nothing here says how tissue behaves.")
     print("Next: python train.py pretrain --mask 0.5; for your own slides data.py tile --help")
     return code
