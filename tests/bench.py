@@ -211,21 +211,6 @@ def read_ours(path, plan) -> int:
     return sum(len(tiles) for _, _, tiles in data.read_cells(data.Reader(path), plan))
 
 
-def read_plain(path, plan, block: int) -> None:
-    """Decode the area that the cells cover at level 0, once, in blocks."""
-    slide = openslide.OpenSlide(path)
-    edges = np.array([lines[[0, -1]] for lines in plan.lines]) * plan.downsample
-    start, end = np.round(edges).astype(int).T  # (x, y)
-    cols, rows = np.ceil((end - start) / block).astype(int)
-
-    def read(corner):
-        size = np.minimum(block, end - corner)
-        slide.read_region(corner.tolist(), 0, size.tolist())
-
-    corners = start + block * lattice(cols, rows)
-    list(data.prefetch(read, corners, torch.get_num_threads()))
-
-
 def read_by_tile(path, plan) -> None:
     """Magnification by magnification and tile by tile: the best level, Pillow, a resize."""
     slide = openslide.OpenSlide(path)
@@ -244,22 +229,17 @@ def read_by_tile(path, plan) -> None:
         list(data.prefetch(read_tile, corners.tolist(), torch.get_num_threads()))
 
 
-def tiling_rows(name: str, path, mpp=None, repeats: int = 5):
+def tiling_row(name: str, path, mpp=None, repeats: int = 5) -> tuple:
     settings = data.TileSettings(mpp=mpp, min_tissue=0.0)  # all windows, tissue or not
     plan = data.TilePlan(data.Reader(path), settings)
-    blocks = [functools.partial(read_plain, path, plan, block) for block in (1024, 2048, 4096)]
-    fastest = min(blocks, key=lambda read: in_turn(2, plain=read)["plain"].min())
-    by_tile = functools.partial(read_by_tile, path, plan)
     ours = functools.partial(read_ours, path, plan)
-    tiles = ours()
-    seconds = in_turn(repeats, ours=ours, plain=fastest, by_tile=by_tile)
-    yield row(name, tiles, "tiles/s", seconds, "plain", 0.8)
-    yield row(name, tiles, "tiles/s", seconds, "by_tile", 2.0)
+    by_tile = functools.partial(read_by_tile, path, plan)
+    seconds = in_turn(repeats, ours=ours, by_tile=by_tile)
+    return row(name, ours(), "tiles/s", seconds, "by_tile", 2.0)
 
 
 def tiling():
-    """`plain`: OpenSlide decodes level 0 once, in blocks of the fastest size. `by_tile`: as tools
-    that read every tile by itself."""
+    """`by_tile`: as tools that read every tile by itself."""
     rng = np.random.default_rng(0)
     picture = data.synth_picture(rng, 2600, 2600)[300:2300, 300:2300]
     # With this noise a pixel takes 1.56 bits as JPEG; those of the real slide CMU-1 take 1.55.
@@ -273,11 +253,11 @@ def tiling():
             ("40x scan, 0.2522 um/px, levels 1 4 16", 0.2522, (1, 4, 16)),
         ):
             write_pyramid(path, picture, mpp, shrinks)
-            yield from tiling_rows(f"JPEG, {name}", path)
+            yield tiling_row(f"JPEG, {name}", path)
     if os.environ.get("MIXMAG_REAL"):
         slides = Path(os.environ["MIXMAG_REAL"]) / "slides"
         for name, mpp in (("CMU-1-Small-Region.svs", None), ("TCGA-CR-7395-01A-01-TS1.svs", 0.5)):
-            yield from tiling_rows(name, slides / name, mpp)
+            yield tiling_row(name, slides / name, mpp)
 
 
 def memory():

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -527,11 +528,12 @@ EXTRA = st.dictionaries(NAME, TEXT, max_size=3)
 @examples(40)
 @given(CELLS, st.integers(1, 40), st.integers(0, 2**32 - 1), EXTRA)
 def test_any_slide_comes_back_as_it_was_written(tmp_path, cells, dim, seed, extra):
-    """Also by the library, which knows nothing of the project."""
+    """By the library alone the file is what the contract says; the checksum, too. Arrays that are
+    not contiguous are written right."""
     rng = np.random.default_rng(seed)
-    bits = rng.integers(0, 2**16, (len(cells), 21, dim), np.uint16)
+    bits = rng.integers(0, 2**16, (21, len(cells), dim), np.uint16)
     tensors = {
-        "features": bits.view(np.float16),
+        "features": bits.view(np.float16).swapaxes(0, 1),
         "cells": np.array(cells, np.int32).reshape(-1, 2),
         "valid": rng.random((len(cells), 21)) > 0.5,
     }
@@ -543,8 +545,14 @@ def test_any_slide_comes_back_as_it_was_written(tmp_path, cells, dim, seed, extr
     assert meta.items() <= slide.meta.items()
     assert all("NaN" in line for line in data.slide_findings(path)[1])
     text, found = content(path)
-    assert text["encoder"] == "é"
+    assert (text["encoder"], text["format"], text["origin"]) == ("é", "mixmag/1", "[0.0, 0.0]")
+    digest = hashlib.sha256(b"".join(x.tobytes() for x in tensors.values()))
+    others = {name: value for name, value in text.items() if name != "sha256"}
+    digest.update(json.dumps(others, sort_keys=True, separators=(",", ":")).encode())
+    assert text["sha256"] == digest.hexdigest()
+    assert found.keys() == tensors.keys()
     for name, expected in tensors.items():
+        assert found[name].dtype == expected.dtype and found[name].shape == expected.shape
         assert found[name].tobytes() == expected.tobytes()
         assert getattr(slide, name).tobytes() == expected.tobytes()
 
@@ -594,27 +602,6 @@ def test_fuzzed_slide_files_are_refused_or_right(tmp_path):
             counts["found"] += 1
     assert counts["refused"] > 150 * TIMES
     assert counts["found"] > 25 * TIMES
-
-
-# ------------------------------------------------------------------------------------ determinism
-def test_the_same_seed_twice_is_the_same(cohort, tmp_path):
-    """Tables, pictures and checkpoints byte for byte, slide files and weights value for value."""
-    write_tiff(tmp_path / "s.tiff", pink(2000, 2000), 0.5)
-    found = []
-    checkpoints = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        folder = tmp_path / name
-        folder.mkdir()
-        run(f"{TILE} --slides ../s.tiff --out d", cwd=folder)
-        run(f"{TABLE} --seed {seed} --out t", "--data", cohort, cwd=folder)
-        found.append(whole(folder))
-        checkpoints.append([path.read_bytes() for path in sorted(folder.rglob("*.pt"))])
-    first, same, other = found
-    assert len(first) > 20
-    assert_same(same, first)
-    assert checkpoints[0] == checkpoints[1]
-    assert first["d/slides/s.safetensors"] == other["d/slides/s.safetensors"]
-    assert first["t/results.csv"] != other["t/results.csv"]
 
 
 # ------------------------------------------------------------------------------- README must run
