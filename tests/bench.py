@@ -335,12 +335,12 @@ def pretraining(repeats: int = 5):
 
 
 # ----------------------------------------------------------------------------------------- loading
-def write_cohort(folder, slides: int, side: int, dim: int = 1280) -> None:
+def write_cohort(folder, slides: int, side: int) -> None:
     """Slides of side x side cells with random embeddings."""
     cells = lattice(side, side).astype(np.int32)
     valid = np.ones((len(cells), 21), bool)
     rng = np.random.default_rng(0)
-    features = rng.standard_normal((len(cells), 21, dim), np.float32).astype(np.float16)
+    features = rng.standard_normal((len(cells), 21, 1280), np.float32).astype(np.float16)
     meta = {"encoder": "bench", "magnifications": [5, 10, 20], "tile_px": 224, "mpp": 0.5}
     meta |= {"cell_px": 896.0, "origin": [0.0, 0.0], "width": 896 * side, "height": 896 * side}
     for i in range(slides):

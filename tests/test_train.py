@@ -493,6 +493,7 @@ class Evil:
 
 
 def test_a_damaged_checkpoint_falls_back_and_two_are_refused(cohort, tmp_path):
+    """As are checkpoints without the settings that they were made with."""
     command = f"train.py pretrain --data {cohort} --batch-size 4 --save-every 4 --steps 12 --out r"
     run(command, cwd=tmp_path)
     folder = tmp_path / "r"
@@ -512,6 +513,9 @@ def test_a_damaged_checkpoint_falls_back_and_two_are_refused(cohort, tmp_path):
     _, err = run(command, cwd=tmp_path, code=1)
     assert "no checkpoint can be read" in err
     assert "--resume off" in err
+    (folder / "config.json").unlink()
+    _, err = run(command, cwd=tmp_path, code=1)
+    assert "config.json: cannot be read" in err
     assert (folder / "metrics.jsonl").read_text() == metrics
 
 
@@ -689,13 +693,6 @@ def test_a_picture_costs_no_result(cohort, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         train.pretrain(again)
     assert train.pretrain(again)["steps"] == 2
-
-
-def test_a_checkpoint_without_a_config_is_not_taken_up(runs, cohort, tmp_path):
-    shutil.copy(runs / "runs/mem-0.50/last.pt", tmp_path)
-    flags = ("--data", cohort, *QUICK_PRETRAIN, "--out", tmp_path)
-    _, err = run("train.py pretrain", *flags, cwd=tmp_path, code=1)
-    assert "config.json: cannot be read" in err
 
 
 @pytest.mark.parametrize(
