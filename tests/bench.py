@@ -1,21 +1,18 @@
 """Speeds, each as a ratio to a limit or to a peer that is measured in the same run.
 
-    python tests/bench.py [--only tiling] [--json FILE]      MIXMAG_REAL=folder adds real slides
-    python tests/bench.py --only gpu                         the paper preset on one GPU
+    python tests/bench.py [--only tiling]      MIXMAG_REAL=folder adds real slides
+    python tests/bench.py --only gpu           the paper preset on one GPU
 
 Whatever is compared runs in turn, several times. The ratio is the median over the rounds: a busy
-machine disturbs it least. Models are timed by the wall clock, or with OMP_NUM_THREADS=1 by
-processor time, which other work hardly changes. The peer ViTMAE needs `pip install transformers`.
+machine disturbs it least.
 """
 
 import argparse
 import contextlib
 import functools
-import gc
 import importlib.util
 import io
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -23,7 +20,6 @@ import sys
 import tempfile
 import time
 import types
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -44,7 +40,6 @@ import mixmag
 import train
 
 DEVICE = data.find_device("auto")
-COLUMNS = ("line", "value", "unit", "ratio", "peer", "target")
 ROW = "{:<45} {:9.1f} {:<8} {:6.2f} x {:<8} (target {:g})"
 
 
@@ -56,7 +51,14 @@ def describe_machine() -> str:
     return f"{processor}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}"
 
 
-def in_turn(repeats: int, clock=time.perf_counter, **functions) -> dict:
+def clock() -> float:
+    """Seconds, when the GPU has done what it was given."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def in_turn(repeats: int, **functions) -> dict:
     """name -> (repeats,) seconds of each round."""
     seconds = np.empty((repeats, len(functions)))
     for i in range(repeats):
@@ -67,16 +69,10 @@ def in_turn(repeats: int, clock=time.perf_counter, **functions) -> dict:
     return dict(zip(functions, seconds.T, strict=True))
 
 
-def gpu_clock() -> float:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def model_clock() -> float:
-    if DEVICE.type == "cpu" and torch.get_num_threads() == 1:
-        return time.process_time()
-    return gpu_clock()
+def seconds_of(function, repeats: int = 3) -> float:
+    """The median, after one call that is slower."""
+    function()
+    return float(np.median(in_turn(repeats, ours=function)["ours"]))
 
 
 def row(line: str, work: float, unit: str, seconds: dict, peer: str, target: float) -> tuple:
@@ -210,27 +206,9 @@ def tile_sparse(folder, width: int, height: int, shrinks) -> float:
     return in_child(tile_peak, str(folder)) / 1e6
 
 
-def read_ours(path, plan, jpeg: bool = True) -> int:
-    """How many tiles there are. Without `jpeg`, OpenSlide decodes them all."""
-    reader = data.Reader(path)
-    if not jpeg:
-        reader.jpeg = {}
-    return sum(len(tiles) for _, _, tiles in data.read_cells(reader, plan))
-
-
-def read_plain(path, plan, block: int) -> None:
-    """Decode the area that the cells cover at level 0, once, in blocks."""
-    slide = openslide.OpenSlide(path)
-    edges = np.array([lines[[0, -1]] for lines in plan.lines]) * plan.downsample
-    start, end = np.round(edges).astype(int).T  # (x, y)
-    cols, rows = np.ceil((end - start) / block).astype(int)
-
-    def read(corner):
-        size = np.minimum(block, end - corner)
-        slide.read_region(corner.tolist(), 0, size.tolist())
-
-    corners = start + block * lattice(cols, rows)
-    list(data.prefetch(read, corners, torch.get_num_threads()))
+def read_ours(path, plan) -> int:
+    """How many tiles there are."""
+    return sum(len(tiles) for _, _, tiles in data.read_cells(data.Reader(path), plan))
 
 
 def read_by_tile(path, plan) -> None:
@@ -251,26 +229,17 @@ def read_by_tile(path, plan) -> None:
         list(data.prefetch(read_tile, corners.tolist(), torch.get_num_threads()))
 
 
-def tiling_rows(name: str, path, mpp=None, repeats: int = 5):
+def tiling_row(name: str, path, mpp=None, repeats: int = 5) -> tuple:
     settings = data.TileSettings(mpp=mpp, min_tissue=0.0)  # all windows, tissue or not
     plan = data.TilePlan(data.Reader(path), settings)
-    blocks = [functools.partial(read_plain, path, plan, block) for block in (1024, 2048, 4096)]
-    fastest = min(blocks, key=lambda read: in_turn(2, plain=read)["plain"].min())
+    ours = functools.partial(read_ours, path, plan)
     by_tile = functools.partial(read_by_tile, path, plan)
-    ways = [(name, True)]
-    if data.Reader(path).jpeg:
-        ways.append((f"{name}, all by OpenSlide", False))
-    tiles = read_ours(path, plan)
-    for line, jpeg in ways:
-        ours = functools.partial(read_ours, path, plan, jpeg)
-        seconds = in_turn(repeats, ours=ours, plain=fastest, by_tile=by_tile)
-        yield row(line, tiles, "tiles/s", seconds, "plain", 0.8)
-        yield row(line, tiles, "tiles/s", seconds, "by_tile", 2.0)
+    seconds = in_turn(repeats, ours=ours, by_tile=by_tile)
+    return row(name, ours(), "tiles/s", seconds, "by_tile", 2.0)
 
 
 def tiling():
-    """`plain`: OpenSlide decodes level 0 once, in blocks of the fastest size. `by_tile`: as tools
-    that read every tile by itself."""
+    """`by_tile`: as tools that read every tile by itself."""
     rng = np.random.default_rng(0)
     picture = data.synth_picture(rng, 2600, 2600)[300:2300, 300:2300]
     # With this noise a pixel takes 1.56 bits as JPEG; those of the real slide CMU-1 take 1.55.
@@ -284,20 +253,18 @@ def tiling():
             ("40x scan, 0.2522 um/px, levels 1 4 16", 0.2522, (1, 4, 16)),
         ):
             write_pyramid(path, picture, mpp, shrinks)
-            yield from tiling_rows(f"JPEG, {name}", path)
+            yield tiling_row(f"JPEG, {name}", path)
     if os.environ.get("MIXMAG_REAL"):
         slides = Path(os.environ["MIXMAG_REAL"]) / "slides"
         for name, mpp in (("CMU-1-Small-Region.svs", None), ("TCGA-CR-7395-01A-01-TS1.svs", 0.5)):
-            yield from tiling_rows(name, slides / name, mpp)
+            yield tiling_row(name, slides / name, mpp)
 
 
 def memory():
     """Minutes: where a slide has no pyramid, its thumbnail takes every pixel."""
-    for shrinks in ((1, 4, 16), (1,)):
-        with tempfile.TemporaryDirectory() as folder:
-            peak = tile_sparse(folder, 100_000, 100_000, shrinks)
-        line = f"tile 100,000 x 100,000 px, levels {shrinks}"
-        yield line, peak, "MB", 1000 / peak, "1 GB", 1.0
+    with tempfile.TemporaryDirectory() as folder:
+        peak = tile_sparse(folder, 100_000, 100_000, (1,))
+    yield "tile 100,000 x 100,000 px without a pyramid", peak, "MB", 1000 / peak, "1 GB", 1.0
 
 
 # ------------------------------------------------------------------------------------- pretraining
@@ -346,39 +313,9 @@ def training_step(config, B: int, micro: int, machine, views=1, compiled=False, 
     return step
 
 
-def vit_mae(config, B: int, machine):
-    """transformers' masked autoencoder of the same sizes, on 14 x 14 patches of one pixel each."""
-    from transformers import ViTMAEConfig, ViTMAEForPreTraining
-
-    settings = ViTMAEConfig(
-        hidden_size=config.width,
-        num_hidden_layers=config.depth,
-        num_attention_heads=config.heads,
-        intermediate_size=4 * config.width,
-        image_size=14,
-        patch_size=1,
-        num_channels=config.dim,
-        decoder_hidden_size=config.decoder_width,
-        decoder_num_hidden_layers=config.decoder_depth,
-        decoder_num_attention_heads=config.decoder_heads,
-        decoder_intermediate_size=4 * config.decoder_width,
-        mask_ratio=0.5,
-    )
-    model = ViTMAEForPreTraining(settings).to(DEVICE)
-    x = torch.randn(B, config.dim, 14, 14, device=DEVICE)
-
-    def step():
-        model.zero_grad(set_to_none=True)
-        with machine.autocast():
-            loss = model(x).loss
-        loss.backward()
-
-    return step
-
-
 def pretraining(repeats: int = 5):
     """Forward and backward of one part of a batch. `products`: the useful FLOPs as plain matrix
-    products in the same precision. `ViTMAE`: by token."""
+    products in the same precision."""
     torch.manual_seed(0)
     config = mixmag.Config.paper()
     B = 16 if DEVICE.type == "cpu" else 256
@@ -389,26 +326,21 @@ def pretraining(repeats: int = 5):
         ("bf16, --compile", "bf16", True, 0.7),
     ):
         machine = train.start_machine(amp=amp)
-        steps = {"ours": training_step(config, B, B, machine, compiled=compiled, updates=False)}
-        steps["products"] = products(flops, machine.dtype or torch.float32)
-        with contextlib.suppress(ImportError):
-            steps["ViTMAE"] = vit_mae(config, B, machine)
-        in_turn(1, **steps)  # the first step is slower
-        seconds = in_turn(repeats, model_clock, **steps)
+        ours = training_step(config, B, B, machine, compiled=compiled, updates=False)
+        peer = products(flops, machine.dtype or torch.float32)
+        in_turn(1, ours=ours, products=peer)  # the first step is slower
+        seconds = in_turn(repeats, ours=ours, products=peer)
         line = f"MEM step, paper preset, {name}"
         yield row(line, B * 189, "tokens/s", seconds, "products", target)
-        if "ViTMAE" in steps:
-            seconds["ViTMAE"] *= 189 / 196  # it has more tokens
-            yield row(line, B * 189, "tokens/s", seconds, "ViTMAE", 1.5)
 
 
 # ----------------------------------------------------------------------------------------- loading
-def write_cohort(folder, slides: int, side: int, dim: int = 1280) -> None:
+def write_cohort(folder, slides: int, side: int) -> None:
     """Slides of side x side cells with random embeddings."""
     cells = lattice(side, side).astype(np.int32)
     valid = np.ones((len(cells), 21), bool)
     rng = np.random.default_rng(0)
-    features = rng.standard_normal((len(cells), 21, dim), np.float32).astype(np.float16)
+    features = rng.standard_normal((len(cells), 21, 1280), np.float32).astype(np.float16)
     meta = {"encoder": "bench", "magnifications": [5, 10, 20], "tile_px": 224, "mpp": 0.5}
     meta |= {"cell_px": 896.0, "origin": [0.0, 0.0], "width": 896 * side, "height": 896 * side}
     for i in range(slides):
@@ -450,33 +382,27 @@ def loading(batches: int = 600, size: int = 64, repeats: int = 3):
 
 
 # ------------------------------------------------------------------------------------- fine-tuning
-def slide_cost(config, regions: int, learns: bool) -> tuple[float, int]:
-    """Seconds and bytes at most of a slide through the encoder, with `learns` also back."""
+def slide_cost(config, regions: int) -> tuple[float, int]:
+    """Seconds and bytes at most of a slide in Patch mode, through the encoder and back."""
     model = mixmag.SlideClassifier(config, mixmag.MixingEncoder(config), dropout=0.2).to(DEVICE)
     machine = train.start_machine(width=config.width)
     x = torch.ones(regions, 189, 1280, dtype=torch.float16, device=DEVICE)
-    sizes = torch.tensor([regions], device=DEVICE)
 
-    def through():
-        with torch.set_grad_enabled(learns), machine.autocast():
-            logit, _ = model(x, sizes)
-        if learns:
-            logit.sum().backward()
+    def through(x):
+        with machine.autocast():
+            logit, _ = model(x, torch.tensor([len(x)], device=DEVICE))
+        logit.sum().backward()
 
-    (seconds,) = in_turn(1, model_clock, ours=through)["ours"]
+    through(x[: regions // 10])  # the first call is slower
+    (seconds,) = in_turn(1, ours=functools.partial(through, x))["ours"]
     return seconds, most_held()
 
 
-def finetuning(most: int = 1000):
-    """Memory of a slide in Patch mode, all of the encoder learning."""
-    sizes = [most // 8, most // 4, most // 2, most]
-    peaks = []
-    for regions in sizes:
-        peaks.append(in_child(slide_cost, mixmag.Config.paper(), regions, True)[1] / 1e9)
-        line = f"slide of {regions} regions, {189 * regions:,} tokens"
-        yield line, peaks[-1], "GB", 8 / peaks[-1], "8 GB", 1.0
-    slope, base = np.polyfit(sizes, peaks, 1)
-    print(f"  {base:.2f} GB + {1e6 * slope / 189:.1f} kB per token")
+def finetuning(config=None, regions: int = 1000):
+    """All of the encoder learns. On a CPU the paper preset takes many minutes."""
+    seconds, held = in_child(slide_cost, config or mixmag.Config.paper(), regions)
+    yield f"slide of {regions} regions", regions / seconds, "regions", 1 / seconds, "1 s", 1
+    yield "  memory", held / 1e9, "GB", 8e9 / held, "8 GB", 1
 
 
 def pool_bags(pool, bags: list) -> None:
@@ -496,101 +422,48 @@ def bags(repeats: int = 9):
         alone = list(zip(x.split(sizes), lengths.split(1), strict=True))
         together = functools.partial(pool_bags, pool, [(x, lengths)])
         loop = functools.partial(pool_bags, pool, alone)
-        seconds = in_turn(repeats, model_clock, ours=together, loop=loop)
+        seconds = in_turn(repeats, ours=together, loop=loop)
         yield row(f"AB-MIL, {name}", len(sizes), "bags/s", seconds, "loop", 3.0)
 
 
 # --------------------------------------------------------------------------------------- one GPU
-def seconds_of(function, repeats: int = 3) -> float:
-    """The median, after one call that is slower."""
-    function()
-    return float(np.median(in_turn(repeats, gpu_clock, ours=function)["ours"]))
-
-
-def fits(function):
-    """function(), or None where the GPU has too little memory for it."""
-    try:
-        return function()
-    except torch.OutOfMemoryError:
-        return None
-    finally:
-        gc.collect()
-        if DEVICE.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-
 def gpu():
     """The paper preset on one GPU: five minutes. On a CPU a small one, to try the script."""
-    big = DEVICE.type == "cuda"
-    config = mixmag.Config.paper() if big else mixmag.Config.small(1280)
-    batch = 4096 if big else 32
-    machine = train.start_machine(amp="auto" if big else "off", width=config.width)
+    if DEVICE.type == "cuda":
+        config = mixmag.Config.paper()
+        batch, regions, tiles = 4096, 1000, 256
+    else:
+        config = mixmag.Config.small(1280)
+        batch, regions, tiles = 32, 10, 1
+    machine = train.start_machine(width=config.width)
     rate = train.matrix_rate(machine)
     yield "matrix products", rate / 1e12, "TFLOP/s", 1.0, "products", 1
-    sizes = (64, 256, 512, 1024, 2048) if big else (8, 16)
-    yield from gpu_steps(config, batch, sizes, rate, machine)
-    yield from gpu_loader(config, batch, sizes[2 if big else 0], machine)
-    yield from gpu_finetuning(config, 1000 if big else 8)
-    yield from gpu_attention(config, 512 if big else 4, machine)
-    yield from gpu_virchow2(256 if big else 1)
+    yield from gpu_steps(config, batch, rate, machine)
+    yield from gpu_loader(config, batch, batch // 8, machine)
+    yield from finetuning(config, regions)
+    yield from gpu_virchow2(tiles)
 
 
-def step_cost(*settings) -> tuple[float, int]:
+def step_cost(config, batch: int, micro: int, views: int, compiled: bool) -> tuple[float, int]:
     """Seconds and bytes at most of a training_step."""
-    torch.compiler.reset()  # each size compiles anew, and torch has a limit for that
-    return seconds_of(training_step(*settings), 2), most_held()
+    machine = train.start_machine(width=config.width)
+    step = training_step(config, batch, micro, machine, views, compiled)
+    return seconds_of(step), most_held()
 
 
-def gpu_steps(config, batch: int, sizes: tuple, rate: float, machine):
+def gpu_steps(config, batch: int, rate: float, machine):
     """`products`: what the useful FLOPs would take as plain matrix products."""
     M = mixmag.removal_count(config.geometry().num_tokens, 0.5)
     flops = train.region_flops(config, M)
     size = 2 if machine.dtype else 4
-    runs = [(micro, 1, False) for micro in sizes]
-    runs += [(micro, 1, True) for micro in sizes[1:4]]
-    runs += [(sizes[1], 2, False), (sizes[1], 2, True)]
-    for micro, views, compiled in runs:
-        name = "MEM step" if views == 1 else "CMEM 7x7 step"
-        name += f", {'--compile' if compiled else 'eager'}, {micro} at a time"
-        found = fits(functools.partial(step_cost, config, batch, micro, machine, views, compiled))
-        if found is None:
-            yield f"{name}: out of memory", 0, "regions", 0, "products", 0.45
-            continue
-        seconds, held = found
-        regions = batch * views / seconds
-        yield name, regions, "regions", regions * flops / rate, "products", 0.45
+    for name, views, micro in (("MEM", 1, batch // 8), ("CMEM 7x7", 2, batch // 16)):
         formula = micro * views * train.region_bytes(config, M, size)
-        yield "  memory", held / 1e9, "GB", held / formula, "formula", 1
-    for compiled in (False, True):
-        step = training_step(config, sizes[1], sizes[1], machine, compiled=compiled)
-        step()
-        yield "waits for the GPU in a step", count_waits(step), "waits", 0, "none", 0
-        print_profile(step)
-
-
-def count_waits(step) -> int:
-    if DEVICE.type != "cuda":
-        return 0
-    torch.cuda.set_sync_debug_mode("warn")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        step()
-    torch.cuda.set_sync_debug_mode("default")
-    for warning in caught:
-        print(f"  {warning.filename}:{warning.lineno} {warning.message}")
-    return len(caught)
-
-
-def print_profile(step) -> None:
-    """The kernels that take most of a step."""
-    activity = getattr(torch.profiler.ProfilerActivity, DEVICE.type.upper())
-    with torch.profiler.profile(activities=[activity]) as profile:
-        step()
-        gpu_clock()
-    order = f"self_{DEVICE.type}_time_total"
-    table = profile.key_averages().table(order, row_limit=16, max_name_column_width=60)
-    print(table, flush=True)
+        for mode, compiled in (("--compile", True), ("eager", False)):
+            seconds, held = in_child(step_cost, config, batch, micro, views, compiled)
+            regions = batch * views / seconds
+            line = f"{name} step, {micro} at a time, {mode}"
+            yield line, regions, "regions", regions * flops / rate, "products", 0.45
+            yield "  memory", held / 1e9, "GB", held / formula, "formula", 1
 
 
 def gpu_loader(config, batch: int, micro: int, machine):
@@ -609,49 +482,23 @@ def gpu_loader(config, batch: int, micro: int, machine):
             )
             own = batch // micro
             step(itertools.islice(loads, own))
-            began = gpu_clock()
+            began = clock()
             for _ in range(steps):
                 step(itertools.islice(loads, own))
-            seconds = (gpu_clock() - began) / steps
+            seconds = (clock() - began) / steps
             line = f"MEM step with its loader, {workers} workers, {micro} at a time"
             yield line, batch / seconds, "regions", resident / seconds, "resident", 0.95
 
 
-def gpu_finetuning(config, regions: int):
-    for name, learns in (("learns", True), ("is frozen", False)):
-        measure = functools.partial(slide_cost, config, regions, learns)
-        fits(measure)  # the first is slower
-        seconds, held = fits(measure)
-        line = f"a slide of {regions} regions, whose encoder {name}"
-        yield line, regions / seconds, "regions", 1 / seconds, "1 s", 1
-        yield "  memory", held / 1e9, "GB", 8e9 / held, "8 GB", 1
-
-
-def gpu_attention(config, B: int, machine):
-    """Forward and backward of one layer's attention by each of torch's kernels."""
-    M = mixmag.removal_count(config.geometry().num_tokens, 0.5)
-    n = config.geometry().num_tokens - M + config.cls_tokens
-    backends = torch.nn.attention.SDPBackend
-    for name, tokens, heads, width in (
-        ("encoder", n, config.heads, config.width),
-        ("decoder", n + M, config.decoder_heads, config.decoder_width),
-    ):
-        shape = (B, heads, tokens, width // heads)
-        qkv = torch.randn(3, *shape, device=DEVICE, dtype=machine.dtype, requires_grad=True)
-        flops = 3.5 * 4 * B * tokens**2 * width  # backward computes the scores again
-        for kind in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
-
-            def attend(qkv=qkv, kind=kind):
-                with torch.nn.attention.sdpa_kernel(getattr(backends, kind)):
-                    mixmag.attend(*qkv).sum().backward()
-
-            try:
-                seconds = seconds_of(attend)
-            except RuntimeError as error:
-                print(f"  {kind}: {str(error).splitlines()[0]}")
-                continue
-            line = f"attention, {name}, {tokens} tokens, {kind.lower()}"
-            yield line, flops / seconds / 1e12, "TFLOP/s", 1e6 * seconds / B, "us/region", 1
+def virchow2_cost(tiles: int) -> tuple[float, int]:
+    """Seconds and bytes at most of that many tiles."""
+    model = data.empty_virchow2().to_empty(device=DEVICE)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    encoder = data.Virchow2(model).to(DEVICE).eval()
+    pictures = torch.randint(0, 256, (tiles, 224, 224, 3), dtype=torch.uint8, device=DEVICE)
+    with torch.inference_mode():
+        return seconds_of(functools.partial(encoder, pictures)), most_held()
 
 
 def gpu_virchow2(tiles: int):
@@ -659,89 +506,23 @@ def gpu_virchow2(tiles: int):
     if importlib.util.find_spec("timm") is None:
         print("  timm is not installed: no tile encoder was timed")
         return
-    model = data.empty_virchow2().to_empty(device=DEVICE)
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.02)
-    encoder = data.Virchow2(model).to(DEVICE).eval()
-    pictures = torch.randint(0, 256, (tiles, 224, 224, 3), dtype=torch.uint8, device=DEVICE)
-
-    def encode():
-        with torch.inference_mode():
-            encoder(pictures)
-
-    rate = tiles / seconds_of(encode)
-    yield "Virchow2's architecture", rate, "tiles/s", most_held() / 1e9, "GB", 1
+    seconds, held = in_child(virchow2_cost, tiles)
+    yield "Virchow2's architecture", tiles / seconds, "tiles/s", held / 1e9, "GB", 1
 
 
-# ---------------------------------------------------------------------------------- how cost grows
-def cohort_cost(slides: int) -> tuple[float, int]:
-    """Seconds to open a cohort of small slides for pretraining, and the bytes that it takes."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_cohort(folder, slides, 4, dim=8)
-        before = peak_memory()
-        began = time.perf_counter()
-        dataset = data.RegionDataset(data.read_slides(folder), mixmag.Geometry(3), 0, mask=0.5)
-        assert len(dataset) == 4 * slides
-        return time.perf_counter() - began, peak_memory() - before
-
-
-def region_cost(region: int) -> tuple[float, int]:
-    """Seconds per token of a MEM step on about 3000 tokens, and the most bytes held."""
-    config = mixmag.Config.paper(region=region)
-    N = config.geometry().num_tokens
-    B = round(3024 / N)
-    machine = train.start_machine(width=config.width)
-    step = training_step(config, B, B, machine, updates=False)
-    step()
-    seconds = in_turn(3, model_clock, ours=step)["ours"]
-    return np.median(seconds) / (B * N), peak_memory()
-
-
-def growth():
-    """Each size in a process of its own. The peer is a line fitted to all sizes."""
-    name = "cells a side, MEM step per token"
-    sides = [1, 2, 3, 4, 5, 6]
-    tokens = 21 * np.square(sides)
-    yield from growth_rows(name, region_cost, sides, tokens, "tokens in a region")
-    regions = [6, 53, 530, 5300]
-    encode = functools.partial(slide_cost, mixmag.Config.paper(), learns=False)
-    tokens = 189 * np.array(regions)
-    yield from growth_rows("regions of a slide, encoded", encode, regions, tokens, "tokens")
-    slides = [10, 100, 1000]
-    yield from growth_rows("slides of a cohort, opened", cohort_cost, slides, slides, "slides")
-
-
-def growth_rows(name: str, cost, sizes: list, amounts, unit: str):
-    """amounts: how many of `unit` each size is."""
-    costs = np.array([in_child(cost, size) for size in sizes])  # seconds, bytes
-    microseconds, megabytes = costs.T * [[1e6], [1e-6]]
-    slope, base = np.polyfit(amounts, microseconds, 1)
-    ratios = microseconds / (base + slope * np.array(amounts))
-    for i, size in enumerate(sizes):
-        line = f"{name}: {size} ({megabytes[i] / 1e3:.2f} GB)"
-        yield line, microseconds[i], "us", ratios[i], "line", 1
-    print(f"  {base:.3g} us + {slope:.3g} x {unit}", end=", ")
-    slope, base = np.polyfit(amounts, megabytes, 1)
-    print(f"{base:.3g} MB + {slope:.3g} x {unit}")
-
-
-BENCHES = [tiling, memory, pretraining, loading, finetuning, bags, growth, gpu]
+BENCHES = [tiling, memory, pretraining, loading, finetuning, bags, gpu]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     names = sorted(bench.__name__ for bench in BENCHES)
     parser.add_argument("--only", choices=names, help="this one alone")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there, too, line by line")
     args = parser.parse_args()
     print(describe_machine())
-    with open(args.json or os.devnull, "w") as file:
-        print(json.dumps({"machine": describe_machine()}), file=file, flush=True)
-        for bench in BENCHES:
-            if args.only in (None, bench.__name__):
-                for found in bench():
-                    print(ROW.format(*found), flush=True)
-                    print(json.dumps(dict(zip(COLUMNS, found, strict=True))), file=file, flush=True)
+    for bench in BENCHES:
+        if args.only in (None, bench.__name__):
+            for found in bench():
+                print(ROW.format(*found), flush=True)
 
 
 if __name__ == "__main__":

@@ -32,16 +32,12 @@ def real():
 
 def run_script(script, args, cwd, out, environment, limits):
     """What a process of the server does: the script's last lines, with its output in files.
-
-    limits: RLIMIT_FSIZE in bytes; RLIMIT_AS in bytes beyond what the process holds already.
-    """
+    limits: RLIMIT_FSIZE in bytes, and the like."""
     os.chdir(cwd)
     os.environ.update(environment)
     for stream, path in ((1, out), (2, f"{out}.err")):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     for name, value in limits.items():
-        if name == "RLIMIT_AS":
-            value += int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(getattr(resource, name), (value, value))
     import torch
 
@@ -55,9 +51,7 @@ def run_script(script, args, cwd, out, environment, limits):
 
 class Command:
     """A command in a process of its own, as a user starts it, without the time of its imports.
-
-    command: "data.py verify" and the like; further arguments are passed on as they are.
-    """
+    command: "data.py verify" and the like; further arguments are passed on as they are."""
 
     def __init__(self, command, *args, cwd, environment=None, **limits):
         self.folder = tempfile.TemporaryDirectory()

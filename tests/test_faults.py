@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -422,20 +423,11 @@ def test_bags_of_one_and_of_many_regions(regions):
         assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-def test_smallest_batches_and_splits(cohort, tmp_path):
-    """Also the contrastive term, which then has no negatives; a tune split of one class."""
+def test_smallest_batches(cohort, tmp_path):
+    """Also the contrastive term, which then has no negatives."""
     for command in (PRETRAIN, f"{PRETRAIN} --source 5", f"{FINETUNE} --epochs 1"):
         flags = ("--batch-size", 1, "--data", cohort, "--out", f"out-{len(command)}")
         run(command, *flags, cwd=tmp_path)
-    table = (cohort / "tasks" / "skin_braf.csv").read_text()
-    shutil.copytree(cohort, tmp_path / "one")
-    table = table.replace(",1,tune", ",0,tune")
-    (tmp_path / "one" / "tasks" / "skin_braf.csv").write_text(table)
-    _, err = run(FINETUNE, "--data", "one", "--out", "x", cwd=tmp_path, code=1)
-    assert re.search(r"tune has usable cases of \['0'\]; expected two classes", one_error(err))
-    (tmp_path / "one" / "tasks" / "skin_braf.csv").write_text(table.replace(",train", ",test"))
-    _, err = run(FINETUNE, "--data", "one", "--out", "x", cwd=tmp_path, code=1)
-    assert "train has usable cases of []" in one_error(err)
 
 
 def test_an_encoder_of_unknown_slides_is_flagged(cohort, tmp_path):
@@ -526,11 +518,12 @@ EXTRA = st.dictionaries(NAME, TEXT, max_size=3)
 @examples(40)
 @given(CELLS, st.integers(1, 40), st.integers(0, 2**32 - 1), EXTRA)
 def test_any_slide_comes_back_as_it_was_written(tmp_path, cells, dim, seed, extra):
-    """Also by the library, which knows nothing of the project."""
+    """By the library alone the file is what the contract says; the checksum, too. Arrays that are
+    not contiguous are written right."""
     rng = np.random.default_rng(seed)
-    bits = rng.integers(0, 2**16, (len(cells), 21, dim), np.uint16)
+    bits = rng.integers(0, 2**16, (21, len(cells), dim), np.uint16)
     tensors = {
-        "features": bits.view(np.float16),
+        "features": bits.view(np.float16).swapaxes(0, 1),
         "cells": np.array(cells, np.int32).reshape(-1, 2),
         "valid": rng.random((len(cells), 21)) > 0.5,
     }
@@ -542,8 +535,14 @@ def test_any_slide_comes_back_as_it_was_written(tmp_path, cells, dim, seed, extr
     assert meta.items() <= slide.meta.items()
     assert all("NaN" in line for line in data.slide_findings(data.read_slide(path)))
     text, found = content(path)
-    assert text["encoder"] == "é"
+    assert (text["encoder"], text["format"], text["origin"]) == ("é", "mixmag/1", "[0.0, 0.0]")
+    digest = hashlib.sha256(b"".join(x.tobytes() for x in tensors.values()))
+    others = {name: value for name, value in text.items() if name != "sha256"}
+    digest.update(json.dumps(others, sort_keys=True, separators=(",", ":")).encode())
+    assert text["sha256"] == digest.hexdigest()
+    assert found.keys() == tensors.keys()
     for name, expected in tensors.items():
+        assert found[name].dtype == expected.dtype and found[name].shape == expected.shape
         assert found[name].tobytes() == expected.tobytes()
         assert getattr(slide, name).tobytes() == expected.tobytes()
 
@@ -593,27 +592,6 @@ def test_fuzzed_slide_files_are_refused_or_right(tmp_path):
             counts["found"] += 1
     assert counts["refused"] > 150 * TIMES
     assert counts["found"] > 25 * TIMES
-
-
-# ------------------------------------------------------------------------------------ determinism
-def test_the_same_seed_twice_is_the_same(cohort, tmp_path):
-    """Tables, pictures and checkpoints byte for byte, slide files and weights value for value."""
-    write_tiff(tmp_path / "s.tiff", pink(2000, 2000), 0.5)
-    found = []
-    checkpoints = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        folder = tmp_path / name
-        folder.mkdir()
-        run(f"{TILE} --slides ../s.tiff --out d", cwd=folder)
-        run(f"{TABLE} --seed {seed} --out t", "--data", cohort, cwd=folder)
-        found.append(whole(folder))
-        checkpoints.append([path.read_bytes() for path in sorted(folder.rglob("*.pt"))])
-    first, same, other = found
-    assert len(first) > 20
-    assert_same(same, first)
-    assert checkpoints[0] == checkpoints[1]
-    assert first["d/slides/s.safetensors"] == other["d/slides/s.safetensors"]
-    assert first["t/results.csv"] != other["t/results.csv"]
 
 
 # ------------------------------------------------------------------------------- README must run

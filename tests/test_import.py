@@ -343,16 +343,6 @@ def test_hostile_hdf5_is_refused_unread(tmp_path, target, message, monkeypatch):
         import_files(tmp_path, paths)
 
 
-@pytest.mark.parametrize("written", [0, 6])
-def test_rows_that_were_never_written_are_refused(tmp_path, written):
-    paths = three(tmp_path)
-    with h5py.File(paths[0], "a") as f:
-        del f["features"]
-        f.create_dataset("features", (12, 8), np.float32, chunks=(1, 8))[:written] = 1
-    with pytest.raises(MixmagError, match=f"zero: {12 - written} of 12 tiles"):
-        import_files(tmp_path, paths)
-
-
 def test_folders_that_cannot_be_meant(tmp_path):
     for place in ("p/x.h5", "q/x.h5"):
         (tmp_path / place).parent.mkdir(parents=True)

@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from PIL import Image
 from test_tiler import read_slide
+from test_train import machine_of
 
 import data
 import mixmag
@@ -26,8 +27,7 @@ from data import MixmagError
 ODD = {"encoder": "odd", "tile_px": 224, "mpp": 0.2525, "cell_px": 448 / 0.2525, "n_bad": 0}
 ODD |= {"magnifications": [5, 10, 20], "origin": [100.0, 37.0], "width": 40000, "height": 30000}
 CONFIG = mixmag.Config(6, region=2, width=16, depth=1, heads=2)
-SCALER = torch.amp.GradScaler("cpu", enabled=False)
-MACHINE = train.Machine(torch.device("cpu"), None, 0, 1, SCALER)
+MACHINE = machine_of()
 
 
 def write_like(slide, folder, features=None, **changes):
@@ -41,8 +41,8 @@ def write_like(slide, folder, features=None, **changes):
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
-    """DATA: a slide with holes and invalid tokens, one of many windows, an empty one, and one with
-    a NaN; two exported encoders of different weights."""
+    """DATA: a slide with holes and invalid tokens, one of many windows, an empty one, one with a
+    NaN, and one that is cut short; two exported encoders of different weights."""
     folder = tmp_path_factory.mktemp("odd")
     rng = np.random.default_rng(5)
     holes = {(1, 0), (4, 2), (5, 3), (6, 0), (6, 1), (6, 3)}
@@ -61,6 +61,7 @@ def odd(tmp_path_factory):
         path = folder / "slides" / f"{slide_id}.safetensors"
         places = np.array(places, np.int32).reshape(-1, 2)
         data.write_slide(path, features, places, valid, {"slide_id": slide_id, **ODD})
+    path.with_stem("cut").write_bytes(path.read_bytes()[:2000])
     slide = read_slide(folder, "many")
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -187,12 +188,13 @@ def test_embed_goes_on_and_refuses_to_mix(odd, tmp_path):
 
 
 def test_a_slide_that_cannot_be_embedded_costs_itself(odd, tmp_path, capsys):
-    assert embed(odd, tmp_path, "holes", "poisoned", "empty") == 3
+    assert embed(odd, tmp_path, "holes", "poisoned", "empty", "cut") == 3
     reasons = failures(tmp_path / "failed.csv")
     assert "not finite" in reasons["poisoned"]
     assert "no cells" in reasons["empty"]
+    assert "cannot be read" in reasons["cut"]
     said = capsys.readouterr().out
-    assert "2 failed" in said and "1 of 26 cells are not read (see --min-cover)" in said
+    assert "3 failed" in said and "1 of 26 cells are not read (see --min-cover)" in said
     assert [path.name for path in tmp_path.rglob("*.h5")] == ["holes.h5"]
     embed(odd, tmp_path / "all", "holes", min_cover=0.0)
     assert "--min-cover" not in capsys.readouterr().out
@@ -232,6 +234,7 @@ def test_predict_scores_what_it_can_and_lists_the_rest(odd, tuned, tmp_path, cap
     reasons = failures(tmp_path / "p-failed.csv")
     assert "no cells" in reasons["empty"]
     assert "not finite" in reasons["poisoned"]
+    assert "cannot be read" in reasons["cut"]
     said = capsys.readouterr().out
     assert "2 slides scored" in said and "1 of 306 cells are not read (see --min-cover)" in said
     assert train.predict(tuned, odd, ["many"], out) == 0
