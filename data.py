@@ -214,8 +214,8 @@ def windows(cells, region: int, stride: int, min_cover: float) -> tuple:
 
 def covering_windows(cells, region: int, min_cover: float) -> tuple:
     """`windows` side by side, for fine-tuning and inference.
-    A slide may be so small or narrow that no window is full enough. Then the limit is `min_cover`
-    of the cells of its fullest window."""
+    On a slide so small or narrow that no window is full enough, `min_cover` is a share of the cells
+    of its fullest window, not of a whole window."""
     window_cells, corners = windows(cells, region, region, 0.0)
     present = (window_cells >= 0).sum(axis=1)  # (W,)
     kept = present >= min_cover * region**2
@@ -272,8 +272,8 @@ class RegionDataset(torch.utils.data.Dataset):
     random order. `len` is W; i >= W belongs to a later epoch, i // W. With stride 1 windows
     overlap, so an epoch sees most cells several times.
     source: for the contrastive loss; a sample then has a second view, a window drawn from a source
-    x source window that holds the first (paper 3.1.2). swap: share of samples whose slide's mean of
-    each magnification is replaced by another slide's, as if stained and scanned like that one."""
+    x source window that holds the first (paper 3.1.2). swap: share of samples that are shifted to
+    the mean embeddings of another slide, as if they were stained and scanned like it."""
 
     slides: list[Slide]
     geometry: Geometry
@@ -293,9 +293,9 @@ class RegionDataset(torch.utils.data.Dataset):
             self.slide_means = slide_means(self.slides)  # (S, K, D)
         self.removed_tokens = removal_count(geometry.num_tokens, self.mask)  # M
         self.turned_entries = geometry.cell_order().numpy()[geometry.dihedral().numpy()]  # (8, N)
-        shape = (geometry.region, self.stride, self.min_cover)
-        of_slides = [windows(slide.cells, *shape) for slide in self.slides]
-        window_cells, corners = zip(*of_slides, strict=True)
+        layout = (geometry.region, self.stride, self.min_cover)
+        windows_of = [windows(slide.cells, *layout) for slide in self.slides]
+        window_cells, corners = zip(*windows_of, strict=True)
         self.window_cells = np.concatenate(window_cells)  # (W, R*R)
         self.corners = np.concatenate(corners)  # (W, 2)
         counts = [len(part) for part in corners]

@@ -399,8 +399,7 @@ def finetune(config: FinetuneConfig) -> dict:
     if len(table.classes) == 2:
         text += f"; the score is the probability of {table.classes[1]}"
     log(text)
-    slide_ids = [i for case in cases for i in case.slide_ids]
-    slides = {slide.slide_id: slide for slide in data.read_slides(folder, slide_ids)}
+    slides = {slide.slide_id: slide for slide in data.read_slides(folder, table.slide_ids)}
     check_no_copies(slides, cases)
     files = [folder / "tasks" / f"{config.task}.csv"]
     if is_pretrained(config.init):
@@ -413,6 +412,7 @@ def finetune(config: FinetuneConfig) -> dict:
         data.show(plan)
         return {}
     settings = run_settings("finetune", config, model.config, list(slides.values()), files)
+    settings["pool"] = type(model.pool).__name__
     run = Run(config, settings, machine)
     if run.result():
         return run.result()
@@ -562,7 +562,7 @@ def finetune_step(model, batch: dict, smoothing: float, cases: int, machine) -> 
     """Forward and backward over this process's cases of a batch of `cases`. Returns its part of the
     mean loss. A process without a case adds nothing to the gradient."""
     if not batch:
-        machine.scaler.scale(torch.zeros((), device=machine.device))  # else it could not unscale
+        machine.scaler.scale(torch.zeros((), device=machine.device))  # else unscale_ fails
         return 0.0
     batch = data.to_device(batch, machine.device)
     with machine.autocast():

@@ -536,6 +536,17 @@ def test_the_same_data_elsewhere_is_the_same_run(runs, cohort, tmp_path):
     assert "inputs_sha256" in err
 
 
+def test_a_run_with_another_aggregator_is_another_run(cohort, tmp_path, monkeypatch):
+    settings = {"init": "none", "epochs": 1, "preset": "small", "device": "cpu"}
+    config = train.FinetuneConfig(
+        data=str(cohort), task="skin_braf", out=str(tmp_path / "r"), **settings
+    )
+    train.finetune(config)
+    monkeypatch.setattr(mixmag, "GatedABMIL", type("MyPooling", (mixmag.GatedABMIL,), {}))
+    with pytest.raises(data.OtherSettings, match="pool 'GatedABMIL' there, 'MyPooling' now"):
+        train.finetune(config)
+
+
 def test_the_newest_exported_encoder_is_taken_and_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for time, name in enumerate(("old", "new", "going-on")):
