@@ -692,7 +692,8 @@ def read_tasks(data, fold: int | None = None, seed: int = 0) -> dict[str, list[C
     if fold is not None and not folded:
         raise MixmagError(f"--fold {fold}: no table in {data}/tasks has a column fold_{fold}")
     if fold is None and folded and not (Path(data) / "pretrain.csv").exists():
-        raise MixmagError(f"{folded[0].path} has folds; give --fold K, or write pretrain.csv")
+        found = f"{folded[0].path}: over its folds every case is tested"
+        raise MixmagError(f"{found}; give --fold K, or list slides in pretrain.csv")
     tasks = {}
     for task, table in tables.items():
         check_present(table.slide_ids, files, table.path)
@@ -2145,7 +2146,7 @@ def slide_findings(slide: Slide) -> list[str]:
         findings.append(f"{slide.path}: checksum differs: the file changed after it was written")
     bad = ~np.isfinite(slide.features) & slide.valid[..., None]  # (C, T, D)
     if cells := slide.cells[bad.any(axis=(1, 2))].tolist():
-        findings.append(f"{slide.path}: NaN or infinite in the cells {reprlib.repr(cells)}")
+        findings.append(f"{slide.path}: NaN or infinite features in cells {reprlib.repr(cells)}")
     return findings
 
 
