@@ -960,13 +960,13 @@ def tiled_pages(reader: Reader, pages: list) -> dict:
     largest = max(sizes, key=math.prod)
     if math.prod(largest) > math.prod(reader.size):
         sides = f"its first picture has {reader.size} px, a later one {largest}"
-        raise SlideReadError(f"{sides}; save the scan as the first")
+        raise SlideReadError(f"{reader.path}: {sides}; save the scan as the first")
     for page, size in zip(pages, sizes, strict=True):
         if not page.is_tiled or size not in reader.level_sizes:
             continue
         most_bytes = max(4 * page.tilewidth * page.tilelength, *page.databytecounts)
         if most_bytes > MAX_TILE_BYTES or len(page.dataoffsets) != math.prod(page.chunked):
-            raise SlideReadError(f"the file is damaged: its tiles do not make {size} px")
+            raise SlideReadError(f"{reader.path} is damaged: its tiles do not make {size} px")
         if 0 in page.databytecounts:  # OpenSlide draws an absent tile in ways of its own
             return {}
         if sizes.count(size) == 1:  # of two, either may be OpenSlide's
@@ -1371,12 +1371,12 @@ def create_virchow2(name: str, **settings) -> torch.nn.Module:
     try:
         import timm
         from timm.layers import SwiGLUPacked
-
-        layers = {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU}
-        return timm.create_model(name, **layers, **settings)
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision for another torch
         advice = "pip install timm torchvision==0.28.0 (the one for torch 2.13)"
         raise MixmagError(f"--encoder virchow2 needs timm ({error}): {advice}") from None
+    layers = {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU}
+    try:
+        return timm.create_model(name, **layers, **settings)
     except OSError as error:  # all that the hub and the network raise
         reason = error.strerror or type(error).__name__  # the full text may hold a token
         advice = "accept its terms on huggingface.co and set HF_TOKEN, or give --weights FILE"
