@@ -237,11 +237,14 @@ def token_index(slide: Slide, window_cells, entries) -> tuple:
     return index, (cell >= 0) & slide.valid.reshape(-1)[index]
 
 
-def gather(slide: Slide, window_cells, entries) -> tuple:
-    """The embeddings at `token_index`: x (W, n, D) float16, 0 where invalid, and valid (W, n)."""
+def gather(slide: Slide, window_cells, entries, out=None) -> tuple:
+    """The embeddings at `token_index`: x (W, n, D) float16, 0 where invalid, and valid (W, n).
+    out: an array for x."""
     index, valid = token_index(slide, window_cells, entries)
-    x = slide.features.reshape(-1, slide.dim)[index]
-    x[~valid] = 0
+    # "clip" takes straight into `out`: all indices are legal
+    x = slide.features.reshape(-1, slide.dim).take(index, axis=0, out=out, mode="clip")
+    if not valid.all():
+        x[~valid] = 0
     return x, valid
 
 
@@ -353,7 +356,7 @@ class RegionDataset(torch.utils.data.Dataset):
         for b, own in enumerate(self.slide_of[window[0]]):
             cells = self.window_cells[window[:, b]]
             entries = self.turned_entries[turn[:, b]]
-            x[:, b], valid[:, b] = gather(self.slides[own], cells, entries)
+            _, valid[:, b] = gather(self.slides[own], cells, entries, out=x[:, b])
             if style[b] != own:
                 change = self.slide_means[style[b]] - self.slide_means[own]  # (K, D)
                 change[np.isnan(change)] = 0  # one of the two has no token of a magnification
