@@ -398,8 +398,8 @@ def slide_cost(config, regions: int) -> tuple[float, int]:
     return seconds, most_held()
 
 
-def finetuning(config=None, regions: int = 1000):
-    """All of the encoder learns. On a CPU the paper preset takes many minutes."""
+def finetuning(config=None, regions: int = 200):
+    """All of the encoder learns; on two cores the paper preset takes two minutes for it."""
     seconds, held = in_child(slide_cost, config or mixmag.Config.paper(), regions)
     yield f"slide of {regions} regions", regions / seconds, "regions", 1 / seconds, "1 s", 1
     yield "  memory", held / 1e9, "GB", 8e9 / held, "8 GB", 1
@@ -520,7 +520,7 @@ def main() -> None:
     args = parser.parse_args()
     print(describe_machine())
     for bench in BENCHES:
-        if args.only in (None, bench.__name__):
+        if args.only == bench.__name__ or (args.only is None and bench is not gpu):
             for found in bench():
                 print(ROW.format(*found), flush=True)
 
