@@ -231,9 +231,9 @@ def token_index(slide: Slide, window_cells, entries) -> tuple:
     window of the cells 7, 8, -1, 9, entry 6 is token 1 of cell 8: index 41; entry 10 is missing.
     Geometry.cell_order() holds all entries in the order in which the model reads them."""
     T = slide.valid.shape[1]
-    entries = np.atleast_2d(entries)
-    cell = np.take_along_axis(window_cells, entries // T, axis=-1)
-    index = np.maximum(cell * T + entries % T, 0)  # any legal one where the cell is missing
+    place, token = np.divmod(entries, T)
+    cell = window_cells[np.arange(len(window_cells))[:, None], place]  # (W, n)
+    index = np.maximum(cell * T + token, 0)  # any legal one where the cell is missing
     return index, (cell >= 0) & slide.valid.reshape(-1)[index]
 
 
