@@ -2291,8 +2291,8 @@ def find_device(name: str) -> torch.device:
 
 def process_rank() -> tuple[int, int]:
     """This process's number and how many there are, as torchrun says."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK") or 0)  # a job may set it to nothing
+    world = int(os.environ.get("WORLD_SIZE") or 1)
     if rank >= world:  # it would work, say nothing and write nothing
         raise MixmagError(f"RANK is {rank} of {world}: start with torchrun, or unset RANK")
     return rank, world

@@ -1359,7 +1359,8 @@ def check_same_encoder(run, tile_encoder: str, config: mixmag.Config, slide) -> 
     trained_on = data.signature(tile_encoder, config.dim, config.magnifications)
     found = data.embedding_signature(slide)
     if trained_on != found:
-        raise MixmagError(f"{run}: trained on {trained_on}; the slides hold {found}; see --init")
+        fault = f"{run} was trained on {trained_on}; --data holds {found}"
+        raise MixmagError(f"{fault}; give another of the two")
 
 
 def finish_pretraining(config, run: Run, model, slides, directions, held_out, steps) -> None:
