@@ -23,7 +23,6 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -44,7 +43,8 @@ class Geometry:
     def __init__(self, region: int = 3, magnifications: tuple = (5, 10, 20)):
         self.region = int(region)
         self.magnifications = tuple(magnifications)
-        doubling = all(high == 2 * low for low, high in pairwise(self.magnifications))
+        pairs = zip(self.magnifications, self.magnifications[1:], strict=False)
+        doubling = all(high == 2 * low for low, high in pairs)
         if region < 1 or not self.magnifications or self.magnifications[0] <= 0 or not doubling:
             raise ValueError(
                 "a region needs at least one cell per side and magnifications that double; "
